@@ -1,0 +1,66 @@
+"""Every setting, with its default. Recipes change what differs.
+
+Values that the paper leaves open are marked "chosen".
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+
+    # What is trained.
+    c.model = "pfjax/toy"  # Hugging Face folder or hub id; pfjax/toy is built in
+    c.objective = "powerflow"  # a name in pfjax/training/objectives.py
+    c.alpha = 4.0  # > 1 sharpens, < 1 flattens
+    c.psi_unboxed = -0.5  # psi of a response without \boxed{}; 0 switches it off
+    c.log_z = "head"  # "head" learns log Z' from the prompt; "group" averages samples
+
+    # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
+    c.data = ml_collections.ConfigDict()
+    c.data.train = "pfjax/toy/train.jsonl"
+    c.data.eval = "pfjax/toy/eval.jsonl"  # held out; "" for no evaluation
+    c.data.max_prompt_tokens = 1024  # longer ones are skipped
+
+    # A step: two batch numbers; the rest follows from them.
+    c.num_steps = 500
+    c.prompts_per_step = 32  # chosen
+    c.samples_per_prompt = 32  # chosen
+    c.max_new_tokens = 3072  # a response is cut there
+    c.temperature = 1.0  # of sampling, in training and evaluation
+    c.updates_per_rollout = 1  # mini-batches a step; 1 is exactly on policy
+    c.seed = 0
+
+    # Importance weight pi / pi_old of a sequence, when updates_per_rollout > 1.
+    c.importance = ml_collections.ConfigDict()
+    c.importance.low = 0.8
+    c.importance.high = 1.28
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.learning_rate = 1e-6
+    c.optim.log_z_learning_rate = 1e-4  # chosen: 100 times the policy's
+    c.optim.warmup_steps = 0
+    c.optim.weight_decay = 0.1
+    c.optim.clip_norm = 1.0
+
+    # Shape of the packed micro-batches: rows x row_length tokens.
+    c.rows = 8  # a multiple of mesh.data * mesh.fsdp
+    c.row_length = 4096  # at least max_prompt_tokens + max_new_tokens
+    c.dtype = "bfloat16"  # of the computation; master weights are float32
+    c.remat = True  # recompute layers in the backward pass
+
+    # Devices; one may be -1, which takes what is left.
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    # Evaluation, at step 0, every eval_every steps, and after the last.
+    c.eval_every = 40
+    c.eval_samples = 16  # k of avg@k
+
+    # Records.
+    c.log_every = 1  # steps between plain lines when nobody watches
+    c.checkpoint_every = 50
+    c.wandb_project = ""  # needs the extra `wandb`; "" for none
+    return c.lock()

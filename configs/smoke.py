@@ -1,0 +1,34 @@
+r"""Sharpens the embedded base model on a laptop.
+
+Hardware: 2 CPU cores, 4 GB. Takes under 3 minutes.
+Result: avg@8 from 0.57 to 0.9x, responses not shorter.
+Command: bash launch/local.sh
+    (that is: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke)
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = default.get_config()
+    c.model = "pfjax/toy"
+    c.data.train = "pfjax/toy/train.jsonl"
+    c.data.eval = "pfjax/toy/eval.jsonl"
+    c.data.max_prompt_tokens = 16
+    c.num_steps = 100
+    c.samples_per_prompt = 8
+    c.max_new_tokens = 32
+    c.optim.learning_rate = 3e-4
+    c.optim.log_z_learning_rate = 3e-3
+    c.optim.weight_decay = 0.0
+    c.rows = 64
+    c.row_length = 64
+    c.dtype = "float32"
+    c.remat = False
+    c.eval_every = 25
+    c.eval_samples = 8
+    c.log_every = 5
+    c.checkpoint_every = 25
+    return c.lock()

@@ -1,0 +1,51 @@
+"""avg@k, pass@k, maj@k and their standard errors, from n samples a problem."""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
+    """Standard error of a mean over problems; 0 for fewer than two.
+
+    Problems are what was drawn from a population: more samples a problem do not
+    shrink the spread between problems.
+    """
+    n = len(per_problem)
+    return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+
+
+def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
+    """Unbiased probability that k of n samples hold a right one, `[P]`.
+
+    .. math:: 1 - C(n - c, k) / C(n, k)
+
+    Raises:
+      ValueError: if k exceeds n.
+
+    References:
+      Chen et al. 2021, arXiv 2107.03374, Eq. 1.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n, got k={k}, n={n}")
+    # Product form: no large binomials. A factor is 0 when n - c < k.
+    miss = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) if n - c >= k else 0.0
+            for c in num_correct]  # fmt: skip
+    return 1.0 - np.array(miss, np.float64)
+
+
+def maj_at_n(classes: Int[np.ndarray, "n"], is_correct: Bool[np.ndarray, "n"]) -> float:
+    """Expected correctness of the majority answer class of one problem.
+
+    Args:
+      classes: equivalence class of each sample's answer; -1 (no answer) has no vote.
+      is_correct: whether each sample is right.
+
+    Returns:
+      Of tied classes the share that is right; 0 when nobody votes.
+    """
+    voters = classes >= 0
+    if not voters.any():
+        return 0.0
+    names, votes = np.unique(classes[voters], return_counts=True)
+    winners = names[votes == votes.max()]
+    return float(np.mean([is_correct[classes == c].mean() for c in winners]))

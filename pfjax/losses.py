@@ -1,0 +1,264 @@
+"""Trajectory-balance losses for autoregressive policies, as pure functions.
+
+A prompt `q` and a response `y` (its stop token included) of `|y|` tokens make a
+trajectory. Its log-probabilities are sums over the response's tokens, under the
+full vocabulary at temperature 1. A token tree gives every state a single parent,
+so the backward policy of the GFlowNet is 1 and does not appear.
+
+All functions take arrays of any common shape `[*n]` (one entry a trajectory) and
+return the same shape: nothing is reduced; use `masked_mean`. `log_z` may also be
+a scalar. Only `log_pf` and `log_z` receive gradients.
+
+This module needs jax and nothing else, so that it can be imported by, or copied
+into, any trainer.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def trajectory_balance(
+    log_pf: jax.Array, log_reward: jax.Array, log_z: jax.Array
+) -> jax.Array:
+    r"""Trajectory balance: its minimum is the distribution proportional to reward.
+
+    .. math:: L = (\log Z + \log\pi(y|q) - \log R(q, y))^2
+
+    With ``log_reward = alpha * log p_base`` the optimum is the alpha-power
+    distribution of the base. There is no factor 1/2, and `log_z` is the log
+    normaliser of the whole sequence distribution. Because the residual is a sum
+    over tokens it grows with length, and mode-seeking on it favours short responses.
+
+    Args:
+      log_pf: `[*n]` log pi(y|q) in nats; gradient flows.
+      log_reward: `[*n]` log R(q, y); no gradient.
+      log_z: `[*n]` or scalar log Z(q); gradient flows.
+
+    Returns:
+      `[*n]` squared residuals, not reduced.
+
+    Raises:
+      ValueError: if two arguments have different shapes (scalars excepted).
+
+    References:
+      Malkin et al. 2022, Trajectory balance, arXiv 2201.13259, Eq. 14;
+      PowerFlow, arXiv 2603.18363, Eq. 5.
+
+    >>> import jax.numpy as jnp
+    >>> trajectory_balance(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5))
+    Array([2.25], dtype=float32)
+    """
+    _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z)
+    return (log_z + log_pf - lax.stop_gradient(log_reward)) ** 2
+
+
+def length_aware_trajectory_balance(
+    log_pf: jax.Array, log_reward: jax.Array, log_z: jax.Array, length: jax.Array
+) -> jax.Array:
+    r"""Trajectory balance per token, with the partition function Z'(q)^|y|.
+
+    .. math:: L = (\log Z'(q) + (\log\pi(y|q) - \log R(q, y)) / |y|)^2
+
+    The optimum is :math:`R(q,y)\, e^{-\lambda_q |y|}` with :math:`\lambda_q = \log
+    Z'(q)` the root of :math:`\sum_y R(q,y)\, e^{-\lambda_q |y|} = 1`. Unlike in
+    trajectory balance, an error `c` of `log_z` is no harmless baseline: it
+    adds :math:`2c\,\nabla E[1/|y|]`, a reward on length; so calibrate it first.
+
+    Args:
+      log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
+      log_reward: `[*n]` log R(q, y), summed over tokens; no gradient.
+      log_z: `[*n]` or scalar log Z'(q) in nats a token; gradient flows.
+      length: `[*n]` |y|, tokens of the response with its stop token; entries of
+        0 (padding) are divided by 1, so that they stay finite.
+
+    Returns:
+      `[*n]` squared residuals, not reduced.
+
+    Raises:
+      ValueError: if two arguments have different shapes (scalars excepted).
+
+    References:
+      PowerFlow, arXiv 2603.18363, section 3.
+
+    >>> import jax.numpy as jnp
+    >>> length_aware_trajectory_balance(
+    ...     jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5), jnp.array([2]))
+    Array([1.], dtype=float32)
+    """
+    _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z, length=length)
+    tokens = jnp.maximum(length, 1).astype(log_pf.dtype)
+    return (log_z + (log_pf - lax.stop_gradient(log_reward)) / tokens) ** 2
+
+
+def powerflow(
+    log_pf: jax.Array,
+    log_p_base: jax.Array,
+    log_z: jax.Array,
+    length: jax.Array,
+    *,
+    alpha: float,
+    psi: jax.Array | float = 0.0,
+    weight: jax.Array | float = 1.0,
+) -> jax.Array:
+    r"""The PowerFlow loss: length-aware balance towards the base's alpha-power.
+
+    .. math:: L = w\,\big(\log Z'(q) + \tfrac{1}{|y|}\log\pi(y|q)
+              - \alpha\,[\tfrac{1}{|y|}\log p_0(y|q) + \psi(y)]\big)^2
+
+    `psi` sits inside the bracket and is a value per token: at alpha = 4 a psi of
+    -0.5 adds +2 to the residual, whatever the length. There is no KL or entropy
+    term; matching the distribution is the regularisation.
+
+    Args:
+      log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
+      log_p_base: `[*n]` log p_0(y|q), the frozen base, summed; no gradient.
+      log_z: `[*n]` or scalar log Z'(q) in nats a token; gradient flows.
+      length: `[*n]` |y|, the number of tokens in the two sums; 0 for padding.
+      alpha: the power; above 1 sharpens, below 1 flattens; must be positive.
+      psi: `[*n]` or scalar format term in nats a token; no gradient.
+      weight: `[*n]` or scalar importance weight w; no gradient.
+
+    Returns:
+      `[*n]` losses, not reduced.
+
+    Raises:
+      ValueError: if `alpha` is not positive or two shapes differ.
+
+    References:
+      PowerFlow, arXiv 2603.18363, Eq. 10.
+
+    >>> import jax.numpy as jnp
+    >>> powerflow(jnp.array([-3.0]), jnp.array([-2.0]), jnp.array(-1.0),
+    ...           jnp.array([2]), alpha=4.0)
+    Array([2.25], dtype=float32)
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    psi, weight = jnp.asarray(psi), jnp.asarray(weight)
+    _check_shapes(log_pf=log_pf, log_p_base=log_p_base, length=length, psi=psi)
+    _check_shapes(log_pf=log_pf, weight=weight)
+    log_reward = alpha * (log_p_base + psi * length)
+    loss = length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
+    return lax.stop_gradient(weight) * loss
+
+
+def importance_weight(
+    log_pf: jax.Array, log_pf_old: jax.Array, *, low: float = 0.8, high: float = 1.28
+) -> jax.Array:
+    r"""Clipped sequence ratio pi / pi_old as a constant.
+
+    .. math:: w = \mathrm{clip}(\pi(y|q) / \pi_{old}(y|q),\ low,\ high)
+
+    The ratio is a product over all tokens, not a mean: for responses of 1,000
+    tokens a mean drift of 2.5e-4 nats a token already reaches a clamp.
+
+    Args:
+      log_pf: `[*n]` log pi(y|q) of the policy being trained; no gradient.
+      log_pf_old: `[*n]` the same under the policy that drew y; no gradient.
+      low: lower clamp (1 - eps_low).
+      high: upper clamp (1 + eps_high).
+
+    Returns:
+      `[*n]` weights between `low` and `high`.
+
+    Raises:
+      ValueError: if the shapes differ or not 0 < low <= 1 <= high.
+
+    References:
+      PowerFlow, arXiv 2603.18363, Eq. 10, with the clamps of its trainer.
+
+    >>> import jax.numpy as jnp
+    >>> importance_weight(jnp.array([-1.0, -1.0, -2.0]), jnp.array([-1.0, -2.0, -1.0]))
+    Array([1.  , 1.28, 0.8 ], dtype=float32)
+    """
+    if not 0 < low <= 1 <= high:
+        raise ValueError(f"need 0 < low <= 1 <= high, got low={low}, high={high}")
+    _check_shapes(log_pf=log_pf, log_pf_old=log_pf_old)
+    # Clipping before exp: the same value, and no overflow to inf far off policy.
+    log_ratio = lax.stop_gradient(log_pf - log_pf_old)
+    log_ratio = jnp.clip(log_ratio, jnp.log(low), jnp.log(high))
+    return jnp.clip(jnp.exp(log_ratio), low, high)
+
+
+def group_log_z(
+    log_pf: jax.Array,
+    log_reward: jax.Array,
+    length: jax.Array,
+    group: jax.Array,
+    num_groups: int,
+) -> jax.Array:
+    r"""log Z' from the samples of each prompt: what makes their mean residual 0.
+
+    .. math:: \log Z'_q = -\frac{1}{n}\sum_{i \in q}
+              \frac{\log\pi(y_i|q) - \log R(q, y_i)}{|y_i|}
+
+    It replaces a learned log Z' and has the same fixed point. Pass
+    ``length=1`` everywhere to estimate the log Z of plain trajectory balance.
+
+    Args:
+      log_pf: `[*n]` log pi(y|q) in nats; no gradient.
+      log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``;
+        no gradient.
+      length: `[*n]` |y|.
+      group: `[*n]` integer id of the prompt, 0 .. num_groups - 1; other values
+        mark padding and are left out of every mean.
+      num_groups: number of prompts (static).
+
+    Returns:
+      `[*n]` the estimate of each trajectory's group; 0 for padding.
+
+    Raises:
+      ValueError: if two shapes differ.
+
+    References:
+      VarGrad, arXiv 2010.10436; used for language models in arXiv 2503.18929.
+
+    >>> import jax.numpy as jnp
+    >>> group_log_z(jnp.array([-2.0, -4.0]), jnp.array([-4.0, -8.0]),
+    ...             jnp.array([1, 2]), jnp.array([0, 0]), 1)
+    Array([-2., -2.], dtype=float32)
+    """
+    _check_shapes(log_pf=log_pf, log_reward=log_reward, length=length, group=group)
+    is_member = (group >= 0) & (group < num_groups)
+    index = jnp.where(is_member, group, 0).reshape(-1)
+    per_token = (log_pf - log_reward) / jnp.maximum(length, 1).astype(log_pf.dtype)
+    per_token = jnp.where(is_member, per_token, 0.0).reshape(-1)
+    total = jnp.zeros(num_groups, per_token.dtype).at[index].add(per_token)
+    count = jnp.zeros(num_groups, per_token.dtype)
+    count = count.at[index].add(is_member.reshape(-1).astype(per_token.dtype))
+    mean = total / jnp.maximum(count, 1.0)
+    estimate = jnp.where(is_member, -mean[index].reshape(log_pf.shape), 0.0)
+    return lax.stop_gradient(estimate)
+
+
+def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
+    """Mean of the entries of `x` that `where` keeps; 0 when it keeps none.
+
+    What is masked out may be anything, NaN included, in value and gradient.
+
+    Args:
+      x: `[*n]` values; gradient flows through kept entries.
+      where: `[*n]` booleans.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> masked_mean(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
+    Array(2., dtype=float32)
+    """
+    if x.shape != where.shape:
+        raise ValueError(f"x has shape {x.shape} but where has shape {where.shape}")
+    total = jnp.sum(jnp.where(where, x, 0))
+    return total / jnp.maximum(jnp.sum(where), 1).astype(total.dtype)
+
+
+def _check_shapes(**arrays: jax.Array) -> None:
+    """Raises if two arrays differ in shape; [n] against [n, 1] would broadcast."""
+    shapes = {name: jnp.shape(x) for name, x in arrays.items() if jnp.ndim(x)}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes must agree (or be scalar), got {shapes}")

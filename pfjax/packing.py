@@ -1,0 +1,185 @@
+"""Trajectories -> rows of a fixed shape, and tokens -> trajectories again."""
+
+import bisect
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from pfjax.types import Array, PackedBatch, Placement
+
+
+def max_micro_batches(
+    num_trajectories: int, max_length: int, rows: int, row_length: int
+) -> int:
+    """Micro-batches that always suffice for trajectories of at most `max_length`.
+
+    `pack` opens a row only when a trajectory fits none of the open ones, so every
+    closed row holds at least `row_length // max_length` of them.
+    """
+    per_row = row_length // max_length
+    return -(-num_trajectories // (per_row * rows))
+
+
+def slots_per_row(row_length: int, max_length: int) -> int:
+    """N: trajectories a row may hold. Rows of very short ones end partly empty."""
+    return max(row_length // max_length, row_length // 8)
+
+
+def pack(
+    sequences: list[Int[np.ndarray, "_"]],
+    prompt_lengths: Int[np.ndarray, "s"],
+    *,
+    rows: int,
+    row_length: int,
+    slots: int,
+    micro_batches: int,
+    psi: Float[np.ndarray, "s"] | None = None,
+    prompt_index: Int[np.ndarray, "s"] | None = None,
+) -> tuple[PackedBatch, Placement, int]:
+    """Packs trajectories by best fit, longest first.
+
+    Args:
+      sequences: prompt followed by response, token ids, one array a trajectory.
+      prompt_lengths: tokens of each that are prompt, at least 1.
+      rows: B, rows a micro-batch.
+      row_length: T.
+      slots: N, the most trajectories a row may hold.
+      micro_batches: M, the size of the result; all of it padding past the third
+        value returned.
+      psi: format term of each trajectory; 0 when not given.
+      prompt_index: prompt of each trajectory; 0 when not given.
+
+    Returns:
+      The batch `[M, B, ...]`; where each trajectory went; and the number of
+      micro-batches that hold any.
+
+    Raises:
+      ValueError: if a trajectory is longer than a row or lacks a prompt or a
+        response, or if all do not fit.
+    """
+    lengths = np.array([len(s) for s in sequences], np.int64)
+    _check(lengths, prompt_lengths, row_length)
+    psi = np.zeros(len(sequences), np.float32) if psi is None else psi
+    if prompt_index is None:
+        prompt_index = np.zeros(len(sequences), np.int32)
+    placement = _best_fit(lengths, row_length, slots)
+    used = -(-int(placement.row.max(initial=-1) + 1) // rows)
+    if used > micro_batches:
+        raise ValueError(
+            f"{len(sequences)} trajectories of {lengths.sum()} tokens need {used} "
+            f"micro-batches of {rows} x {row_length} tokens, but only {micro_batches} "
+            "were given; raise row_length or rows"
+        )
+    bt, bn = (micro_batches * rows, row_length), (micro_batches * rows, slots)
+    batch = PackedBatch(
+        tokens=np.zeros(bt, np.int32),
+        positions=np.zeros(bt, np.int32),
+        segment_ids=np.zeros(bt, np.int32),
+        is_response=np.zeros(bt, bool),
+        length=np.zeros(bn, np.int32),
+        psi=np.zeros(bn, np.float32),
+        prompt_index=np.full(bn, -1, np.int32),
+        is_real=np.zeros(bn, bool),
+    )
+    for i, (sequence, prompt_length) in enumerate(
+        zip(sequences, prompt_lengths, strict=True)
+    ):
+        row, slot, start = placement.row[i], placement.slot[i], placement.start[i]
+        span = slice(start, start + len(sequence))
+        batch.tokens[row, span] = sequence
+        batch.positions[row, span] = np.arange(len(sequence))
+        batch.segment_ids[row, span] = slot + 1
+        batch.is_response[row, start + prompt_length : span.stop] = True
+        batch.length[row, slot] = len(sequence) - prompt_length
+        batch.psi[row, slot] = psi[i]
+        batch.prompt_index[row, slot] = prompt_index[i]
+        batch.is_real[row, slot] = True
+    split = [x.reshape(micro_batches, rows, -1) for x in batch]
+    return PackedBatch(*split), placement, used
+
+
+def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, row_length: int) -> None:
+    if len(lengths) and lengths.max() > row_length:
+        i = int(lengths.argmax())
+        raise ValueError(
+            f"trajectory {i} has {lengths[i]} tokens but a row holds {row_length}"
+        )
+    bad = np.flatnonzero((prompt_lengths < 1) | (prompt_lengths >= lengths))
+    if len(bad):
+        i = int(bad[0])
+        raise ValueError(
+            f"trajectory {i} has {lengths[i]} tokens of which {prompt_lengths[i]} are "
+            "prompt; it needs at least one of prompt and one of response"
+        )
+
+
+def _best_fit(lengths: np.ndarray, row_length: int, slots: int) -> Placement:
+    row, slot, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
+    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    held: list[int] = []  # trajectories in each row
+    for i in np.argsort(-lengths, kind="stable"):
+        at = bisect.bisect_left(open_rows, (int(lengths[i]), -1))
+        if at == len(open_rows):
+            free, r = row_length, len(held)
+            held.append(0)
+        else:
+            free, r = open_rows.pop(at)
+        row[i], slot[i], start[i] = r, held[r], row_length - free
+        held[r] += 1
+        if held[r] < slots:
+            bisect.insort(open_rows, (free - int(lengths[i]), r))
+    return Placement(row, slot, start)
+
+
+def segment_sum(
+    x: Shaped[Array, "b t *d"], segment_ids: Int[Array, "b t"], slots: int
+) -> Shaped[Array, "b n *d"]:
+    """Sums the tokens of each trajectory, in float32.
+
+    Args:
+      x: a value, or a vector, a token. Tokens to be left out must be 0 already.
+      segment_ids: 0 for padding (left out), 1..slots for a trajectory.
+      slots: N.
+    """
+    # A product with the one-hot membership runs on the matrix unit and has a
+    # cheap gradient; a scatter does neither on TPU.
+    member = segment_ids[:, :, None] == jnp.arange(1, slots + 1)[None, None, :]
+    return jnp.einsum(
+        "btn,bt...->bn...",
+        member.astype(jnp.float32),
+        x.astype(jnp.float32),
+        precision="highest",
+    )
+
+
+def response_log_prob(
+    log_prob: Float[Array, "b t"], batch: PackedBatch
+) -> Float[Array, "b n"]:
+    """Sums token log-probs over the response of each trajectory."""
+    kept = jnp.where(batch.is_response, log_prob, 0.0)
+    return segment_sum(kept, batch.segment_ids, batch.length.shape[-1])
+
+
+def prompt_mask(batch: PackedBatch) -> Bool[Array, "b t"]:
+    """Whether a token belongs to a prompt."""
+    return (batch.segment_ids > 0) & ~batch.is_response
+
+
+def unpack_slots(x: Array, placement: Placement) -> np.ndarray:
+    """`[*m, B, N]` values back in the order of the trajectories, `[S]`."""
+    x = np.asarray(x)
+    return x.reshape(-1, x.shape[-1])[placement.row, placement.slot]
+
+
+def unpack_responses(
+    x: Array, placement: Placement, prompt_lengths: np.ndarray, lengths: np.ndarray
+) -> list[np.ndarray]:
+    """`[*m, B, T]` values of the response tokens of each trajectory."""
+    x = np.asarray(x)
+    x = x.reshape(-1, x.shape[-1])
+    first = placement.start + prompt_lengths
+    return [
+        x[r, s : s + n]
+        for r, s, n in zip(placement.row, first, lengths, strict=True)
+    ]

@@ -1,0 +1,404 @@
+"""Hugging Face folders <-> policies: `config.json` and safetensors, no torch.
+
+One table says where each tensor lives on both sides; loading reads only the bytes
+that a device's shard needs, saving writes tensor by tensor.
+"""
+
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pfjax import sharding
+from pfjax.policy import model
+from pfjax.policy.model import ModelConfig, Policy
+
+EMBEDDED = "pfjax/toy"  # loads the assets of this package, see pfjax/toy.py
+MAX_FILE_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
+
+# Our parameter -> (HF name, for each HF dimension the dimensions of ours that
+# it holds, layer axis left out). A layer's names stand below `model.layers.<i>.`.
+_TOP = {
+    "embed": ("model.embed_tokens.weight", ((0,), (1,))),
+    "final_norm": ("model.norm.weight", ((0,),)),
+    "head": ("lm_head.weight", ((0,), (1,))),
+}
+_LAYER = {
+    "attn_norm": ("input_layernorm.weight", ((0,),)),
+    "wq": ("self_attn.q_proj.weight", ((1, 2), (0,))),
+    "wk": ("self_attn.k_proj.weight", ((1, 2), (0,))),
+    "wv": ("self_attn.v_proj.weight", ((1, 2), (0,))),
+    "bq": ("self_attn.q_proj.bias", ((0, 1),)),
+    "bk": ("self_attn.k_proj.bias", ((0, 1),)),
+    "bv": ("self_attn.v_proj.bias", ((0, 1),)),
+    "wo": ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
+    "w_gate": ("mlp.gate_proj.weight", ((1,), (0,))),
+    "w_up": ("mlp.up_proj.weight", ((1,), (0,))),
+    "w_down": ("mlp.down_proj.weight", ((1,), (0,))),
+}
+# Buffers that some checkpoints carry and nothing reads.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
+    """A folder on this machine: the embedded model, a path, or a download.
+
+    Raises:
+      ValueError: if it is neither a folder with a `config.json` nor on the hub.
+    """
+    name = os.fspath(path_or_hub_id)
+    if name == EMBEDDED:
+        return pathlib.Path(str(importlib.resources.files("pfjax") / "assets" / "toy"))
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model folder {path} has no config.json")
+        return path
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"model folder {path} does not exist")
+    import huggingface_hub
+
+    try:
+        files = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=files)
+        )
+    except Exception as error:
+        raise ValueError(
+            f"model {name!r} is no folder here ({path.absolute()}) and could not be "
+            f"fetched from the Hugging Face hub: {error}"
+        ) from error
+
+
+def read_config(folder: str | os.PathLike) -> ModelConfig:
+    """The architecture from `config.json`, stop ids from `generation_config.json`.
+
+    Raises:
+      ValueError: for a field whose effect is not implemented.
+    """
+    folder = pathlib.Path(folder)
+    c = json.loads((folder / "config.json").read_text())
+    if c.get("model_type") != "qwen2":
+        raise ValueError(
+            f"{folder}/config.json has model_type {c.get('model_type')!r}; "
+            "supported: 'qwen2'"
+        )
+    rope = dict(c.get("rope_parameters") or {})
+    scaling = dict(c.get("rope_scaling") or rope)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    unsupported = {
+        "rope_scaling": kind != "default" and kind,
+        "use_sliding_window": c.get("use_sliding_window", False),
+        "hidden_act": c.get("hidden_act", "silu") != "silu" and c["hidden_act"],
+    }
+    for field, value in unsupported.items():
+        if value:
+            raise ValueError(
+                f"{folder}/config.json sets {field}={value!r}: not supported"
+            )
+    heads = c["num_attention_heads"]
+    return ModelConfig(
+        vocab_size=c["vocab_size"],
+        embed_dim=c["hidden_size"],
+        num_layers=c["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        mlp_dim=c["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
+        norm_eps=float(c["rms_norm_eps"]),
+        tied_embeddings=bool(c.get("tie_word_embeddings", False)),
+        attention_bias=True,
+        max_positions=int(c["max_position_embeddings"]),
+        stop_ids=_stop_ids(folder, c),
+    )
+
+
+def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.is_file() else {}
+    ids: set[int] = set()
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(sorted(ids))
+
+
+def _to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.embed_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.mlp_dim,
+        "hidden_act": "silu",
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied_embeddings,
+        "max_position_embeddings": c.max_positions,
+        "use_sliding_window": False,
+        "eos_token_id": list(c.stop_ids),
+        "dtype": dtype,
+    }
+
+
+def _leaves(
+    params: model.Params,
+) -> Iterator[tuple[tuple[str, ...], str, tuple[tuple[int, ...], ...], Any]]:
+    """(path, HF name with `{}` for the layer, dimensions, leaf) of each parameter."""
+    for name, value in params.items():
+        if name == "blocks":
+            for key, leaf in value.items():
+                hf_name, dims = _LAYER[key]
+                yield ("blocks", key), "model.layers.{}." + hf_name, dims, leaf
+        else:
+            yield (name,), *_TOP[name], value
+
+
+def load(
+    path_or_hub_id: str | os.PathLike,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> Policy:
+    """Loads a policy from a folder in Hugging Face format, a hub id, or "pfjax/toy".
+
+    Args:
+      path_or_hub_id: where; `"pfjax/toy"` is the model that ships with pfjax.
+      mesh: places the parameters on this mesh; the default device when None.
+      dtype: type of the parameters and of the computation.
+
+    Returns:
+      The policy.
+
+    Raises:
+      ValueError: if there is no such model, its architecture is not supported, or
+        its tensors are not exactly those that its config names.
+
+    >>> policy = load("pfjax/toy")
+    >>> policy.config.num_layers
+    3
+    """
+    import dataclasses
+
+    folder = resolve(path_or_hub_id)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    abstract = model.abstract_params(config)
+    if mesh is None:
+        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    else:
+        where = sharding.tree_shardings(mesh, model.logical_axes(config), abstract)
+    tensors = _open(folder)
+    _check_tensors(folder, tensors, abstract)
+    params: model.Params = {}
+    for path, name, dims, leaf in _leaves(abstract):
+        is_layer = path[0] == "blocks"
+        read = _reader(tensors, name, dims, leaf.shape, is_layer, jnp.dtype(dtype))
+        at = where
+        for key in path:
+            at = at[key]
+        array = jax.make_array_from_callback(leaf.shape, at, read)
+        target = params.setdefault("blocks", {}) if is_layer else params
+        target[path[-1]] = array
+    return Policy(config, params)
+
+
+def _open(folder: pathlib.Path) -> dict[str, Any]:
+    """HF name -> lazy slice, of one file or of an index of many."""
+    single, index = folder / "model.safetensors", folder / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    elif single.is_file():
+        files = [single]
+    else:
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor {_INDEX}; weights in other "
+            "formats (pytorch_model.bin) are not loaded: convert them with transformers"
+        )
+    tensors: dict[str, Any] = {}
+    for file in files:
+        try:
+            handle = safetensors.safe_open(file, framework="numpy")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        tensors.update({name: handle.get_slice(name) for name in handle.keys()})
+    return tensors
+
+
+def _check_tensors(
+    folder: pathlib.Path, tensors: dict[str, Any], abstract: model.Params
+) -> None:
+    wanted = {}
+    for path, name, dims, leaf in _leaves(abstract):
+        is_layer = path[0] == "blocks"
+        shape = leaf.shape[1:] if is_layer else leaf.shape
+        hf_shape = [int(np.prod([shape[d] for d in group])) for group in dims]
+        for i in range(leaf.shape[0] if is_layer else 1):
+            wanted[name.format(i)] = hf_shape
+    present = {name for name in tensors if not _IGNORED.search(name)}
+    if "head" not in abstract:
+        present.discard("lm_head.weight")  # a copy of the tied embedding
+    problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
+    problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
+    problems += [
+        f"{n} has shape {tensors[n].get_shape()}, expected {shape}"
+        for n, shape in wanted.items()
+        if n in present and list(tensors[n].get_shape()) != shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{folder} does not match its config.json:\n  {shown}{more}")
+
+
+def _reader(
+    tensors: dict[str, Any],
+    name: str,
+    dims: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+    is_layer: bool,
+    dtype: jnp.dtype,
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function from an index of our array to its values, reading only those."""
+
+    def read_one(tensor: Any, index: tuple[slice, ...], full: tuple[int, ...]):
+        spans = [s.indices(n)[:2] for s, n in zip(index, full, strict=True)]
+        cut, sizes = [], []
+        for group in dims:
+            # Of several dimensions in one, only the first may be split.
+            inner = int(np.prod([full[d] for d in group[1:]]))
+            lo, hi = spans[group[0]]
+            cut.append(slice(lo * inner, hi * inner))
+            sizes += [hi - lo, *(full[d] for d in group[1:])]
+        order = [d for group in dims for d in group]
+        values = tensor[tuple(cut)].reshape(sizes).transpose(np.argsort(order))
+        return values.astype(dtype)
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not is_layer:
+            return read_one(tensors[name], index, shape)
+        layers = range(*index[0].indices(shape[0]))
+        out = [
+            read_one(tensors[name.format(i)], index[1:], shape[1:]) for i in layers
+        ]
+        return np.stack(out)
+
+    return read
+
+
+def save(
+    policy: Policy,
+    out_dir: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Writes a folder that `transformers` and `pfjax.load` read.
+
+    The folder appears whole or not at all: it is written beside its place and
+    renamed.
+
+    Args:
+      policy: what to write.
+      out_dir: the folder; an old one of that name is replaced.
+      base: a model folder or hub id whose config and tokenizer files are copied;
+        without it a minimal `config.json` is written, and no tokenizer.
+      dtype: type of the tensors; that of the base, else of the parameters.
+    """
+    out = pathlib.Path(out_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    source = None if base is None else resolve(base)
+    if dtype is None and source is not None:
+        stored = json.loads((source / "config.json").read_text())
+        dtype = stored.get("dtype") or stored.get("torch_dtype")
+    dtype = dtype or str(policy.params["embed"].dtype)
+    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        tmp.chmod(0o755)
+        _write_tensors(policy.params, tmp, jnp.dtype(dtype))
+        if source is None:
+            config = json.dumps(_to_json(policy.config, dtype), indent=2)
+            (tmp / "config.json").write_text(config + "\n")
+        else:
+            _copy_side_files(source, tmp, dtype)
+        if out.exists():
+            shutil.rmtree(out)
+        tmp.rename(out)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> None:
+    for file in sorted(source.iterdir()):
+        is_weight = ".safetensors" in file.name or file.suffix in (".bin", ".pth", ".pt")
+        if file.is_file() and not is_weight and file.suffix not in (".md", ".jsonl"):
+            shutil.copyfile(file, out / file.name)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) -> None:
+    files: list[dict[str, np.ndarray]] = [{}]
+    names: dict[str, int] = {}
+    size = total = 0
+
+    def flush() -> None:
+        path = out / f"{len(files) - 1}.safetensors"
+        safetensors.numpy.save_file(files[-1], path, metadata={"format": "pt"})
+        files[-1] = {}
+
+    for name, tensor in _hf_tensors(params, dtype):
+        if size and size + tensor.nbytes > MAX_FILE_BYTES:
+            flush()
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        names[name] = len(files) - 1
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if len(files) == 1:
+        (out / "0.safetensors").rename(out / "model.safetensors")
+        return
+    final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for i, file in enumerate(final):
+        (out / f"{i}.safetensors").rename(out / file)
+    weight_map = {name: final[i] for name, i in names.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _hf_tensors(
+    params: model.Params, dtype: jnp.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    def convert(value: np.ndarray, dims: tuple[tuple[int, ...], ...]) -> np.ndarray:
+        shape = [int(np.prod([value.shape[d] for d in group])) for group in dims]
+        value = value.transpose([d for group in dims for d in group]).reshape(shape)
+        return np.ascontiguousarray(value.astype(dtype))
+
+    for path, name, dims, leaf in _leaves(params):
+        if path[0] != "blocks":
+            yield name, convert(np.asarray(leaf), dims)
+            continue
+        for i in range(leaf.shape[0]):
+            yield name.format(i), convert(np.asarray(leaf[i]), dims)

@@ -1,0 +1,115 @@
+"""The device mesh, and the one table from logical axes to mesh axes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pfjax.types import Array
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter or an activation -> mesh axes it is split over.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    # The head's vocabulary takes every device that holds weights: then no chunk
+    # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
+    "vocab": ("fsdp", "tensor"),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """A `data x fsdp x tensor` mesh over all devices; one size may be -1.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    free = [name for name, size in sizes.items() if size == -1]
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or given < 1 or devices % given or (not free and given != devices):
+        flags = " ".join(f"--config.mesh.{k}={v}" for k, v in sizes.items())
+        raise ValueError(
+            f"a mesh of {flags} does not cover the {devices} devices here: the sizes "
+            "must multiply to that number (one of them may be -1)"
+        )
+    sizes |= {name: devices // given for name in free}
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3
+    )
+
+
+def spec(
+    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical axes.
+
+    Key/value heads too few to split are replicated; so is an axis whose mesh axes
+    an earlier dimension already took.
+
+    Raises:
+      ValueError: if another dimension does not divide by its mesh axes.
+    """
+    parts, taken = [], set()
+    for axis, size in zip(axes, shape, strict=True):
+        rule = RULES[axis]
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        names = tuple(n for n in names if n not in taken and mesh.shape[n] > 1)
+        ways = int(np.prod([mesh.shape[n] for n in names]))
+        if size % ways and axis == "kv_heads":
+            names = ()
+        elif size % ways:
+            flags = ", ".join(f"--config.mesh.{n}={mesh.shape[n]}" for n in names)
+            raise ValueError(
+                f"{axis} of size {size} does not divide over {ways} devices ({flags}); "
+                f"choose mesh sizes whose product divides {size}"
+            )
+        taken.update(names)
+        parts.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*parts)
+
+
+def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a tree of parameters from their logical axes and shapes."""
+    return jax.tree.map(
+        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape)), shapes, axes
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Number of devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
+    """Places host arrays on the mesh, dimension `dim` split as "batch".
+
+    Every process passes the same whole arrays and keeps its own part.
+    """
+
+    def put(x: Array) -> jax.Array:
+        axes = (None,) * dim + ("batch",) + (None,) * (x.ndim - dim - 1)
+        return jax.device_put(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
+
+    return jax.tree.map(put, tree)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for an activation's sharding; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))

@@ -1,0 +1,140 @@
+"""The user's mistakes, found before anything heavy starts; and the run's folder."""
+
+import difflib
+import importlib.metadata
+import json
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from pfjax import sharding
+from pfjax.training import objectives
+
+# A run may be continued with these changed: they do not touch what is computed (a
+# mesh does, by rounding only).
+MAY_CHANGE = (
+    "num_steps",
+    "eval_every",
+    "eval_samples",
+    "log_every",
+    "checkpoint_every",
+    "wandb_project",
+    "mesh",
+)
+_POSITIVE = (
+    "alpha",
+    "num_steps",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "max_new_tokens",
+    "temperature",
+    "updates_per_rollout",
+    "rows",
+    "row_length",
+    "eval_every",
+    "eval_samples",
+    "log_every",
+    "checkpoint_every",
+)
+
+
+def check_config(c: ml_collections.FrozenConfigDict) -> None:
+    """Raises ValueError for values that cannot be meant."""
+    for name in _POSITIVE:
+        if not c[name] > 0:
+            raise ValueError(f"--config.{name}={c[name]}: must be positive")
+    choices = {
+        "objective": sorted(objectives.OBJECTIVES),
+        "log_z": ["group", "head"],
+        "dtype": ["bfloat16", "float32"],
+    }
+    for name, allowed in choices.items():
+        if c[name] not in allowed:
+            near = difflib.get_close_matches(str(c[name]), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"--config.{name}={c[name]}: must be one of {allowed}{hint}"
+            )
+    if c.log_z == "group" and c.samples_per_prompt < 2:
+        raise ValueError(
+            "--config.log_z=group averages over the samples of a prompt: "
+            f"samples_per_prompt must be at least 2, got {c.samples_per_prompt}"
+        )
+    if c.updates_per_rollout > c.prompts_per_step:
+        raise ValueError(
+            f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
+            f"prompts_per_step={c.prompts_per_step}"
+        )
+
+
+def check_batch(c: ml_collections.FrozenConfigDict, mesh: Mesh) -> None:
+    """Raises ValueError if a batch does not divide by the devices."""
+    ways = sharding.batch_ways(mesh)
+    for name in ("prompts_per_step", "rows"):
+        if c[name] % ways:
+            raise ValueError(
+                f"--config.{name}={c[name]} does not divide by the {ways} devices that "
+                f"batches are split over (mesh.data={mesh.shape['data']} x "
+                f"mesh.fsdp={mesh.shape['fsdp']})"
+            )
+
+
+def check_lengths(
+    c: ml_collections.FrozenConfigDict, longest_prompt: int, max_positions: int
+) -> None:
+    """Raises ValueError if a trajectory could exceed a row or the model."""
+    need = longest_prompt + c.max_new_tokens
+    parts = f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens}"
+    if need > c.row_length:
+        raise ValueError(
+            f"--config.row_length={c.row_length} is too short for {parts} = {need}"
+        )
+    if need > max_positions:
+        raise ValueError(
+            f"{parts} = {need} exceeds the model's {max_positions} positions; lower "
+            "--config.max_new_tokens or --config.data.max_prompt_tokens"
+        )
+
+
+def check_workdir(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> None:
+    """Raises ValueError if the folder holds a run with another config."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    old = _flatten(json.loads(path.read_text())["config"])
+    new = _flatten(json.loads(c.to_json()))
+    changed = [
+        f"{name}: {old.get(name, '(absent)')} -> {new.get(name, '(absent)')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_CHANGE
+    ]
+    if changed:
+        shown = "\n  ".join(changed)
+        raise ValueError(
+            f"{folder} holds a run with another config:\n  {shown}\n"
+            "choose another --workdir, or restore these values to continue it"
+        )
+
+
+def write_config(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> None:
+    """Writes `config.json`: every value, and the versions that computed with it."""
+    packages = ("pfjax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {p: importlib.metadata.version(p) for p in packages}
+    versions["backend"] = jax.devices()[0].device_kind
+    out = {"config": json.loads(c.to_json()), "versions": versions}
+    tmp = folder / ".config.json.tmp"
+    tmp.write_text(json.dumps(out, indent=2) + "\n")
+    tmp.rename(folder / "config.json")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            out |= _flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out

@@ -1,0 +1,250 @@
+"""What a step looked like, in numbers; and where they are written.
+
+The numbers come from host arrays with one entry a trajectory, so that each can be
+tested on a batch made by hand. Means are over responses unless said otherwise.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pfjax.types import Rollout
+
+
+class StepRecord(NamedTuple):
+    """One training step, arrays `[S]` in the order prompt by prompt."""
+
+    prompt_index: np.ndarray
+    length: np.ndarray
+    finished: np.ndarray
+    psi: np.ndarray
+    log_pf: np.ndarray
+    log_p_base: np.ndarray
+    log_z: np.ndarray
+    weight: np.ndarray
+    loss: np.ndarray
+    residual: np.ndarray
+    entropy: np.ndarray  # summed over tokens
+
+
+def balance_metrics(r: StepRecord, weight_clamps: tuple[float, float]) -> dict:
+    """How far the policy is from the target, and log Z' from its prompts."""
+    m, m0 = r.log_pf / r.length, r.log_p_base / r.length
+    by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
+    at_clamp = np.isclose(r.weight, weight_clamps[0]) | np.isclose(
+        r.weight, weight_clamps[1]
+    )
+    return {
+        "tb/loss": r.loss.mean(),
+        "tb/residual_mean": r.residual.mean(),
+        "tb/residual_std": r.residual.std(),
+        "tb/residual_p95_abs": np.quantile(np.abs(r.residual), 0.95),
+        "tb/residual_std_within_prompt": np.sqrt(np.mean([x.var() for x in by_prompt])),
+        "tb/logz_mean": r.log_z.mean(),
+        "tb/logz_std": r.log_z.std(),
+        "tb/logz_gap": np.mean([abs(x.mean()) for x in by_prompt]),
+        "policy/logp_per_token": m.mean(),
+        "base/logp_per_token": m0.mean(),
+        "kl/policy_base_per_token": (m - m0).mean(),
+        "is/w_mean": r.weight.mean(),
+        "is/w_at_clamp_frac": at_clamp.mean(),
+        "entropy": r.entropy.sum() / r.length.sum(),
+    }
+
+
+def completion_metrics(r: StepRecord, has_box: np.ndarray) -> dict:
+    """Lengths and form of the responses."""
+    ended = r.length[r.finished]
+    return {
+        "completions/mean_length": r.length.mean(),
+        "completions/max_length": r.length.max(),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else 0.0,
+        "completions/clipped_ratio": 1.0 - r.finished.mean(),
+        "completions/boxed_frac": has_box.mean(),
+        "num_tokens": r.length.sum(),
+    }
+
+
+def repetition_metrics(responses: list[np.ndarray], n: int = 4) -> dict:
+    """Share of token n-grams that repeat, and of responses that end in a loop."""
+    fractions = [_repeated_ngrams(y, n) for y in responses]
+    return {
+        "repetition/ngram_frac": np.mean(fractions),
+        "repetition/loop_frac": np.mean([_ends_in_loop(y) for y in responses]),
+    }
+
+
+def _repeated_ngrams(y: np.ndarray, n: int) -> float:
+    if len(y) < n:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(y, n)
+    return 1.0 - len(np.unique(grams, axis=0)) / len(grams)
+
+
+def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
+    """Whether the tail is one period of at most `longest` tokens, 4 times over."""
+    for period in range(1, min(longest, len(y) // repeats) + 1):
+        tail = y[-period * repeats :].reshape(repeats, period)
+        if (tail == tail[0]).all():
+            return True
+    return False
+
+
+def rollout_gap(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+    """Distance between the sampler's token log-probs and the scorer's, in nats."""
+    drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
+    gaps = np.concatenate(
+        [np.abs(x - y[: len(x)]) for x, y in zip(scored, drawn, strict=True)]
+    )
+    return {"rollout/logp_gap_mean": gaps.mean(), "rollout/logp_gap_max": gaps.max()}
+
+
+class Writer:
+    """Writes metrics to `metrics.jsonl`, TensorBoard, and perhaps W&B."""
+
+    def __init__(
+        self, workdir: pathlib.Path, last_step: int, wandb_project: str = ""
+    ):
+        """Opens the files, dropping lines of steps past `last_step` (a resume)."""
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        self.history = [r for r in read_jsonl(self._path) if r["step"] <= last_step]
+        text = "".join(json.dumps(r) + "\n" for r in self.history)
+        tmp = self._path.with_suffix(".tmp")
+        tmp.write_text(text)
+        tmp.rename(self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=last_step + 1)
+        self._wandb = None
+        if wandb_project:
+            import wandb  # the extra `wandb`
+
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=workdir,
+                id=workdir.name,
+                resume="allow",
+                config=json.loads((workdir / "config.json").read_text())["config"],
+            )
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        row = {"step": step} | {k: float(v) for k, v in values.items()}
+        self.history.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line cut short by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    tmp.rename(path)
+
+
+class Progress:
+    """A progress bar when a person watches, plain lines when nobody does."""
+
+    SHOWN = {
+        "tb/loss": "loss",
+        "tb/residual_mean": "residual",
+        "completions/mean_length": "length",
+        "entropy": "entropy",
+        "time/step": "s/step",
+    }
+
+    def __init__(self, start: int, total: int, every: int):
+        self._every, self._total, self._bar = every, total, None
+        if sys.stderr.isatty():
+            import rich.progress as rp
+
+            self._bar = rp.Progress(
+                rp.TextColumn("step {task.completed}/{task.total}"),
+                rp.BarColumn(),
+                rp.TextColumn("{task.description}"),
+                rp.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._bar.start()
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        text = "  ".join(f"{s} {values[k]:.3g}" for k, s in self.SHOWN.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step % self._every == 0 or step == self._total:
+            print(f"step {step}/{self._total}  {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Clock:
+    """Seconds of the parts of a step."""
+
+    def __init__(self):
+        self._begin = self._last = time.perf_counter()
+        self._times: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._times[f"time/{name}"] = now - self._last
+        self._last = now
+
+    def done(self) -> dict[str, float]:
+        return self._times | {"time/step": time.perf_counter() - self._begin}
+
+
+def before_and_after(history: list[dict[str, Any]], workdir: pathlib.Path) -> str:
+    """The table a run ends with: the first and the last evaluation."""
+    import rich.console
+    import rich.table
+
+    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
+    console = rich.console.Console(width=min(100, rich.console.Console().width))
+    with console.capture() as captured:
+        if evaluated:
+            first, last = evaluated[0], evaluated[-1]
+            table = rich.table.Table(title="What changed on the held-out prompts")
+            for name in ("", f"step {first['step']}", f"step {last['step']}"):
+                table.add_column(name, justify="right" if name else "left")
+            for key in first:
+                if key.startswith("eval/") and not key.endswith("_se"):
+                    table.add_row(key, f"{first[key]:.3f}", f"{last[key]:.3f}")
+            console.print(table)
+        console.print(f"run:   {workdir}", soft_wrap=True)
+        console.print(f"model: {workdir / 'hf'}", soft_wrap=True)
+    return captured.get()

@@ -1,0 +1,61 @@
+"""The optimiser: one optax chain for each group of parameters."""
+
+import dataclasses
+
+import jax
+import optax
+
+from pfjax.policy.model import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float
+    log_z_learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    b1: float = 0.9
+    b2: float = 0.999
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW for `{"policy": ..., "log_z": ...}`, constant rates after a warm-up.
+
+    Each group is clipped by its own global norm: the policy's update must not
+    shrink because log Z' is off. log Z' has its own rate (about 100 times the
+    policy's, as GFlowNet practice has it) and no weight decay.
+    """
+
+    def rate(peak: float) -> optax.Schedule:
+        # Step i of the warm-up uses (i + 1) / warmup_steps: no step is lost at 0.
+        warmup = max(config.warmup_steps, 1)
+        return optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
+
+    def chain(peak: float, decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(
+                rate(peak),
+                b1=config.b1,
+                b2=config.b2,
+                weight_decay=decay,
+                mask=_is_matrix,
+            ),
+        )
+
+    groups = {
+        "policy": chain(config.learning_rate, config.weight_decay),
+        "log_z": chain(config.log_z_learning_rate, 0.0),
+    }
+    return optax.partition(groups, param_labels={"policy": "policy", "log_z": "log_z"})
+
+
+def _is_matrix(params: Params) -> Params:
+    """Norm scales and biases, stacked along layers or not, are not decayed."""
+
+    def decayed(path, _):
+        name = str(path[-1].key)
+        return "norm" not in name and name not in ("bq", "bk", "bv", "bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

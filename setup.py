@@ -1,0 +1,60 @@
+"""Metadata of pfjax. Each Python has one row of versions, tested together.
+
+flax 0.12.8 breaks on jax >= 0.11.1 although its metadata allows it, and later flax
+needs Python 3.12; so both are pinned by marker.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text())
+OLD, NEW = 'python_version < "3.12"', 'python_version >= "3.12"'
+
+
+def jax(extra: str = "") -> list[str]:
+    name = f"jax[{extra}]" if extra else "jax"
+    return [f"{name}==0.10.2; {OLD}", f"{name}>=0.11.2,<0.13; {NEW}"]
+
+
+setuptools.setup(
+    name="pfjax",
+    version=VERSION[1],
+    description="PowerFlow in JAX: language models toward their alpha-power distribution",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # "." as the root puts `configs` on the path of an editable install.
+    package_dir={"": "."},
+    packages=setuptools.find_packages(include=["pfjax", "pfjax.*"]),
+    package_data={"pfjax": ["assets/*/*"]},
+    install_requires=[
+        *jax(),
+        f"flax==0.12.8; {OLD}",
+        f"flax>=0.12.12,<0.13; {NEW}",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint==0.12.8",
+        "transformers>=5,<6",
+        "sentencepiece>=0.2",
+        "datasets>=4",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "beartype>=0.20",
+        "huggingface_hub>=1",
+        "jaxtyping>=0.3.5",
+        "math-verify[antlr4_13_2]==0.9.0",
+        "rich>=13",
+        "safetensors>=0.6",
+        "tensorboardX>=2.6",
+    ],
+    extras_require={
+        "cuda12": jax("cuda12"),
+        "cuda13": jax("cuda13"),
+        "tpu": jax("tpu"),
+        "wandb": ["wandb"],
+        "dev": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+    },
+)
