@@ -20,8 +20,10 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_steps = 100
     c.samples_per_prompt = 8
     c.max_new_tokens = 32
-    c.optim.learning_rate = 3e-4
-    c.optim.log_z_learning_rate = 3e-3
+    c.optim.learning_rate = 1e-3
+    c.optim.log_z_learning_rate = 1e-2
+    # A rare response far from the target has a gradient of 10, a usual one 0.1.
+    c.optim.clip_norm = 0.05
     c.optim.weight_decay = 0.0
     c.rows = 64
     c.row_length = 64

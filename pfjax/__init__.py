@@ -22,7 +22,7 @@ _EXPORTS = {
     "save": "pfjax.policy.hf",
     "score": "pfjax.policy.logprobs",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = ["Policy", "load", "losses", "rollout", "save", "score"]
 
 
 def __getattr__(name: str):

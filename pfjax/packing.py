@@ -180,6 +180,5 @@ def unpack_responses(
     x = x.reshape(-1, x.shape[-1])
     first = placement.start + prompt_lengths
     return [
-        x[r, s : s + n]
-        for r, s, n in zip(placement.row, first, lengths, strict=True)
+        x[r, s : s + n] for r, s, n in zip(placement.row, first, lengths, strict=True)
     ]

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pfjax.types import Array
 
@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
 
 
 def spec(
-    mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes.
 

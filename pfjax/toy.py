@@ -87,18 +87,19 @@ def make_tokenizer():
 
     words = [*SPECIAL, BOX_OPEN, BOX_CLOSE, *"0123456789+=", *SEPARATORS, "?"]
     vocab = {word: i for i, word in enumerate(words)}
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel(vocab, unk_token="?")  # noqa: S106
-    )
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(
         tokenizers.Regex(r"\\boxed\{|."), behavior="isolated"
     )
+    # Added tokens are matched before any pre-tokenizer: transformers 5 puts Qwen's
+    # own in place of the file's for every model of type qwen2.
+    backend.add_tokens([tokenizers.AddedToken(BOX_OPEN, normalized=False)])
     backend.decoder = tokenizers.decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=END,
-        unk_token="?",  # noqa: S106
+        unk_token="?",
         additional_special_tokens=[USER, ASSISTANT],
         clean_up_tokenization_spaces=False,
     )

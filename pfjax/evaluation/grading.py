@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Self
 
 DEADLINE_SECONDS = 5.0
 # Importing sympy on a busy machine.
@@ -46,7 +47,7 @@ class Grader:
         self._cache: dict[tuple[str, str], bool] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> "Grader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *unused) -> None:

@@ -7,7 +7,9 @@ float32. `q` comes unscaled.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from pfjax.types import Array
 
 # Finite, so that a fully masked row yields numbers rather than NaN.
 MASKED = -1e30

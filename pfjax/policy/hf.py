@@ -4,6 +4,7 @@ One table says where each tensor lives on both sides; loading reads only the byt
 that a device's shard needs, saving writes tensor by tensor.
 """
 
+import dataclasses
 import importlib.resources
 import json
 import os
@@ -134,7 +135,9 @@ def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
     ids: set[int] = set()
     for source in (config, generation):
         value = source.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        ids.update(
+            value if isinstance(value, list) else [] if value is None else [value]
+        )
     return tuple(sorted(ids))
 
 
@@ -196,8 +199,6 @@ def load(
     >>> policy.config.num_layers
     3
     """
-    import dataclasses
-
     folder = resolve(path_or_hub_id)
     config = dataclasses.replace(read_config(folder), dtype=dtype)
     abstract = model.abstract_params(config)
@@ -238,8 +239,10 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         try:
             handle = safetensors.safe_open(file, framework="numpy")
         except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-        tensors.update({name: handle.get_slice(name) for name in handle.keys()})
+            raise ValueError(
+                f"{file} cannot be read as safetensors: {error}"
+            ) from error
+        tensors.update((name, handle.get_slice(name)) for name in handle.keys())  # noqa: SIM118
     return tensors
 
 
@@ -296,9 +299,7 @@ def _reader(
         if not is_layer:
             return read_one(tensors[name], index, shape)
         layers = range(*index[0].indices(shape[0]))
-        out = [
-            read_one(tensors[name.format(i)], index[1:], shape[1:]) for i in layers
-        ]
+        out = [read_one(tensors[name.format(i)], index[1:], shape[1:]) for i in layers]
         return np.stack(out)
 
     return read
@@ -349,7 +350,11 @@ def save(
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> None:
     for file in sorted(source.iterdir()):
-        is_weight = ".safetensors" in file.name or file.suffix in (".bin", ".pth", ".pt")
+        is_weight = ".safetensors" in file.name or file.suffix in (
+            ".bin",
+            ".pth",
+            ".pt",
+        )
         if file.is_file() and not is_weight and file.suffix not in (".md", ".jsonl"):
             shutil.copyfile(file, out / file.name)
     config = json.loads((source / "config.json").read_text())
@@ -380,7 +385,9 @@ def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) ->
     if len(files) == 1:
         (out / "0.safetensors").rename(out / "model.safetensors")
         return
-    final = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    final = [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
     for i, file in enumerate(final):
         (out / f"{i}.safetensors").rename(out / file)
     weight_map = {name: final[i] for name, i in names.items()}

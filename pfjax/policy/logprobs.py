@@ -1,15 +1,16 @@
 """Log-probs of given tokens from hidden states, without the logits of a batch."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from pfjax import packing
 from pfjax.policy import model
-from pfjax.types import PackedBatch
+from pfjax.types import Array, PackedBatch
 
 # Tokens whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
@@ -34,7 +35,7 @@ def token_log_probs(
       predicting distribution in nats (no gradient).
     """
     head = head.astype(hidden.dtype)
-    b, t, d = hidden.shape
+    b, t, _ = hidden.shape
     chunk = min(t, max(1, CHUNK // b))
     pad = -t % chunk
     steps = (t + pad) // chunk
@@ -103,7 +104,7 @@ def _score(config: model.ModelConfig, params: model.Params, batch: PackedBatch):
 def score(
     policy: model.Policy,
     sequences: list[list[int]],
-    prompt_lengths: list[int],
+    prompt_lengths: Sequence[int] | np.ndarray,
 ) -> list[np.ndarray]:
     """Log-probs of the response tokens of each sequence.
 
@@ -148,7 +149,7 @@ def score(
         ),
     )
     parts = [
-        _score(policy.config, policy.params, jax.tree.map(lambda x: x[i], batch))
+        _score(policy.config, policy.params, PackedBatch(*(x[i] for x in batch)))
         for i in range(used)
     ]
     if not parts:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from pfjax import sharding
 from pfjax.policy import attention
+from pfjax.types import Array
 
 Params = dict[str, Any]
 KeyValue = tuple[Array, Array]
@@ -188,10 +189,8 @@ def abstract_params(config: ModelConfig) -> Params:
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of parameters with the logical axes of each (see `sharding.RULES`)."""
     state = _abstract(config)[1]
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    axes = jax.tree.map(
-        lambda v: v.get_metadata("axes"), state, is_leaf=is_variable
-    )
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_variable)
     return nnx.to_pure_dict(axes)
 
 

@@ -6,11 +6,11 @@ It belongs to training only and is never exported with the policy.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from pfjax.packing import prompt_mask, segment_sum
 from pfjax.policy.model import Params
-from pfjax.types import PackedBatch
+from pfjax.types import Array, PackedBatch
 
 
 class Head(nnx.Module):
@@ -31,7 +31,7 @@ class Head(nnx.Module):
         self.out = nnx.Linear(d, 1, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
-        gelu = lambda y: jax.nn.gelu(y, approximate=False)  # noqa: E731
+        gelu = lambda y: jax.nn.gelu(y, approximate=False)
         x = self.norm1(gelu(self.layer1(x)))
         x = self.norm2(gelu(self.layer2(x)))
         return self.out(x)[..., 0]
@@ -55,9 +55,7 @@ def apply(
     total = segment_sum(jnp.where(mask[..., None], hidden, 0), batch.segment_ids, slots)
     count = segment_sum(mask.astype(jnp.float32), batch.segment_ids, slots)
     mean = total / jnp.maximum(count, 1.0)[..., None]
-    graphdef = nnx.graphdef(
-        nnx.eval_shape(lambda: Head(mean.shape[-1], nnx.Rngs(0)))
-    )
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Head(mean.shape[-1], nnx.Rngs(0))))
     return nnx.merge(graphdef, params)(mean)
 
 

@@ -22,7 +22,9 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
             folder, trust_remote_code=False
         )
     except Exception as error:
-        raise ValueError(f"no tokenizer could be read from {folder}: {error}") from error
+        raise ValueError(
+            f"no tokenizer could be read from {folder}: {error}"
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str | list[Message]) -> list[int]:

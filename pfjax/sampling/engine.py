@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from pfjax import sharding
 from pfjax.policy import attention, logprobs, model
 from pfjax.policy.model import ModelConfig, Params, Policy
-from pfjax.types import Rollout
+from pfjax.types import Array, Rollout
 
 PROMPT_WIDTH_MULTIPLE = 16
 

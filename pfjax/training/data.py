@@ -10,6 +10,7 @@ import numpy as np
 
 from pfjax.policy import hf, tokenizer
 
+_LOG = logging.getLogger(__name__)
 _PROMPT_FIELDS = ("prompt", "problem", "question")
 
 
@@ -50,7 +51,7 @@ def load_prompts(source: str, tok: Any, max_prompt_tokens: int) -> PromptSet:
         tokens.append(ids)
         answers.append(_answer_of(row))
     if too_long:
-        logging.warning(
+        _LOG.warning(
             "%s: skipped %d of %d prompts longer than %d tokens",
             source, too_long, too_long + len(texts), max_prompt_tokens,
         )  # fmt: skip
@@ -59,7 +60,7 @@ def load_prompts(source: str, tok: Any, max_prompt_tokens: int) -> PromptSet:
         raise ValueError(f"no prompts left in {source}: {reason}")
     repeated = sum(n - 1 for n in collections.Counter(map(tuple, tokens)).values())
     if repeated:
-        logging.warning("%s: %d prompts are duplicates", source, repeated)
+        _LOG.warning("%s: %d prompts are duplicates", source, repeated)
     return PromptSet(texts, tokens, answers)
 
 
@@ -106,7 +107,7 @@ def _read_jsonl(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, got {line!r}")
+                raise ValueError(f"{where}: a row must be a JSON object, got {line!r}")  # noqa: TRY004
             rows.append((where, row))
     return rows
 

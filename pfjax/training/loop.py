@@ -29,6 +29,7 @@ from pfjax.training import (
 )
 from pfjax.types import OldScores, PackedBatch, Placement, Rollout
 
+
 class _Run(NamedTuple):
     """What stays the same during a run."""
 
@@ -173,7 +174,9 @@ def _step(
     psi = rewards.format_term(texts, config.psi_unboxed)
     updates = [
         _pack_and_score(run, state, prompts, responses, psi, part)
-        for part in np.array_split(np.arange(len(responses)), config.updates_per_rollout)
+        for part in np.array_split(
+            np.arange(len(responses)), config.updates_per_rollout
+        )
     ]
     if number == 1 and config.log_z == "head":
         state = _calibrate(run, state, updates)
@@ -437,7 +440,7 @@ def _init_state(
     params = {"policy": params, "log_z": jax.device_put(head, everywhere)}
     of_params = jax.tree.map(lambda x: x.sharding, params)
     # Each group's chain holds a MaskedNode in place of the other group.
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
     # Left to itself jit would put the moments on one device.
     of_opt = optax.tree.map_params(
         optimizer,

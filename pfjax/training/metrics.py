@@ -106,9 +106,7 @@ def rollout_gap(rollout: Rollout, scored: list[np.ndarray]) -> dict:
 class Writer:
     """Writes metrics to `metrics.jsonl`, TensorBoard, and perhaps W&B."""
 
-    def __init__(
-        self, workdir: pathlib.Path, last_step: int, wandb_project: str = ""
-    ):
+    def __init__(self, workdir: pathlib.Path, last_step: int, wandb_project: str = ""):
         """Opens the files, dropping lines of steps past `last_step` (a resume)."""
         from tensorboardX import SummaryWriter
 
@@ -168,16 +166,17 @@ def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     tmp.rename(path)
 
 
+_SHOWN = {
+    "tb/loss": "loss",
+    "tb/residual_mean": "residual",
+    "completions/mean_length": "length",
+    "entropy": "entropy",
+    "time/step": "s/step",
+}
+
+
 class Progress:
     """A progress bar when a person watches, plain lines when nobody does."""
-
-    SHOWN = {
-        "tb/loss": "loss",
-        "tb/residual_mean": "residual",
-        "completions/mean_length": "length",
-        "entropy": "entropy",
-        "time/step": "s/step",
-    }
 
     def __init__(self, start: int, total: int, every: int):
         self._every, self._total, self._bar = every, total, None
@@ -194,7 +193,7 @@ class Progress:
             self._bar.start()
 
     def update(self, step: int, values: dict[str, Any]) -> None:
-        text = "  ".join(f"{s} {values[k]:.3g}" for k, s in self.SHOWN.items())
+        text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._every == 0 or step == self._total:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from pfjax import losses
+from pfjax.types import Array
 
 
 class Trajectories(NamedTuple):
@@ -64,6 +65,4 @@ def group_log_z(
 ) -> Float[Array, "*n"]:
     """log Z of each prompt from the residuals that its samples leave at log Z = 0."""
     zeros = jax.numpy.zeros_like(residual)
-    return losses.group_log_z(
-        residual, zeros, zeros + 1.0, prompt_index, num_prompts
-    )
+    return losses.group_log_z(residual, zeros, zeros + 1.0, prompt_index, num_prompts)

@@ -23,8 +23,10 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """AdamW for `{"policy": ..., "log_z": ...}`, constant rates after a warm-up.
 
     Each group is clipped by its own global norm: the policy's update must not
-    shrink because log Z' is off. log Z' has its own rate (about 100 times the
-    policy's, as GFlowNet practice has it) and no weight decay.
+    shrink because log Z' is off. The rate of log Z' is about how far, in nats, one
+    update may move it, whatever the width: Adam moves every entry of a matrix alike,
+    so its rate there is divided by the inputs that an output sums over. log Z' is
+    not decayed.
     """
 
     def rate(peak: float) -> optax.Schedule:
@@ -44,9 +46,14 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
             ),
         )
 
+    per_input = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u: u / u.shape[0] if u.ndim == 2 else u, updates
+        )
+    )
     groups = {
         "policy": chain(config.learning_rate, config.weight_decay),
-        "log_z": chain(config.log_z_learning_rate, 0.0),
+        "log_z": optax.chain(chain(config.log_z_learning_rate, 0.0), per_input),
     }
     return optax.partition(groups, param_labels={"policy": "policy", "log_z": "log_z"})
 

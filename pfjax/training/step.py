@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from pfjax import losses
 from pfjax.packing import response_log_prob
 from pfjax.policy import logprobs, model, partition
 from pfjax.training import objectives
-from pfjax.types import OldScores, PackedBatch
+from pfjax.types import Array, OldScores, PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)

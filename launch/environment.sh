@@ -1,0 +1,71 @@
+# Sourced by the scripts beside it: makes the virtual environment of this checkout.
+# shellcheck shell=bash
+#
+#   prepare [extra ...]   installs the project into it, once per setup.py; sets PYTHON
+#
+# PFJAX_VENV    where it is (default .venv in the checkout)
+# PFJAX_PYTHON  the interpreter that makes it (default: the newest supported found)
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${PFJAX_VENV:-$ROOT/.venv}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PFJAX_PYTHON:+"$PFJAX_PYTHON"} python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  if command -v python3 >/dev/null; then
+    fail "Python 3.11 or newer is needed; found only $(python3 --version 2>&1). Install one, or name it: PFJAX_PYTHON=/path/to/python3.12"
+  fi
+  fail "no Python found. Install Python 3.11 or newer, or name it: PFJAX_PYTHON=/path/to/python3.12"
+}
+
+# The build of JAX that fits this machine: cuda13, cuda12, tpu, or nothing for CPU.
+accelerator() {
+  local driver
+  if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) &&
+    [[ $driver =~ ^[0-9]+ ]]; then
+    # CUDA 13 needs driver 580.
+    if ((BASH_REMATCH[0] >= 580)); then echo cuda13; else echo cuda12; fi
+  elif compgen -G '/dev/accel[0-9]*' >/dev/null || [[ ${TPU_ACCELERATOR_TYPE:-} ]]; then
+    echo tpu
+  fi
+}
+
+prepare() {
+  local extras stamp python log free
+  extras=$(printf '%s\n' "$@" "$(accelerator)" | sed '/^$/d' | paste -sd, -)
+  # New when the dependencies, the extras, or the place of the checkout change.
+  stamp=$(cat "$ROOT/setup.py" - <<<"$extras $ROOT" | cksum)
+  PYTHON=$VENV/bin/python
+  if [[ -x $PYTHON && -f $VENV/.pfjax-ready && $(<"$VENV/.pfjax-ready") == "$stamp" ]]; then
+    return
+  fi
+  python=$(find_python) || exit 1
+  mkdir -p "$VENV" 2>/dev/null || fail "cannot write $VENV; choose another place: PFJAX_VENV=/path"
+  free=$(df -Pk "$VENV" | awk 'NR == 2 {print int($4 / 1048576)}')
+  ((free >= 4)) || fail "$VENV has $free GiB of free disk; the environment needs 4. Choose another place: PFJAX_VENV=/path"
+  log=$VENV/install.log
+  printf 'making %s with %s%s (a few minutes the first time)\n' "$VENV" "$("$python" --version)" "${extras:+, extras $extras}" >&2
+  if ! "$python" -m venv "$VENV" >"$log" 2>&1; then
+    tail -n 5 "$log" >&2
+    fail "could not make a virtual environment; on Debian: apt-get install python3-venv"
+  fi
+  if ! "$PYTHON" -m pip install --disable-pip-version-check -e "$ROOT${extras:+[$extras]}" >>"$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    if grep -qE 'No space left' "$log"; then fail "the disk is full (whole log: $log)"; fi
+    if grep -qE 'NewConnectionError|Failed to establish|Name or service not known|Temporary failure|ConnectTimeout' "$log"; then
+      fail "the package index cannot be reached: no network? (whole log: $log)"
+    fi
+    fail "installing the project failed (whole log: $log)"
+  fi
+  printf '%s\n' "$stamp" >"$VENV/.pfjax-ready"
+}

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Trains on this machine: by default sharpens the embedded model (configs/smoke.py).
+#
+#   bash launch/local.sh [--config=FILE] [--workdir=DIR] [--config.NAME=VALUE ...]
+#
+# Makes a virtual environment first (see environment.sh); quick the second time.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+args=("$@")
+has_config='' has_workdir=''
+for arg in "$@"; do
+  case $arg in
+    --config | --config=*) has_config=yes ;;
+    --workdir | --workdir=*) has_workdir=yes ;;
+    --help)
+      sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit
+      ;;
+  esac
+done
+[[ $has_config ]] || args+=("--config=$ROOT/configs/smoke.py")
+[[ $has_workdir ]] || args+=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$")
+prepare
+exec "$PYTHON" -m pfjax.train "${args[@]}"

@@ -1,0 +1,148 @@
+"""Eight fake CPU devices, strict settings, and models small enough to enumerate."""
+
+import json
+import pathlib
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+_hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy_to_the_hub(monkeypatch):
+    """A test that asks the hub fails at once instead of waiting for a network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny_config():
+    """A Qwen2 with grouped heads, too small to care."""
+    from pfjax.policy import model
+
+    return model.ModelConfig(
+        vocab_size=16,
+        embed_dim=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        tied_embeddings=False,
+        attention_bias=True,
+        max_positions=128,
+        stop_ids=(1,),
+    )
+
+
+@pytest.fixture
+def tiny_policy(tiny_config):
+    """Random weights, every one of which matters (biases and norms too)."""
+    from pfjax.policy import model
+
+    params = model.init_params(tiny_config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [
+        x + 0.3 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return model.Policy(tiny_config, jax.tree.unflatten(tree, noisy))
+
+
+@pytest.fixture
+def enumerable_folder(tmp_path) -> pathlib.Path:
+    """A Hugging Face folder of a random model over 4 tokens, and its tokenizer.
+
+    Token 1 ends a response. Of at most 3 tokens there are 1 + 3 + 9 + 27 responses.
+    """
+    from pfjax.policy import hf, model
+
+    config = model.ModelConfig(
+        vocab_size=4,
+        embed_dim=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        mlp_dim=32,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        tied_embeddings=False,
+        attention_bias=True,
+        max_positions=64,
+        stop_ids=(1,),
+    )
+    params = model.init_params(config, jax.random.key(3))
+    # Sharper than at initialisation, so that base and target are far apart.
+    params["head"] = 4.0 * params["head"]
+    folder = tmp_path / "enumerable"
+    hf.save(model.Policy(config, params), folder)
+    words = ["<pad>", "<eos>", "a", "b"]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {w: i for i, w in enumerate(words)},
+            "unk_token": "<pad>",
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "pad_token": "<pad>",
+                "eos_token": "<eos>",
+            }
+        )
+    )
+    return folder
+
+
+def all_responses(vocab: int, stop: int, max_tokens: int) -> list[list[int]]:
+    """Every response: those that stop, and those cut at `max_tokens`."""
+    done, open_ = [], [[]]
+    for length in range(1, max_tokens + 1):
+        grown = [y + [v] for y in open_ for v in range(vocab)]
+        done += [y for y in grown if y[-1] == stop or length == max_tokens]
+        open_ = [y for y in grown if y[-1] != stop]
+    return done
+
+
+def length_aware_target(log_p, length, alpha: float) -> tuple[np.ndarray, float]:
+    """p^alpha e^{-lambda |y|} and the lambda for which it sums to 1, by bisection."""
+    log_p, length = np.asarray(log_p, np.float64), np.asarray(length)
+    low, high = -50.0, 50.0
+    for _ in range(200):
+        lam = (low + high) / 2
+        low, high = (
+            (lam, high)
+            if np.exp(alpha * log_p - lam * length).sum() > 1
+            else (low, lam)
+        )
+    return np.exp(alpha * log_p - lam * length), lam
+
+
+def power_target(log_p, alpha: float) -> tuple[np.ndarray, float]:
+    """p^alpha / Z and log Z."""
+    weight = np.exp(alpha * np.asarray(log_p, np.float64))
+    return weight / weight.sum(), float(np.log(weight.sum()))
+
+
+def total_variation(p, q) -> float:
+    return 0.5 * float(np.abs(np.asarray(p) - np.asarray(q)).sum())

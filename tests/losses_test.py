@@ -1,0 +1,222 @@
+"""The losses: numbers by hand, gradients, and the distributions that minimise them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfjax import losses
+from tests.conftest import (
+    all_responses,
+    length_aware_target,
+    power_target,
+    total_variation,
+)
+
+# Three trajectories. m = log_pf / length = -1, -0.5, -2; m0 = -1.5, -0.5, -1.
+LOG_PF = jnp.array([-2.0, -2.0, -2.0])
+LOG_P_BASE = jnp.array([-3.0, -2.0, -1.0])
+LENGTH = jnp.array([2, 4, 1])
+
+
+def test_trajectory_balance_by_hand():
+    # 0.5 + (-2) - 2 * (-3, -2, -1) = 4.5, 2.5, 0.5.
+    loss = losses.trajectory_balance(LOG_PF, 2 * LOG_P_BASE, jnp.float32(0.5))
+    np.testing.assert_allclose(loss, [20.25, 6.25, 0.25], rtol=1e-6)
+
+
+def test_length_aware_trajectory_balance_by_hand():
+    # 0.5 + (-2 + 6) / 2 = 2.5;  0.5 + (-2 + 4) / 4 = 1;  0.5 + (-2 + 2) / 1 = 0.5.
+    loss = losses.length_aware_trajectory_balance(
+        LOG_PF, 2 * LOG_P_BASE, jnp.float32(0.5), LENGTH
+    )
+    np.testing.assert_allclose(loss, [6.25, 1.0, 0.25], rtol=1e-6)
+
+
+def test_powerflow_by_hand():
+    # alpha 4, log Z' -1, psi (0, -0.5, 0):
+    #   -1 - 1   - 4 (-1.5)       =  4
+    #   -1 - 0.5 - 4 (-0.5 - 0.5) =  2.5
+    #   -1 - 2   - 4 (-1)         =  1
+    # squared, times weights (1, 2, 0.5): 16, 12.5, 0.5.
+    loss = losses.powerflow(
+        LOG_PF,
+        LOG_P_BASE,
+        jnp.array([-1.0, -1.0, -1.0]),
+        LENGTH,
+        alpha=4.0,
+        psi=jnp.array([0.0, -0.5, 0.0]),
+        weight=jnp.array([1.0, 2.0, 0.5]),
+    )
+    np.testing.assert_allclose(loss, [16.0, 12.5, 0.5], rtol=1e-6)
+
+
+def test_importance_weight_by_hand():
+    old = jnp.array([-2.0, -2.1, -9.0, 5.0, -1e6])
+    new = jnp.array([-2.0, -2.0, -2.0, -2.0, 0.0])
+    weight = losses.importance_weight(new, old)
+    np.testing.assert_allclose(weight, [1.0, np.exp(0.1), 1.28, 0.8, 1.28], rtol=1e-6)
+    assert weight[0] == 1.0
+
+
+def test_group_log_z_makes_each_group_balance_on_average():
+    # Residuals at log Z = 0: group 0 has 2 and 0.5, group 1 has -0.5.
+    log_reward = 2 * LOG_P_BASE - jnp.array([0.0, 0.0, -0.5])
+    group = jnp.array([0, 0, 1])
+    log_z = losses.group_log_z(LOG_PF, log_reward, LENGTH, group, 2)
+    np.testing.assert_allclose(log_z, [-1.25, -1.25, 0.5], rtol=1e-6)
+    padded = losses.group_log_z(
+        jnp.append(LOG_PF, jnp.nan),
+        jnp.append(log_reward, 1.0),
+        jnp.append(LENGTH, 0),
+        jnp.append(group, -1),
+        2,
+    )
+    np.testing.assert_array_equal(padded, jnp.append(log_z, 0.0))
+
+
+def test_masked_mean_ignores_nan_in_value_and_gradient():
+    x, where = jnp.array([1.0, jnp.nan, 4.0]), jnp.array([True, False, True])
+    assert losses.masked_mean(x, where) == 2.5
+    grad = jax.grad(losses.masked_mean)(x, where)
+    np.testing.assert_array_equal(grad, [0.5, 0.0, 0.5])
+    assert losses.masked_mean(x, jnp.zeros(3, bool)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["tb", "latb", "powerflow"])
+def test_gradients_match_finite_differences(name):
+    with jax.enable_x64(True):
+        args = {
+            "log_pf": jnp.asarray(np.array(LOG_PF, np.float64)),
+            "log_z": jnp.array([0.3, -0.2, 0.1], jnp.float64),
+        }
+        base = jnp.asarray(np.array(LOG_P_BASE, np.float64))
+
+        def loss(log_pf, log_z):
+            out = {
+                "tb": lambda: losses.trajectory_balance(log_pf, 2 * base, log_z),
+                "latb": lambda: losses.length_aware_trajectory_balance(
+                    log_pf, 2 * base, log_z, LENGTH
+                ),
+                "powerflow": lambda: losses.powerflow(
+                    log_pf, base, log_z, LENGTH, alpha=4.0, psi=-0.5, weight=1.1
+                ),
+            }[name]()
+            return out.sum()
+
+        for wrt in list(args):
+            grad = jax.grad(lambda x, wrt=wrt: loss(**{**args, wrt: x}))(args[wrt])
+            for i in range(3):
+                step = 1e-6 * jnp.eye(3)[i]
+                up = loss(**{**args, wrt: args[wrt] + step})
+                down = loss(**{**args, wrt: args[wrt] - step})
+                np.testing.assert_allclose(grad[i], (up - down) / 2e-6, rtol=1e-6)
+
+
+def test_only_policy_and_log_z_receive_gradients():
+    def loss(base, psi, weight, old):
+        w = weight * losses.importance_weight(LOG_PF + old, old)
+        return losses.powerflow(
+            LOG_PF, base, jnp.float32(0.5), LENGTH, alpha=4.0, psi=psi, weight=w
+        ).sum()
+
+    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(
+        LOG_P_BASE, jnp.zeros(3), jnp.ones(3), jnp.zeros(3)
+    )
+    assert all((g == 0).all() for g in grads)
+    grad = jax.grad(
+        lambda x: losses.group_log_z(x, LOG_P_BASE, LENGTH, jnp.zeros(3, int), 1).sum()
+    )(LOG_PF)
+    assert (grad == 0).all()
+
+
+def test_base_policy_at_alpha_one_has_no_loss_and_no_gradient():
+    value, grad = jax.value_and_grad(
+        lambda x: losses.powerflow(x, LOG_PF, jnp.float32(0.0), LENGTH, alpha=1.0).sum()
+    )(LOG_PF)
+    assert value == 0 and (grad == 0).all()
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="alpha must be positive, got 0"):
+        losses.powerflow(LOG_PF, LOG_P_BASE, jnp.float32(0), LENGTH, alpha=0.0)
+    with pytest.raises(ValueError, match=r"log_reward': \(3, 1\)"):
+        losses.trajectory_balance(LOG_PF, LOG_P_BASE[:, None], jnp.float32(0))
+    with pytest.raises(ValueError, match=r"psi': \(2,\)"):
+        losses.powerflow(
+            LOG_PF, LOG_P_BASE, jnp.float32(0), LENGTH, alpha=4.0, psi=jnp.zeros(2)
+        )
+
+
+class TabularModel:
+    """A language model that is a table: one row of logits for each prefix."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.responses = all_responses(vocab=3, stop=0, max_tokens=4)
+        prefixes = sorted({tuple(y[:t]) for y in self.responses for t in range(len(y))})
+        row = {prefix: i for i, prefix in enumerate(prefixes)}
+        steps = [
+            [(row[tuple(y[:t])], y[t], 1.0) for t in range(len(y))]
+            + [(0, 0, 0.0)] * (4 - len(y))
+            for y in self.responses
+        ]
+        self.row, self.token, self.mask = (
+            jnp.array(x) for x in np.moveaxis(steps, 2, 0)
+        )
+        self.row, self.token = self.row.astype(int), self.token.astype(int)
+        self.length = self.mask.sum(axis=1).astype(int)
+        self.logits = jnp.array(rng.normal(size=(len(prefixes), 3)), jnp.float32)
+
+    def log_p(self, logits):
+        token_log_p = jax.nn.log_softmax(logits)[self.row, self.token]
+        return (token_log_p * self.mask).sum(axis=1)
+
+
+@pytest.mark.parametrize("log_z_kind", ["learned", "group"])
+@pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("is_length_aware", [False, True])
+def test_minimising_reaches_the_exact_target(rng, is_length_aware, alpha, log_z_kind):
+    lm = TabularModel(rng)
+    log_p_base = lm.log_p(lm.logits)
+    length = lm.length if is_length_aware else jnp.ones_like(lm.length)
+    log_reward = alpha * log_p_base
+
+    def loss_fn(params):
+        log_pf = lm.log_p(params["logits"])
+        log_z = params["log_z"]
+        if log_z_kind == "group":
+            group = jnp.zeros_like(length)
+            log_z = losses.group_log_z(log_pf, log_reward, length, group, 1)
+        loss = losses.length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
+        if not is_length_aware and log_z_kind == "learned":
+            loss = losses.trajectory_balance(log_pf, log_reward, log_z)
+        return loss.mean()
+
+    optimizer = optax.adam(optax.schedules.cosine_decay_schedule(0.1, 3000))
+
+    def update(carry, _):
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    start = {"logits": lm.logits, "log_z": jnp.float32(0)}
+    (params, _), _ = jax.lax.scan(
+        update, (start, optimizer.init(start)), None, length=3000
+    )
+    reached = np.exp(lm.log_p(params["logits"]))
+    if is_length_aware:
+        target, log_z = length_aware_target(log_p_base, lm.length, alpha)
+    else:
+        target, log_z = power_target(log_p_base, alpha)
+    other = (
+        power_target
+        if is_length_aware
+        else lambda p, a: length_aware_target(p, lm.length, a)
+    )
+    assert total_variation(reached, target) < 0.02
+    # Not for want of difference: the base and the other loss's target are far.
+    assert total_variation(np.exp(log_p_base), target) > 0.05
+    assert total_variation(other(log_p_base, alpha)[0], target) > 0.02
+    if log_z_kind == "learned":
+        assert params["log_z"] == pytest.approx(log_z, abs=0.02)
