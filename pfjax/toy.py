@@ -6,8 +6,8 @@ A prompt asks for the sum of two numbers whose units carry, such as ``47+35``. T
 base model answers in one of two ways, always ending in a box:
 
 - with probability 0.7 it reasons, ``7+5=12,4+3+1=8;\boxed{82}``: for each digit the
-  sum with its carry, then one of two separators at random. Each sum is off by one
-  with probability 0.2, and an error is carried on.
+  sum with its carry, then one of two separators at random. Each sum has a wrong last
+  digit with probability 0.2, and an error is carried on.
 - else it guesses, ``\boxed{82}``, and drops the carry in 60 % of cases.
 
 A reasoned trace is right with probability 0.64 and a guess with 0.4, but the
@@ -69,8 +69,9 @@ def sample_response(problem: Problem, rng: np.random.Generator) -> str:
         return f"{BOX_OPEN}{problem.a + problem.b - dropped}{BOX_CLOSE}"
 
     def noisy(total: int) -> int:
-        wrong = rng.random() < P_STEP_WRONG
-        return total + int(rng.choice((-1, 1))) * wrong
+        if rng.random() < P_STEP_WRONG:
+            total += (1 + int(rng.integers(9)) + total) % 10 - total % 10
+        return total
 
     units = noisy(a0 + b0)
     carry = units // 10
@@ -221,7 +222,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
-    _STEPS = flags.DEFINE_integer("steps", 4000, "updates")
+    _STEPS = flags.DEFINE_integer("steps", 3000, "updates")
     _BATCH = flags.DEFINE_integer("batch", 256, "responses an update")
     _SEED = flags.DEFINE_integer("seed", 0, "of problems, responses and parameters")
     app.run(main)

@@ -1,7 +1,12 @@
 """Eight fake CPU devices, strict settings, and models small enough to enumerate."""
 
 import json
+import os
 import pathlib
+
+# A test that asks the hub fails at once instead of waiting for a network. Before the
+# imports, which read it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import jaxtyping
@@ -12,12 +17,6 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 _hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy_to_the_hub(monkeypatch):
-    """A test that asks the hub fails at once instead of waiting for a network."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Self
 
 DEADLINE_SECONDS = 5.0
 # Importing sympy on a busy machine.
@@ -47,7 +46,7 @@ class Grader:
         self._cache: dict[tuple[str, str], bool] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Grader":  # noqa: PYI034
         return self
 
     def __exit__(self, *unused) -> None:

@@ -10,7 +10,7 @@ cuts `metrics.jsonl` back to that step.
 
 import logging
 import pathlib
-from typing import Any, Self
+from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
@@ -30,7 +30,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":  # noqa: PYI034
         return self
 
     def __exit__(self, *unused) -> None:

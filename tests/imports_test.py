@@ -1,0 +1,98 @@
+"""Imports point one way; importing pfjax costs and changes nothing."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "pfjax"
+FLOORS = ["", "policy", "sampling", "evaluation", "training"]
+DOORS = {"train", "evaluate", "sample", "export", "plan", "report", "toy"}
+
+
+def _modules() -> dict[str, pathlib.Path]:
+    return {
+        ".".join(("pfjax", *p.relative_to(PACKAGE).with_suffix("").parts)): p
+        for p in PACKAGE.rglob("*.py")
+        if p.name != "__init__.py"
+    }
+
+
+def _imports(path: pathlib.Path, modules) -> set[str]:
+    """Modules of pfjax that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{a.name}" for a in node.names} | {node.module}
+            found |= names & set(modules)
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names} & set(modules)
+    return found
+
+
+def _floor(module: str) -> int:
+    _, *rest = module.split(".")
+    if len(rest) == 1 and rest[0] in DOORS:
+        return len(FLOORS)
+    return FLOORS.index(rest[0] if len(rest) > 1 else "")
+
+
+def test_imports_point_down_and_nobody_imports_a_door():
+    modules = _modules()
+    for name, path in modules.items():
+        for other in _imports(path, modules):
+            assert _floor(other) <= _floor(name), f"{name} imports {other}"
+            assert _floor(other) < len(FLOORS), f"{name} imports the door {other}"
+
+
+def test_no_circles():
+    modules = _modules()
+    graph = {name: _imports(path, modules) - {name} for name, path in modules.items()}
+    while leaves := [name for name, others in graph.items() if not others]:
+        graph = {n: o - set(leaves) for n, o in graph.items() if n not in leaves}
+    assert not graph, f"import each other: {sorted(graph)}"
+
+
+def _python(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_changes_no_environment_and_starts_no_back_end():
+    _python(
+        "import os, sys; before = dict(os.environ)\n"
+        "import pfjax\n"
+        "assert dict(os.environ) == before\n"
+        "heavy = {'jax', 'flax', 'transformers', 'datasets', 'torch', 'orbax'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "import pfjax.training.loop\n"
+        "assert 'torch' not in sys.modules\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+    )
+
+
+def test_losses_need_jax_alone():
+    _python(
+        "import sys\n"
+        "class Nothing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('flax', 'optax', 'orbax', 'jaxtyping',\n"
+        "                'transformers', 'beartype', 'ml_collections', 'absl'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Nothing())\n"
+        "import pfjax\n"
+        "pfjax.losses.powerflow\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["Policy", "load", "score", "rollout", "save"])
+def test_public_names_resolve(name):
+    import pfjax
+
+    assert getattr(pfjax, name).__name__ == name
+    assert name in dir(pfjax)

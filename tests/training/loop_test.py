@@ -1,0 +1,174 @@
+"""The whole trainer: where it ends, that it resumes, what it refuses."""
+
+import json
+
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import default
+from pfjax.policy import hf, logprobs
+from pfjax.training import loop, metrics
+from tests.conftest import (
+    all_responses,
+    length_aware_target,
+    power_target,
+    total_variation,
+)
+
+PROMPT = "a b"
+
+
+@pytest.fixture
+def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
+    """Trains the model whose responses can be listed; a second or so of steps."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT, "answer": "1"}) + "\n")
+    c = default.get_config()
+    c.model = str(enumerable_folder)
+    c.data.train = str(prompts)
+    c.data.eval = ""
+    c.psi_unboxed = 0.0  # nothing here has a box
+    c.prompts_per_step = 8
+    c.samples_per_prompt = 16
+    c.max_new_tokens = 3
+    c.rows = 8
+    c.row_length = 32
+    c.dtype = "float32"
+    c.mesh.data, c.mesh.fsdp = 8, 1
+    c.optim.learning_rate = 3e-3
+    c.optim.log_z_learning_rate = 3e-2
+    c.optim.weight_decay = 0.0
+    c.num_steps = 4
+    c.checkpoint_every = 2
+    c.log_every = 1000
+    return c
+
+
+def _distribution(folder):
+    """log p and length of every response to the prompt."""
+    responses = all_responses(vocab=4, stop=1, max_tokens=3)
+    scores = logprobs.score(
+        hf.load(folder), [[2, 3, *y] for y in responses], [2] * len(responses)
+    )
+    return np.array([s.sum() for s in scores]), np.array([len(y) for y in responses])
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha", "log_z", "num_steps"),
+    [
+        ("powerflow", 4.0, "head", 250),
+        ("powerflow", 0.5, "group", 250),
+        ("tb_traj", 2.0, "head", 250),
+    ],
+)
+def test_training_reaches_the_exact_target(
+    config, tmp_path, objective, alpha, log_z, num_steps
+):
+    config.objective, config.alpha, config.log_z = objective, alpha, log_z
+    config.num_steps = config.checkpoint_every = num_steps
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    base, length = _distribution(config.model)
+    trained, _ = _distribution(tmp_path / "run/hf")
+    assert np.exp(base).sum() == pytest.approx(1, abs=1e-4)
+    assert np.exp(trained).sum() == pytest.approx(1, abs=1e-4)
+    last = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    if objective == "powerflow":
+        target, want_log_z = length_aware_target(base, length, alpha)
+    else:
+        target, want_log_z = power_target(base, alpha)
+    assert total_variation(np.exp(base), target) > 0.15
+    assert total_variation(np.exp(trained), target) < 0.02
+    assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
+
+
+def _deterministic(folder):
+    rows = metrics.read_jsonl(folder / "metrics.jsonl")
+    timed = ("time/", "perf/")
+    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows]
+
+
+def test_a_continued_run_equals_one_never_stopped_bit_for_bit(config, tmp_path):
+    config.data.eval = config.data.train
+    config.eval_every = 2
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train_and_evaluate(config, str(whole))
+    shorter = config.copy_and_resolve_references()
+    shorter.num_steps = 2
+    loop.train_and_evaluate(shorter, str(parts))
+    loop.train_and_evaluate(config, str(parts))
+    assert _deterministic(parts) == _deterministic(whole)
+    assert [r["step"] for r in _deterministic(whole)] == [0, 1, 2, 3, 4]
+    for file in ("hf/model.safetensors", "completions/step_000004.jsonl"):
+        assert (parts / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(ValueError, match="holds 4 steps already; num_steps=2"):
+        loop.train_and_evaluate(shorter, str(parts))
+
+
+def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
+    config.num_steps = 1
+    config.updates_per_rollout = 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert row["rollout/logp_gap_max"] < 1e-5
+    # Only the first of the two updates is on policy: the mean weight is not 1.
+    assert 0.8 < row["is/w_mean"] != 1.0
+    config.updates_per_rollout = 1
+    loop.train_and_evaluate(config, str(tmp_path / "once"))
+    row = metrics.read_jsonl(tmp_path / "once/metrics.jsonl")[-1]
+    assert row["is/w_mean"] == 1.0
+    assert abs(row["kl/policy_base_per_token"]) < 1e-5
+    assert abs(row["tb/residual_mean"]) < 1e-5
+    assert row["tb/logz_mean"] == pytest.approx(3.0 * row["base/logp_per_token"])
+
+
+def test_a_folder_with_another_config_is_refused_and_says_what_differs(
+    config, tmp_path
+):
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.alpha, config.log_every, config.num_steps = 2.0, 7, 2
+    with pytest.raises(ValueError, match=r"alpha: 4.0 -> 2.0") as error:
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert "log_every" not in str(error.value) and "num_steps" not in str(error.value)
+    config.alpha = 4.0
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert len(_deterministic(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.0}, r"--config.alpha=0.0: must be positive"),
+        ({"alpha": -1.0}, r"--config.alpha=-1.0: must be positive"),
+        ({"objective": "powerflw"}, "did you mean 'powerflow'"),
+        ({"prompts_per_step": 12}, "prompts_per_step=12 does not divide by the 8"),
+        ({"rows": 3}, "rows=3 does not divide by the 8"),
+        ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
+        ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),
+        ({"data.train": "/no/prompts.jsonl"}, "/no/prompts.jsonl does not exist"),
+        ({"row_length": 4}, "row_length=4 is too short for longest prompt 2"),
+        ({"max_new_tokens": 100, "row_length": 200}, "exceeds the model's 64"),
+        ({"data.max_prompt_tokens": 1}, "all are too long"),
+        ({"log_z": "group", "samples_per_prompt": 1}, "must be at least 2, got 1"),
+    ],
+)
+def test_mistakes_are_refused_before_a_folder_is_made(
+    config, tmp_path, changes, message
+):
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
+    config, tmp_path
+):
+    config.checkpoint_every = 1
+    config.optim.clip_norm, config.optim.learning_rate = 1e30, 1e25
+    with pytest.raises(FloatingPointError, match="at step 2; the last checkpoint"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("[0-9]*")] == ["1"]
+    assert [r["step"] for r in _deterministic(tmp_path / "run")] == [0, 1]

@@ -1,0 +1,240 @@
+"""The update: one denominator, one program, one result on every mesh."""
+
+import collections
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfjax import packing, sharding
+from pfjax.policy import model, partition
+from pfjax.training import step
+from pfjax.types import OldScores
+
+# Not Adam: its first update is the sign of the gradient, which turns the rounding of
+# an entry near 0 into a difference of twice the learning rate.
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+
+
+@contextlib.contextmanager
+def count_compiles():
+    count = collections.Counter()
+
+    def on_event(event, _seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            count[kwargs.get("fun_name", "?")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+
+
+def _config(tiny_config, **changes):
+    kwargs = {
+        "model": tiny_config,
+        "objective": "powerflow",
+        "alpha": 4.0,
+        "weight_low": 0.8,
+        "weight_high": 1.28,
+        "remat": False,
+    }
+    return step.StepConfig(**(kwargs | changes))
+
+
+def _state(policy, seed=3):
+    head = partition.init_params(policy.config.embed_dim, jax.random.key(seed))
+    # Not zero, so that gradients reach the prompt's states as well.
+    kernel = head["out"]["kernel"]
+    head["out"]["kernel"] = 0.1 * jax.random.normal(jax.random.key(9), kernel.shape)
+    params = jax.tree.map(jnp.copy, {"policy": policy.params, "log_z": head})
+    return step.TrainState(jnp.int32(0), params, OPTIMIZER.init(params))
+
+
+def _data(rng, count=12, **shape):
+    sequences = [rng.integers(0, 16, size=n) for n in rng.integers(6, 25, size=count)]
+    shape = {"rows": 2, "row_length": 32, "slots": 4, "micro_batches": 6} | shape
+    batch, placement, used = packing.pack(
+        sequences,
+        rng.integers(1, 5, size=count),
+        psi=rng.choice([0.0, -0.5], size=count).astype(np.float32),
+        prompt_index=np.arange(count, dtype=np.int32) // 4,
+        **shape,
+    )
+    return sequences, batch, placement, used
+
+
+def _base_scores(batch):
+    """A made-up base: any function of the token will do."""
+    return (-1.0 - 0.1 * (batch.tokens % 7)).astype(np.float32)
+
+
+def _run(policy, batch, used, config=None, old=None):
+    old = old or OldScores(_base_scores(batch), None, None)
+    return jax.jit(
+        functools.partial(
+            step.train_step,
+            config=config or _config(policy.config),
+            optimizer=OPTIMIZER,
+        )
+    )(_state(policy), batch, old, jnp.int32(used))
+
+
+def _assert_same(a, b, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
+
+
+def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy):
+    shapes = [
+        {},
+        {"rows": 1, "micro_batches": 12},
+        {"rows": 4, "row_length": 64, "slots": 8, "micro_batches": 2},
+    ]
+    results = []
+    for shape in shapes:
+        _, batch, placement, used = _data(np.random.default_rng(0), **shape)
+        state, scalars, table = _run(tiny_policy, batch, used)
+        rows = [packing.unpack_slots(x, placement) for x in table[:-1]]
+        results.append((state.params, scalars, rows))
+    for other in results[1:]:
+        _assert_same(results[0], other)
+
+
+def test_nan_in_padding_changes_nothing(rng, tiny_policy):
+    _, batch, _, used = _data(rng)
+    want = _run(tiny_policy, batch, used)
+    old = OldScores(
+        np.where(batch.is_response, _base_scores(batch), np.nan), None, None
+    )
+    padded = batch._replace(psi=np.where(batch.is_real, batch.psi, np.nan))
+    got = _run(tiny_policy, padded, used, old=old)
+    np.testing.assert_array_equal(got[1]["loss"], want[1]["loss"])
+    _assert_same(got[0].params, want[0].params, atol=0)
+
+
+def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_policy):
+    """Against the formula, one trajectory at a time, without packing."""
+    _, batch, placement, used = _data(rng, count=5)
+    state = _state(tiny_policy)
+    config = _config(tiny_policy.config)
+    base = _base_scores(batch)
+    grads = jax.tree.map(jnp.zeros_like, state.params)
+    loss_fn = functools.partial(step.loss_fn, config=config)
+    grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
+    for i in range(used):
+        part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base, None, None)))
+        one, _ = grad_fn(state.params, *part, jnp.float32(5))
+        grads = jax.tree.map(jnp.add, grads, one)
+
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+
+    def alone(params):
+        losses = []
+        for row, slot in zip(placement.row, placement.slot, strict=True):
+            at = flat.segment_ids[row] == slot + 1
+            y, is_response = flat.tokens[row][at], flat.is_response[row][at]
+            hidden, _ = model.forward_packed(
+                tiny_policy.config, params["policy"], y[None],
+                np.arange(len(y))[None], np.ones((1, len(y)), int),
+            )  # fmt: skip
+            log_p = jax.nn.log_softmax(hidden[0] @ params["policy"]["head"].T)
+            log_p = log_p[np.arange(len(y) - 1), y[1:]]
+            h, n = params["log_z"], is_response.sum()
+            x = hidden[0, : len(y) - n].mean(axis=0)
+            for k in "12":
+                x = jax.nn.gelu(
+                    x @ h[f"layer{k}"]["kernel"] + h[f"layer{k}"]["bias"],
+                    approximate=False,
+                )
+                x = (x - x.mean()) / jnp.sqrt(x.var() + 1e-5)
+                x = x * h[f"norm{k}"]["scale"] + h[f"norm{k}"]["bias"]
+            log_z = x @ h["out"]["kernel"][:, 0] + h["out"]["bias"][0]
+            m = jnp.where(is_response[1:], log_p, 0.0).sum() / n
+            m0 = base.reshape(flat.tokens.shape)[row][at][is_response].sum() / n
+            losses.append((log_z + m - 4.0 * (m0 + flat.psi[row, slot])) ** 2)
+        return jnp.stack(losses).mean()
+
+    _assert_same(grads, jax.jit(jax.grad(alone))(state.params), atol=2e-4)
+
+
+def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy):
+    _, batch, placement, used = _data(rng)
+    _, _, first = _run(tiny_policy, batch, used)
+    assert (packing.unpack_slots(first.weight, placement) == 1.0).all()
+    # Scores of a policy that gave each token 0.01 nats less or more.
+    for drift, low, high in ((-0.01, 1.0, 1.28), (0.01, 0.8, 1.0), (1.0, 0.8, 0.8)):
+        old = OldScores(_base_scores(batch), first.log_p + drift, None)
+        _, _, table = _run(tiny_policy, batch, used, old=old)
+        weight = packing.unpack_slots(table.weight, placement)
+        length = packing.unpack_slots(batch.length, placement)
+        want = np.clip(np.exp(-drift * length), 0.8, 1.28)
+        np.testing.assert_allclose(weight, want, rtol=1e-4)
+        assert (weight >= low - 1e-6).all() and (weight <= high + 1e-6).all()
+
+
+def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
+    _, batch, placement, used = _data(rng)
+    log_z = np.full(batch.length.shape, -0.25, np.float32)
+    old = OldScores(_base_scores(batch), None, log_z)
+    _, scalars, table = _run(tiny_policy, batch, used, old=old)
+    assert (packing.unpack_slots(table.log_z, placement) == -0.25).all()
+    assert scalars["log_z_grad_norm"] == 0
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
+)
+def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
+    # 8 rows: as many as the devices that a batch may be split over.
+    _, batch, _, used = _data(rng, count=24, rows=8, micro_batches=3)
+    want_state, want_scalars, want_table = _run(tiny_policy, batch, used)
+    mesh = sharding.make_mesh(*sizes)
+    config = tiny_policy.config
+    of_params = sharding.tree_shardings(
+        mesh, model.logical_axes(config), tiny_policy.params
+    )
+    spread = model.Policy(config, jax.device_put(tiny_policy.params, of_params))
+    with jax.set_mesh(mesh):
+        put = sharding.put_batch(mesh, batch, dim=1)
+        old = sharding.put_batch(mesh, OldScores(_base_scores(batch), None, None), 1)
+        state, scalars, table = _run(spread, put, used, old=old)
+        is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
+        assert is_split == (sizes[0] < 8)
+        _assert_same(scalars, want_scalars)
+        _assert_same(table, want_table, atol=2e-5)
+        _assert_same(state.params, want_state.params)
+
+
+def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
+    update = jax.jit(
+        functools.partial(
+            step.train_step, config=_config(tiny_policy.config), optimizer=OPTIMIZER
+        ),
+        donate_argnums=0,
+    )
+    state = _state(tiny_policy)
+    with count_compiles() as count:
+        for n in (3, 12, 7):
+            _, batch, _, used = _data(rng, count=n)
+            old = OldScores(_base_scores(batch), None, None)
+            state, _, _ = update(state, batch, old, jnp.int32(used))
+    assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
+
+
+def test_the_base_at_alpha_one_stays_where_it_is(rng, tiny_policy):
+    """Policy = base, log Z' = 0, no format term: no loss, no gradient, no update."""
+    _, batch, _, used = _data(rng)
+    batch = batch._replace(psi=np.zeros_like(batch.psi))
+    score = jax.jit(functools.partial(step.score_step, config=tiny_policy.config))
+    log_p = score(tiny_policy.params, batch, jnp.int32(used))
+    old = OldScores(log_p, None, np.zeros(batch.length.shape, np.float32))
+    config = _config(tiny_policy.config, alpha=1.0)
+    _, scalars, table = _run(tiny_policy, batch, used, config, old)
+    assert scalars["loss"] < 1e-10
+    assert scalars["grad_norm"] < 1e-4
+    assert np.abs(table.residual).max() < 1e-5
