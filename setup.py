@@ -55,6 +55,6 @@ setuptools.setup(
         "cuda13": jax("cuda13"),
         "tpu": jax("tpu"),
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "ruff==0.17.6", "torch==2.13.0"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "torch==2.13.0"],
     },
 )

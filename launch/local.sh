@@ -19,7 +19,7 @@ for arg in "$@"; do
       ;;
   esac
 done
-[[ $has_config ]] || args+=("--config=$ROOT/configs/smoke.py")
-[[ $has_workdir ]] || args+=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$")
+[[ $has_workdir ]] || args=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$" "${args[@]}")
+[[ $has_config ]] || args=("--config=$ROOT/configs/smoke.py" "${args[@]}")
 prepare
 exec "$PYTHON" -m pfjax.train "${args[@]}"

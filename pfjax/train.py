@@ -3,6 +3,7 @@ r"""Trains: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke
 Any value of the config can be changed: --config.alpha=0.5
 """
 
+import ast
 import os
 import sys
 import traceback
@@ -16,9 +17,27 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=Tr
 flags.mark_flag_as_required("config")
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags; a file that is not there or a misspelt setting is one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.to_dict()  # a config that could not be loaded raises here
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except AttributeError as error:  # ml_collections: repr of a name and a suggestion
+        text = str(error)
+        text = str(ast.literal_eval(text)) if text[:1] in "'\"" else text
+        if "get_config" in text:
+            sys.exit("error: --config names a file without a function get_config")
+        sys.exit("error: --config has no setting " + text.replace("\n", ". "))
+    except (OSError, ImportError, SyntaxError) as error:
+        sys.exit(f"error: --config cannot be read: {error}")
+    return rest
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        sys.exit(f"error: unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     # Shapes in annotations are checked when a function is traced.
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
@@ -31,13 +50,9 @@ def main(argv: list[str]) -> None:
         loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     except (ValueError, FloatingPointError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"error: {error}\n(raised at {os.path.relpath(frame.filename)}:"
-            f"{frame.lineno})",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        where = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
+        sys.exit(f"error: {error}\n(raised at {where})")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

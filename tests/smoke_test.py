@@ -1,0 +1,125 @@
+"""The promise of the README: the smoke run, as a user starts it, and its ablation."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pfjax.training import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _train(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "pfjax.train", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    done = _train("--config=configs/smoke.py", f"--workdir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_smoke_run_sharpens_without_shortening(smoke):
+    folder, output = smoke
+    rows = [
+        r for r in metrics.read_jsonl(folder / "metrics.jsonl") if "eval/avg@8" in r
+    ]
+    first, last = rows[0], rows[-1]
+    assert first["step"] == 0 and first["eval/avg@8"] < 0.70
+    assert last["eval/avg@8"] >= 0.93
+    assert last["eval/length_mean"] >= first["eval/length_mean"]
+    assert max(r.get("rollout/logp_gap_max", 0) for r in rows) < 1e-4
+    # What a person reads at the end.
+    assert re.search(r"eval/avg@8 +│ +0.5\d+ │ +0.9\d+", output)
+    assert f"model: {folder / 'hf'}" in output
+
+
+def test_run_folder_holds_what_is_promised(smoke):
+    folder, _ = smoke
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["config"]["alpha"] == 4.0 and saved["versions"]["jax"]
+    assert list(folder.glob("events.out.tfevents*"))
+    row = metrics.read_jsonl(folder / "completions/step_000000.jsonl")[0]
+    assert {"prompt", "completion", "answer", "gold", "correct"} <= set(row)
+    assert (folder / "checkpoints").is_dir()
+
+
+def test_transformers_reads_the_exported_model(smoke):
+    import torch
+    import transformers
+
+    from pfjax.policy import hf, logprobs, tokenizer
+
+    folder = str(smoke[0] / "hf")
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    policy = hf.load(folder)
+    ids = tokenizer.encode_prompt(tok, "47+35")
+    ids = ids + tok.encode(r"7+5=12,4+3+1=8;\boxed{82}") + [tok.eos_token_id]
+    with torch.no_grad():
+        want = torch.log_softmax(reference(torch.tensor([ids])).logits, -1)[0]
+    got = logprobs.score(policy, [ids], [1])[0]
+    want_at = want[np.arange(len(ids) - 1), ids[1:]].numpy()
+    np.testing.assert_allclose(got, want_at, atol=1e-4)
+    logits = _all_logits(policy, np.array([ids]))
+    np.testing.assert_allclose(
+        logits, reference(torch.tensor([ids])).logits[0].detach().numpy(), atol=1e-4
+    )
+
+
+def _all_logits(policy, ids):
+    from pfjax.policy import logprobs, model
+
+    hidden, _ = model.forward_packed(
+        policy.config,
+        policy.params,
+        ids,
+        np.arange(ids.shape[1])[None],
+        np.ones_like(ids),
+    )
+    return logprobs.logits(hidden, model.head_weight(policy.params))[0]
+
+
+def test_trajectory_level_matching_collapses(tmp_path):
+    """The ablation of the paper: the same run on whole sequences turns to guesses."""
+    done = _train(
+        "--config=configs/smoke.py",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.objective=tb_traj",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    first, last = rows[0], rows[-1]
+    assert last["eval/avg@8"] < first["eval/avg@8"]
+    assert last["eval/length_mean"] < 0.75 * first["eval/length_mean"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config=configs/smoke.py", "--config.alhpa=2"], "alpha"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/smoke.py", "--config.alpha=0"], "alpha=0.0: must be"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_in_their_cause(tmp_path, args, message):
+    done = _train(*args, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    last_lines = "\n".join(done.stderr.strip().splitlines()[-3:])
+    assert message in last_lines, done.stderr
+    assert not (tmp_path / "run").exists()

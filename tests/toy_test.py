@@ -1,0 +1,44 @@
+"""The embedded world, and that its committed model speaks its distribution."""
+
+import numpy as np
+import pytest
+
+from pfjax import toy
+from pfjax.evaluation import grading
+from pfjax.policy import hf, tokenizer
+from pfjax.sampling import engine
+
+
+def test_the_world_is_as_described(rng):
+    problems = toy.all_problems()
+    assert len(problems) == 45 * 81
+    drawn = [(p, toy.sample_response(p, rng)) for p in problems for _ in range(4)]
+    right = np.array([grading.last_boxed(y) == p.answer for p, y in drawn])
+    is_guess = np.array([y.startswith("\\boxed") for _, y in drawn])
+    assert is_guess.mean() == pytest.approx(0.3, abs=0.02)
+    assert right[is_guess].mean() == pytest.approx(0.4, abs=0.03)
+    assert right[~is_guess].mean() == pytest.approx(0.64, abs=0.02)
+
+
+def test_sets_of_problems_are_disjoint():
+    seen, train, held_out = (set(s) for s in toy.split_problems(0))
+    assert not seen & train and not seen & held_out and not train & held_out
+    assert seen | train | held_out == set(toy.all_problems())
+
+
+def test_committed_model_speaks_like_the_world(rng):
+    policy, tok = hf.load("pfjax/toy"), tokenizer.load("pfjax/toy")
+    problems = toy.split_problems(0)[2]
+    out = engine.rollout(
+        policy, [tokenizer.encode_prompt(tok, p.prompt) for p in problems], 32, 32
+    )
+    right, guess = [], []
+    for p, row, lengths in zip(problems, out.tokens, out.lengths, strict=True):
+        for y, n in zip(row, lengths, strict=True):
+            text = tokenizer.decode(tok, y[:n].tolist())
+            right.append(grading.last_boxed(text) == p.answer)
+            guess.append(text.startswith("\\boxed"))
+    # 2,048 draws from 64 problems: 4 standard errors.
+    assert np.mean(guess) == pytest.approx(0.3, abs=0.04)
+    assert np.mean(right) == pytest.approx(0.7 * 0.64 + 0.3 * 0.4, abs=0.045)
+    assert out.finished.mean() > 0.99
