@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 
 # A test that asks the hub fails at once instead of waiting for a network. Before the
 # imports, which read it.
@@ -16,7 +18,19 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests compile the same program; the workers of one run of pytest share it.
+_IS_FIRST = "PFJAX_TEST_CACHE" not in os.environ
+if _IS_FIRST:
+    os.environ["PFJAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="pfjax-")
+_CACHE = os.environ["PFJAX_TEST_CACHE"]
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 _hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
+
+
+def pytest_sessionfinish():
+    if _IS_FIRST:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def _rank_of(x: Array, weight: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(config: ModelConfig) -> tuple[Any, nnx.State]:
     module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     return nnx.split(module)
 

@@ -102,8 +102,12 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
             total += sums[-1] ** 2
         return total, jnp.array(sums)
 
-    (loss, (log_p, sums)), grads = jax.value_and_grad(packed, has_aux=True)(params)
-    (want, want_sums), want_grads = jax.value_and_grad(alone, has_aux=True)(params)
+    (loss, (log_p, sums)), grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(
+        params
+    )
+    (want, want_sums), want_grads = jax.jit(jax.value_and_grad(alone, has_aux=True))(
+        params
+    )
     np.testing.assert_allclose(
         packing.unpack_slots(sums, placement), want_sums, rtol=1e-5
     )
@@ -132,8 +136,8 @@ def test_rematerialised_gradients_are_the_same(rng, tiny_policy):
         log_p, _, _ = logprobs.packed_log_probs(config, params, batch, remat)
         return packing.response_log_prob(log_p, batch).sum()
 
-    plain = jax.grad(loss)(params, False)
-    again = jax.grad(loss)(params, True)
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = grad(params, False), grad(params, True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
 
 

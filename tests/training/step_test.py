@@ -74,15 +74,17 @@ def _base_scores(batch):
     return (-1.0 - 0.1 * (batch.tokens % 7)).astype(np.float32)
 
 
+@functools.cache
+def _jitted(config):
+    return jax.jit(
+        functools.partial(step.train_step, config=config, optimizer=OPTIMIZER)
+    )
+
+
 def _run(policy, batch, used, config=None, old=None):
     old = old or OldScores(_base_scores(batch), None, None)
-    return jax.jit(
-        functools.partial(
-            step.train_step,
-            config=config or _config(policy.config),
-            optimizer=OPTIMIZER,
-        )
-    )(_state(policy), batch, old, jnp.int32(used))
+    update = _jitted(config or _config(policy.config))
+    return update(_state(policy), batch, old, jnp.int32(used))
 
 
 def _assert_same(a, b, atol=1e-5):
