@@ -124,8 +124,12 @@ class Grader:
 
 def _serve() -> None:
     """The worker: reads comparisons from standard input until it closes."""
+    import logging
+
     import math_verify
 
+    # It warns that its own alarms are off; this process is killed instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     # An unboxed gold parses to a fragment or nothing (`3\sqrt{13}` -> 3), which
     # gives credit to wrong answers; so both sides are boxed.
     config = [
