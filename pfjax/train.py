@@ -19,6 +19,8 @@ flags.mark_flag_as_required("config")
 
 def parse(argv: list[str]) -> list[str]:
     """Parses flags; a file that is not there or a misspelt setting is one line."""
+    # transformers says at import that it has no torch, which nothing here wants.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.to_dict()  # a config that could not be loaded raises here

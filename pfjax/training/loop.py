@@ -1,7 +1,5 @@
-"""Builds everything from a config; the training loop."""
+"""The training loop."""
 
-import dataclasses
-import functools
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -10,42 +8,22 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from pfjax import packing, sharding
 from pfjax.evaluation import benchmarks, grading
 from pfjax.policy import hf, model, partition, tokenizer
 from pfjax.sampling import engine
 from pfjax.training import (
+    build,
     checkpoint,
     checks,
     data,
     metrics,
     objectives,
-    optim,
     rewards,
     step,
 )
 from pfjax.types import OldScores, PackedBatch, Placement, Rollout
-
-
-class _Run(NamedTuple):
-    """What stays the same during a run."""
-
-    config: ml_collections.FrozenConfigDict
-    mesh: Mesh
-    tok: Any
-    train: data.PromptSet
-    eval: data.PromptSet | None
-    stop_ids: tuple[int, ...]
-    prompt_width: int
-    micro_batches: int  # that always suffice for an update
-    slots: int
-    step_config: step.StepConfig
-    base: model.Params  # frozen, in the type of the computation
-    train_step: Any  # jitted
-    score_step: Any  # jitted
 
 
 class _Update(NamedTuple):
@@ -79,7 +57,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     checks.check_batch(config, mesh)
     checks.check_workdir(config, folder)
     with jax.set_mesh(mesh):
-        run, state = _build(config, mesh)
+        run, state = build.build(config, mesh)
         folder.mkdir(parents=True, exist_ok=True)
         checks.write_config(config, folder)
         with (
@@ -90,7 +68,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _loop(
-    run: _Run,
+    run: build.Run,
     state: step.TrainState,
     folder: pathlib.Path,
     checkpoints: checkpoint.Checkpoints,
@@ -111,7 +89,7 @@ def _loop(
         cursor = saved["prompts"]
     writer = metrics.Writer(folder, start or -1, config.wandb_project)
     progress = metrics.Progress(start, config.num_steps, config.log_every)
-    progress.note(_describe(run))
+    progress.note(build.describe(run))
     if start:
         progress.note(f"continuing {folder} after step {start}")
 
@@ -147,7 +125,7 @@ def _loop(
 
 
 def _step(
-    run: _Run, state: step.TrainState, cursor: int, number: int
+    run: build.Run, state: step.TrainState, cursor: int, number: int
 ) -> tuple[step.TrainState, int, dict[str, float]]:
     """Prompts -> responses -> packed rows -> updates; returns their metrics."""
     config, clock = run.config, metrics.Clock()
@@ -155,28 +133,25 @@ def _step(
         run.train, cursor, config.prompts_per_step, config.seed
     )
     prompts = [run.train.tokens[i] for i in chosen]
-    with jax.named_scope("rollout"):
-        rollout = engine.rollout(
-            model.Policy(run.step_config.model, state.params["policy"]),
-            prompts,
-            config.samples_per_prompt,
-            config.max_new_tokens,
-            config.temperature,
-            config.seed,
-            step=number,
-            prompt_ids=ids,
-            stop_ids=run.stop_ids,
-            prompt_width=run.prompt_width,
-        )
+    rollout = engine.rollout(
+        model.Policy(run.step_config.model, state.params["policy"]),
+        prompts,
+        config.samples_per_prompt,
+        config.max_new_tokens,
+        config.temperature,
+        config.seed,
+        step=number,
+        prompt_ids=ids,
+        stop_ids=run.stop_ids,
+        prompt_width=run.prompt_width,
+    )
     clock.lap("sample")
     responses = _responses(rollout)
     texts = [tokenizer.decode(run.tok, y.tolist()) for y in responses]
     psi = rewards.format_term(texts, config.psi_unboxed)
+    parts = np.array_split(np.arange(len(responses)), config.updates_per_rollout)
     updates = [
-        _pack_and_score(run, state, prompts, responses, psi, part)
-        for part in np.array_split(
-            np.arange(len(responses)), config.updates_per_rollout
-        )
+        _pack_and_score(run, state, prompts, responses, psi, part) for part in parts
     ]
     if number == 1 and config.log_z == "head":
         state = _calibrate(run, state, updates)
@@ -189,7 +164,7 @@ def _step(
         )
         tables.append(table)
         scalars.append(values)
-    values = {k: np.mean([float(s[k]) for s in scalars]) for k in scalars[0]}
+    values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
     clock.lap("update")
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
@@ -198,35 +173,44 @@ def _step(
                 "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
                 "a smaller optim.learning_rate or clip_norm is the usual cure"
             )
+    values |= _step_metrics(run, updates, tables, rollout, responses, texts)
+    warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
+    values["lr"] = config.optim.learning_rate * warmed_up
+    values |= clock.done()
+    values["perf/tokens_per_s"] = values["num_tokens"] / values["time/step"]
+    del values["loss"]  # tb/loss
+    return state, cursor, values
+
+
+def _step_metrics(
+    run: build.Run,
+    updates: list[_Update],
+    tables: list[step.StepTable],
+    rollout: Rollout,
+    responses: list[np.ndarray],
+    texts: list[str],
+) -> dict[str, float]:
+    config = run.config
     record = _record(updates, tables, rollout)
-    scored = [
-        row
-        for u, t in zip(updates, tables, strict=True)
-        for row in packing.unpack_responses(
-            t.log_p if u.old.log_p_old is None else u.old.log_p_old,
-            u.placement, u.prompt_lengths, u.lengths,
+    scored: list[np.ndarray] = []
+    for u, table in zip(updates, tables, strict=True):
+        # Of the policy that drew: later updates of a step have moved it.
+        log_p = table.log_p if u.old.log_p_old is None else u.old.log_p_old
+        scored += packing.unpack_responses(
+            log_p, u.placement, u.prompt_lengths, u.lengths
         )
-    ]  # fmt: skip
     has_box = np.array([grading.last_boxed(text) is not None for text in texts])
-    used = sum(int(u.num_micro) for u in updates) * config.rows * config.row_length
     packed = sum(int((u.batch.segment_ids > 0).sum()) for u in updates)
-    times = clock.done()
+    computed = sum(int(u.num_micro) for u in updates) * config.rows * config.row_length
+    clamps = (config.importance.low, config.importance.high)
     out = {
-        **metrics.balance_metrics(
-            record, (config.importance.low, config.importance.high)
-        ),
+        **metrics.balance_metrics(record, clamps),
         **metrics.completion_metrics(record, has_box),
         **metrics.repetition_metrics(responses),
         **metrics.rollout_gap(rollout, scored),
-        "grad_norm": values["grad_norm"],
-        "log_z_grad_norm": values["log_z_grad_norm"],
-        "lr": config.optim.learning_rate
-        * min(1.0, float(state.step) / max(config.optim.warmup_steps, 1)),
-        "pack/fill": packed / used,
-        **times,
-        "perf/tokens_per_s": record.length.sum() / times["time/step"],
+        "pack/fill": packed / computed,
     }
-    return state, cursor, {k: float(v) for k, v in out.items()}
+    return {k: float(v) for k, v in out.items()}
 
 
 def _responses(rollout: Rollout) -> list[np.ndarray]:
@@ -236,7 +220,7 @@ def _responses(rollout: Rollout) -> list[np.ndarray]:
 
 
 def _pack_and_score(
-    run: _Run,
+    run: build.Run,
     state: step.TrainState,
     prompts: list[list[int]],
     responses: list[np.ndarray],
@@ -284,7 +268,7 @@ def _pack_and_score(
 
 
 def _residual_without_log_z(
-    run: _Run, batch: PackedBatch, log_p: jax.Array, log_p_base: jax.Array
+    run: build.Run, batch: PackedBatch, log_p: jax.Array, log_p_base: jax.Array
 ) -> jax.Array:
     """Residuals `[M, B, N]` at log Z = 0."""
     sums = jax.vmap(packing.response_log_prob)
@@ -297,7 +281,7 @@ def _residual_without_log_z(
 
 
 def _calibrate(
-    run: _Run, state: step.TrainState, updates: list[_Update]
+    run: build.Run, state: step.TrainState, updates: list[_Update]
 ) -> step.TrainState:
     """Sets the log Z' head so that the first mean residual is 0."""
     total = count = 0.0
@@ -346,7 +330,7 @@ def _record(
 
 
 def _evaluate(
-    run: _Run, state: step.TrainState, grader: grading.Grader
+    run: build.Run, state: step.TrainState, grader: grading.Grader
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     config = run.config
     settings = benchmarks.Settings(
@@ -367,110 +351,6 @@ def _evaluate(
         run.eval.tokens,
         run.eval.answers,
         settings,
-    )
-
-
-def _build(
-    config: ml_collections.FrozenConfigDict, mesh: Mesh
-) -> tuple[_Run, step.TrainState]:
-    """Everything a run needs, cheap and fallible things first."""
-    source = hf.resolve(config.model)
-    model_config = hf.read_config(source)
-    tok = tokenizer.load(source)
-    limit = config.data.max_prompt_tokens
-    train = data.load_prompts(config.data.train, tok, limit)
-    held_out = config.data.eval and data.load_prompts(config.data.eval, tok, limit)
-    longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
-    max_length = longest + config.max_new_tokens
-    checks.check_lengths(config, longest, model_config.max_positions)
-
-    policy = hf.load(source, mesh)
-    model_config = dataclasses.replace(policy.config, dtype=config.dtype)
-    optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
-    state, shardings = _init_state(policy.params, model_config, optimizer, config, mesh)
-    step_config = step.StepConfig(
-        model=model_config,
-        objective=config.objective,
-        alpha=config.alpha,
-        weight_low=config.importance.low,
-        weight_high=config.importance.high,
-        remat=config.remat,
-    )
-    everywhere = sharding.replicated(mesh)
-    responses = config.prompts_per_step * config.samples_per_prompt
-    per_update = -(-responses // config.updates_per_rollout)
-    run = _Run(
-        config=config,
-        mesh=mesh,
-        tok=tok,
-        train=train,
-        eval=held_out or None,
-        stop_ids=tokenizer.stop_ids(tok, model_config.stop_ids),
-        prompt_width=-(-longest // 16) * 16,
-        micro_batches=packing.max_micro_batches(
-            per_update, max_length, config.rows, config.row_length
-        ),
-        slots=packing.slots_per_row(config.row_length, max_length),
-        step_config=step_config,
-        # A copy, since training gives the buffers of its parameters away.
-        base=jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params),
-        train_step=jax.jit(
-            functools.partial(step.train_step, config=step_config, optimizer=optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, everywhere, everywhere),
-        ),
-        score_step=jax.jit(
-            functools.partial(step.score_step, config=model_config),
-            out_shardings=everywhere,
-        ),
-    )
-    return run, state
-
-
-def _init_state(
-    params: model.Params,
-    model_config: model.ModelConfig,
-    optimizer: optax.GradientTransformation,
-    config: ml_collections.FrozenConfigDict,
-    mesh: Mesh,
-) -> tuple[step.TrainState, step.TrainState]:
-    """The state before the first update, and the sharding of each of its parts."""
-    everywhere = sharding.replicated(mesh)
-    head = partition.init_params(model_config.embed_dim, jax.random.key(config.seed))
-    params = {"policy": params, "log_z": jax.device_put(head, everywhere)}
-    of_params = jax.tree.map(lambda x: x.sharding, params)
-    # Each group's chain holds a MaskedNode in place of the other group.
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    # Left to itself jit would put the moments on one device.
-    of_opt = optax.tree.map_params(
-        optimizer,
-        lambda x, s: x if is_masked(x) else s,
-        jax.eval_shape(optimizer.init, params),
-        of_params,
-        transform_non_params=lambda _: everywhere,
-        is_leaf=is_masked,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=of_opt)(params)
-    start = jax.device_put(jnp.int32(0), everywhere)
-    state = step.TrainState(start, params, opt_state)
-    return state, step.TrainState(everywhere, of_params, of_opt)
-
-
-def _describe(run: _Run) -> str:
-    """What follows from the two batch numbers, for the start of the log."""
-    c, m = run.config, run.step_config.model
-    responses = c.prompts_per_step * c.samples_per_prompt
-    parameters = sum(x.size for x in jax.tree.leaves(model.abstract_params(m)))
-    sizes = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
-    return (
-        f"{c.model}: {parameters / 1e6:.2f} M parameters on {run.mesh.size} "
-        f"{jax.devices()[0].platform} device(s), mesh {sizes}\n"
-        f"{c.objective}, alpha {c.alpha:g}: {c.prompts_per_step} prompts x "
-        f"{c.samples_per_prompt} samples = {responses} responses a step, "
-        f"{c.updates_per_rollout} update(s) of at most {run.micro_batches} micro-"
-        f"batches of {c.rows} x {c.row_length} tokens\n"
-        f"{len(run.train.tokens)} training prompts, "
-        f"{len(run.eval.tokens) if run.eval else 0} for evaluation"
     )
 
 
