@@ -116,7 +116,7 @@ def pretrain(steps: int, batch_size: int, seed: int):
     import jax.numpy as jnp
 
     from pfjax import losses, packing
-    from pfjax.policy import logprobs, model, tokenizer
+    from pfjax.policy import logprobs, model, rope, tokenizer
     from pfjax.training import optim
 
     tok = make_tokenizer()
@@ -128,10 +128,10 @@ def pretrain(steps: int, batch_size: int, seed: int):
         num_kv_heads=2,
         head_dim=16,
         mlp_dim=176,
-        rope_theta=10_000.0,
+        rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=True,
-        attention_bias=True,
+        qkv_bias=True,
         max_positions=512,
         stop_ids=(tok.eos_token_id,),
     )

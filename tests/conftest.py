@@ -41,7 +41,7 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def tiny_config():
     """A Qwen2 with grouped heads, too small to care."""
-    from pfjax.policy import model
+    from pfjax.policy import model, rope
 
     return model.ModelConfig(
         vocab_size=16,
@@ -51,10 +51,10 @@ def tiny_config():
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=32,
-        rope_theta=10_000.0,
+        rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=False,
-        attention_bias=True,
+        qkv_bias=True,
         max_positions=128,
         stop_ids=(1,),
     )
@@ -81,7 +81,7 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
 
     Token 1 ends a response. Of at most 3 tokens there are 1 + 3 + 9 + 27 responses.
     """
-    from pfjax.policy import hf, model
+    from pfjax.policy import hf, model, rope
 
     config = model.ModelConfig(
         vocab_size=4,
@@ -91,10 +91,10 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
         num_kv_heads=1,
         head_dim=8,
         mlp_dim=32,
-        rope_theta=10_000.0,
+        rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=False,
-        attention_bias=True,
+        qkv_bias=True,
         max_positions=64,
         stop_ids=(1,),
     )

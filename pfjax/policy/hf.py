@@ -23,8 +23,8 @@ import safetensors.numpy
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax import sharding
-from pfjax.policy import model
-from pfjax.policy.model import ModelConfig, Policy
+from pfjax.policy import hf_config, model
+from pfjax.policy.model import Policy
 
 EMBEDDED = "pfjax/toy"  # loads the assets of this package, see pfjax/toy.py
 MAX_FILE_BYTES = 5 * 10**9
@@ -45,11 +45,17 @@ _LAYER = {
     "bq": ("self_attn.q_proj.bias", ((0, 1),)),
     "bk": ("self_attn.k_proj.bias", ((0, 1),)),
     "bv": ("self_attn.v_proj.bias", ((0, 1),)),
+    "q_norm": ("self_attn.q_norm.weight", ((0,),)),
+    "k_norm": ("self_attn.k_norm.weight", ((0,),)),
     "wo": ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    "bo": ("self_attn.o_proj.bias", ((0,),)),
     "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
     "w_gate": ("mlp.gate_proj.weight", ((1,), (0,))),
     "w_up": ("mlp.up_proj.weight", ((1,), (0,))),
     "w_down": ("mlp.down_proj.weight", ((1,), (0,))),
+    "b_gate": ("mlp.gate_proj.bias", ((0,),)),
+    "b_up": ("mlp.up_proj.bias", ((0,),)),
+    "b_down": ("mlp.down_proj.bias", ((0,),)),
 }
 # Buffers that some checkpoints carry and nothing reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
@@ -83,84 +89,6 @@ def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
             f"fetched from the Hugging Face hub: {error}"
         ) from error
-
-
-def read_config(folder: str | os.PathLike) -> ModelConfig:
-    """The architecture from `config.json`, stop ids from `generation_config.json`.
-
-    Raises:
-      ValueError: for a field whose effect is not implemented.
-    """
-    folder = pathlib.Path(folder)
-    c = json.loads((folder / "config.json").read_text())
-    if c.get("model_type") != "qwen2":
-        raise ValueError(
-            f"{folder}/config.json has model_type {c.get('model_type')!r}; "
-            "supported: 'qwen2'"
-        )
-    rope = dict(c.get("rope_parameters") or {})
-    scaling = dict(c.get("rope_scaling") or rope)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    unsupported = {
-        "rope_scaling": kind != "default" and kind,
-        "use_sliding_window": c.get("use_sliding_window", False),
-        "hidden_act": c.get("hidden_act", "silu") != "silu" and c["hidden_act"],
-    }
-    for field, value in unsupported.items():
-        if value:
-            raise ValueError(
-                f"{folder}/config.json sets {field}={value!r}: not supported"
-            )
-    heads = c["num_attention_heads"]
-    return ModelConfig(
-        vocab_size=c["vocab_size"],
-        embed_dim=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        mlp_dim=c["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", c.get("rope_theta", 10_000.0))),
-        norm_eps=float(c["rms_norm_eps"]),
-        tied_embeddings=bool(c.get("tie_word_embeddings", False)),
-        attention_bias=True,
-        max_positions=int(c["max_position_embeddings"]),
-        stop_ids=_stop_ids(folder, c),
-    )
-
-
-def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
-    ids: set[int] = set()
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        ids.update(
-            value if isinstance(value, list) else [] if value is None else [value]
-        )
-    return tuple(sorted(ids))
-
-
-def _to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.mlp_dim,
-        "hidden_act": "silu",
-        "rope_theta": c.rope_theta,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tied_embeddings,
-        "max_position_embeddings": c.max_positions,
-        "use_sliding_window": False,
-        "eos_token_id": list(c.stop_ids),
-        "dtype": dtype,
-    }
 
 
 def _leaves(
@@ -200,7 +128,7 @@ def load(
     3
     """
     folder = resolve(path_or_hub_id)
-    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    config = dataclasses.replace(hf_config.read(folder), dtype=dtype)
     abstract = model.abstract_params(config)
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
@@ -336,7 +264,7 @@ def save(
         tmp.chmod(0o755)
         _write_tensors(policy.params, tmp, jnp.dtype(dtype))
         if source is None:
-            config = json.dumps(_to_json(policy.config, dtype), indent=2)
+            config = json.dumps(hf_config.to_json(policy.config, dtype), indent=2)
             (tmp / "config.json").write_text(config + "\n")
         else:
             _copy_side_files(source, tmp, dtype)

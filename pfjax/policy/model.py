@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from pfjax import sharding
-from pfjax.policy import attention
+from pfjax.policy import attention, rope
+from pfjax.policy.rope import RopeConfig
 from pfjax.types import Array
 
 Params = dict[str, Any]
@@ -36,12 +37,16 @@ class ModelConfig:
     num_kv_heads: int  # K
     head_dim: int  # C
     mlp_dim: int  # F
-    rope_theta: float
+    rope: RopeConfig
     norm_eps: float
     tied_embeddings: bool
-    attention_bias: bool
     max_positions: int
     stop_ids: tuple[int, ...]
+    family: str = "qwen2"  # `model_type` of Hugging Face; decides nothing here
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys normalised over the head, before RoPE
     dtype: str = "float32"  # of the computation
 
 
@@ -72,39 +77,53 @@ class Blocks(nnx.Module):
         self.wq = param((d, h, w), ("embed", *heads), into)
         self.wk = param((d, k, w), ("embed", *kv_heads), into)
         self.wv = param((d, k, w), ("embed", *kv_heads), into)
-        if c.attention_bias:
+        if c.qkv_bias:
             self.bq = param((h, w), heads, zeros)
             self.bk = param((k, w), kv_heads, zeros)
             self.bv = param((k, w), kv_heads, zeros)
+        if c.qk_norm:
+            self.q_norm = param((w,), (None,), ones)
+            self.k_norm = param((w,), (None,), ones)
         self.wo = param((h, w, d), (*heads, "embed"), back)
+        if c.output_bias:
+            self.bo = param((d,), (None,), zeros)
         self.mlp_norm = param((d,), (None,), ones)
         self.w_gate = param((d, f), ("embed", "mlp"), into)
         self.w_up = param((d, f), ("embed", "mlp"), into)
         self.w_down = param((f, d), ("mlp", "embed"), back)
+        if c.mlp_bias:
+            self.b_gate = param((f,), ("mlp",), zeros)
+            self.b_up = param((f,), ("mlp",), zeros)
+            self.b_down = param((d,), (None,), zeros)
 
     def __call__(
-        self, x: Array, rope: KeyValue, attend: Attend, cache: Any
+        self, x: Array, angles: KeyValue, attend: Attend, cache: Any
     ) -> tuple[Array, KeyValue]:
-        c, dtype = self.config, x.dtype
+        c = self.config
 
-        def linear(shapes, y, weight):
-            return jnp.einsum(shapes, y, weight[...].astype(dtype))
+        def linear(shapes, y, weight, bias):
+            out = jnp.einsum(shapes, y, weight[...].astype(x.dtype))
+            if bias is None:
+                return out
+            return out + _rank_of(out, bias[...].astype(x.dtype))
+
+        def of(name):
+            return getattr(self, name, None)
 
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q = linear("...d,dhc->...hc", y, self.wq)
-        k = linear("...d,dkc->...kc", y, self.wk)
-        v = linear("...d,dkc->...kc", y, self.wv)
-        if c.attention_bias:
-            q = q + _rank_of(q, self.bq[...].astype(dtype))
-            k = k + _rank_of(k, self.bk[...].astype(dtype))
-            v = v + _rank_of(v, self.bv[...].astype(dtype))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = linear("...d,dhc->...hc", y, self.wq, of("bq"))
+        k = linear("...d,dkc->...kc", y, self.wk, of("bk"))
+        v = linear("...d,dkc->...kc", y, self.wv, of("bv"))
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.norm_eps)
+        q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
         out = attend(q, k, v, cache)
-        x = x + linear("...hc,hcd->...d", out, self.wo)
+        x = x + linear("...hc,hcd->...d", out, self.wo, of("bo"))
         y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        gate = jax.nn.silu(linear("...d,df->...f", y, self.w_gate))
-        y = gate * linear("...d,df->...f", y, self.w_up)
-        x = x + linear("...f,fd->...d", y, self.w_down)
+        gate = jax.nn.silu(linear("...d,df->...f", y, self.w_gate, of("b_gate")))
+        y = gate * linear("...d,df->...f", y, self.w_up, of("b_up"))
+        x = x + linear("...f,fd->...d", y, self.w_down, of("b_down"))
         return sharding.constrain(x, "batch", None, None), (k, v)
 
 
@@ -136,12 +155,12 @@ class Transformer(nnx.Module):
         c = self.config
         x = self.embed[...].astype(c.dtype)[tokens]
         x = sharding.constrain(x, "batch", None, None)
-        rope = rope_angles(positions, c)
+        angles = rope.angles(c.rope, c.head_dim, positions)
         graphdef, layers = nnx.split(self.blocks)
 
         def layer(x, inputs):
             params, cache = inputs
-            return nnx.merge(graphdef, params)(x, rope, attend, cache)
+            return nnx.merge(graphdef, params)(x, angles, attend, cache)
 
         layer = jax.checkpoint(layer) if remat else layer
         x, kv = jax.lax.scan(layer, x, (layers, cache))
@@ -154,21 +173,6 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     # Rounded before scaling, as the checkpoints were trained (transformers).
     return y.astype(x.dtype) * _rank_of(x, scale.astype(x.dtype))
-
-
-def rope_angles(positions: Int[Array, "b t"], c: ModelConfig) -> KeyValue:
-    """Cosine and sine of the rotary angles, float32 `[b, t, 1, C/2]`."""
-    exponent = jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim
-    angle = positions[..., None, None] * _rank_of(
-        positions[..., None, None], c.rope_theta**-exponent
-    )
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates pairs (i, i + C/2) of each head, the layout of HF checkpoints."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
 def _rank_of(x: Array, weight: Array) -> Array:

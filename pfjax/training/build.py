@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from pfjax import packing, sharding
-from pfjax.policy import hf, model, partition, tokenizer
+from pfjax.policy import hf, hf_config, model, partition, tokenizer
 from pfjax.training import checks, data, optim, step
 
 
@@ -38,7 +38,7 @@ def build(
 ) -> tuple[Run, step.TrainState]:
     """Everything a run needs, cheap and fallible things first."""
     source = hf.resolve(config.model)
-    model_config = hf.read_config(source)
+    model_config = hf_config.read(source)
     tok = tokenizer.load(source)
     limit = config.data.max_prompt_tokens
     train = data.load_prompts(config.data.train, tok, limit)

@@ -63,6 +63,10 @@ def _is_matrix(params: Params) -> Params:
 
     def decayed(path, _):
         name = str(path[-1].key)
-        return "norm" not in name and name not in ("bq", "bk", "bv", "bias", "scale")
+        return (
+            "norm" not in name
+            and name[:2] not in ("bq", "bk", "bv", "bo", "b_")
+            and (name not in ("bias", "scale"))
+        )
 
     return jax.tree_util.tree_map_with_path(decayed, params)
