@@ -4,7 +4,9 @@ One table says where each tensor lives on both sides; loading reads only the byt
 that a device's shard needs, saving writes tensor by tensor.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.resources
 import json
 import os
@@ -13,13 +15,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax import sharding
@@ -29,6 +31,7 @@ from pfjax.policy.model import Policy
 EMBEDDED = "pfjax/toy"  # loads the assets of this package, see pfjax/toy.py
 MAX_FILE_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Our parameter -> (HF name, for each HF dimension the dimensions of ours that
 # it holds, layer axis left out). A layer's names stand below `model.layers.<i>.`.
@@ -64,6 +67,9 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     """A folder on this machine: the embedded model, a path, or a download.
 
+    A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; offline
+    mode (`HF_HUB_OFFLINE`) looks in the local cache only.
+
     Raises:
       ValueError: if it is neither a folder with a `config.json` nor on the hub.
     """
@@ -75,14 +81,17 @@ def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
         if not (path / "config.json").is_file():
             raise ValueError(f"model folder {path} has no config.json")
         return path
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name):
         raise ValueError(f"model folder {path} does not exist")
     import huggingface_hub
 
+    hub_id, _, revision = name.partition("@")
+    files = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
     try:
-        files = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
         return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=files)
+            huggingface_hub.snapshot_download(
+                hub_id, revision=revision or None, allow_patterns=files
+            )
         )
     except Exception as error:
         raise ValueError(
@@ -149,8 +158,21 @@ def load(
     return Policy(config, params)
 
 
-def _open(folder: pathlib.Path) -> dict[str, Any]:
-    """HF name -> lazy slice, of one file or of an index of many."""
+class _Tensor(NamedTuple):
+    """A tensor in a file. Opened anew for each read: pages of a mapping that stays
+    open would count as this process's memory until the whole model is read."""
+
+    file: pathlib.Path
+    name: str
+    shape: list[int]
+
+    def read(self, cut: tuple[slice, ...]) -> np.ndarray:
+        with safetensors.safe_open(self.file, framework="numpy") as handle:
+            return handle.get_slice(self.name)[cut]
+
+
+def _open(folder: pathlib.Path) -> dict[str, _Tensor]:
+    """HF name -> tensor, of one file or of an index of many."""
     single, index = folder / "model.safetensors", folder / _INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -162,20 +184,22 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             f"{folder} holds neither model.safetensors nor {_INDEX}; weights in other "
             "formats (pytorch_model.bin) are not loaded: convert them with transformers"
         )
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, _Tensor] = {}
     for file in files:
         try:
-            handle = safetensors.safe_open(file, framework="numpy")
+            with safetensors.safe_open(file, framework="numpy") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    shape = list(handle.get_slice(name).get_shape())
+                    tensors[name] = _Tensor(file, name, shape)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(
                 f"{file} cannot be read as safetensors: {error}"
             ) from error
-        tensors.update((name, handle.get_slice(name)) for name in handle.keys())  # noqa: SIM118
     return tensors
 
 
 def _check_tensors(
-    folder: pathlib.Path, tensors: dict[str, Any], abstract: model.Params
+    folder: pathlib.Path, tensors: dict[str, _Tensor], abstract: model.Params
 ) -> None:
     wanted = {}
     for path, name, dims, leaf in _leaves(abstract):
@@ -190,9 +214,9 @@ def _check_tensors(
     problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
     problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
     problems += [
-        f"{n} has shape {tensors[n].get_shape()}, expected {shape}"
+        f"{n} has shape {tensors[n].shape}, expected {shape}"
         for n, shape in wanted.items()
-        if n in present and list(tensors[n].get_shape()) != shape
+        if n in present and tensors[n].shape != shape
     ]
     if problems:
         shown = "\n  ".join(problems[:20])
@@ -201,7 +225,7 @@ def _check_tensors(
 
 
 def _reader(
-    tensors: dict[str, Any],
+    tensors: dict[str, _Tensor],
     name: str,
     dims: tuple[tuple[int, ...], ...],
     shape: tuple[int, ...],
@@ -210,7 +234,7 @@ def _reader(
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index of our array to its values, reading only those."""
 
-    def read_one(tensor: Any, index: tuple[slice, ...], full: tuple[int, ...]):
+    def read_one(tensor: _Tensor, index: tuple[slice, ...], full: tuple[int, ...]):
         spans = [s.indices(n)[:2] for s, n in zip(index, full, strict=True)]
         cut, sizes = [], []
         for group in dims:
@@ -220,15 +244,17 @@ def _reader(
             cut.append(slice(lo * inner, hi * inner))
             sizes += [hi - lo, *(full[d] for d in group[1:])]
         order = [d for group in dims for d in group]
-        values = tensor[tuple(cut)].reshape(sizes).transpose(np.argsort(order))
-        return values.astype(dtype)
+        return tensor.read(tuple(cut)).reshape(sizes).transpose(np.argsort(order))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not is_layer:
-            return read_one(tensors[name], index, shape)
-        layers = range(*index[0].indices(shape[0]))
-        out = [read_one(tensors[name.format(i)], index[1:], shape[1:]) for i in layers]
-        return np.stack(out)
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+        out = np.empty(sizes, dtype)
+        if is_layer:
+            for at, i in enumerate(range(*index[0].indices(shape[0]))):
+                out[at] = read_one(tensors[name.format(i)], index[1:], shape[1:])
+        else:
+            out[...] = read_one(tensors[name], index, shape)
+        return out
 
     return read
 
@@ -259,9 +285,14 @@ def save(
         stored = json.loads((source / "config.json").read_text())
         dtype = stored.get("dtype") or stored.get("torch_dtype")
     dtype = dtype or str(policy.params["embed"].dtype)
+    if jax.process_index() > 0:  # takes part in gathering only
+        _write_tensors(policy.params, out, jnp.dtype(dtype))
+        multihost_utils.sync_global_devices("pfjax.save")
+        return
     tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         tmp.chmod(0o755)
+        # The config comes last: without it a folder does not load.
         _write_tensors(policy.params, tmp, jnp.dtype(dtype))
         if source is None:
             config = json.dumps(hf_config.to_json(policy.config, dtype), indent=2)
@@ -274,6 +305,8 @@ def save(
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("pfjax.save")
 
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> None:
@@ -292,48 +325,78 @@ def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> Non
 
 
 def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) -> None:
-    files: list[dict[str, np.ndarray]] = [{}]
-    names: dict[str, int] = {}
+    """Writes tensor by tensor: one tensor at a time is on the host, never the model.
+
+    Every process takes part in the gathering, the first one writes.
+    """
+    files: list[list[tuple[str, list[int], Callable[[], np.ndarray]]]] = [[]]
     size = total = 0
-
-    def flush() -> None:
-        path = out / f"{len(files) - 1}.safetensors"
-        safetensors.numpy.save_file(files[-1], path, metadata={"format": "pt"})
-        files[-1] = {}
-
-    for name, tensor in _hf_tensors(params, dtype):
-        if size and size + tensor.nbytes > MAX_FILE_BYTES:
-            flush()
-            files.append({})
+    for name, shape, value in _hf_tensors(params, dtype):
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        if files[-1] and size + nbytes > MAX_FILE_BYTES:
+            files.append([])
             size = 0
-        files[-1][name] = tensor
-        names[name] = len(files) - 1
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if len(files) == 1:
-        (out / "0.safetensors").rename(out / "model.safetensors")
-        return
-    final = [
-        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
-    ]
-    for i, file in enumerate(final):
-        (out / f"{i}.safetensors").rename(out / file)
-    weight_map = {name: final[i] for name, i in names.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files[-1].append((name, shape, value))
+        size, total = size + nbytes, total + nbytes
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        n = len(files)
+        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        weight_map = {
+            tensor: name
+            for name, file in zip(names, files, strict=True)
+            for tensor, _, _ in file
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        if jax.process_index() == 0:
+            (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for name, file in zip(names, files, strict=True):
+        _write_file(out / name, file, dtype)
+
+
+def _write_file(
+    path: pathlib.Path,
+    tensors: list[tuple[str, list[int], Callable[[], np.ndarray]]],
+    dtype: jnp.dtype,
+) -> None:
+    """One safetensors file. The library's own writer wants all tensors in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, _ in tensors:
+        begin, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPES[dtype.name],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    is_writer = jax.process_index() == 0
+    with path.open("wb") if is_writer else contextlib.nullcontext() as file:
+        if is_writer:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, value in tensors:
+            array = value()
+            if is_writer:
+                file.write(np.ascontiguousarray(array).tobytes())
 
 
 def _hf_tensors(
     params: model.Params, dtype: jnp.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    def convert(value: np.ndarray, dims: tuple[tuple[int, ...], ...]) -> np.ndarray:
-        shape = [int(np.prod([value.shape[d] for d in group])) for group in dims]
-        value = value.transpose([d for group in dims for d in group]).reshape(shape)
-        return np.ascontiguousarray(value.astype(dtype))
+) -> Iterator[tuple[str, list[int], Callable[[], np.ndarray]]]:
+    """(HF name, shape, a function that fetches the values) of each tensor."""
+
+    def fetch(leaf: jax.Array, layer: int | None, dims: tuple[tuple[int, ...], ...]):
+        value = leaf if layer is None else leaf[layer]
+        value = value.transpose([d for group in dims for d in group]).astype(dtype)
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        return np.asarray(value)
 
     for path, name, dims, leaf in _leaves(params):
-        if path[0] != "blocks":
-            yield name, convert(np.asarray(leaf), dims)
-            continue
-        for i in range(leaf.shape[0]):
-            yield name.format(i), convert(np.asarray(leaf[i]), dims)
+        is_layer = path[0] == "blocks"
+        full = leaf.shape[1:] if is_layer else leaf.shape
+        shape = [int(np.prod([full[d] for d in group])) for group in dims]
+        for i in range(leaf.shape[0]) if is_layer else (None,):
+            value = functools.partial(fetch, leaf, i, dims)
+            yield name if i is None else name.format(i), shape, value

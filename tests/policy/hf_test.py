@@ -1,6 +1,9 @@
 """Folders in and out: exact, strict, whole or not at all."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -105,11 +108,101 @@ def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    monkeypatch.setattr(hf, "_write_file", fail)
     with pytest.raises(OSError, match="disk full"):
         hf.save(tiny_policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_files_are_those_of_the_library_and_keep_the_base_type(tmp_path, tiny_policy):
+    hf.save(tiny_policy, tmp_path / "half", dtype="bfloat16")
+    tensors = safetensors.numpy.load_file(tmp_path / "half/model.safetensors")
+    assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
+    assert len((tmp_path / "half/model.safetensors").read_bytes()) % 8 == 0
+    # Trained in float32, exported in the type of its base.
+    hf.save(hf.load(tmp_path / "half"), tmp_path / "again", base=tmp_path / "half")
+    for file in ("model.safetensors", "config.json"):
+        same = [(tmp_path / d / file).read_bytes() for d in ("half", "again")]
+        assert same[0] == same[1]
+
+
+def test_loading_needs_little_more_memory_than_the_model(tmp_path):
+    """500 M parameters in bfloat16, in a process of their own."""
+    config = {
+        "model_type": "qwen2", "vocab_size": 32_000, "hidden_size": 1024,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "intermediate_size": 3072, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "eos_token_id": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write = """
+import json, pathlib, sys, numpy as np, jax.numpy as jnp
+from pfjax.policy import hf, hf_config, model
+folder = pathlib.Path(sys.argv[1])
+block = np.random.default_rng(0).integers(0, 2**15, 2**20).astype(np.uint16)
+class Leaf:
+    def __init__(self, shape): self.shape = shape
+shapes = model.abstract_params(hf_config.read(folder))
+dtype = jnp.dtype("bfloat16")
+tensors = [
+    (name, shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
+    for name, shape, _ in hf._hf_tensors(shapes, dtype)
+]
+hf._write_file(folder / "model.safetensors", tensors, dtype)
+"""
+    read = """
+import resource, sys, jax
+from pfjax.policy import hf
+jax.numpy.zeros(1).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+policy = hf.load(sys.argv[1], dtype="bfloat16")
+jax.block_until_ready(policy.params)
+size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
+print(size, (peak() - before) / size)
+"""
+    for code in (write, read):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    size, ratio = done.stdout.split()
+    assert int(size) > 2 * 450e6
+    assert float(ratio) < 1.5
+
+
+def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
+    """A model in many files onto 2 processes of 4 devices, and out of them again."""
+    code = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+source, out, port, index = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from pfjax import sharding
+from pfjax.policy import hf
+policy = hf.load(source, sharding.make_mesh(data=1, fsdp=4, tensor=2))
+assert not policy.params["head"].is_fully_addressable
+hf.save(policy, out)
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    out = tmp_path / "out"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(out), port, str(i)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    loaded = hf.load(out)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_policy.params)
 
 
 def test_embedded_model_loads_and_reads_its_prompts():
