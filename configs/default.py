@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.train = "pfjax/toy/train.jsonl"
     c.data.eval = "pfjax/toy/eval.jsonl"  # held out; "" for no evaluation
+    c.data.suffix = ""  # added to the last message of each prompt, as it is
     c.data.max_prompt_tokens = 1024  # longer ones are skipped
 
     # A step: two batch numbers; the rest follows from them.

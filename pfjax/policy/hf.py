@@ -265,6 +265,7 @@ def save(
     *,
     base: str | os.PathLike | None = None,
     dtype: str | None = None,
+    card: str | None = None,
 ) -> None:
     """Writes a folder that `transformers` and `pfjax.load` read.
 
@@ -277,6 +278,7 @@ def save(
       base: a model folder or hub id whose config and tokenizer files are copied;
         without it a minimal `config.json` is written, and no tokenizer.
       dtype: type of the tensors; that of the base, else of the parameters.
+      card: text of `README.md`, the model card; none when not given.
     """
     out = pathlib.Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -292,6 +294,8 @@ def save(
     tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         tmp.chmod(0o755)
+        if card is not None:
+            (tmp / "README.md").write_text(card)
         # The config comes last: without it a folder does not load.
         _write_tensors(policy.params, tmp, jnp.dtype(dtype))
         if source is None:

@@ -40,9 +40,14 @@ def build(
     source = hf.resolve(config.model)
     model_config = hf_config.read(source)
     tok = tokenizer.load(source)
-    limit = config.data.max_prompt_tokens
-    train = data.load_prompts(config.data.train, tok, limit)
-    held_out = config.data.eval and data.load_prompts(config.data.eval, tok, limit)
+    load = functools.partial(
+        data.load_prompts,
+        tok=tok,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        suffix=config.data.suffix,
+    )
+    train = load(config.data.train)
+    held_out = config.data.eval and load(config.data.eval)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     max_length = longest + config.max_new_tokens
     checks.check_lengths(config, longest, model_config.max_positions)

@@ -22,7 +22,9 @@ class PromptSet(NamedTuple):
     answers: list[str | None]
 
 
-def load_prompts(source: str, tok: Any, max_prompt_tokens: int) -> PromptSet:
+def load_prompts(
+    source: str, tok: Any, max_prompt_tokens: int, suffix: str = ""
+) -> PromptSet:
     """Reads prompts from JSONL, Parquet, or a hub data set (its "train" split).
 
     A row has `prompt` (or `problem`, or `question`): a string, or messages; and
@@ -34,6 +36,7 @@ def load_prompts(source: str, tok: Any, max_prompt_tokens: int) -> PromptSet:
         `:split`, or `pfjax/toy/<file>` for the files that ship with pfjax.
       tok: a tokenizer.
       max_prompt_tokens: longer prompts are skipped, with one warning.
+      suffix: added to each prompt, to its last message; no braces are interpreted.
 
     Raises:
       ValueError: if there is no such source, a row has no prompt (naming file and
@@ -43,6 +46,11 @@ def load_prompts(source: str, tok: Any, max_prompt_tokens: int) -> PromptSet:
     texts, tokens, answers, too_long = [], [], [], 0
     for where, row in rows:
         prompt = _prompt_of(where, row)
+        if isinstance(prompt, str):
+            prompt += suffix
+        else:
+            *before, last = prompt
+            prompt = [*before, {**last, "content": last["content"] + suffix}]
         ids = tokenizer.encode_prompt(tok, prompt)
         if len(ids) > max_prompt_tokens:
             too_long += 1

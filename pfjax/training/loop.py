@@ -120,7 +120,8 @@ def _loop(
         writer.close()
     checkpoints.wait()
     policy = model.Policy(run.step_config.model, state.params["policy"])
-    hf.save(policy, folder / "hf", base=config.model)
+    card = metrics.model_card(config.to_dict(), writer.history)
+    hf.save(policy, folder / "hf", base=config.model, card=card)
     print(metrics.before_and_after(writer.history, folder))
 
 

@@ -36,6 +36,15 @@ def test_forms_of_jsonl(tmp_path, tok):
     assert got.tokens[0] == got.tokens[3] == tokenizer.encode_prompt(tok, messages)
 
 
+def test_suffix_goes_to_the_last_message_with_its_braces(tmp_path, tok):
+    messages = [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}]
+    path = _jsonl(tmp_path, {"prompt": "1+2"}, {"prompt": messages})
+    got = data.load_prompts(path, tok, 64, suffix=r" \boxed{}.")
+    assert got.texts == [r"1+2 \boxed{}.", r"2 \boxed{}."]
+    with_suffix = [messages[0], {"role": "user", "content": r"2 \boxed{}."}]
+    assert got.tokens[1] == tokenizer.encode_prompt(tok, with_suffix)
+
+
 def test_parquet_and_embedded_files(tmp_path, tok):
     import datasets
 

@@ -1,0 +1,83 @@
+"""Every recipe trains two steps on a small random model of its family."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+import transformers
+
+from pfjax.policy import hf
+from pfjax.training import loop, metrics
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+SHARED = {"default", "reasoning", "creative", "smoke"}
+RECIPES = sorted({p.stem for p in CONFIGS.glob("*.py")} - SHARED)
+
+
+def test_all_recipes_are_there():
+    assert RECIPES == [
+        "creative_qwen2_5_1_5b_instruct",
+        "creative_qwen2_5_3b_instruct",
+        "creative_qwen2_5_7b_instruct",
+        "llama3_2_3b_instruct",
+        "qwen2_5_1_5b",
+        "qwen2_5_math_1_5b",
+        "qwen2_5_math_7b",
+    ]
+
+
+def _small_model(folder, family):
+    """Random weights, the embedded tokenizer, and the family's kind of rope."""
+    rope = {"rope_theta": 1e6}
+    if family == "llama":
+        rope = {
+            "rope_theta": 5e5,
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters=rope,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in hf.resolve("pfjax/toy").glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    template = hf.resolve("pfjax/toy") / "chat_template.jinja"
+    (folder / template.name).write_bytes(template.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert config.alpha == {"l": 2.0, "q": 4.0, "c": 0.5}[name[0]]
+    assert (config.psi_unboxed == 0) == (name[0] == "c")
+    family = "llama" if name.startswith("llama") else "qwen2"
+    config.model = str(_small_model(tmp_path, family))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "1+2", "answer": "3"}))
+    config.data.train = str(tmp_path / "p.jsonl")
+    config.data.eval = config.data.eval and config.data.train
+    config.num_steps = 2
+    config.max_new_tokens, config.row_length = 8, 128
+    config.prompts_per_step, config.samples_per_prompt = 8, 2
+    config.eval_samples = 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    card = (tmp_path / "run/hf/README.md").read_text()
+    assert f"alpha {config.alpha:g}" in card and "steps: 2" in card
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
