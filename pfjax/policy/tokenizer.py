@@ -5,6 +5,8 @@ from typing import Any
 
 from pfjax.policy import hf
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 Message = dict[str, str]
 
 
@@ -17,6 +19,11 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
     import transformers
 
     folder = hf.resolve(path_or_hub_id)
+    # Without any, transformers 5 makes an empty tokenizer of the model's type.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(
+            f"no tokenizer could be read from {folder}: none of {_VOCABULARIES} is there"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False
