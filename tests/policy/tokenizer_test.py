@@ -88,10 +88,10 @@ def test_template_writes_the_beginning_and_nobody_adds_another(folder):
     assert text.split() == [
         "system:",
         "be",
-        "brief.",
+        "brief",
         "user:",
         "the",
-        "sum.",
+        "sum",
         "answer:",
     ]
 
@@ -104,7 +104,7 @@ def test_a_system_prompt_of_the_prompts_own_stands_alone(folder):
         {"role": "user", "content": "two"},
     ]
     text = tokenizer.decode(tok, tokenizer.encode_prompt(tok, messages))
-    assert text.split() == ["system:", "the", "\\boxed{}.", "user:", "two.", "answer:"]
+    assert text.split() == ["system:", "the", "\\boxed{}", "user:", "two", "answer:"]
 
 
 def test_messages_need_a_template(folder):
