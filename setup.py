@@ -56,6 +56,12 @@ setuptools.setup(
         "cuda13": jax("cuda13"),
         "tpu": jax("tpu"),
         "wandb": ["wandb"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "torch==2.13.0"],
+        "dev": [
+            "peft>=0.18",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.6",
+            "torch==2.13.0",
+        ],
     },
 )

@@ -44,6 +44,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.weight_decay = 0.1
     c.optim.clip_norm = 1.0
 
+    # Low-rank adapters instead of all weights; policy and base then share theirs.
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 0  # 0 trains all weights
+    c.lora.alpha = 32.0  # chosen; the adapters' output is scaled by alpha / rank
+
     # Shape of the packed micro-batches: rows x row_length tokens.
     c.rows = 8  # a multiple of mesh.data * mesh.fsdp
     c.row_length = 4096  # at least max_prompt_tokens + max_new_tokens

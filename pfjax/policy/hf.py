@@ -40,7 +40,7 @@ _TOP = {
     "final_norm": ("model.norm.weight", ((0,),)),
     "head": ("lm_head.weight", ((0,), (1,))),
 }
-_LAYER = {
+LAYER = {
     "attn_norm": ("input_layernorm.weight", ((0,),)),
     "wq": ("self_attn.q_proj.weight", ((1, 2), (0,))),
     "wk": ("self_attn.k_proj.weight", ((1, 2), (0,))),
@@ -60,6 +60,18 @@ _LAYER = {
     "b_up": ("mlp.up_proj.bias", ((0,),)),
     "b_down": ("mlp.down_proj.bias", ((0,),)),
 }
+# Adapters, named as peft does: A reads what its projection reads, B writes the same.
+for _name in ("wq", "wk", "wv", "w_gate", "w_up", "w_down", "wo"):
+    _hf_name, (_out, _in) = LAYER[_name]
+    _module = _hf_name.removesuffix(".weight")
+    LAYER[f"{_name}_a"] = (
+        f"{_module}.lora_A.weight",
+        ((len(_in),), tuple(range(len(_in)))),
+    )
+    LAYER[f"{_name}_b"] = (
+        f"{_module}.lora_B.weight",
+        (tuple(range(1, 1 + len(_out))), (0,)),
+    )
 # Buffers that some checkpoints carry and nothing reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -107,7 +119,7 @@ def _leaves(
     for name, value in params.items():
         if name == "blocks":
             for key, leaf in value.items():
-                hf_name, dims = _LAYER[key]
+                hf_name, dims = LAYER[key]
                 yield ("blocks", key), "model.layers.{}." + hf_name, dims, leaf
         else:
             yield (name,), *_TOP[name], value
@@ -279,7 +291,14 @@ def save(
         without it a minimal `config.json` is written, and no tokenizer.
       dtype: type of the tensors; that of the base, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
+
+    Raises:
+      ValueError: if the policy has adapters that are not merged.
     """
+    if policy.config.lora_rank:
+        raise ValueError(
+            "the policy has adapters: save lora.merge(policy), or lora.save_peft"
+        )
     out = pathlib.Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
@@ -288,7 +307,7 @@ def save(
         dtype = stored.get("dtype") or stored.get("torch_dtype")
     dtype = dtype or str(policy.params["embed"].dtype)
     if jax.process_index() > 0:  # takes part in gathering only
-        _write_tensors(policy.params, out, jnp.dtype(dtype))
+        write_tensors(policy.params, out, jnp.dtype(dtype))
         multihost_utils.sync_global_devices("pfjax.save")
         return
     tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -297,7 +316,7 @@ def save(
         if card is not None:
             (tmp / "README.md").write_text(card)
         # The config comes last: without it a folder does not load.
-        _write_tensors(policy.params, tmp, jnp.dtype(dtype))
+        write_tensors(policy.params, tmp, jnp.dtype(dtype))
         if source is None:
             config = json.dumps(hf_config.to_json(policy.config, dtype), indent=2)
             (tmp / "config.json").write_text(config + "\n")
@@ -328,8 +347,14 @@ def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> Non
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) -> None:
-    """Writes tensor by tensor: one tensor at a time is on the host, never the model.
+def write_tensors(
+    params: model.Params,
+    out: pathlib.Path,
+    dtype: jnp.dtype,
+    stem: str = "model",
+    prefix: str = "",
+) -> None:
+    """Writes `<stem>.safetensors`, or an index of many, tensor by tensor: one tensor at a time is on the host, never the model.
 
     Every process takes part in the gathering, the first one writes.
     """
@@ -340,12 +365,12 @@ def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) ->
         if files[-1] and size + nbytes > MAX_FILE_BYTES:
             files.append([])
             size = 0
-        files[-1].append((name, shape, value))
+        files[-1].append((prefix + name, shape, value))
         size, total = size + nbytes, total + nbytes
-    names = ["model.safetensors"]
+    names = [f"{stem}.safetensors"]
     if len(files) > 1:
         n = len(files)
-        names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        names = [f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
         weight_map = {
             tensor: name
             for name, file in zip(names, files, strict=True)
@@ -353,7 +378,9 @@ def _write_tensors(params: model.Params, out: pathlib.Path, dtype: jnp.dtype) ->
         }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         if jax.process_index() == 0:
-            (out / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (out / f"{stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n"
+            )
     for name, file in zip(names, files, strict=True):
         _write_file(out / name, file, dtype)
 

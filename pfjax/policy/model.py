@@ -47,6 +47,8 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # queries and keys normalised over the head, before RoPE
+    lora_rank: int = 0  # of adapters on all projections; 0 for none
+    lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
     dtype: str = "float32"  # of the computation
 
 
@@ -57,73 +59,103 @@ class Policy(NamedTuple):
     params: Params
 
 
+# Projection -> letters of the dimensions it reads and writes.
+PROJECTIONS = {
+    "wq": ("d", "hc"),
+    "wk": ("d", "kc"),
+    "wv": ("d", "kc"),
+    "wo": ("hc", "d"),
+    "w_gate": ("d", "f"),
+    "w_up": ("d", "f"),
+    "w_down": ("f", "d"),
+}
+_AXES = {
+    "d": "embed",
+    "h": "heads",
+    "k": "kv_heads",
+    "c": "head_dim",
+    "f": "mlp",
+    "r": None,
+}
+
+
 class Blocks(nnx.Module):
     """The parameters of all layers; called on one layer's slice of them."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        d, h, k, w, f = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_dim
-        heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        size = {
+            "d": c.embed_dim,
+            "h": c.num_heads,
+            "k": c.num_kv_heads,
+            "c": c.head_dim,
+            "f": c.mlp_dim,
+            "r": c.lora_rank,
+        }
+        ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
+        into = nnx.initializers.normal(c.embed_dim**-0.5)
+        # Two additions a layer: keeps the residual stream's scale at the start.
+        back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
 
-        def param(shape, axes, init):
-            shape, axes = (c.num_layers, *shape), ("layers", *axes)
+        def param(letters, init):
+            shape = (c.num_layers, *(size[x] for x in letters))
+            axes = ("layers", *(_AXES[x] for x in letters))
             return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
-        ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
-        into = nnx.initializers.normal(d**-0.5)
-        # Two additions a layer: keeps the residual stream's scale at the start.
-        back = nnx.initializers.normal((2 * c.num_layers * d) ** -0.5)
         self.config = c
-        self.attn_norm = param((d,), (None,), ones)
-        self.wq = param((d, h, w), ("embed", *heads), into)
-        self.wk = param((d, k, w), ("embed", *kv_heads), into)
-        self.wv = param((d, k, w), ("embed", *kv_heads), into)
-        if c.qkv_bias:
-            self.bq = param((h, w), heads, zeros)
-            self.bk = param((k, w), kv_heads, zeros)
-            self.bv = param((k, w), kv_heads, zeros)
+        for name, (read, written) in PROJECTIONS.items():
+            init = back if written == "d" else into
+            setattr(self, name, param(read + written, init))
+            if c.lora_rank:
+                setattr(self, f"{name}_a", param(read + "r", into))
+                setattr(self, f"{name}_b", param("r" + written, zeros))
+        self.attn_norm = param("d", ones)
+        self.mlp_norm = param("d", ones)
         if c.qk_norm:
-            self.q_norm = param((w,), (None,), ones)
-            self.k_norm = param((w,), (None,), ones)
-        self.wo = param((h, w, d), (*heads, "embed"), back)
+            self.q_norm = param("c", ones)
+            self.k_norm = param("c", ones)
+        if c.qkv_bias:
+            self.bq = param("hc", zeros)
+            self.bk = param("kc", zeros)
+            self.bv = param("kc", zeros)
         if c.output_bias:
-            self.bo = param((d,), (None,), zeros)
-        self.mlp_norm = param((d,), (None,), ones)
-        self.w_gate = param((d, f), ("embed", "mlp"), into)
-        self.w_up = param((d, f), ("embed", "mlp"), into)
-        self.w_down = param((f, d), ("mlp", "embed"), back)
+            self.bo = param("d", zeros)
         if c.mlp_bias:
-            self.b_gate = param((f,), ("mlp",), zeros)
-            self.b_up = param((f,), ("mlp",), zeros)
-            self.b_down = param((d,), (None,), zeros)
+            self.b_gate = param("f", zeros)
+            self.b_up = param("f", zeros)
+            self.b_down = param("d", zeros)
 
     def __call__(
         self, x: Array, angles: KeyValue, attend: Attend, cache: Any
     ) -> tuple[Array, KeyValue]:
         c = self.config
 
-        def linear(shapes, y, weight, bias):
-            out = jnp.einsum(shapes, y, weight[...].astype(x.dtype))
-            if bias is None:
-                return out
-            return out + _rank_of(out, bias[...].astype(x.dtype))
+        def project(y, name, bias):
+            read, written = PROJECTIONS[name]
 
-        def of(name):
-            return getattr(self, name, None)
+            def product(y, name, read, written):
+                weight = getattr(self, name)[...].astype(x.dtype)
+                return jnp.einsum(f"...{read},{read}{written}->...{written}", y, weight)
+
+            out = product(y, name, read, written)
+            if c.lora_rank:
+                inner = product(y, f"{name}_a", read, "r")
+                adapted = product(inner, f"{name}_b", "r", written)
+                out = out + adapted * (c.lora_alpha / c.lora_rank)
+            if hasattr(self, bias):
+                bias = getattr(self, bias)[...].astype(x.dtype)
+                out = out + _rank_of(out, bias)
+            return out
 
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q = linear("...d,dhc->...hc", y, self.wq, of("bq"))
-        k = linear("...d,dkc->...kc", y, self.wk, of("bk"))
-        v = linear("...d,dkc->...kc", y, self.wv, of("bv"))
+        q, k, v = (project(y, f"w{i}", f"b{i}") for i in "qkv")
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps)
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-        out = attend(q, k, v, cache)
-        x = x + linear("...hc,hcd->...d", out, self.wo, of("bo"))
+        x = x + project(attend(q, k, v, cache), "wo", "bo")
         y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        gate = jax.nn.silu(linear("...d,df->...f", y, self.w_gate, of("b_gate")))
-        y = gate * linear("...d,df->...f", y, self.w_up, of("b_up"))
-        x = x + linear("...f,fd->...d", y, self.w_down, of("b_down"))
+        gate = jax.nn.silu(project(y, "w_gate", "b_gate"))
+        x = x + project(gate * project(y, "w_up", "b_up"), "w_down", "b_down")
         return sharding.constrain(x, "batch", None, None), (k, v)
 
 

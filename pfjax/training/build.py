@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from pfjax import packing, sharding
-from pfjax.policy import hf, hf_config, model, partition, tokenizer
+from pfjax.policy import hf, hf_config, lora, model, partition, tokenizer
 from pfjax.training import checks, data, optim, step
 
 
@@ -28,7 +28,9 @@ class Run(NamedTuple):
     micro_batches: int  # that always suffice for an update
     slots: int
     step_config: step.StepConfig
+    base_config: model.ModelConfig
     base: model.Params  # frozen, in the type of the computation
+    frozen: model.Params  # what the policy shares with it: all of it, or nothing
     train_step: Any  # jitted
     score_step: Any  # jitted
 
@@ -53,9 +55,17 @@ def build(
     checks.check_lengths(config, longest, model_config.max_positions)
 
     policy = hf.load(source, mesh)
-    model_config = dataclasses.replace(policy.config, dtype=config.dtype)
+    base_config = dataclasses.replace(policy.config, dtype=config.dtype)
+    model_config, trained = base_config, policy.params
+    if config.lora.rank:
+        model_config = dataclasses.replace(
+            base_config, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
+        )
+        trained = _init_adapters(model_config, config.seed, mesh)
+    # A copy, since training gives the buffers of its parameters away.
+    base = jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params)
     optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
-    state, shardings = _init_state(policy.params, model_config, optimizer, config, mesh)
+    state, shardings = _init_state(trained, model_config, optimizer, config, mesh)
     step_config = step.StepConfig(
         model=model_config,
         objective=config.objective,
@@ -80,19 +90,33 @@ def build(
         ),
         slots=packing.slots_per_row(config.row_length, max_length),
         step_config=step_config,
-        # A copy, since training gives the buffers of its parameters away.
-        base=jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params),
+        base_config=base_config,
+        base=base,
+        frozen=base if config.lora.rank else {},
         train_step=jax.jit(
             functools.partial(step.train_step, config=step_config, optimizer=optimizer),
             donate_argnums=0,
             out_shardings=(shardings, everywhere, everywhere),
         ),
         score_step=jax.jit(
-            functools.partial(step.score_step, config=model_config),
-            out_shardings=everywhere,
+            step.score_step, static_argnames="config", out_shardings=everywhere
         ),
     )
     return run, state
+
+
+def policy_of(run: Run, state: step.TrainState) -> model.Policy:
+    """The policy as it is now."""
+    params = lora.join(run.frozen, state.params["policy"])
+    return model.Policy(run.step_config.model, params)
+
+
+def _init_adapters(config: model.ModelConfig, seed: int, mesh: Mesh) -> model.Params:
+    axes = lora.select(model.logical_axes(config))
+    shapes = lora.select(model.abstract_params(config))
+    where = sharding.tree_shardings(mesh, axes, shapes)
+    init = functools.partial(lora.init_params, config)
+    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
 
 
 def _init_state(

@@ -63,6 +63,8 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
             "--config.log_z=group averages over the samples of a prompt: "
             f"samples_per_prompt must be at least 2, got {c.samples_per_prompt}"
         )
+    if c.lora.rank < 0:
+        raise ValueError(f"--config.lora.rank={c.lora.rank}: must not be negative")
     if c.updates_per_rollout > c.prompts_per_step:
         raise ValueError(
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "

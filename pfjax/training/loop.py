@@ -11,7 +11,7 @@ import numpy as np
 
 from pfjax import packing, sharding
 from pfjax.evaluation import benchmarks, grading
-from pfjax.policy import hf, model, partition, tokenizer
+from pfjax.policy import hf, lora, partition, tokenizer
 from pfjax.sampling import engine
 from pfjax.training import (
     build,
@@ -119,9 +119,11 @@ def _loop(
         progress.close()
         writer.close()
     checkpoints.wait()
-    policy = model.Policy(run.step_config.model, state.params["policy"])
+    policy = build.policy_of(run, state)
+    if config.lora.rank:
+        lora.save_peft(policy, folder / "adapter", config.model)
     card = metrics.model_card(config.to_dict(), writer.history)
-    hf.save(policy, folder / "hf", base=config.model, card=card)
+    hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
     print(metrics.before_and_after(writer.history, folder))
 
 
@@ -135,7 +137,7 @@ def _step(
     )
     prompts = [run.train.tokens[i] for i in chosen]
     rollout = engine.rollout(
-        model.Policy(run.step_config.model, state.params["policy"]),
+        build.policy_of(run, state),
         prompts,
         config.samples_per_prompt,
         config.max_new_tokens,
@@ -161,7 +163,7 @@ def _step(
     tables, scalars = [], []
     for update in updates:
         state, values, table = run.train_step(
-            state, update.batch, update.old, update.num_micro
+            state, run.frozen, update.batch, update.old, update.num_micro
         )
         tables.append(table)
         scalars.append(values)
@@ -247,10 +249,13 @@ def _pack_and_score(
     )
     batch = sharding.put_batch(run.mesh, host, dim=1)
     num_micro = jnp.int32(used)
-    log_p_base = run.score_step(run.base, batch, num_micro)
+    log_p_base = run.score_step(run.base, batch, num_micro, config=run.base_config)
     log_p_old = log_z = None
     if config.log_z == "group" or config.updates_per_rollout > 1:
-        log_p_old = run.score_step(state.params["policy"], batch, num_micro)
+        policy = build.policy_of(run, state)
+        log_p_old = run.score_step(
+            policy.params, batch, num_micro, config=policy.config
+        )
     if config.log_z == "group":
         residual = _residual_without_log_z(run, batch, log_p_old, log_p_base)
         log_z = objectives.group_log_z(
@@ -343,7 +348,7 @@ def _evaluate(
         prompts_per_batch=config.prompts_per_step,
         prompt_width=run.prompt_width,
     )
-    policy = model.Policy(run.step_config.model, state.params["policy"])
+    policy = build.policy_of(run, state)
     return benchmarks.evaluate(
         policy,
         run.tok,

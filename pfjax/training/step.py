@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from pfjax import losses
 from pfjax.packing import response_log_prob
-from pfjax.policy import logprobs, model, partition
+from pfjax.policy import logprobs, lora, model, partition
 from pfjax.training import objectives
 from pfjax.types import Array, OldScores, PackedBatch
 
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     """What an update changes; together with the data cursor, what is saved."""
 
     step: Int[Array, ""]  # updates done
-    params: model.Params  # {"policy": ..., "log_z": ...}
+    params: model.Params  # {"policy": what is trained of it, "log_z": ...}
     opt_state: Any
 
 
@@ -55,14 +55,16 @@ class StepTable(NamedTuple):
 
 def loss_fn(
     params: model.Params,
+    frozen: model.Params,
     batch: PackedBatch,
     old: OldScores,
     num_trajectories: Float[Array, ""],
     config: StepConfig,
 ) -> tuple[Float[Array, ""], StepTable]:
     """The share of one micro-batch in the mean loss over all trajectories."""
+    policy = lora.join(frozen, params["policy"])
     log_p, entropy, hidden = logprobs.packed_log_probs(
-        config.model, params["policy"], batch, config.remat
+        config.model, policy, batch, config.remat
     )
     log_pf = response_log_prob(log_p, batch)
     if old.log_z is None:
@@ -103,6 +105,7 @@ def loss_fn(
 
 def train_step(
     state: TrainState,
+    frozen: model.Params,
     batch: PackedBatch,
     old: OldScores,
     num_micro: Int[Array, ""],
@@ -114,6 +117,7 @@ def train_step(
 
     Args:
       state: donated when jitted.
+      frozen: parameters of the policy that are not trained; empty but for LoRA.
       batch: `[M, B, ...]`.
       old: `[M, B, ...]` scores from before the update.
       num_micro: micro-batches to go through, the rest being padding.
@@ -130,7 +134,7 @@ def train_step(
         loss, grads, table = carry
         part = jax.tree.map(lambda x: x[i], (batch, old))
         (part_loss, part_table), part_grads = grad_fn(
-            state.params, *part, num_trajectories, config
+            state.params, frozen, *part, num_trajectories, config
         )
         grads = jax.tree.map(jnp.add, grads, part_grads)
         table = jax.tree.map(lambda all_, x: all_.at[i].set(x), table, part_table)

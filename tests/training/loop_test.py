@@ -122,6 +122,31 @@ def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
     assert row["tb/logz_mean"] == pytest.approx(3.0 * row["base/logp_per_token"])
 
 
+def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
+    config.lora.rank, config.lora.alpha = 2, 4.0
+    config.optim.learning_rate = 3e-2
+    config.log_z = "group"
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    # At first the policy is the base exactly; then it moves.
+    assert abs(rows[1]["kl/policy_base_per_token"]) < 1e-6
+    assert abs(rows[-1]["kl/policy_base_per_token"]) > 1e-3
+    assert max(r.get("rollout/logp_gap_max", 0) for r in rows) < 1e-5
+    # What was exported whole is the base with the exported adapters.
+    import peft
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    whole = load(tmp_path / "run/hf")
+    parts = peft.PeftModel.from_pretrained(load(config.model), tmp_path / "run/adapter")
+    tokens = torch.tensor([[2, 3, 2, 0, 3]])
+    with torch.no_grad():
+        a, b, c = (m(tokens).logits for m in (whole, parts, load(config.model)))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert (a - c).abs().max() > 1e-3
+
+
 def test_a_folder_with_another_config_is_refused_and_says_what_differs(
     config, tmp_path
 ):

@@ -84,7 +84,7 @@ def _jitted(config):
 def _run(policy, batch, used, config=None, old=None):
     old = old or OldScores(_base_scores(batch), None, None)
     update = _jitted(config or _config(policy.config))
-    return update(_state(policy), batch, old, jnp.int32(used))
+    return update(_state(policy), {}, batch, old, jnp.int32(used))
 
 
 def _assert_same(a, b, atol=1e-5):
@@ -130,7 +130,7 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
     for i in range(used):
         part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base, None, None)))
-        one, _ = grad_fn(state.params, *part, jnp.float32(5))
+        one, _ = grad_fn(state.params, {}, *part, jnp.float32(5))
         grads = jax.tree.map(jnp.add, grads, one)
 
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
@@ -224,7 +224,7 @@ def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
         for n in (3, 12, 7):
             _, batch, _, used = _data(rng, count=n)
             old = OldScores(_base_scores(batch), None, None)
-            state, _, _ = update(state, batch, old, jnp.int32(used))
+            state, _, _ = update(state, {}, batch, old, jnp.int32(used))
     assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
 
 
