@@ -294,6 +294,12 @@ def save(
 
     Raises:
       ValueError: if the policy has adapters that are not merged.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(load("pfjax/toy"), f"{folder}/out", base="pfjax/toy")
+    ...     sorted(path.name for path in pathlib.Path(folder, "out").iterdir())[:2]
+    ['chat_template.jinja', 'config.json']
     """
     if policy.config.lora_rank:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Folders in and out: exact, strict, whole or not at all."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -100,6 +101,24 @@ def test_what_is_no_model_is_said(tmp_path, folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
         hf.load(folder)
+
+
+def test_a_hub_id_with_a_revision_comes_from_the_local_cache_when_offline(
+    folder, tmp_path, monkeypatch, tiny_policy
+):
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub/models--someone--small"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/v2").write_text(commit)
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path / "hub")
+    for revision in ("v2", commit):
+        loaded = hf.load(f"someone/small@{revision}")
+        assert loaded.config == tiny_policy.config
+    with pytest.raises(ValueError, match="someone/small@v1.* could not be fetched"):
+        hf.load("someone/small@v1")
 
 
 def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
