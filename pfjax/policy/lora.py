@@ -16,7 +16,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from pfjax.policy import hf, model
+from pfjax.policy import model, weights
 from pfjax.policy.model import ModelConfig, Params, Policy
 from pfjax.types import Array
 
@@ -68,7 +68,7 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
     """Writes the adapters as a folder that `peft` loads onto `base`."""
     config, out = policy.config, pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    modules = [hf.LAYER[name][0].split(".")[1] for name in model.PROJECTIONS]
+    modules = [weights.LAYER[name][0].split(".")[1] for name in model.PROJECTIONS]
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -80,7 +80,7 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
         "target_modules": modules,
         "inference_mode": True,
     }
-    hf.write_tensors(
+    weights.write_tensors(
         select(policy.params),
         out,
         jnp.dtype("float32"),

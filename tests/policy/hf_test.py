@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from pfjax import sharding
-from pfjax.policy import hf, model, tokenizer
+from pfjax.policy import hf, model, tokenizer, weights
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_saved_and_loaded_is_the_same(folder, tiny_policy):
 def test_many_files_load_like_one_onto_a_mesh(
     folder, tiny_policy, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(hf, "MAX_FILE_BYTES", 4_000)
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 4_000)
     hf.save(tiny_policy, tmp_path / "many", base=folder)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -127,7 +127,7 @@ def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf, "_write_file", fail)
+    monkeypatch.setattr(weights, "_write_file", fail)
     with pytest.raises(OSError, match="disk full"):
         hf.save(tiny_policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
@@ -157,7 +157,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     write = """
 import json, pathlib, sys, numpy as np, jax.numpy as jnp
-from pfjax.policy import hf, hf_config, model
+from pfjax.policy import hf_config, model, weights
 folder = pathlib.Path(sys.argv[1])
 block = np.random.default_rng(0).integers(0, 2**15, 2**20).astype(np.uint16)
 class Leaf:
@@ -166,9 +166,9 @@ shapes = model.abstract_params(hf_config.read(folder))
 dtype = jnp.dtype("bfloat16")
 tensors = [
     (name, shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
-    for name, shape, _ in hf._hf_tensors(shapes, dtype)
+    for name, shape, _ in weights._hf_tensors(shapes, dtype)
 ]
-hf._write_file(folder / "model.safetensors", tensors, dtype)
+weights._write_file(folder / "model.safetensors", tensors, dtype)
 """
     read = """
 import resource, sys, jax
