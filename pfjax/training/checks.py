@@ -104,7 +104,8 @@ def check_lengths(
 def check_workdir(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> None:
     """Raises ValueError if the folder holds a run with another config."""
     path = folder / "config.json"
-    if not path.exists():
+    has_steps = any((folder / "checkpoints").glob("[0-9]*"))
+    if not (path.exists() and has_steps):  # nothing that would be continued
         return
     old = _flatten(json.loads(path.read_text())["config"])
     new = _flatten(json.loads(c.to_json()))

@@ -151,6 +151,9 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
     config, tmp_path
 ):
     config.num_steps = 1
+    # A run that failed before its first checkpoint leaves nothing to continue.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {"alpha": 9.0}}')
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     config.alpha, config.log_every, config.num_steps = 2.0, 7, 2
     with pytest.raises(ValueError, match=r"alpha: 4.0 -> 2.0") as error:
