@@ -59,7 +59,7 @@ def _distribution(folder):
     [
         ("powerflow", 4.0, "head", 250),
         ("powerflow", 0.5, "group", 250),
-        ("tb_traj", 2.0, "head", 250),
+        ("tb_traj", 2.0, "head", 600),
     ],
 )
 def test_training_reaches_the_exact_target(
