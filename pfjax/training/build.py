@@ -75,8 +75,7 @@ def build(
         remat=config.remat,
     )
     everywhere = sharding.replicated(mesh)
-    responses = config.prompts_per_step * config.samples_per_prompt
-    per_update = -(-responses // config.updates_per_rollout)
+    prompts_per_update = -(-config.prompts_per_step // config.updates_per_rollout)
     run = Run(
         config=config,
         mesh=mesh,
@@ -86,7 +85,10 @@ def build(
         stop_ids=tokenizer.stop_ids(tok, model_config.stop_ids),
         prompt_width=-(-longest // 16) * 16,
         micro_batches=packing.max_micro_batches(
-            per_update, max_length, config.rows, config.row_length
+            prompts_per_update * config.samples_per_prompt,
+            max_length,
+            config.rows,
+            config.row_length,
         ),
         slots=packing.slots_per_row(config.row_length, max_length),
         step_config=step_config,

@@ -152,7 +152,9 @@ def _step(
     responses = _responses(rollout)
     texts = [tokenizer.decode(run.tok, y.tolist()) for y in responses]
     psi = rewards.format_term(texts, config.psi_unboxed)
-    parts = np.array_split(np.arange(len(responses)), config.updates_per_rollout)
+    # Split by prompts: the samples of one stay in one update.
+    by_prompt = np.arange(len(responses)).reshape(len(prompts), -1)
+    parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
     updates = [
         _pack_and_score(run, state, prompts, responses, psi, part) for part in parts
     ]

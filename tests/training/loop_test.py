@@ -107,11 +107,11 @@ def test_a_continued_run_equals_one_never_stopped_bit_for_bit(config, tmp_path):
 
 def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
     config.num_steps = 1
-    config.updates_per_rollout = 2
+    config.updates_per_rollout = 3  # of 3, 3 and 2 prompts
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert row["rollout/logp_gap_max"] < 1e-5
-    # Only the first of the two updates is on policy: the mean weight is not 1.
+    # Only the first of the three updates is on policy: the mean weight is not 1.
     assert 0.8 < row["is/w_mean"] != 1.0
     config.updates_per_rollout = 1
     loop.train_and_evaluate(config, str(tmp_path / "once"))
