@@ -212,7 +212,7 @@ def _rank_of(x: Array, weight: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig) -> tuple[Any, nnx.State]:
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
     module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     return nnx.split(module)
 
