@@ -121,6 +121,19 @@ def test_a_hub_id_with_a_revision_comes_from_the_local_cache_when_offline(
         hf.load("someone/small@v1")
 
 
+def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(folder):
+    def copy_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    _edit_config(folder, tie_word_embeddings=True)
+    _edit_tensors(folder, copy_head)
+    assert "head" not in hf.load(folder).params
+    # Only that one is let through.
+    _edit_tensors(folder, lambda t: t.update(other=np.zeros(1, np.float32)))
+    with pytest.raises(ValueError, match="unexpected other"):
+        hf.load(folder)
+
+
 def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
