@@ -63,7 +63,7 @@ def pack(
     psi = np.zeros(len(sequences), np.float32) if psi is None else psi
     if prompt_index is None:
         prompt_index = np.zeros(len(sequences), np.int32)
-    placement = _best_fit(lengths, row_length, slots)
+    placement = best_fit(lengths, row_length, slots)
     used = -(-int(placement.row.max(initial=-1) + 1) // rows)
     if used > micro_batches:
         raise ValueError(
@@ -114,7 +114,8 @@ def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, row_length: int) -> 
         )
 
 
-def _best_fit(lengths: np.ndarray, row_length: int, slots: int) -> Placement:
+def best_fit(lengths: Int[np.ndarray, "s"], row_length: int, slots: int) -> Placement:
+    """Rows for sequences, the longest first, each where it leaves the least room."""
     row, slot, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
     held: list[int] = []  # trajectories in each row
@@ -130,6 +131,27 @@ def _best_fit(lengths: np.ndarray, row_length: int, slots: int) -> Placement:
         if held[r] < slots:
             bisect.insort(open_rows, (free - int(lengths[i]), r))
     return Placement(row, slot, start)
+
+
+def pack_prompts(
+    prompts: list[list[int]], row_length: int
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
+    """Prompts end to end in as few rows as best fit finds; empty ones take no room.
+
+    Returns:
+      Tokens, positions, and segment ids: 0 is padding, i + 1 the i-th prompt.
+    """
+    some = [i for i, prompt in enumerate(prompts) if prompt]
+    lengths = np.array([len(prompts[i]) for i in some], np.int64)
+    placement = best_fit(lengths, row_length, row_length)
+    shape = (int(placement.row.max(initial=0)) + 1, row_length)
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    for i, row, start in zip(some, placement.row, placement.start, strict=True):
+        at = (row, slice(start, start + len(prompts[i])))
+        tokens[at] = prompts[i]
+        positions[at] = np.arange(len(prompts[i]))
+        segment_ids[at] = i + 1
+    return tokens, positions, segment_ids
 
 
 def segment_sum(

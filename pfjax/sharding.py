@@ -1,5 +1,6 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,17 +50,21 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
 
 
 def spec(
-    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    mesh: Mesh | AbstractMesh,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    without: tuple[str, ...] = (),
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes.
 
     Key/value heads too few to split are replicated; so is an axis whose mesh axes
-    an earlier dimension already took.
+    an earlier dimension already took, or which the code maps by hand (inside of
+    `over_batch`). Nothing is split over the mesh axes `without`.
 
     Raises:
       ValueError: if another dimension does not divide by its mesh axes.
     """
-    parts, taken = [], set()
+    parts, taken = [], _manual(mesh) | set(without)
     for axis, size in zip(axes, shape, strict=True):
         rule = RULES[axis]
         names = (rule,) if isinstance(rule, str) else rule or ()
@@ -78,10 +83,17 @@ def spec(
     return PartitionSpec(*parts)
 
 
-def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+def _manual(mesh: Mesh | AbstractMesh) -> set[str]:
+    named = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in named if kind == AxisType.Manual}
+
+
+def tree_shardings(
+    mesh: Mesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
+) -> Any:
     """Shardings of a tree of parameters from their logical axes and shapes."""
     return jax.tree.map(
-        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape)), shapes, axes
+        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape, without)), shapes, axes
     )
 
 
@@ -89,7 +101,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Number of devices that a batch is split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -113,3 +125,38 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
+    """`f` run by each part of the mesh that holds a part of the batch, on its own.
+
+    The first `num_whole` arguments are passed whole; the others and the results are
+    split along the first dimension of every array. Inside, nothing is exchanged
+    between the parts, so that each may loop as often as it needs to; the "tensor"
+    axis is still split automatically. Outside `jax.set_mesh`, `f` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_ways(mesh) == 1:
+        return f
+    whole, split = PartitionSpec(), PartitionSpec(RULES["batch"])
+
+    def parts(*args):
+        specs = (whole,) * num_whole + (split,) * (len(args) - num_whole)
+        return jax.shard_map(
+            f,
+            in_specs=specs,
+            out_specs=split,
+            axis_names=set(RULES["batch"]),
+            check_vma=False,
+        )(*args)
+
+    return parts
+
+
+def fetch(tree: Any) -> Any:
+    """Whole host arrays of device arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

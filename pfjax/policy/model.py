@@ -217,6 +217,11 @@ def _abstract(config: ModelConfig) -> tuple[Any, Any]:
     return nnx.split(module)
 
 
+@functools.lru_cache(maxsize=64)
+def _block(config: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Blocks(config, nnx.Rngs(0))))[0]
+
+
 def abstract_params(config: ModelConfig) -> Params:
     """The tree of parameters as shapes and types, nothing allocated."""
     return nnx.to_pure_dict(_abstract(config)[1])
@@ -273,6 +278,33 @@ def forward_packed(
         return attention.packed_attention(q, k, v, segment_ids)
 
     return apply(config, params, tokens, positions, attend, remat=remat)
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The parameters for `apply_layers`: a list of layers, in the computation's type.
+
+    Sampling reads all weights for every token: a scan over stacked layers would copy
+    each layer's weights and cache out of the stack first.
+    """
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    blocks = params.pop("blocks")
+    of_layer = lambda i: jax.tree.map(lambda x: x[i], blocks)
+    return {**params, "layers": [of_layer(i) for i in range(config.num_layers)]}
+
+
+def apply_layers(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    attend: Attend,
+) -> Float[Array, "b t d"]:
+    """`apply` for `unstack`ed parameters; `attend` receives a layer's index as cache."""
+    x = sharding.constrain(params["embed"][tokens], "batch", None, None)
+    angles = rope.angles(config.rope, config.head_dim, positions)
+    for i, layer in enumerate(params["layers"]):
+        x, _ = nnx.merge(_block(config), layer)(x, angles, attend, i)
+    return rms_norm(x, params["final_norm"], config.norm_eps)
 
 
 def head_weight(params: Params) -> Float[Array, "v d"]:

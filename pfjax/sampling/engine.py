@@ -1,37 +1,22 @@
-"""Jitted rollouts: G samples of each of P prompts, from the trainer's own forward.
+"""Rollouts: G samples of each of P prompts, from the trainer's own forward.
 
 A prompt is prefilled once and its keys and values are read by all of its samples.
-Decoding is one `while_loop` that ends when every sample has. The random number
-behind a token depends on (seed, step, prompt id, sample, position) only.
+`slots.py` decides the shapes, `scheduler.py` is the host's part, `decode.py` what runs
+on the devices. The random number behind a token depends on (seed, step, prompt id,
+sample, position) only, so that none of them changes what is drawn.
 """
 
-import functools
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Bool, Float, Int, Key
 
-from pfjax import sharding
-from pfjax.policy import attention, logprobs, model
-from pfjax.policy.model import ModelConfig, Params, Policy
-from pfjax.types import Array, Rollout
-
-PROMPT_WIDTH_MULTIPLE = 16
-
-
-class _State(NamedTuple):
-    """What the decode loop carries. Suffix caches are `[L, P, G, R, K, C]`."""
-
-    t: Int[Array, ""]  # tokens drawn so far
-    last: Int[Array, "p g"]
-    done: Bool[Array, "p g"]
-    tokens: Int[Array, "p g r"]
-    log_probs: Float[Array, "p g r"]
-    lengths: Int[Array, "p g"]
-    cache: model.KeyValue
+from pfjax.policy.model import ModelConfig, Policy
+from pfjax.sampling import decode, slots
+from pfjax.sampling.scheduler import Finished, Scheduler
+from pfjax.sampling.truncation import ALL_TOKENS, Truncation
+from pfjax.types import Rollout
 
 
 def rollout(
@@ -46,30 +31,53 @@ def rollout(
     prompt_ids: list[int] | None = None,
     stop_ids: tuple[int, ...] | None = None,
     prompt_width: int | None = None,
+    num_slots: int | None = None,
+    cache_dtype: str | None = None,
+    backend: str | None = None,
+    truncation: Truncation = ALL_TOKENS,
+    stop_strings: tuple[str, ...] = (),
+    decode_text: Callable[[list[int]], str] | None = None,
+    max_total_tokens: int | None = None,
+    on_finish: Callable[[list[Finished]], None] | None = None,
 ) -> Rollout:
     """Draws responses.
 
     Args:
-      policy: the model; under `jax.set_mesh` the prompts are split over its
-        "data" and "fsdp" axes.
+      policy: the model; under `jax.set_mesh` the prompts are split over its "data"
+        and "fsdp" axes, the weights over "tensor" only.
       prompts: P lists of token ids, none empty.
       samples_per_prompt: G.
       max_new_tokens: R; a response that has not stopped by then is cut.
-      temperature: of sampling. Recorded log-probs are at temperature 1 always.
+      temperature: of sampling; 0 takes the likeliest token (not for training).
+        Recorded log-probs are at temperature 1 always.
       seed: with the same seed, step and prompt ids the draws are the same.
       step: training step, so that a prompt draws anew when it returns.
       prompt_ids: P integers that stand for the prompts in the random numbers;
         their order in the list when not given.
       stop_ids: tokens that end a response; the config's when not given.
-      prompt_width: pads prompts to this width, so that batches of different
-        prompts share one compiled program; next multiple of 16 when not given.
+      prompt_width: room for prompts, so that rollouts of different prompts share
+        compiled programs; what the longest needs when not given.
+      num_slots: samples decoded at once, over all devices; as many as memory holds
+        when not given.
+      cache_dtype: of keys and values; when not given bfloat16 on accelerators and
+        the type of the computation on CPU.
+      backend: one of `attention.BACKENDS`; that of the platform when not given.
+      truncation: of the distribution drawn from (not for training).
+      stop_strings: a response ends with the token that completes one of them in its
+        text (not for training: no token then stands for the decision to stop).
+      decode_text: token ids to text; needed with `stop_strings`.
+      max_total_tokens: of all responses together. Every response is cut at the
+        largest common length that keeps within it.
+      on_finish: called with the responses that have ended since the last call, while
+        the devices go on (at the end only, with `max_total_tokens`).
 
     Returns:
       Host arrays; see `types.Rollout`.
 
     Raises:
-      ValueError: for an empty prompt, a temperature that is not positive, prompts
-        wider than `prompt_width`, or more positions than the model has.
+      ValueError: for an empty prompt, a negative temperature, prompts wider than
+        `prompt_width`, more positions than the model has, or a cache that does not
+        fit in memory.
 
     >>> import pfjax
     >>> policy = pfjax.load("pfjax/toy")
@@ -77,27 +85,53 @@ def rollout(
     (1, 2, 5)
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
-    longest = int(lengths.max(initial=0))
-    if prompt_width is None:
-        prompt_width = -(-longest // PROMPT_WIDTH_MULTIPLE) * PROMPT_WIDTH_MULTIPLE
+    prompt_width = prompt_width or int(lengths.max(initial=0))
     _check(policy.config, lengths, prompt_width, max_new_tokens, temperature)
-    tokens = np.zeros((len(prompts), prompt_width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    ids = np.arange(len(prompts)) if prompt_ids is None else np.asarray(prompt_ids)
-    out = _rollout(
-        policy.params,
-        tokens,
-        lengths,
-        ids.astype(np.int32),
-        jax.random.fold_in(jax.random.key(seed), step),
-        np.float32(temperature),
-        config=policy.config,
-        num_samples=samples_per_prompt,
+    if stop_strings and decode_text is None:
+        raise ValueError("stop_strings need decode_text, which makes text of tokens")
+    num_samples = len(prompts) * samples_per_prompt
+    if max_total_tokens is not None and max_total_tokens < num_samples:
+        raise ValueError(
+            f"max_total_tokens={max_total_tokens} is less than one token for each of "
+            f"the {num_samples} responses"
+        )
+    plan = slots.make_plan(
+        policy,
+        num_prompts=len(prompts),
+        samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
-        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        prompt_width=prompt_width,
+        num_slots=num_slots,
+        cache_dtype=cache_dtype,
+        backend=backend,
     )
-    return Rollout(*(np.asarray(x) for x in out))
+    settings = decode.Settings(
+        config=policy.config,
+        samples_per_prompt=samples_per_prompt,
+        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        truncation=dataclasses.replace(truncation, greedy=True)
+        if temperature == 0
+        else truncation,
+        backend=plan.backend,
+        cache_dtype=plan.cache_dtype,
+    )
+    draw = decode.Draw(
+        decode.weights(policy.config, policy.params),
+        jax.random.fold_in(jax.random.key(seed), step),
+        np.float32(temperature or 1.0),
+    )
+    return Scheduler(
+        plan,
+        settings,
+        draw,
+        prompts,
+        prompt_ids,
+        max_new_tokens,
+        stop_strings=stop_strings,
+        decode_text=decode_text,
+        max_total_tokens=max_total_tokens,
+        on_finish=on_finish,
+    ).to_end()
 
 
 def _check(
@@ -113,132 +147,10 @@ def _check(
         raise ValueError(
             f"a prompt has {lengths.max()} tokens, prompt_width is {prompt_width}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
     if lengths.max() + max_new_tokens > config.max_positions:
         raise ValueError(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
             f"the model's {config.max_positions} positions"
         )
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "num_samples", "max_new_tokens", "stop_ids")
-)
-def _rollout(
-    params: Params,
-    prompts: Int[Array, "p s"],
-    prompt_lengths: Int[Array, "p"],
-    prompt_ids: Int[Array, "p"],
-    key: Key[Array, ""],
-    temperature: Float[Array, ""],
-    *,
-    config: ModelConfig,
-    num_samples: int,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-) -> tuple[Array, Array, Array, Array]:
-    p, width = prompts.shape
-    g, r = num_samples, max_new_tokens
-    prompts = sharding.constrain(prompts, "batch", None)
-    # Cast once, not in every step of the loop; the values are those of a forward
-    # that casts where it uses them.
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    head = model.head_weight(params)
-    keys = _sample_keys(key, prompt_ids, g)
-    is_prompt = jnp.arange(width)[None] < prompt_lengths[:, None]
-    first, prefix = _prefill(config, params, prompts, prompt_lengths, is_prompt)
-
-    def draw(state: _State, logits: Float[Array, "p g v"]) -> _State:
-        at_t = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(
-            keys, state.t
-        )
-        token = jax.vmap(jax.vmap(jax.random.categorical))(at_t, logits / temperature)
-        token = token.astype(jnp.int32)
-        log_p, _ = logprobs.log_softmax_at(logits, token)
-        stops = jnp.isin(token, jnp.array(stop_ids, jnp.int32))
-        return state._replace(
-            t=state.t + 1,
-            last=token,
-            tokens=state.tokens.at[:, :, state.t].set(token),
-            log_probs=state.log_probs.at[:, :, state.t].set(log_p),
-            lengths=state.lengths + ~state.done,
-            done=state.done | stops,
-        )
-
-    def decode(state: _State) -> _State:
-        hidden, kv = _forward_one(
-            config, params, state, prefix, prompt_lengths, is_prompt
-        )
-        # Of the token at response index t - 1; one write for all layers.
-        at = (0, 0, 0, state.t - 1, 0, 0)
-        cache = tuple(
-            lax.dynamic_update_slice(c, new[:, :, :, None].astype(c.dtype), at)
-            for c, new in zip(state.cache, kv, strict=True)
-        )
-        return draw(state._replace(cache=cache), logprobs.logits(hidden, head))
-
-    shape = (config.num_layers, p, g, r, config.num_kv_heads, config.head_dim)
-    cache = sharding.constrain(
-        jnp.zeros(shape, config.dtype), None, "batch", None, None, "kv_heads", None
-    )
-    start = _State(
-        t=jnp.int32(0),
-        last=jnp.zeros((p, g), jnp.int32),
-        done=jnp.zeros((p, g), bool),
-        tokens=jnp.zeros((p, g, r), jnp.int32),
-        log_probs=jnp.zeros((p, g, r), jnp.float32),
-        lengths=jnp.zeros((p, g), jnp.int32),
-        cache=(cache, cache),
-    )
-    logits = logprobs.logits(first, head)[:, None]
-    start = draw(start, jnp.broadcast_to(logits, (p, g, logits.shape[-1])))
-    end = lax.while_loop(lambda s: (s.t < r) & ~s.done.all(), decode, start)
-    return end.tokens, end.lengths, end.log_probs, end.done
-
-
-def _sample_keys(
-    key: Key[Array, ""], prompt_ids: Int[Array, "p"], num_samples: int
-) -> Key[Array, "p g"]:
-    of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompt_ids)
-    per_sample = jax.vmap(jax.random.fold_in, (None, 0))
-    return jax.vmap(per_sample, (0, None))(of_prompt, jnp.arange(num_samples))
-
-
-def _prefill(
-    config: ModelConfig,
-    params: Params,
-    prompts: Int[Array, "p s"],
-    lengths: Int[Array, "p"],
-    is_prompt: Bool[Array, "p s"],
-) -> tuple[Float[Array, "p d"], model.KeyValue]:
-    """The state that predicts the first token, and the prompts' keys and values."""
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1])[None], prompts.shape)
-    hidden, kv = model.forward_packed(
-        config, params, prompts, positions, is_prompt.astype(jnp.int32)
-    )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return last[:, 0], kv
-
-
-def _forward_one(
-    config: ModelConfig,
-    params: Params,
-    state: _State,
-    prefix: model.KeyValue,
-    prompt_lengths: Int[Array, "p"],
-    is_prompt: Bool[Array, "p s"],
-) -> tuple[Float[Array, "p g d"], model.KeyValue]:
-    """Runs the last token drawn, which stands at response index t - 1."""
-    p, g, r = state.tokens.shape
-    filled = jnp.broadcast_to(jnp.arange(r)[None, None] < state.t - 1, (p, g, r))
-    positions = jnp.broadcast_to((prompt_lengths + state.t - 1)[:, None], (p, g))
-
-    def attend(q, k, v, cache):
-        k_pre, v_pre, k_suf, v_suf = cache
-        return attention.decode_attention(
-            q, (k, v), (k_pre, v_pre), (k_suf, v_suf), is_prompt, filled
-        )
-
-    cache = (*prefix, *state.cache)
-    return model.apply(config, params, state.last, positions, attend, cache)

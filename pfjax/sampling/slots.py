@@ -1,0 +1,209 @@
+"""How many samples are decoded at once, and in which shapes."""
+
+import dataclasses
+import math
+import os
+
+import jax
+import numpy as np
+
+from pfjax import sharding
+from pfjax.policy import attention
+from pfjax.policy.model import ModelConfig, Policy
+
+# Share of the free memory that a rollout may take; logits and activations need some.
+_SHARE = 0.85
+# While a cache grows the old one, half as wide, is still there.
+_GROWTH = 1.5
+_SMALLEST = 4
+# Narrowest cache that is worth a program of its own.
+_NARROWEST = 128
+
+
+def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> int:
+    """Bytes that the keys and values of one token take on one device.
+
+    Args:
+      tensor: devices that key/value heads are split over, where they divide.
+    """
+    k = config.num_kv_heads
+    k = k // tensor if k % tensor == 0 else k
+    return 2 * config.num_layers * k * config.head_dim * np.dtype(cache_dtype).itemsize
+
+
+def cache_bytes(
+    config: ModelConfig,
+    cache_dtype: str,
+    *,
+    slots: int,
+    width: int,
+    lanes: int,
+    prompt_width: int,
+    tensor: int = 1,
+) -> int:
+    """Bytes of the caches of a rollout on one device.
+
+    Args:
+      slots: samples decoded at once by one part of the batch.
+      width: tokens kept of each.
+      lanes: prompts kept.
+      prompt_width: tokens kept of each prompt.
+    """
+    tokens = slots * width + lanes * prompt_width
+    return tokens * bytes_per_token(config, cache_dtype, tensor)
+
+
+def num_lanes(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
+    """Prompts kept at once: four times what the slots need, for the stragglers."""
+    return min(num_prompts, 4 * math.ceil(slots / samples_per_prompt))
+
+
+def ladder(slots: int) -> list[int]:
+    """Numbers of slots a rollout may have, falling, two an octave."""
+    sizes = {m << e for m in (2, 3) for e in range(31)}
+    return [slots, *sorted((x for x in sizes if _SMALLEST <= x < slots), reverse=True)]
+
+
+def response_widths(max_new_tokens: int, multiple: int) -> list[int]:
+    """Widths a response cache may have, doubling up to the longest response."""
+    longest = math.ceil(max_new_tokens / multiple) * multiple
+    short = [_NARROWEST << e for e in range(31) if _NARROWEST << e < longest]
+    return [*short, longest]
+
+
+def most_slots(
+    config: ModelConfig,
+    cache_dtype: str,
+    *,
+    num_prompts: int,
+    samples_per_prompt: int,
+    width: int,
+    prompt_width: int,
+    tensor: int = 1,
+    free_bytes: int,
+) -> int:
+    """Slots of one part of the batch: as many as there are samples, if memory lasts.
+
+    Raises:
+      ValueError: if not even one sample fits.
+    """
+    for slots in [*ladder(num_prompts * samples_per_prompt), 3, 2, 1]:
+        need = _GROWTH * cache_bytes(
+            config,
+            cache_dtype,
+            slots=slots,
+            width=width,
+            lanes=num_lanes(slots, num_prompts, samples_per_prompt),
+            prompt_width=prompt_width,
+            tensor=tensor,
+        )
+        if need <= _SHARE * free_bytes:
+            return slots
+    raise ValueError(
+        f"the keys and values of one sample need {need / 1e9:.2f} GB and "
+        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens, or raise "
+        "mesh.tensor"
+    )
+
+
+def _free_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo") as f:
+            values = dict(line.split(":") for line in f)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Memory that is free on a device, or on the host it shares with its like.
+
+    The least of all processes, which must agree.
+    """
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    else:
+        free = _free_host_bytes() // jax.local_device_count()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        free = multihost_utils.process_allgather(np.float64(free)).min()
+    return int(free)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shapes of a rollout in each of the parts that the batch is split into."""
+
+    parts: int
+    slots: int
+    lanes: int
+    prompt_width: int
+    ladder: tuple[int, ...]
+    widths: tuple[int, ...]
+    cache_dtype: str
+    backend: str
+    cache_bytes: int  # on one device, when the caches are at their widest
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots * self.parts} samples at once, caches of "
+            f"{self.cache_bytes / 1e6:.1f} MB a device in {self.cache_dtype} "
+            f"({self.slots} x {self.widths[-1]} response and {self.lanes} x "
+            f"{self.prompt_width} prompt tokens)"
+        )
+
+
+def make_plan(
+    policy: Policy,
+    *,
+    num_prompts: int,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    prompt_width: int,
+    num_slots: int | None = None,
+    cache_dtype: str | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """Decides what the arguments leave open; see `engine.rollout`."""
+    config = policy.config
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else sharding.batch_ways(mesh)
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
+    if backend is None:
+        backend = attention.decode_backend(device.platform, config.head_dim)
+    if cache_dtype is None:
+        cache_dtype = config.dtype if device.platform == "cpu" else "bfloat16"
+    multiple = attention.WIDTH_MULTIPLE[backend]
+    prompts = math.ceil(num_prompts / parts)
+    widths = response_widths(max_new_tokens, multiple)
+    shape = {
+        "prompt_width": math.ceil(prompt_width / multiple) * multiple,
+        "width": widths[-1],
+        "tensor": tensor,
+    }
+    if num_slots is None:
+        slots = most_slots(
+            config,
+            cache_dtype,
+            num_prompts=prompts,
+            samples_per_prompt=samples_per_prompt,
+            free_bytes=free_bytes(device),
+            **shape,
+        )
+    else:
+        slots = min(math.ceil(num_slots / parts), prompts * samples_per_prompt)
+    lanes = num_lanes(slots, prompts, samples_per_prompt)
+    return Plan(
+        parts=parts,
+        slots=slots,
+        lanes=lanes,
+        prompt_width=shape["prompt_width"],
+        ladder=tuple(ladder(slots)),
+        widths=tuple(widths),
+        cache_dtype=cache_dtype,
+        backend=backend,
+        cache_bytes=cache_bytes(config, cache_dtype, slots=slots, lanes=lanes, **shape),
+    )
