@@ -28,7 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts_per_step = 32  # chosen
     c.samples_per_prompt = 32  # chosen
     c.max_new_tokens = 3072  # a response is cut there
-    c.temperature = 1.0  # of sampling, in training and evaluation
+    c.temperature = 1.0  # of sampling in training
+    c.rollout_slots = 0  # samples decoded at once; 0: as many as memory holds
     c.updates_per_rollout = 1  # mini-batches a step; 1 is exactly on policy
     c.seed = 0
 
@@ -64,6 +65,12 @@ def get_config() -> ml_collections.ConfigDict:
     # Evaluation, at step 0, every eval_every steps, and after the last.
     c.eval_every = 40
     c.eval_samples = 16  # k of avg@k
+    c.eval_sampling = ml_collections.ConfigDict()
+    c.eval_sampling.temperature = 1.0  # 0 is greedy
+    c.eval_sampling.top_k = 0  # the k likeliest tokens; 0 for all
+    c.eval_sampling.top_p = 1.0  # the likeliest tokens that make up this mass
+    c.eval_sampling.min_p = 0.0  # tokens at least this likely, to the likeliest
+    c.eval_sampling.stop_strings = ()  # texts that end a response
 
     # Records.
     c.log_every = 1  # steps between plain lines when nobody watches

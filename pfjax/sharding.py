@@ -139,6 +139,8 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
     if mesh.empty or batch_ways(mesh) == 1:
         return f
     whole, split = PartitionSpec(), PartitionSpec(RULES["batch"])
+    # With "tensor" too when it is one device: kernels need every axis by hand.
+    names = set(RULES["batch"]) | {a for a, n in mesh.shape.items() if n == 1}
 
     def parts(*args):
         specs = (whole,) * num_whole + (split,) * (len(args) - num_whole)
@@ -146,11 +148,36 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
             f,
             in_specs=specs,
             out_specs=split,
-            axis_names=set(RULES["batch"]),
+            axis_names=names,
             check_vma=False,
         )(*args)
 
     return parts
+
+
+def over_heads(f: Callable[..., Any], num_kv_heads: int) -> Callable[..., Any]:
+    """`f` run on the key/value heads of each device, for kernels jit cannot split.
+
+    Arrays of two and more dimensions have the heads second; those of one, and all
+    arrays when the heads are too few to split, are whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.shape) - _manual(mesh)
+    if mesh.empty or mesh.size == 1 or not names:
+        return f
+    axis = spec(mesh, ("kv_heads",), (num_kv_heads,))[0]
+
+    def heads(*args):
+        of = lambda x: PartitionSpec(None, axis) if x.ndim > 1 else PartitionSpec()
+        return jax.shard_map(
+            f,
+            in_specs=tuple(of(x) for x in args),
+            out_specs=PartitionSpec(None, axis),
+            axis_names=names,
+            check_vma=False,
+        )(*args)
+
+    return heads
 
 
 def fetch(tree: Any) -> Any:

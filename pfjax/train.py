@@ -5,6 +5,7 @@ Any value of the config can be changed: --config.alpha=0.5
 
 import ast
 import os
+import re
 import sys
 import traceback
 
@@ -15,6 +16,12 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 flags.mark_flag_as_required("config")
+
+_WHY_NOT_TRUNCATED = (
+    ". Training draws from the whole distribution: the objective assumes that every "
+    "response can be drawn, and one that cannot is never balanced. For evaluation set "
+    "--config.eval_sampling.NAME"
+)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -31,7 +38,9 @@ def parse(argv: list[str]) -> list[str]:
         text = str(ast.literal_eval(text)) if text[:1] in "'\"" else text
         if "get_config" in text:
             sys.exit("error: --config names a file without a function get_config")
-        sys.exit("error: --config has no setting " + text.replace("\n", ". "))
+        is_truncation = re.match(r"\W*(top_k|top_p|min_p|stop_strings)\b", text)
+        text = text.replace("\n", ". ") + (_WHY_NOT_TRUNCATED if is_truncation else "")
+        sys.exit("error: --config has no setting " + text)
     except (OSError, ImportError, SyntaxError) as error:
         sys.exit(f"error: --config cannot be read: {error}")
     return rest

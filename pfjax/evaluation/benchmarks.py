@@ -1,5 +1,6 @@
 """One set of prompts with answers -> scores: sample, grade, summarise."""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from pfjax.evaluation import estimators, grading
 from pfjax.policy import tokenizer
 from pfjax.policy.model import Policy
 from pfjax.sampling import engine
+from pfjax.sampling.truncation import ALL_TOKENS, Truncation
 
 
 class Settings(NamedTuple):
@@ -18,8 +20,9 @@ class Settings(NamedTuple):
     temperature: float
     stop_ids: tuple[int, ...]
     seed: int
-    prompts_per_batch: int
     prompt_width: int
+    truncation: Truncation = ALL_TOKENS
+    stop_strings: tuple[str, ...] = ()  # the text is cut before one
 
 
 def evaluate(
@@ -43,45 +46,46 @@ def evaluate(
       `grader_timeouts`; and one row a response.
     """
     k = settings.samples_per_prompt
-    rows: list[dict[str, Any]] = []
-    size = settings.prompts_per_batch
-    for begin in range(0, len(prompts), size):
-        ids = list(range(begin, min(begin + size, len(prompts))))
-        # The last batch is filled up, to keep its shape; the surplus is dropped.
-        filled = ids + [ids[-1]] * (size - len(ids))
-        out = engine.rollout(
-            policy,
-            [prompts[i] for i in filled],
-            k,
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.seed,
-            prompt_ids=filled,
-            stop_ids=settings.stop_ids,
-            prompt_width=settings.prompt_width,
-        )
-        for row, i in enumerate(ids):
-            for sample in range(k):
-                n = out.lengths[row, sample]
-                text = tokenizer.decode(tok, out.tokens[row, sample, :n].tolist())
-                answer = grading.last_boxed(text)
-                gold = answers[i]
-                rows.append(
-                    {
-                        "prompt_id": i,
-                        "sample": sample,
-                        "prompt": texts[i],
-                        "completion": text,
-                        "tokens": int(n),
-                        "terminated": bool(out.finished[row, sample]),
-                        "answer": answer,
-                        "gold": gold,
-                        "correct": None
-                        if gold is None
-                        else answer is not None and grader.is_equal(gold, answer),
-                    }
-                )
-    return summarise(rows, k, grader), rows
+    rows: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def grade(finished: list[engine.Finished]) -> None:
+        for response in finished:
+            i, sample = response.prompt, response.sample
+            text = tokenizer.decode(tok, response.tokens.tolist())
+            for stop in settings.stop_strings:
+                text = text.split(stop)[0]
+            answer = grading.last_boxed(text)
+            gold = answers[i]
+            rows[i, sample] = {
+                "prompt_id": i,
+                "sample": sample,
+                "prompt": texts[i],
+                "completion": text,
+                "tokens": len(response.tokens),
+                "terminated": response.is_stopped,
+                "answer": answer,
+                "gold": gold,
+                "correct": None
+                if gold is None
+                else answer is not None and grader.is_equal(gold, answer),
+            }
+
+    engine.rollout(
+        policy,
+        prompts,
+        k,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.seed,
+        stop_ids=settings.stop_ids,
+        prompt_width=settings.prompt_width,
+        truncation=settings.truncation,
+        stop_strings=settings.stop_strings,
+        decode_text=functools.partial(tokenizer.decode, tok),
+        on_finish=grade,  # while the devices draw the others
+    )
+    in_order = [rows[at] for at in sorted(rows)]
+    return summarise(in_order, k, grader), in_order
 
 
 def summarise(

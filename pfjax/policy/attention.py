@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
+from pfjax import sharding
 from pfjax.policy import decode_kernel
 from pfjax.policy.decode_kernel import MASKED, Part
 from pfjax.types import Array
@@ -73,6 +74,8 @@ def decode_attention(
     num_kv = own[0].shape[1]
     lanes = prompts[0].shape[0]
     block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
+    if backend != "xla":
+        block = sharding.over_heads(block, num_kv)
     rows = q.reshape(s, num_kv, h // num_kv, c)
     slot = jnp.zeros(lanes * columns, jnp.int32)
     slot = slot.at[cell].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
@@ -214,7 +217,8 @@ def decode_backend(platform: str, head_dim: int) -> str:
     """The back end of `decode_attention` for a platform ("cpu", "gpu" or "tpu")."""
     if platform == "gpu" and head_dim in (64, 128, 256):
         return "gpu"
-    if platform == "tpu" and head_dim % 64 == 0:
+    # On half its width the TPU copies the cache into another layout at every step.
+    if platform == "tpu" and head_dim % 128 == 0:
         return "tpu"
     return "xla"
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from pfjax import packing, sharding
 from pfjax.policy import hf, hf_config, lora, model, partition, tokenizer
+from pfjax.sampling import slots
 from pfjax.training import checks, data, optim, step
 
 
@@ -25,8 +26,9 @@ class Run(NamedTuple):
     eval: data.PromptSet | None
     stop_ids: tuple[int, ...]
     prompt_width: int
+    rollout_plan: slots.Plan
     micro_batches: int  # that always suffice for an update
-    slots: int
+    row_slots: int  # trajectories a row may hold
     step_config: step.StepConfig
     base_config: model.ModelConfig
     base: model.Params  # frozen, in the type of the computation
@@ -83,14 +85,22 @@ def build(
         train=train,
         eval=held_out or None,
         stop_ids=tokenizer.stop_ids(tok, model_config.stop_ids),
-        prompt_width=-(-longest // 16) * 16,
+        prompt_width=longest,
+        rollout_plan=slots.make_plan(
+            model.Policy(model_config, lora.join(base, trained)),
+            num_prompts=config.prompts_per_step,
+            samples_per_prompt=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            prompt_width=longest,
+            num_slots=config.rollout_slots or None,
+        ),
         micro_batches=packing.max_micro_batches(
             prompts_per_update * config.samples_per_prompt,
             max_length,
             config.rows,
             config.row_length,
         ),
-        slots=packing.slots_per_row(config.row_length, max_length),
+        row_slots=packing.slots_per_row(config.row_length, max_length),
         step_config=step_config,
         base_config=base_config,
         base=base,
@@ -163,6 +173,7 @@ def describe(run: Run) -> str:
         f"{c.samples_per_prompt} samples = {responses} responses a step, "
         f"{c.updates_per_rollout} update(s) of at most {run.micro_batches} micro-"
         f"batches of {c.rows} x {c.row_length} tokens\n"
+        f"rollouts: {run.rollout_plan}\n"
         f"{len(run.train.tokens)} training prompts, "
         f"{len(run.eval.tokens) if run.eval else 0} for evaluation"
     )

@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "checkpoint_every",
     "wandb_project",
     "mesh",
+    "rollout_slots",
+    "eval_sampling",
 )
 _POSITIVE = (
     "alpha",
@@ -41,11 +43,18 @@ _POSITIVE = (
 )
 
 
+_WHY_NOT_GREEDY = (
+    "; training needs draws from the whole distribution, greedy decoding is for "
+    "evaluation: --config.eval_sampling.temperature=0"
+)
+
+
 def check_config(c: ml_collections.FrozenConfigDict) -> None:
     """Raises ValueError for values that cannot be meant."""
     for name in _POSITIVE:
         if not c[name] > 0:
-            raise ValueError(f"--config.{name}={c[name]}: must be positive")
+            why = _WHY_NOT_GREEDY if name == "temperature" else ""
+            raise ValueError(f"--config.{name}={c[name]}: must be positive{why}")
     choices = {
         "objective": sorted(objectives.OBJECTIVES),
         "log_z": ["group", "head"],
@@ -75,13 +84,12 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
 def check_batch(c: ml_collections.FrozenConfigDict, mesh: Mesh) -> None:
     """Raises ValueError if a batch does not divide by the devices."""
     ways = sharding.batch_ways(mesh)
-    for name in ("prompts_per_step", "rows"):
-        if c[name] % ways:
-            raise ValueError(
-                f"--config.{name}={c[name]} does not divide by the {ways} devices that "
-                f"batches are split over (mesh.data={mesh.shape['data']} x "
-                f"mesh.fsdp={mesh.shape['fsdp']})"
-            )
+    if c.rows % ways:
+        raise ValueError(
+            f"--config.rows={c.rows} does not divide by the {ways} devices that "
+            f"batches are split over (mesh.data={mesh.shape['data']} x "
+            f"mesh.fsdp={mesh.shape['fsdp']})"
+        )
 
 
 def check_lengths(

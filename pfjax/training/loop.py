@@ -12,7 +12,7 @@ import numpy as np
 from pfjax import packing, sharding
 from pfjax.evaluation import benchmarks, grading
 from pfjax.policy import hf, lora, partition, tokenizer
-from pfjax.sampling import engine
+from pfjax.sampling import engine, truncation
 from pfjax.training import (
     build,
     checkpoint,
@@ -147,6 +147,7 @@ def _step(
         prompt_ids=ids,
         stop_ids=run.stop_ids,
         prompt_width=run.prompt_width,
+        num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
     )
     clock.lap("sample")
     responses = _responses(rollout)
@@ -212,7 +213,7 @@ def _step_metrics(
         **metrics.balance_metrics(record, clamps),
         **metrics.completion_metrics(record, has_box),
         **metrics.repetition_metrics(responses),
-        **metrics.rollout_gap(rollout, scored),
+        **metrics.rollout_metrics(rollout, scored),
         "pack/fill": packed / computed,
     }
     return {k: float(v) for k, v in out.items()}
@@ -244,7 +245,7 @@ def _pack_and_score(
         prompt_lengths,
         rows=config.rows,
         row_length=config.row_length,
-        slots=run.slots,
+        slots=run.row_slots,
         micro_batches=run.micro_batches,
         psi=psi[part],
         prompt_index=prompt_index.astype(np.int32),
@@ -344,11 +345,16 @@ def _evaluate(
     settings = benchmarks.Settings(
         samples_per_prompt=config.eval_samples,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
+        temperature=config.eval_sampling.temperature,
         stop_ids=run.stop_ids,
         seed=config.seed,
-        prompts_per_batch=config.prompts_per_step,
         prompt_width=run.prompt_width,
+        truncation=truncation.Truncation(
+            top_k=config.eval_sampling.top_k,
+            top_p=config.eval_sampling.top_p,
+            min_p=config.eval_sampling.min_p,
+        ),
+        stop_strings=tuple(config.eval_sampling.stop_strings),
     )
     policy = build.policy_of(run, state)
     return benchmarks.evaluate(

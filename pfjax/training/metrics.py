@@ -94,13 +94,18 @@ def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     return False
 
 
-def rollout_gap(rollout: Rollout, scored: list[np.ndarray]) -> dict:
-    """Distance between the sampler's token log-probs and the scorer's, in nats."""
+def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+    """Distance between the sampler's token log-probs and the scorer's, in nats; and
+    the share of the sampler's work that drew nothing."""
     drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
     gaps = np.concatenate(
         [np.abs(x - y[: len(x)]) for x, y in zip(scored, drawn, strict=True)]
     )
-    return {"rollout/logp_gap_mean": gaps.mean(), "rollout/logp_gap_max": gaps.max()}
+    return {
+        "rollout/logp_gap_mean": gaps.mean(),
+        "rollout/logp_gap_max": gaps.max(),
+        "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.row_steps,
+    }
 
 
 class Writer:

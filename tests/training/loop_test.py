@@ -170,7 +170,6 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ({"alpha": 0.0}, r"--config.alpha=0.0: must be positive"),
         ({"alpha": -1.0}, r"--config.alpha=-1.0: must be positive"),
         ({"objective": "powerflw"}, "did you mean 'powerflow'"),
-        ({"prompts_per_step": 12}, "prompts_per_step=12 does not divide by the 8"),
         ({"rows": 3}, "rows=3 does not divide by the 8"),
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
         ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),

@@ -74,11 +74,13 @@ def test_gap_between_sampler_and_scorer_by_hand():
         lengths=np.array([[2, 3]]),
         log_probs=np.array([[[-1.0, -2.0, 99.0], [-1.0, -1.0, -1.0]]]),
         finished=np.ones((1, 2), bool),
+        row_steps=8,
     )
     scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -0.5])]
-    got = metrics.rollout_gap(rollout, scored)
+    got = metrics.rollout_metrics(rollout, scored)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.2)
     assert got["rollout/logp_gap_max"] == 0.5
+    assert got["rollout/waste"] == pytest.approx(3 / 8)
 
 
 def test_format_term_is_charged_without_a_closed_box():
