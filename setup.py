@@ -57,6 +57,7 @@ setuptools.setup(
         "tpu": jax("tpu"),
         "wandb": ["wandb"],
         "dev": [
+            *jax("tpu"),  # compiles for TPUs without one
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",

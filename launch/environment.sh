@@ -46,6 +46,9 @@ prepare() {
   # New when the dependencies, the extras, or the place of the checkout change.
   stamp=$(cat "$ROOT/setup.py" - <<<"$extras $ROOT" | cksum)
   PYTHON=$VENV/bin/python
+  # Without an accelerator JAX need not look for one: its TPU library, which the tests
+  # compile with, complains at length.
+  if [[ -z $(accelerator) ]]; then export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}; fi
   if [[ -x $PYTHON && -f $VENV/.pfjax-ready && $(<"$VENV/.pfjax-ready") == "$stamp" ]]; then
     return
   fi

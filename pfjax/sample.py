@@ -1,0 +1,177 @@
+r"""Samples: python -m pfjax.sample --model=pfjax/toy --prompt="17 + 25 = ?"
+
+Prompts come from --prompt (may be repeated) or from --prompts, a file or data set as
+in training. Responses go to --out as JSON lines, each as soon as it has ended.
+"""
+
+import contextlib
+import json
+import sys
+import time
+
+from absl import app, flags, logging
+
+_MODEL = flags.DEFINE_string("model", "pfjax/toy", "Hugging Face folder or hub id")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
+_PROMPTS = flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
+_SUFFIX = flags.DEFINE_string("suffix", "", "added to each prompt")
+_OUT = flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "responses a prompt", lower_bound=1)
+_NEW = flags.DEFINE_integer(
+    "max_new_tokens", None, "of a response; default: 512 or what the model has room for"
+)
+_TOTAL = flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "the k likeliest tokens; 0 for all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "the likeliest tokens of this mass")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "tokens this likely, to the likeliest")
+_STOP = flags.DEFINE_multi_string("stop", [], "text that ends a response")
+_SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same")
+_SLOTS = flags.DEFINE_integer(
+    "slots", None, "decoded at once; what memory holds when not given", lower_bound=1
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
+)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        _sample()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _sample() -> None:
+    import jax
+
+    from pfjax import sharding
+    from pfjax.policy import hf, tokenizer
+    from pfjax.sampling import engine, slots, truncation
+
+    if bool(_PROMPT.value) == bool(_PROMPTS.value):
+        raise ValueError("give either --prompt or --prompts")
+    cut = truncation.Truncation(
+        top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value
+    )
+    source = hf.resolve(_MODEL.value)
+    tok = tokenizer.load(source)
+    texts, prompts = _prompts(tok)
+    mesh = sharding.make_mesh(tensor=_TENSOR.value)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout
+        if _OUT.value != "-":
+            out = stack.enter_context(open(_OUT.value, "w", encoding="utf-8"))
+        stack.enter_context(jax.set_mesh(mesh))
+        policy = hf.load(source, mesh, dtype)
+        longest = max(len(p) for p in prompts)
+        max_new_tokens = _NEW.value or min(512, policy.config.max_positions - longest)
+        plan = slots.make_plan(
+            policy,
+            num_prompts=len(prompts),
+            samples_per_prompt=_SAMPLES.value,
+            max_new_tokens=max_new_tokens,
+            prompt_width=longest,
+            num_slots=_SLOTS.value,
+        )
+        total = len(prompts) * _SAMPLES.value
+        print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
+        progress = _Progress(total)
+        stack.callback(progress.close)
+
+        def write(finished: list[engine.Finished]) -> None:
+            for response in finished:
+                row = {
+                    "prompt_id": response.prompt,
+                    "sample": response.sample,
+                    "prompt": texts[response.prompt],
+                    "completion": tokenizer.decode(tok, response.tokens.tolist()),
+                    "tokens": len(response.tokens),
+                    "finished": response.is_stopped,
+                    "log_prob": float(response.log_probs.sum(dtype="float64")),
+                }
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.flush()
+            progress.add(len(finished), sum(len(r.tokens) for r in finished))
+
+        begin = time.perf_counter()
+        rollout = engine.rollout(
+            policy,
+            prompts,
+            _SAMPLES.value,
+            max_new_tokens,
+            _TEMPERATURE.value,
+            _SEED.value,
+            stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
+            num_slots=plan.slots * plan.parts,
+            truncation=cut,
+            stop_strings=tuple(_STOP.value),
+            decode_text=lambda ids: tokenizer.decode(tok, ids),
+            max_total_tokens=_TOTAL.value,
+            on_finish=write,
+        )
+    seconds = time.perf_counter() - begin
+    tokens, work = rollout.lengths.sum(), rollout.row_steps
+    print(
+        f"{tokens} tokens in {seconds:.1f} s, "
+        f"{tokens / seconds:.0f} a second, compilation included; "
+        f"{1 - tokens / work:.0%} of the slots' steps drew nothing; "
+        f"{rollout.finished.mean():.0%} of the responses ended by themselves",
+        file=sys.stderr,
+    )
+
+
+def _prompts(tok) -> tuple[list[str], list[list[int]]]:
+    from pfjax.policy import tokenizer
+    from pfjax.training import data
+
+    if _PROMPTS.value:
+        longest = int(1e9)  # the engine refuses what the model has no positions for
+        found = data.load_prompts(_PROMPTS.value, tok, longest, _SUFFIX.value)
+        return found.texts, found.tokens
+    texts = [text + _SUFFIX.value for text in _PROMPT.value]
+    return texts, [tokenizer.encode_prompt(tok, text) for text in texts]
+
+
+class _Progress:
+    """Responses and tokens so far, on standard error: a bar when a person watches."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._tokens, self._bar = total, 0, 0, None
+        self._begin = time.perf_counter()
+        if sys.stderr.isatty():
+            import rich.console
+            import rich.progress as rp
+
+            self._bar = rp.Progress(
+                rp.TextColumn("{task.completed}/{task.total} responses"),
+                rp.BarColumn(),
+                rp.TextColumn("{task.description}"),
+                rp.TimeRemainingColumn(),
+                console=rich.console.Console(stderr=True),
+            )
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+
+    def add(self, responses: int, tokens: int) -> None:
+        before = 10 * self._done // self._total
+        self._done, self._tokens = self._done + responses, self._tokens + tokens
+        rate = f"{self._tokens / (time.perf_counter() - self._begin):.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, description=rate)
+        elif 10 * self._done // self._total > before:
+            print(f"{self._done}/{self._total} responses, {rate}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+if __name__ == "__main__":
+    app.run(main)
