@@ -1,5 +1,7 @@
 """Eight fake CPU devices, strict settings, and models small enough to enumerate."""
 
+import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -125,6 +127,51 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
         )
     )
     return folder
+
+
+@pytest.fixture
+def tpu_mesh(monkeypatch):
+    """Makes a mesh of a real TPU topology, to lower and compile for without one."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    from pfjax import sharding
+
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # workers of pytest-xdist
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+    def make(topology: str, data: int, fsdp: int, tensor: int):
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return jax.make_mesh(
+            (data, fsdp, tensor),
+            sharding.MESH_AXES,
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+            devices=found.devices,
+        )
+
+    return make
+
+
+@contextlib.contextmanager
+def count_compiles():
+    """Programs compiled inside, by name; those from the persistent cache count."""
+    n: collections.Counter = collections.Counter()
+
+    def on(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            n[kwargs.get("fun_name", "?")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on)
+    try:
+        yield n
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on)
 
 
 def all_responses(vocab: int, stop: int, max_tokens: int) -> list[list[int]]:

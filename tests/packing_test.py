@@ -99,3 +99,15 @@ def test_mistakes_are_named():
             packing.pack([np.ones(4, int)], np.array([prompt]), **kwargs)
     with pytest.raises(ValueError, match="need 2 micro-batches"):
         packing.pack([np.ones(8, int)] * 2, np.array([1, 1]), **kwargs)
+
+
+def test_prompts_are_packed_end_to_end_and_empty_ones_take_no_room():
+    prompts = [[7, 8], [], [1, 2, 3, 4], [5], [9, 9, 9]]
+    tokens, positions, segment_ids = packing.pack_prompts(prompts, 5)
+    assert tokens.shape == (2, 5)
+    for i, prompt in enumerate(prompts):
+        rows, at = np.nonzero(segment_ids == i + 1)
+        assert tokens[rows, at].tolist() == prompt
+        assert positions[rows, at].tolist() == list(range(len(prompt)))
+        assert len(set(rows)) <= 1
+    assert (segment_ids > 0).sum() == sum(map(len, prompts))

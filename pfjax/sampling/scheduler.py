@@ -16,7 +16,7 @@ from pfjax.sampling import decode, limits, slots
 from pfjax.types import Rollout
 
 # Prompt tokens that one prefill runs at most.
-PREFILL_TOKENS = 8192
+PREFILL_TOKENS = 4096
 
 
 class Finished(NamedTuple):

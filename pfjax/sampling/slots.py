@@ -8,11 +8,13 @@ import jax
 import numpy as np
 
 from pfjax import sharding
-from pfjax.policy import attention
+from pfjax.policy import attention, model
 from pfjax.policy.model import ModelConfig, Policy
 
-# Share of the free memory that a rollout may take; logits and activations need some.
+# Share of the free memory that a rollout may take; activations need some.
 _SHARE = 0.85
+# Logits, their noise, and their sum, float32.
+_LOGITS_BYTES = 12
 # While a cache grows the old one, half as wide, is still there.
 _GROWTH = 1.5
 _SMALLEST = 4
@@ -53,22 +55,39 @@ def cache_bytes(
     return tokens * bytes_per_token(config, cache_dtype, tensor)
 
 
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the copy of the weights that a rollout reads."""
+    shapes = jax.tree.leaves(model.abstract_params(config))
+    return sum(x.size for x in shapes) * np.dtype(config.dtype).itemsize
+
+
 def num_lanes(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
     """Prompts kept at once: four times what the slots need, for the stragglers."""
     return min(num_prompts, 4 * math.ceil(slots / samples_per_prompt))
 
 
-def ladder(slots: int) -> list[int]:
-    """Numbers of slots a rollout may have, falling, two an octave."""
-    sizes = {m << e for m in (2, 3) for e in range(31)}
+def ladder(slots: int, backend: str) -> list[int]:
+    """Numbers of slots a rollout may have, falling; each costs a program.
+
+    Two an octave in the plain form, where an idle slot costs what a busy one does. A
+    kernel reads next to nothing for it: one every two octaves.
+    """
+    factors, octaves = ((2, 3), 1) if backend == "xla" else ((1,), 2)
+    sizes = {m << e for m in factors for e in range(0, 31, octaves)}
     return [slots, *sorted((x for x in sizes if _SMALLEST <= x < slots), reverse=True)]
 
 
-def response_widths(max_new_tokens: int, multiple: int) -> list[int]:
-    """Widths a response cache may have, doubling up to the longest response."""
+def response_widths(max_new_tokens: int, backend: str) -> list[int]:
+    """Widths a response cache may have, growing to that of the longest response.
+
+    They double in the plain form, which reads all of the width. For a kernel they
+    only save memory: each is four times the one before.
+    """
+    multiple = attention.WIDTH_MULTIPLE[backend]
     longest = math.ceil(max_new_tokens / multiple) * multiple
-    short = [_NARROWEST << e for e in range(31) if _NARROWEST << e < longest]
-    return [*short, longest]
+    octaves = 1 if backend == "xla" else 2
+    short = [_NARROWEST << e for e in range(0, 31, octaves)]
+    return [*(x for x in short if x < longest), longest]
 
 
 def most_slots(
@@ -87,7 +106,8 @@ def most_slots(
     Raises:
       ValueError: if not even one sample fits.
     """
-    for slots in [*ladder(num_prompts * samples_per_prompt), 3, 2, 1]:
+    num_samples = num_prompts * samples_per_prompt
+    for slots in [*ladder(num_samples, "xla"), 3, 2, 1]:
         need = _GROWTH * cache_bytes(
             config,
             cache_dtype,
@@ -97,12 +117,12 @@ def most_slots(
             prompt_width=prompt_width,
             tensor=tensor,
         )
+        need += slots * config.vocab_size * _LOGITS_BYTES // tensor
         if need <= _SHARE * free_bytes:
             return slots
     raise ValueError(
-        f"the keys and values of one sample need {need / 1e9:.2f} GB and "
-        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens, or raise "
-        "mesh.tensor"
+        f"one sample of {width} tokens needs {need / 1e9:.2f} GB and "
+        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens or raise mesh.tensor"
     )
 
 
@@ -178,7 +198,7 @@ def make_plan(
         cache_dtype = config.dtype if device.platform == "cpu" else "bfloat16"
     multiple = attention.WIDTH_MULTIPLE[backend]
     prompts = math.ceil(num_prompts / parts)
-    widths = response_widths(max_new_tokens, multiple)
+    widths = response_widths(max_new_tokens, backend)
     shape = {
         "prompt_width": math.ceil(prompt_width / multiple) * multiple,
         "width": widths[-1],
@@ -190,7 +210,7 @@ def make_plan(
             cache_dtype,
             num_prompts=prompts,
             samples_per_prompt=samples_per_prompt,
-            free_bytes=free_bytes(device),
+            free_bytes=free_bytes(device) - weight_bytes(config) // tensor,
             **shape,
         )
     else:
@@ -201,7 +221,7 @@ def make_plan(
         slots=slots,
         lanes=lanes,
         prompt_width=shape["prompt_width"],
-        ladder=tuple(ladder(slots)),
+        ladder=tuple(ladder(slots, backend)),
         widths=tuple(widths),
         cache_dtype=cache_dtype,
         backend=backend,

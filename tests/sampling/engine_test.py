@@ -8,8 +8,9 @@ import pytest
 
 from pfjax import sharding
 from pfjax.policy import hf, logprobs
-from pfjax.sampling import engine
-from tests.conftest import all_responses
+from pfjax.sampling import decode, engine, slots, truncation
+from tests.conftest import all_responses, count_compiles
+from tests.sampling import simple_sampler
 
 PROMPTS = [[2, 3, 4], [5], [6, 7, 8, 9, 10], [3, 3]]
 
@@ -137,12 +138,202 @@ def _exact(policy, prompt, responses, temperature):
     )
 
 
+def _same_draws(a, b):
+    for row, other in zip(_cut(a), _cut(b), strict=True):
+        for x, y in zip(row, other, strict=True):
+            assert x[0] == y[0]
+            np.testing.assert_allclose(x[1], y[1], atol=1e-5)
+    np.testing.assert_array_equal(a.finished, b.finished)
+
+
+@pytest.mark.parametrize("num_slots", [1, 7, 32, None])
+def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
+    # Caches of 16, 32 and 40 tokens; fewer lanes than prompts with 1 and 7 slots.
+    monkeypatch.setattr(slots, "_NARROWEST", 16)
+    prompts = [[2 + i % 5, *range(3, 3 + i)] for i in range(12)]
+    kwargs = {"samples_per_prompt": 24, "max_new_tokens": 40, "seed": 3, "step": 2}
+    want = simple_sampler.rollout(tiny_policy, prompts, **kwargs)
+    assert want.lengths.sum() > 2000 and want.lengths.max() > 32
+    got = engine.rollout(tiny_policy, prompts, num_slots=num_slots, **kwargs)
+    _same_draws(got, want)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
+def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
+    # 2 key/value heads on a tensor axis of 4 are replicated; 11 prompts fill 8 parts
+    # unevenly.
+    prompts = [[2 + i % 5, *range(3, 3 + i)] for i in range(11)]
+    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20, "num_slots": 16}
+    alone = engine.rollout(tiny_policy, prompts, **kwargs)
+    hf.save(tiny_policy, tmp_path / "m")
+    mesh = sharding.make_mesh(*axes)
+    with jax.set_mesh(mesh):
+        spread = engine.rollout(hf.load(tmp_path / "m", mesh), prompts, **kwargs)
+    _same_draws(alone, spread)
+
+
+def test_few_slots_waste_little_on_a_long_tail(tiny_policy):
+    prompts = [[2, 3 + i % 10] for i in range(16)]
+    kwargs = {"samples_per_prompt": 64, "max_new_tokens": 100}
+    want = simple_sampler.rollout(tiny_policy, prompts, **kwargs)
+    got = engine.rollout(tiny_policy, prompts, num_slots=16, **kwargs)
+    for row, other in zip(_cut(got), _cut(want), strict=True):
+        assert [y for y, _ in row] == [y for y, _ in other]
+    tokens = want.lengths.sum()
+    assert tokens / want.row_steps < 0.25
+    assert tokens / got.row_steps > 0.9
+
+
+def test_programs_are_few_and_serve_every_rollout_of_a_shape(tiny_policy):
+    def draw(seed, prompts):
+        engine.rollout(
+            tiny_policy, prompts, 8, 40, seed=seed, num_slots=16, prompt_width=16
+        )
+
+    def ladder_and_widths():
+        plan = slots.make_plan(
+            tiny_policy,
+            num_prompts=8,
+            samples_per_prompt=8,
+            max_new_tokens=40,
+            prompt_width=16,
+            num_slots=16,
+        )
+        return len(plan.ladder) * len(plan.widths)
+
+    some = [[2 + i % 5, *range(3, 3 + i)] for i in range(8)]
+    others = [[*range(2, 2 + 2 * i), 9] for i in range(8)]
+    with count_compiles() as n:
+        for seed in range(4):
+            draw(seed, some)
+            draw(seed, others)
+    decodes = sum(count for name, count in n.items() if "decode" in name)
+    assert 1 <= decodes <= ladder_and_widths()
+    with count_compiles() as n:
+        draw(0, some)
+        draw(3, others)
+    assert not n, dict(n)
+
+
+def test_the_cache_is_updated_in_place_and_its_size_is_known(tiny_policy):
+    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 40, "num_slots": 8}
+    seen = []
+    original = decode.decode
+
+    def spy(*args, **kwargs):
+        if not seen:
+            lowered = original.lower(*args, **kwargs)
+            sizes = [x.nbytes for x in jax.tree.leaves((args[1].cache, args[4]))]
+            own = sum(x.nbytes for x in jax.tree.leaves(args[4]))
+            seen.append((lowered.compile().memory_analysis(), sum(sizes), own))
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "decode", spy)
+        engine.rollout(tiny_policy, PROMPTS, **kwargs)
+    memory, caches, own = seen[0]
+    assert memory.alias_size_in_bytes >= own
+    # No second cache among the temporaries.
+    assert memory.temp_size_in_bytes < own
+    plan = slots.make_plan(
+        tiny_policy,
+        num_prompts=4,
+        samples_per_prompt=4,
+        max_new_tokens=40,
+        prompt_width=5,
+        num_slots=8,
+    )
+    assert plan.cache_bytes == caches
+
+
+def test_responses_are_passed_on_as_they_end(tiny_policy):
+    calls = []
+    out = engine.rollout(
+        tiny_policy, PROMPTS, 16, 40, num_slots=8, on_finish=calls.append
+    )
+    assert len(calls) > 3
+    seen = {(f.prompt, f.sample): f for call in calls for f in call}
+    assert len(seen) == sum(map(len, calls)) == out.lengths.size
+    for (p, g), f in seen.items():
+        n = out.lengths[p, g]
+        np.testing.assert_array_equal(f.tokens, out.tokens[p, g, :n])
+        np.testing.assert_array_equal(f.log_probs, out.log_probs[p, g, :n])
+        assert f.is_stopped == out.finished[p, g]
+
+
+@pytest.mark.parametrize("num_slots", [4, 64])
+def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_slots):
+    text = lambda ids: "".join(chr(97 + i) for i in ids)
+    free = engine.rollout(tiny_policy, PROMPTS, 16, 40, seed=1)
+    out = engine.rollout(
+        tiny_policy, PROMPTS, 16, 40, seed=1, num_slots=num_slots,
+        stop_strings=("de", "k"), decode_text=text,
+    )  # fmt: skip
+    num_cut = 0
+    for at in np.ndindex(*out.lengths.shape):
+        whole = text(free.tokens[at][: free.lengths[at]])
+        ends = [whole.find(s) + len(s) for s in ("de", "k") if s in whole]
+        want = min(ends, default=len(whole))
+        assert out.lengths[at] == want
+        assert text(out.tokens[at][:want]) == whole[:want]
+        assert out.finished[at] == (free.finished[at] or bool(ends))
+        num_cut += want < len(whole)
+    assert 5 < num_cut < out.lengths.size
+
+
+@pytest.mark.parametrize("num_slots", [4, 64])
+def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots):
+    free = engine.rollout(tiny_policy, PROMPTS, 16, 40)
+    budget = int(free.lengths.sum() * 0.7)
+    calls = []
+    out = engine.rollout(
+        tiny_policy, PROMPTS, 16, 40, num_slots=num_slots, max_total_tokens=budget,
+        on_finish=calls.append,
+    )  # fmt: skip
+    longest = out.lengths.max()
+    np.testing.assert_array_equal(out.lengths, np.minimum(free.lengths, longest))
+    np.testing.assert_array_equal(
+        out.finished, free.finished & (free.lengths <= longest)
+    )
+    assert out.lengths.sum() <= budget
+    assert np.minimum(free.lengths, longest + 1).sum() > budget
+    assert sum(len(f.tokens) for call in calls for f in call) == out.lengths.sum()
+    with pytest.raises(ValueError, match="less than one token for each of the 64"):
+        engine.rollout(tiny_policy, PROMPTS, 16, 40, max_total_tokens=63)
+
+
+def test_greedy_takes_the_likeliest_token(tiny_policy):
+    out = engine.rollout(tiny_policy, PROMPTS, 2, 8, temperature=0.0)
+    for prompt, row in zip(PROMPTS, _cut(out), strict=True):
+        assert row[0][0] == row[1][0]
+        y, log_p = row[0]
+        for t in range(len(y)):
+            options = [prompt + y[:t] + [v] for v in range(16)]
+            scores = logprobs.score(tiny_policy, options, [len(prompt) + t] * 16)
+            assert np.argmax(scores) == y[t]
+            np.testing.assert_allclose(log_p[t], np.max(scores), atol=1e-5)
+
+
+def test_truncated_draws_stay_within_and_keep_the_true_log_probs(tiny_policy):
+    only = truncation.Truncation(top_k=3)
+    out = _cut(engine.rollout(tiny_policy, [[2, 3]], 64, 2, truncation=only))[0]
+    options = [[2, 3, v] for v in range(16)]
+    log_p = np.array([x[0] for x in logprobs.score(tiny_policy, options, [2] * 16)])
+    best = set(np.argsort(-log_p)[:3].tolist())
+    assert {y[0] for y, _ in out} == best
+    for y, recorded in out:
+        np.testing.assert_allclose(recorded[0], log_p[y[0]], atol=1e-5)
+
+
 def test_mistakes_are_named(tiny_policy):
     for kwargs, message in [
         ({"prompts": [[2], []]}, "must not be empty"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"stop_strings": ("a",)}, "stop_strings need decode_text"),
         ({"prompts": [[2] * 17], "prompt_width": 16}, "prompt_width is 16"),
         ({"max_new_tokens": 128}, "exceed the model's 128 positions"),
     ]:
         with pytest.raises(ValueError, match=message):
-            engine.rollout(tiny_policy, **({"prompts": PROMPTS} | kwargs))
+            engine.rollout(
+                tiny_policy, **({"prompts": PROMPTS, "max_new_tokens": 8} | kwargs)
+            )

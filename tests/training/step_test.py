@@ -1,7 +1,5 @@
 """The update: one denominator, one program, one result on every mesh."""
 
-import collections
-import contextlib
 import functools
 
 import jax
@@ -14,25 +12,11 @@ from pfjax import packing, sharding
 from pfjax.policy import model, partition
 from pfjax.training import step
 from pfjax.types import OldScores
+from tests.conftest import count_compiles
 
 # Not Adam: its first update is the sign of the gradient, which turns the rounding of
 # an entry near 0 into a difference of twice the learning rate.
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-
-
-@contextlib.contextmanager
-def count_compiles():
-    count = collections.Counter()
-
-    def on_event(event, _seconds, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            count[kwargs.get("fun_name", "?")] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    try:
-        yield count
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
 
 
 def _config(tiny_config, **changes):

@@ -1,0 +1,55 @@
+"""python -m pfjax.sample, as a person runs it."""
+
+import collections
+import json
+import subprocess
+import sys
+
+
+def _run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "pfjax.sample", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_prompts_in_and_samples_out(tmp_path):
+    out = tmp_path / "out.jsonl"
+    args = ("--prompts=pfjax/toy/eval.jsonl", "--samples=4", "--max_new_tokens=48")
+    done = _run(*args, f"--out={out}", "--stop=;")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len({(r["prompt_id"], r["sample"]) for r in rows}) == 256
+    boxed = [r for r in rows if r["completion"].endswith("}")]
+    assert all(r["log_prob"] < 0 and 0 < r["tokens"] <= 48 for r in rows)
+    assert all(r["completion"].count(";") <= 1 for r in rows) and boxed
+    assert any(r["completion"].endswith(";") for r in rows)
+    assert "256 responses to 64 prompts" in done.stderr
+    tokens = sum(r["tokens"] for r in rows)
+    assert f"\n{tokens} tokens in " in done.stderr and " a second" in done.stderr
+
+
+def test_greedy_samples_of_a_prompt_are_one():
+    done = _run("--prompt=17+25", "--prompt=3+9", "--samples=3", "--temperature=0")
+    assert done.returncode == 0, done.stderr
+    texts = collections.defaultdict(set)
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        texts[row["prompt"]].add(row["completion"])
+    assert set(texts) == {"17+25", "3+9"}
+    assert all(len(t) == 1 for t in texts.values())
+
+
+def test_mistakes_are_one_line():
+    for args, message in [
+        ((), "give either --prompt or --prompts"),
+        (("--prompt=1+1", "--top_p=2"), "top_p must be in (0, 1], got 2.0"),
+        (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
+        (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),
+    ]:
+        done = _run(*args)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and last.startswith("error: ") and message in last
+        assert "Traceback" not in done.stderr
