@@ -6,6 +6,9 @@ import json
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 
 # A test that asks the hub fails at once instead of waiting for a network. Before the
@@ -156,6 +159,30 @@ def tpu_mesh(monkeypatch):
         )
 
     return make
+
+
+def run_on_two_processes(code: str, *args: object) -> None:
+    """Runs code on 2 processes of 4 devices; it finds `args` as strings."""
+    head = (
+        "import sys, jax\n"
+        "jax.config.update('jax_platforms', 'cpu')\n"
+        "jax.config.update('jax_num_cpu_devices', 4)\n"
+        "port, index, *args = sys.argv[1:]\n"
+        "jax.distributed.initialize(f'localhost:{port}', 2, int(index))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", head + code, port, str(i), *map(str, args)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
 
 
 @contextlib.contextmanager

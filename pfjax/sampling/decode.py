@@ -211,7 +211,6 @@ def decode(
 def _cut(queue: Queue, slots: Slots) -> Slots:
     n = queue.is_cut.shape[0]
     is_cut = jnp.append(queue.is_cut, False)[slots.sample]
-    is_cut |= (slots.drawn >= queue.limit) & (slots.sample < n)
     return slots._replace(sample=jnp.where(is_cut, n, slots.sample))
 
 

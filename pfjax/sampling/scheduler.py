@@ -78,7 +78,7 @@ class Scheduler:
         self.prompt_length = np.zeros((d, plan.lanes), np.int32)
         self.limit = max_new_tokens
         self.cut = np.zeros((d, per_part * g), np.int32)  # length; 0 for not cut
-        self.checked = np.zeros_like(self.cut)  # tokens seen to hold no stop string
+        self.known = np.zeros_like(self.cut)  # tokens seen of each sample
         self.is_reported = np.zeros(self.cut.shape, bool)
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
@@ -138,15 +138,15 @@ class Scheduler:
         d = self.plan.parts
         small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
         sample, drawn, begun, length = sharding.fetch(small)
-        sample, drawn, known = (x.reshape(d, -1) for x in (sample, drawn, length))
-        is_busy = sample < known.shape[1]
+        sample, drawn, length = (x.reshape(d, -1) for x in (sample, drawn, length))
+        is_busy = sample < length.shape[1]
         part, slot = np.nonzero(is_busy)
-        known = known.copy()
-        known[part, sample[part, slot]] = drawn[part, slot]
+        before, self.known = self.known, np.maximum(self.known, length)
+        self.known[part, sample[part, slot]] = drawn[part, slot]
         if self.stop_strings:
-            self._cut_at_strings(known, results)
+            self._cut_at_strings(before, results)
         if self.max_total_tokens is not None:
-            known = np.where(self.cut > 0, self.cut, known)
+            known = np.where(self.cut > 0, self.cut, self.known)
             self.limit = limits.common_length(known, self.limit, self.max_total_tokens)
         elif self.on_finish is not None:
             self._report(self._ended(results))
@@ -241,17 +241,16 @@ class Scheduler:
         )
         self.size, self.width, self.columns = size, width, columns
 
-    def _cut_at_strings(self, known: np.ndarray, results: decode.Results) -> None:
-        tokens = sharding.fetch(results.tokens).reshape(*known.shape, -1)
-        is_new = (known > self.checked) & (self.cut == 0)
+    def _cut_at_strings(self, checked: np.ndarray, results: decode.Results) -> None:
+        tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
+        is_new = (self.known > checked) & (self.cut == 0)
         for at in zip(*np.nonzero(is_new), strict=True):
             self.cut[at] = limits.stop_string_end(
-                tokens[at][: known[at]].tolist(),
-                int(self.checked[at]),
+                tokens[at][: self.known[at]].tolist(),
+                int(checked[at]),
                 self.stop_strings,
                 self.decode_text,
             )
-        self.checked = known
 
     def _ended(self, results: decode.Results) -> decode.Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""

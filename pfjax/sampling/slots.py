@@ -191,7 +191,8 @@ def make_plan(
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else sharding.batch_ways(mesh)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    device = next(iter(jax.tree.leaves(policy.params)[0].devices()))
+    where = jax.tree.leaves(policy.params)[0].sharding
+    device = min(where.addressable_devices, key=lambda x: x.id)
     if backend is None:
         backend = attention.decode_backend(device.platform, config.head_dim)
     if cache_dtype is None:

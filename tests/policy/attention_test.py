@@ -104,10 +104,11 @@ def test_written_keys_and_values_are_read(data, backend):
         x[1] = 7.0
     as_cache = lambda pair: tuple(map(jnp.asarray, _caches(backend, *pair)))
     own = attention.write(backend, as_cache(own), new, OWN_LENGTH - 1)
-    lane = np.where(np.arange(77)[None] < 77, 1, -1)
     at = np.arange(77)[None]
+    lane = np.ones_like(at)
     prompts = attention.write_prompts(backend, as_cache(prompts), of_prompt, lane, at)
-    dropped = attention.write_prompts(backend, prompts, of_prompt, 0 * lane - 1, at)
+    other = tuple(2 * x for x in of_prompt)
+    dropped = attention.write_prompts(backend, prompts, other, 0 * lane - 1, at)
     for x, y in zip(prompts, dropped, strict=True):
         np.testing.assert_array_equal(x, y)
     got = attention.decode_attention(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import safetensors.numpy
 
 from pfjax import sharding
 from pfjax.policy import hf, model, tokenizer, weights
+from tests.conftest import run_on_two_processes
 
 
 @pytest.fixture
@@ -207,32 +207,16 @@ print(size, (peak() - before) / size)
 
 def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
     """A model in many files onto 2 processes of 4 devices, and out of them again."""
+    out = tmp_path / "out"
     code = """
-import sys, jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-source, out, port, index = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 from pfjax import sharding
 from pfjax.policy import hf
+source, out = args
 policy = hf.load(source, sharding.make_mesh(data=1, fsdp=4, tensor=2))
 assert not policy.params["head"].is_fully_addressable
 hf.save(policy, out)
 """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    out = tmp_path / "out"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), str(out), port, str(i)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_on_two_processes(code, folder, out)
     loaded = hf.load(out)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_policy.params)
 

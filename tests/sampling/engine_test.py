@@ -9,7 +9,9 @@ import pytest
 from pfjax import sharding
 from pfjax.policy import hf, logprobs
 from pfjax.sampling import decode, engine, slots, truncation
-from tests.conftest import all_responses, count_compiles
+from pfjax.sampling.scheduler import Scheduler
+from pfjax.types import Rollout
+from tests.conftest import all_responses, count_compiles, run_on_two_processes
 from tests.sampling import simple_sampler
 
 PROMPTS = [[2, 3, 4], [5], [6, 7, 8, 9, 10], [3, 3]]
@@ -172,6 +174,52 @@ def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
     _same_draws(alone, spread)
 
 
+@pytest.mark.parametrize("backend", ["tpu_interpret", "gpu_interpret"])
+def test_kernels_draw_the_same(tiny_policy, backend):
+    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20, "num_slots": 8}
+    want = engine.rollout(tiny_policy, PROMPTS, **kwargs)
+    _same_draws(engine.rollout(tiny_policy, PROMPTS, backend=backend, **kwargs), want)
+
+
+def test_the_devices_are_at_work_while_the_host_looks(tiny_policy, monkeypatch):
+    events = []
+    decoded, looked = Scheduler._decode, Scheduler._look
+    monkeypatch.setattr(
+        Scheduler, "_decode", lambda self: events.append("decode") or decoded(self)
+    )
+    monkeypatch.setattr(
+        Scheduler, "_look", lambda self, *x: events.append("look") or looked(self, *x)
+    )
+    engine.rollout(tiny_policy, PROMPTS, 8, 40)
+    assert events.count("look") > 2
+    for i, event in enumerate(events):
+        if event == "look":
+            before = events[:i]
+            assert before.count("decode") == before.count("look") + 2
+
+
+def test_two_processes_draw_what_one_does(tmp_path, tiny_policy):
+    hf.save(tiny_policy, tmp_path / "m")
+    code = """
+import numpy as np
+from pfjax import sharding
+from pfjax.policy import hf
+from pfjax.sampling import engine
+folder, out = args
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+with jax.set_mesh(mesh):
+    policy = hf.load(folder, mesh)
+    rollout = engine.rollout(policy, [[2, 3 + i] for i in range(6)], 4, 20, num_slots=8)
+if jax.process_index() == 0:
+    np.savez(out, **rollout._asdict())
+"""
+    run_on_two_processes(code, tmp_path / "m", tmp_path / "rollout.npz")
+    with np.load(tmp_path / "rollout.npz") as got:
+        two = Rollout(*(got[name] for name in Rollout._fields))
+    prompts = [[2, 3 + i] for i in range(6)]
+    _same_draws(two, engine.rollout(tiny_policy, prompts, 4, 20))
+
+
 def test_few_slots_waste_little_on_a_long_tail(tiny_policy):
     prompts = [[2, 3 + i % 10] for i in range(16)]
     kwargs = {"samples_per_prompt": 64, "max_new_tokens": 100}
@@ -281,10 +329,10 @@ def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_sl
     assert 5 < num_cut < out.lengths.size
 
 
-@pytest.mark.parametrize("num_slots", [4, 64])
-def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots):
+@pytest.mark.parametrize("num_slots, share", [(4, 0.7), (16, 0.3), (64, 0.5)])
+def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots, share):
     free = engine.rollout(tiny_policy, PROMPTS, 16, 40)
-    budget = int(free.lengths.sum() * 0.7)
+    budget = int(free.lengths.sum() * share)
     calls = []
     out = engine.rollout(
         tiny_policy, PROMPTS, 16, 40, num_slots=num_slots, max_total_tokens=budget,
