@@ -115,6 +115,8 @@ def test_trajectory_level_matching_collapses(tmp_path):
         (["--config=configs/smoke.py", "--config.alhpa=2"], "alpha"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=configs/smoke.py", "--config.alpha=0"], "alpha=0.0: must be"),
+        (["--config=configs/smoke.py", "--config.top_p=0.9"], "--config.eval_sampling"),
+        (["--config=configs/smoke.py", "--config.temperature=0"], "the whole distrib"),
     ],
 )
 def test_mistakes_on_the_command_line_end_in_their_cause(tmp_path, args, message):

@@ -10,9 +10,9 @@ import pytest
 from pfjax.policy import attention
 
 BACKENDS = ["xla", "tpu_interpret", "gpu_interpret"]
-S, K, M, C, W = 6, 2, 3, 64, 256
+S, K, M, C, W = 6, 2, 3, 64, 1024  # two blocks, two splits
 LANES, COLUMNS, PROMPT_WIDTH = 2, 4, 128
-OWN_LENGTH = np.array([1, 5, 128, 129, 200, 256], np.int32)
+OWN_LENGTH = np.array([1, 5, 512, 513, 900, 1024], np.int32)
 PROMPT_LENGTH = np.array([0, 77], np.int32)
 CELL = np.array([3, 1, 0, 5, 4, 7], np.int32)  # three of the first lane
 

@@ -220,16 +220,20 @@ if jax.process_index() == 0:
     _same_draws(two, engine.rollout(tiny_policy, prompts, 4, 20))
 
 
-def test_few_slots_waste_little_on_a_long_tail(tiny_policy):
+def test_slots_are_refilled_and_taken_away(tiny_policy):
     prompts = [[2, 3 + i % 10] for i in range(16)]
     kwargs = {"samples_per_prompt": 64, "max_new_tokens": 100}
     want = simple_sampler.rollout(tiny_policy, prompts, **kwargs)
-    got = engine.rollout(tiny_policy, prompts, num_slots=16, **kwargs)
-    for row, other in zip(_cut(got), _cut(want), strict=True):
-        assert [y for y, _ in row] == [y for y, _ in other]
+    refilled = engine.rollout(tiny_policy, prompts, num_slots=16, **kwargs)
+    fewer = engine.rollout(tiny_policy, prompts, num_slots=1024, **kwargs)
     tokens = want.lengths.sum()
-    assert tokens / want.row_steps < 0.25
-    assert tokens / got.row_steps > 0.9
+    assert tokens / want.row_steps < 0.25  # waits for the longest
+    assert tokens / refilled.row_steps > 0.9
+    # Begun all at once: looks every 8 steps are rare for 7 tokens a response.
+    assert tokens / fewer.row_steps > 0.3
+    for got in (refilled, fewer):
+        for row, other in zip(_cut(got), _cut(want), strict=True):
+            assert [y for y, _ in row] == [y for y, _ in other]
 
 
 def test_programs_are_few_and_serve_every_rollout_of_a_shape(tiny_policy):
@@ -327,6 +331,9 @@ def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_sl
         assert out.finished[at] == (free.finished[at] or bool(ends))
         num_cut += want < len(whole)
     assert 5 < num_cut < out.lengths.size
+    # Their slots went to others, or away.
+    whole = engine.rollout(tiny_policy, PROMPTS, 16, 40, seed=1, num_slots=num_slots)
+    assert out.row_steps < whole.row_steps
 
 
 @pytest.mark.parametrize("num_slots, share", [(4, 0.7), (16, 0.3), (64, 0.5)])

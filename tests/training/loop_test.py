@@ -147,6 +147,21 @@ def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
     assert (a - c).abs().max() > 1e-3
 
 
+def test_evaluation_has_sampling_options_of_its_own(config, tmp_path):
+    config.data.eval, config.eval_samples, config.num_steps = config.data.train, 8, 1
+    config.eval_sampling.temperature = 0.0
+    loop.train_and_evaluate(config, str(tmp_path / "greedy"))
+    rows = metrics.read_jsonl(tmp_path / "greedy/metrics.jsonl")
+    assert rows[0]["eval/distinct"] == 1 / 8
+    assert rows[1]["completions/mean_length"] < 3  # training draws as ever
+    config.eval_sampling.temperature = 1.0
+    config.eval_sampling.stop_strings = ("a", "b")
+    loop.train_and_evaluate(config, str(tmp_path / "stops"))
+    path = tmp_path / "stops/completions/step_000000.jsonl"
+    rows = metrics.read_jsonl(path)
+    assert rows and all(r["completion"].strip() == "" for r in rows)
+
+
 def test_a_folder_with_another_config_is_refused_and_says_what_differs(
     config, tmp_path
 ):
