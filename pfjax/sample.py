@@ -6,6 +6,7 @@ in training. Responses go to --out as JSON lines, each as soon as it has ended.
 
 import contextlib
 import json
+import os
 import sys
 import time
 
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    # transformers says at import that it has no torch, which nothing here wants.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         _sample()
     except ValueError as error:
