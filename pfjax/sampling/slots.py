@@ -69,10 +69,10 @@ def num_lanes(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
 def ladder(slots: int, backend: str) -> list[int]:
     """Numbers of slots a rollout may have, falling; each costs a program.
 
-    Two an octave in the plain form, where an idle slot costs what a busy one does. A
+    Three an octave in the plain form, where an idle slot costs what a busy one does. A
     kernel reads next to nothing for it: one every two octaves.
     """
-    factors, octaves = ((2, 3), 1) if backend == "xla" else ((1,), 2)
+    factors, octaves = ((2, 3, 5), 1) if backend == "xla" else ((1,), 2)
     sizes = {m << e for m in factors for e in range(0, 31, octaves)}
     return [slots, *sorted((x for x in sizes if _SMALLEST <= x < slots), reverse=True)]
 
