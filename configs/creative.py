@@ -21,6 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts_per_step = 32  # chosen
     c.samples_per_prompt = 16  # chosen
     c.optim.learning_rate = 1e-6  # chosen: as for reasoning
-    c.rows = 16  # chosen
+    c.rows = 2  # chosen
     c.row_length = 2048  # chosen
     return c

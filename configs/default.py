@@ -44,17 +44,24 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.warmup_steps = 0
     c.optim.weight_decay = 0.1
     c.optim.clip_norm = 1.0
+    c.optim.mu_dtype = "float32"  # of Adam's first moment; bfloat16 spares a sixth
 
     # Low-rank adapters instead of all weights; policy and base then share theirs.
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 0  # 0 trains all weights
     c.lora.alpha = 32.0  # chosen; the adapters' output is scaled by alpha / rank
 
-    # Shape of the packed micro-batches: rows x row_length tokens.
-    c.rows = 8  # a multiple of mesh.data * mesh.fsdp
+    # Shape of the packed micro-batches: rows x row_length tokens on each of the
+    # mesh.data * mesh.fsdp parts of the batch.
+    c.rows = 1
     c.row_length = 4096  # at least max_prompt_tokens + max_new_tokens
     c.dtype = "bfloat16"  # of the computation; master weights are float32
-    c.remat = True  # recompute layers in the backward pass
+    c.base_memory = (
+        "device"  # where the frozen base waits; or "host", for small devices
+    )
+    c.attention = "auto"  # back end over packed rows; see pfjax/policy/attention.py
+    c.remat = "full"  # layers computed again in the backward pass: all of it ("full"),
+    # all but attention ("attention"), all but products with weights ("dots"), "none"
 
     # Devices; one may be -1, which takes what is left.
     c.mesh = ml_collections.ConfigDict()

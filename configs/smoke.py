@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.rows = 64
     c.row_length = 64
     c.dtype = "float32"
-    c.remat = False
+    c.remat = "none"
     c.eval_every = 25
     c.eval_samples = 8
     c.log_every = 5

@@ -21,9 +21,13 @@ def max_micro_batches(
     return -(-num_trajectories // (per_row * rows))
 
 
+# Trajectories a row may hold, where they are not all that short.
+_MOST_SLOTS = 128
+
+
 def slots_per_row(row_length: int, max_length: int) -> int:
     """N: trajectories a row may hold. Rows of very short ones end partly empty."""
-    return max(row_length // max_length, row_length // 8)
+    return max(row_length // max_length, min(row_length // 8, _MOST_SLOTS))
 
 
 def pack(
@@ -82,19 +86,23 @@ def pack(
         prompt_index=np.full(bn, -1, np.int32),
         is_real=np.zeros(bn, bool),
     )
-    for i, (sequence, prompt_length) in enumerate(
-        zip(sequences, prompt_lengths, strict=True)
+    tokens, positions, segment_ids, is_response = (x.ravel() for x in batch[:4])
+    first = placement.row * row_length + placement.start
+    upto = np.arange(row_length, dtype=np.int32)
+    places = zip(first.tolist(), placement.slot.tolist(), strict=True)
+    for sequence, length, (at, slot) in zip(
+        sequences, prompt_lengths, places, strict=True
     ):
-        row, slot, start = placement.row[i], placement.slot[i], placement.start[i]
-        span = slice(start, start + len(sequence))
-        batch.tokens[row, span] = sequence
-        batch.positions[row, span] = np.arange(len(sequence))
-        batch.segment_ids[row, span] = slot + 1
-        batch.is_response[row, start + prompt_length : span.stop] = True
-        batch.length[row, slot] = len(sequence) - prompt_length
-        batch.psi[row, slot] = psi[i]
-        batch.prompt_index[row, slot] = prompt_index[i]
-        batch.is_real[row, slot] = True
+        end = at + len(sequence)
+        tokens[at:end] = sequence
+        positions[at:end] = upto[: len(sequence)]
+        segment_ids[at:end] = slot + 1
+        is_response[at + length : end] = True
+    at = (placement.row, placement.slot)
+    batch.length[at] = lengths - prompt_lengths
+    batch.psi[at] = psi
+    batch.prompt_index[at] = prompt_index
+    batch.is_real[at] = True
     split = [x.reshape(micro_batches, rows, -1) for x in batch]
     return PackedBatch(*split), placement, used
 
@@ -117,19 +125,21 @@ def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, row_length: int) -> 
 def best_fit(lengths: Int[np.ndarray, "s"], row_length: int, slots: int) -> Placement:
     """Rows for sequences, the longest first, each where it leaves the least room."""
     row, slot, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
-    open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    # Rows with room, by it: free tokens and the row in one number, which sort as pairs.
+    open_rows: list[int] = []
     held: list[int] = []  # trajectories in each row
-    for i in np.argsort(-lengths, kind="stable"):
-        at = bisect.bisect_left(open_rows, (int(lengths[i]), -1))
+    order = np.argsort(-lengths, kind="stable")
+    for i, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        at = bisect.bisect_left(open_rows, length << 32)
         if at == len(open_rows):
             free, r = row_length, len(held)
             held.append(0)
         else:
-            free, r = open_rows.pop(at)
+            free, r = divmod(open_rows.pop(at), 1 << 32)
         row[i], slot[i], start[i] = r, held[r], row_length - free
         held[r] += 1
         if held[r] < slots:
-            bisect.insort(open_rows, (free - int(lengths[i]), r))
+            bisect.insort(open_rows, (free - length) << 32 | r)
     return Placement(row, slot, start)
 
 

@@ -155,29 +155,63 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
     return parts
 
 
-def over_heads(f: Callable[..., Any], num_kv_heads: int) -> Callable[..., Any]:
-    """`f` run on the key/value heads of each device, for kernels jit cannot split.
+def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """`f` run on each device's part of its arguments: for kernels, which jit cannot
+    split, and where the exchange between devices is written by hand.
 
-    Arrays of two and more dimensions have the heads second; those of one, and all
-    arrays when the heads are too few to split, are whole on every device.
+    Outside `jax.set_mesh`, and where one device holds everything, `f` itself.
+
+    Args:
+      f: takes arrays.
+      in_axes: logical axes of each argument.
+      out_axes: of the results, a tree of tuples; each logical axis is split as it is
+        in the arguments.
     """
     mesh = jax.sharding.get_abstract_mesh()
     names = set(mesh.shape) - _manual(mesh)
     if mesh.empty or mesh.size == 1 or not names:
         return f
-    axis = spec(mesh, ("kv_heads",), (num_kv_heads,))[0]
+    is_axes = lambda x: type(x) is tuple and all(a is None or a in RULES for a in x)
 
-    def heads(*args):
-        of = lambda x: PartitionSpec(None, axis) if x.ndim > 1 else PartitionSpec()
+    def parts(*args):
+        specs = [spec(mesh, a, x.shape) for a, x in zip(in_axes, args, strict=True)]
+        split: dict[str | None, Any] = {}
+        for axes, of_axes in zip(in_axes, specs, strict=True):
+            split |= dict(zip(axes, of_axes, strict=True)) | {None: None}
+        out_specs = jax.tree.map(
+            lambda axes: PartitionSpec(*(split[a] for a in axes)),
+            out_axes,
+            is_leaf=is_axes,
+        )
         return jax.shard_map(
             f,
-            in_specs=tuple(of(x) for x in args),
-            out_specs=PartitionSpec(None, axis),
+            in_specs=tuple(specs),
+            out_specs=out_specs,
             axis_names=names,
             check_vma=False,
         )(*args)
 
-    return heads
+    return parts
+
+
+def axes_of(axis: str) -> tuple[str, ...]:
+    """Mesh axes, of more than one device, that a logical axis is split over inside of
+    `by_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rule = RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return tuple(n for n in names if not mesh.empty and mesh.shape[n] > 1)
+
+
+def platform() -> tuple[str, str]:
+    """Platform ("cpu", "gpu" or "tpu") and kind of the devices a program is for.
+
+    Those of the mesh where one is set: it may be of devices that are not here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and (device := mesh.abstract_device) is not None:
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
 
 
 def fetch(tree: Any) -> Any:

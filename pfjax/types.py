@@ -54,5 +54,7 @@ class OldScores(NamedTuple):
     """What is known of a packed batch before the policy is updated on it."""
 
     log_p_base: Array  # float32 [*m, B, T] token log-probs of the frozen base
-    log_p_old: Array | None  # the same of the policy that drew it; None: unchanged
+    log_p_old: Array | None  # the same of the policy that drew it
+    is_on_policy: Array | None  # bool [*m], the policy is the one that drew: log_p_old
+    # is not read. None: it always is, and log_p_old is None
     log_z: Array | None  # float32 [*m, B, N] group estimate; None: use the head

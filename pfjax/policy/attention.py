@@ -1,23 +1,32 @@
-"""Causal attention: over packed rows, and of one new token over its cache.
+"""Causal attention over packed rows: one function, back ends, one reference.
 
-Both take grouped key/value heads (H a multiple of K) and do logits and softmax in
-float32. `q` comes unscaled. The second has a back end a platform; "xla" is the
-reference.
+Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
+comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
+
+| back end | for | memory | segments that it skips |
+|---|---|---|---|
+| plain | the reference | T^2 | none |
+| chunked | CPU; what no kernel takes | T | all others |
+| splash | TPU, JAX's Pallas kernel | T | none, but what comes later |
+| cudnn | GPU from Hopper on, 16-bit | T | all others |
+| triton | other GPUs, JAX's Pallas kernel | T | none, but what comes later |
 """
 
 import functools
+import math
+import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax import sharding
-from pfjax.policy import decode_kernel
-from pfjax.policy.decode_kernel import MASKED, Part
+from pfjax.policy import chunked_attention
 from pfjax.types import Array
 
-KeyValue = tuple[Array, Array]
+# Kernels read blocks of this many tokens, or of more that divide the row.
+_BLOCK = 128
 
 
 def packed_attention(
@@ -25,210 +34,200 @@ def packed_attention(
     k: Float[Array, "b t k c"],
     v: Float[Array, "b t k c"],
     segment_ids: Int[Array, "b t"],
+    backend: str = "auto",
+    max_segments: int | None = None,
 ) -> Float[Array, "b t h c"]:
     """Attention of each token to itself and earlier tokens of its own segment.
 
-    Padding (segment 0) attends to padding only, so no row is fully masked.
-    """
-    t = q.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
-    logits = _logits("btkgc,bskc->bkgts", _group(q, k), k)
-    logits = jnp.where(mask[:, None, None], logits, MASKED)
-    # Normalised after the product with v: a quarter less time on CPU, forward and
-    # backward, than normalising [T, T] weights.
-    weights = jnp.exp(logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    total = jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
-    out = jnp.einsum("bkgts,bskc->btkgc", weights.astype(v.dtype), v)
-    return (out / total.astype(v.dtype)).reshape(q.shape)
-
-
-def decode_attention(
-    q: Float[Array, "s h c"],
-    own: KeyValue,
-    prompts: KeyValue,
-    own_length: Int[Array, "s"],
-    prompt_length: Int[Array, "lanes"],
-    cell: Int[Array, "s"],
-    columns: int,
-    backend: str,
-) -> Float[Array, "s h c"]:
-    """Attention of one token a slot over its prompt and its own past, itself included.
-
-    A prompt's keys and values are stored once, in a lane, and read by all of its
-    samples: their queries are laid on a grid of `lanes x columns` cells. The two
-    parts are merged as one softmax.
+    Under `jax.set_mesh` rows are split over its batch axes and heads over "tensor"; key
+    and value heads too few for it are repeated.
 
     Args:
-      q: queries of the newest tokens.
-      own: caches of the slots, see `cache_shapes`.
-      prompts: caches of the lanes.
-      own_length: filled part of `own`.
-      prompt_length: filled part of `prompts`; may be 0.
-      cell: which cell of the grid each slot stands on (lane times `columns` plus
-        column), no two on one. A slot past the grid reads garbage.
-      columns: of the grid.
-      backend: one of `BACKENDS`.
+      q, k, v: queries, keys, values.
+      segment_ids: of contiguous segments; those of padding are 0, and what comes out
+        there is finite and means nothing.
+      backend: one of `BACKENDS`, or "auto" for `default_backend()`.
+      max_segments: of a row, padding included; T when not given. Only "cudnn" asks, as
+        it keeps T numbers a head for each that there might be.
     """
-    s, h, c = q.shape
-    num_kv = own[0].shape[1]
-    lanes = prompts[0].shape[0]
-    block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
-    if backend != "xla":
-        block = sharding.over_heads(block, num_kv)
-    rows = q.reshape(s, num_kv, h // num_kv, c)
-    slot = jnp.zeros(lanes * columns, jnp.int32)
-    slot = slot.at[cell].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
-    grid = rows[slot].reshape(lanes, columns, num_kv, -1, c)
-    grid = jnp.swapaxes(grid, 1, 2).reshape(lanes, num_kv, -1, c)
-    first = block(grid, *prompts, prompt_length)
-    lane, column = jnp.minimum(cell // columns, lanes - 1), cell % columns
-
-    def back(x):
-        x = x.reshape(lanes, num_kv, columns, h // num_kv, *x.shape[3:])
-        return x[lane, :, column]
-
-    return (
-        merge(jax.tree.map(back, first), block(rows, *own, own_length))
-        .reshape(q.shape)
-        .astype(q.dtype)
-    )
+    if backend == "auto":
+        backend = default_backend(q.shape[-1], q.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    copies = math.lcm(k.shape[2], tensor) // k.shape[2]
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
+    attend = _BACKENDS[backend]
+    if backend == "cudnn":
+        attend = functools.partial(attend, max_segments=max_segments or q.shape[1])
+    run = sharding.by_device(attend, (heads, kv, kv, heads[:2]), heads)
+    return run(q, k, v, segment_ids)
 
 
-def merge(a: Part, b: Part) -> Array:
-    """One softmax from two parts of it."""
-    top = jnp.maximum(a.top, b.top)
-    scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    total = scale_a * a.total + scale_b * b.total
-    out = scale_a[..., None] * a.out + scale_b[..., None] * b.out
-    return out / total[..., None]
+def default_backend(head_dim: int, dtype: str | jnp.dtype) -> str:
+    """The back end for the devices of the mesh, or of this machine without one."""
+    platform, kind = sharding.platform()
+    if platform == "tpu" and head_dim in (64, 128, 256):
+        return "splash"
+    if platform == "gpu" and head_dim in (64, 128):
+        # Released versions of JAX computed wrong offsets for it before 0.11.2.
+        is_fixed = jax.__version_info__ >= (0, 11, 2)
+        is_hopper = any(x in kind for x in ("H100", "H200", "GH200", "B200", "B300"))
+        if is_fixed and is_hopper and jnp.dtype(dtype).itemsize == 2:
+            return "cudnn"
+        return "triton"
+    return "chunked"
 
 
-def cache_shapes(
-    backend: str, batch: int, num_kv: int, width: int, head_dim: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a layer's keys and values of `batch` sequences of `width` tokens.
-
-    The plain form keeps keys with the width last: 1.4 times as fast on CPU.
-    """
-    values = (batch, num_kv, width, head_dim)
-    return (batch, num_kv, head_dim, width) if backend == "xla" else values, values
-
-
-def write(
-    backend: str, cache: KeyValue, new: KeyValue, at: Int[Array, "s"]
-) -> KeyValue:
-    """Puts the key and value of one token a slot at index `at` of its cache."""
-
-    def put(axis):
-        def one(c, x, i):
-            x = jnp.expand_dims(x.astype(c.dtype), axis)
-            return lax.dynamic_update_slice_in_dim(c, x, i, axis)
-
-        return jax.vmap(one)
-
-    key_axis = 2 if backend == "xla" else 1
-    return put(key_axis)(cache[0], new[0], at), put(1)(cache[1], new[1], at)
-
-
-def write_prompts(
-    backend: str,
-    cache: KeyValue,
-    new: KeyValue,
-    lane: Int[Array, "b t"],
-    at: Int[Array, "b t"],
-) -> KeyValue:
-    """Puts packed prompts' keys and values in their lanes; lane -1 is dropped."""
-    keys, values = (x.astype(c.dtype) for x, c in zip(new, cache, strict=True))
-    lane = jnp.where(lane < 0, cache[0].shape[0], lane)
-    index = (lane, slice(None), slice(None), at)
-    keys = (
-        cache[0].at[index].set(keys, mode="drop")
-        if backend == "xla"
-        else cache[0].at[lane, :, at].set(keys, mode="drop")
-    )
-    return keys, cache[1].at[lane, :, at].set(values, mode="drop")
-
-
-def _plain_block(
-    q: Float[Array, "n k m c"],
-    keys: Float[Array, "n k c w"],
-    values: Float[Array, "n k w c"],
-    length: Int[Array, "n"],
-    scale: float,
-) -> Part:
+def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    b, t, _, c = q.shape
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
+    grouped = q.reshape(b, t, k.shape[2], -1, c)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits = scale * dot("nkmc,nkcw->nkmw", q.astype(keys.dtype), keys)
-    is_filled = jnp.arange(keys.shape[-1])[None] < length[:, None]
-    logits = jnp.where(is_filled[:, None, None], logits, MASKED)
-    top = logits.max(axis=-1)
-    # A part without any token counts nothing, whatever is in its cache.
-    weights = jnp.where(is_filled[:, None, None], jnp.exp(logits - top[..., None]), 0)
-    out = dot("nkmw,nkwc->nkmc", weights.astype(values.dtype), values)
-    return Part(out, top, weights.sum(axis=-1))
+    logits = c**-0.5 * dot("btkgc,bskc->bkgts", grouped, k)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30))
+    return dot("bkgts,bskc->btkgc", weights.astype(v.dtype), v).reshape(q.shape)
 
 
-def _gpu_block(
-    q: Float[Array, "n k m c"],
-    keys: Float[Array, "n k w c"],
-    values: Float[Array, "n k w c"],
-    length: Int[Array, "n"],
-    scale: float,
-    interpret: bool = False,
-) -> Part:
-    """JAX's Triton kernel, whose loop ends where the filled part does."""
-    from jax.experimental.pallas.ops.gpu import decode_attention as kernel
+def _splash(
+    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
-    n, k, m, c = q.shape
-    width = keys.shape[2]
-    out, (total, top) = kernel.gqa(
-        q.astype(keys.dtype).reshape(n, k * m, c),
-        # The kernel swaps them back: no copy is made.
-        jnp.swapaxes(keys, 1, 2),
-        jnp.swapaxes(values, 1, 2),
-        kv_seq_len=length,
-        sm_scale=scale,
-        block_k=min(128, width),
-        k_splits=width // 512 if width % 512 == 0 else 1,
+    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
+    h, c, padded = q.shape[2], q.shape[3], q.shape[1]
+    # Larger blocks do more work a read; 512 keep within the memory of every TPU.
+    block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
+    run = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * h),
+        block_sizes=kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=chunked_attention.SAVED,
         interpret=interpret,
-        return_residuals=True,
-        normalize_output=False,
     )
-    return Part(
-        out.reshape(q.shape).astype(jnp.float32),
-        top.reshape(n, k, m),
-        total.reshape(n, k, m),
+
+    def one(q, k, v, segment_ids):
+        segments = kernel.SegmentIds(segment_ids, segment_ids)
+        return run(q, k, v, segment_ids=segments)
+
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
+    out = jax.vmap(one)(*heads_first, segment_ids)
+    return jnp.swapaxes(out, 1, 2)[:, :t]
+
+
+def _triton(
+    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+    with warnings.catch_warnings():  # deprecated in JAX 0.12, and nothing in its place
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
+    k, v = _for_every_head(q, k, v)
+    # The rest are positions of its arguments: custom_vjp takes them by number.
+    out = kernel.mha(
+        q,
+        k,
+        v,
+        segment_ids,
+        q.shape[-1] ** -0.5,
+        True,
+        kernel.BlockSizes.get_default(),
+        "triton",
+        None,
+        2,
+        None,
+        interpret,
+    )
+    return out[:, :t]
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int
+) -> Array:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    if q.dtype.itemsize != 2:
+        raise ValueError(
+            f"cudnn attention computes in 16 bits, not in {q.dtype}; choose "
+            "--config.attention=triton or --config.dtype=bfloat16"
+        )
+    # One head of keys a head of queries: with fewer, JAX before 0.11.2 reads keys and
+    # values at the offsets of the queries.
+    k, v = _for_every_head(q, k, v)
+    length, offset = segment_extents(segment_ids, max_segments)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=length,
+        kv_seqlen=length,
+        q_offsets=offset,
+        kv_offsets=offset,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        qkv_layout="BTNH",
     )
 
 
-_BLOCKS = {
-    "xla": _plain_block,
-    "tpu": decode_kernel.partial_attention,
-    "tpu_interpret": functools.partial(decode_kernel.partial_attention, interpret=True),
-    "gpu": _gpu_block,
-    "gpu_interpret": functools.partial(_gpu_block, interpret=True),
+def segment_extents(
+    segment_ids: Int[Array, "b t"], max_segments: int
+) -> tuple[Int[Array, "b s"], Int[Array, "b s1"]]:
+    """Lengths of the segments of each row, and where each begins and the last ends.
+
+    Padding is a segment too. Entries that are not used are -1.
+    """
+    t = segment_ids.shape[1]
+    is_first = jnp.pad(
+        segment_ids[:, 1:] != segment_ids[:, :-1],
+        ((0, 0), (1, 0)),
+        constant_values=True,
+    )
+    find = functools.partial(jnp.nonzero, size=max_segments, fill_value=t)
+    first = jax.vmap(lambda x: find(x)[0])(is_first)
+    offset = jnp.pad(first, ((0, 0), (0, 1)), constant_values=t).astype(jnp.int32)
+    length = jnp.diff(offset, axis=1)
+    is_used = length > 0
+    before = jnp.pad(is_used, ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(is_used, length, -1), jnp.where(before, offset, -1)
+
+
+def _in_blocks(
+    q: Array, k: Array, v: Array, segment_ids: Array
+) -> tuple[Array, Array, Array, Array, int]:
+    """Rows padded to whole blocks, and their length before."""
+    t = q.shape[1]
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % _BLOCK)] + [(0, 0)] * (x.ndim - 2))
+    return pad(q), pad(k), pad(v), pad(segment_ids), t
+
+
+def _for_every_head(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    copies = q.shape[2] // k.shape[2]
+    return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+
+
+_BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+    "plain": _plain,
+    "chunked": chunked_attention.attend,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),
+    "triton": _triton,
+    "triton_interpret": functools.partial(_triton, interpret=True),
+    "cudnn": _cudnn,
 }
-BACKENDS = tuple(_BLOCKS)
-# Cache widths are multiples of this: kernels read blocks.
-WIDTH_MULTIPLE = {b: 16 if b == "xla" else 128 for b in BACKENDS}
-
-
-def decode_backend(platform: str, head_dim: int) -> str:
-    """The back end of `decode_attention` for a platform ("cpu", "gpu" or "tpu")."""
-    if platform == "gpu" and head_dim in (64, 128, 256):
-        return "gpu"
-    # On half its width the TPU copies the cache into another layout at every step.
-    if platform == "tpu" and head_dim % 128 == 0:
-        return "tpu"
-    return "xla"
-
-
-def _group(q: Array, k: Array) -> Array:
-    """[..., H, C] -> [..., K, H/K, C]: query heads beside the head they read."""
-    *lead, h, c = q.shape
-    return q.reshape(*lead, k.shape[-2], h // k.shape[-2], c)
-
-
-def _logits(shapes: str, q: Array, k: Array) -> Array:
-    scale = q.shape[-1] ** -0.5
-    return scale * jnp.einsum(shapes, q, k, preferred_element_type=jnp.float32)
+BACKENDS = tuple(_BACKENDS)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jax import lax
+from jaxtyping import Bool, Float, Int
 
-from pfjax import packing
+from pfjax import packing, sharding
 from pfjax.policy import model
 from pfjax.types import Array, PackedBatch
 
-# Tokens whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
+# Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
 # Rows that `score` runs at once.
 SCORE_ROWS = 8
@@ -22,35 +23,167 @@ def token_log_probs(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "v d"],
     targets: Int[Array, "b t"],
+    where: Bool[Array, "b t"],
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """log p of each target under the full vocabulary at temperature 1, float32.
 
+    Logits exist for `CHUNK` tokens a device at once, forward and backward, and only of
+    tokens that are asked for. Under `jax.set_mesh` the vocabulary stays where it is:
+    devices pass on the states of a chunk and partial sums, never a part of the head.
+
     Args:
       hidden: states from which each target is predicted.
-      head: output projection; cast to the type of `hidden`.
+      head: output projection; used in the type of `hidden`.
       targets: token ids.
+      where: tokens that are asked for.
 
     Returns:
       Log-probs (gradients flow to `hidden` and `head`) and the entropy of each
-      predicting distribution in nats (no gradient).
+      predicting distribution in nats (no gradient); 0 where not asked for.
     """
-    head = head.astype(hidden.dtype)
-    b, t, _ = hidden.shape
-    chunk = min(t, max(1, CHUNK // b))
-    pad = -t % chunk
-    steps = (t + pad) // chunk
+    return _token_log_probs(hidden, head, targets, where)
 
-    def split(x):
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, steps, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def body(_, inputs):
-        return None, log_softmax_at(logits(inputs[0], head), inputs[1])
+@jax.custom_vjp
+def _token_log_probs(hidden, head, targets, where):
+    return _forward(hidden, head, targets, where)[:2]
 
-    _, out = jax.lax.scan(body, None, (split(hidden), split(targets)))
-    log_p, entropy = (jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t] for x in out)
-    return log_p, jax.lax.stop_gradient(entropy)
+
+def _on_mesh(f, in_axes, out_axes):
+    axes = {
+        "hidden": ("batch", None, None),
+        "head": ("vocab", None),
+        "token": ("batch", None),
+    }
+    return sharding.by_device(
+        f, tuple(axes[x] for x in in_axes), tuple(axes[x] for x in out_axes)
+    )
+
+
+def _forward(hidden, head, targets, where):
+    run = _on_mesh(_local_forward, ("hidden", "head", "token", "token"), ["token"] * 3)
+    return run(hidden, head, targets, where)
+
+
+def _token_log_probs_forward(hidden, head, targets, where):
+    log_p, entropy, log_total = _forward(hidden, head, targets, where)
+    return (log_p, entropy), (hidden, head, targets, where, log_total)
+
+
+def _token_log_probs_backward(saved, gradient):
+    run = _on_mesh(
+        _local_backward,
+        ("hidden", "head", "token", "token", "token", "token"),
+        ("hidden", "head"),
+    )
+    return *run(*saved, gradient[0]), None, None
+
+
+_token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
+
+
+class _Chunks:
+    """The tokens of one device that are asked for, in chunks; and what joins devices.
+
+    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens too, and
+    work on the chunks of all of them, each on its part of the vocabulary.
+    """
+
+    def __init__(self, hidden: Array, head: Array, targets: Array, where: Array):
+        self.hidden, self.targets = (
+            hidden.reshape(-1, hidden.shape[-1]),
+            targets.ravel(),
+        )
+        self.head = head.astype(hidden.dtype)
+        self.over = sharding.axes_of("vocab")
+        self.of_tokens = tuple(a for a in sharding.axes_of("batch") if a in self.over)
+        tokens = len(self.targets)
+        self.size = min(CHUNK, tokens)
+        first = jnp.argsort(~where.ravel(), stable=True).astype(jnp.int32)
+        # Past the end of the arrays: read as anything, written nowhere.
+        self.order = jnp.pad(first, (0, -tokens % self.size), constant_values=tokens)
+        count = -(-where.sum(dtype=jnp.int32) // self.size)
+        # The same on every device, as all of them meet in every chunk.
+        everyone = tuple(dict.fromkeys(sharding.axes_of("batch") + self.over))
+        self.count = lax.pmax(count, everyone) if everyone else count
+
+    def index(self, i: Array) -> Int[Array, "n"]:
+        return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+    def gather(self, x: Array) -> Array:
+        """The chunks of all devices that hold other tokens, `[n, ...]` -> `[m, ...]`."""
+        return lax.all_gather(x, self.of_tokens, tiled=True) if self.of_tokens else x
+
+    def own(self, x: Array) -> Array:
+        """This device's part, along the last axis, of what `gather` made."""
+        if not self.of_tokens:
+            return x
+        first = lax.axis_index(self.of_tokens) * self.size
+        return lax.dynamic_slice_in_dim(x, first, self.size, axis=-1)
+
+    def logits(self, at: Array) -> tuple[Array, Array, Array]:
+        """States `[m, d]`, logits `[m, v]` and, as `[m, v]` too, which is the target."""
+        take = lambda x: self.gather(jnp.take(x, at, axis=0, mode="clip"))
+        states, targets = take(self.hidden), take(self.targets)
+        first = lax.axis_index(self.over) * len(self.head) if self.over else 0
+        is_target = (targets - first)[:, None] == jnp.arange(len(self.head))[None]
+        return states, logits(states, self.head), is_target
+
+
+def _local_forward(hidden, head, targets, where):
+    c = _Chunks(hidden, head, targets, where)
+
+    def body(i, found):
+        at = c.index(i)
+        _, x, is_target = c.logits(at)
+        top = x.max(axis=-1)
+        top = lax.pmax(top, c.over) if c.over else top
+        weights = jnp.exp(x - top[:, None])
+        sums = jnp.stack(
+            [
+                weights.sum(axis=-1),
+                (weights * x).sum(axis=-1),
+                jnp.where(is_target, x, 0.0).sum(axis=-1),
+            ]
+        )
+        total, moment, chosen = lax.psum(sums, c.over) if c.over else sums
+        log_total = top + jnp.log(total)
+        new = jnp.stack([chosen - log_total, log_total - moment / total, log_total])
+        return found.at[:, at].set(c.own(new), mode="drop")
+
+    empty = jnp.zeros((3, targets.size), jnp.float32)
+    found = lax.fori_loop(0, c.count, body, empty)
+    # The last chunk is filled up with tokens that nobody asked for.
+    return tuple(jnp.where(where, x.reshape(where.shape), 0.0) for x in found)
+
+
+def _local_backward(hidden, head, targets, where, log_total, gradient):
+    c = _Chunks(hidden, head, targets, where)
+    gradient = jnp.where(where, gradient, 0.0).ravel()
+    log_total = log_total.ravel()
+    replicas = tuple(a for a in c.over if a not in c.of_tokens)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def body(i, carry):
+        d_hidden, d_head = carry
+        at = c.index(i)
+        states, x, is_target = c.logits(at)
+        take = lambda y: c.gather(jnp.take(y, at, mode="fill", fill_value=0))[:, None]
+        p = jnp.exp(x - take(log_total))
+        d_logits = (take(gradient) * (is_target - p)).astype(states.dtype)
+        d_states = dot("mv,vd->md", d_logits, c.head)
+        if replicas:
+            d_states = lax.psum(d_states, replicas)
+        if c.of_tokens:
+            d_states = lax.psum_scatter(d_states, c.of_tokens, tiled=True)
+        d_hidden = d_hidden.at[at].set(d_states.astype(hidden.dtype), mode="drop")
+        return d_hidden, d_head + dot("mv,md->vd", d_logits, states)
+
+    empty = jnp.zeros_like(c.hidden), jnp.zeros(head.shape, jnp.float32)
+    d_hidden, d_head = lax.fori_loop(0, c.count, body, empty)
+    others = tuple(a for a in sharding.axes_of("batch") if a not in c.over)
+    d_head = lax.psum(d_head, others) if others else d_head
+    return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
 
 
 def logits(
@@ -78,21 +211,28 @@ def packed_log_probs(
     config: model.ModelConfig,
     params: model.Params,
     batch: PackedBatch,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, "b t d"]]:
     """Log-prob of every token of packed rows given those before it in its segment.
 
     Returns:
-      Log-probs and entropies, `[B, T]`, meaningful where `batch.is_response`; and
-      the hidden states.
+      Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
+      hidden states.
     """
     hidden, _ = model.forward_packed(
-        config, params, batch.tokens, batch.positions, batch.segment_ids, remat
+        config,
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        remat,
+        max_segments=batch.length.shape[-1] + 1,  # and padding
     )
     # A token is predicted from the state of the one before it. A response never
     # opens a segment, so the first of a row, predicted from zeros, is never used.
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    log_p, entropy = token_log_probs(before, model.head_weight(params), batch.tokens)
+    head = model.head_weight(params)
+    log_p, entropy = token_log_probs(before, head, batch.tokens, batch.is_response)
     return log_p, entropy, hidden
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from pfjax import sharding
 from pfjax.policy import attention, rope
+from pfjax.policy.chunked_attention import SAVED
 from pfjax.policy.rope import RopeConfig
 from pfjax.types import Array
 
@@ -50,6 +51,22 @@ class ModelConfig:
     lora_rank: int = 0  # of adapters on all projections; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
     dtype: str = "float32"  # of the computation
+    attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
+
+
+_policies = jax.checkpoint_policies
+# What the backward pass finds stored of a layer, beside its input; the rest it computes
+# again. "attention" spares the part that grows with the row, for 2 D a token and layer;
+# "dots" all products with weights, for some 10 D.
+REMAT = {
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names(SAVED),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(SAVED),
+    ),
+    "none": _policies.everything_saveable,
+}
 
 
 class Policy(NamedTuple):
@@ -182,7 +199,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "b t"],
         attend: Attend,
         cache: Any = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
         c = self.config
         x = self.embed[...].astype(c.dtype)[tokens]
@@ -194,7 +211,9 @@ class Transformer(nnx.Module):
             params, cache = inputs
             return nnx.merge(graphdef, params)(x, angles, attend, cache)
 
-        layer = jax.checkpoint(layer) if remat else layer
+        if remat != "none":
+            # Inside of a scan nothing can be merged with what is recomputed.
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
         x, kv = jax.lax.scan(layer, x, (layers, cache))
         return rms_norm(x, self.final_norm[...], c.norm_eps), kv
 
@@ -247,7 +266,7 @@ def apply(
     positions: Int[Array, "b t"],
     attend: Attend,
     cache: Any = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """Hidden states after the final norm, and the keys and values of all layers.
 
@@ -257,7 +276,7 @@ def apply(
       attend: how a layer attends, see `Attend`.
       cache: a tree of arrays with leading axis L, a slice of which each layer's
         `attend` receives.
-      remat: recompute layers in the backward pass instead of storing them.
+      remat: what the backward pass finds stored, a name in `REMAT`.
     """
     module = nnx.merge(_abstract(config)[0], params)
     return module(tokens, positions, attend, cache, remat)
@@ -269,13 +288,16 @@ def forward_packed(
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
-    remat: bool = False,
+    remat: str = "none",
+    max_segments: int | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """`apply` with causal attention inside each segment of packed rows."""
 
     def attend(q, k, v, cache):
         del cache
-        return attention.packed_attention(q, k, v, segment_ids)
+        return attention.packed_attention(
+            q, k, v, segment_ids, config.attention, max_segments
+        )
 
     return apply(config, params, tokens, positions, attend, remat=remat)
 

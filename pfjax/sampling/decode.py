@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax import sharding
-from pfjax.policy import attention, logprobs, model
-from pfjax.policy.attention import KeyValue
+from pfjax.policy import attention, decode_attention, logprobs, model
+from pfjax.policy.decode_attention import KeyValue
 from pfjax.policy.model import ModelConfig, Params
 from pfjax.sampling import truncation
 from pfjax.types import Array
@@ -32,7 +32,7 @@ class Settings(NamedTuple):
     samples_per_prompt: int  # G
     stop_ids: tuple[int, ...]
     truncation: truncation.Truncation
-    backend: str  # of `attention.decode_attention`
+    backend: str  # of `decode_attention.decode_attention`
     cache_dtype: str
 
 
@@ -72,7 +72,9 @@ class Slots(NamedTuple):
     """What is being decoded. An idle slot has sample N."""
 
     sample: Int[Array, "s"]
-    cell: Int[Array, "s"]  # its place on the grid of `attention.decode_attention`
+    cell: Int[
+        Array, "s"
+    ]  # its place on the grid of `decode_attention.decode_attention`
     drawn: Int[Array, "s"]  # tokens drawn so far
     last: Int[Array, "s"]  # token to be run next
     begun: Int[Array, "1"]  # samples begun so far
@@ -88,7 +90,9 @@ class Results(NamedTuple):
 
 def _empty(s: Settings, batch: int, width: int) -> Cache:
     c = s.config
-    shapes = attention.cache_shapes(s.backend, batch, c.num_kv_heads, width, c.head_dim)
+    shapes = decode_attention.cache_shapes(
+        s.backend, batch, c.num_kv_heads, width, c.head_dim
+    )
     one = lambda shape: jnp.zeros(shape, s.cache_dtype)
     return _placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
 
@@ -158,9 +162,11 @@ def prefill(
         def attend(q, k, v, layer):
             cache = prompts.cache[layer]
             new.append(
-                attention.write_prompts(s.backend, cache, (k, v), lane, positions)
+                decode_attention.write_prompts(
+                    s.backend, cache, (k, v), lane, positions
+                )
             )
-            return attention.packed_attention(q, k, v, segment_ids)
+            return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
 
         model.apply_layers(s.config, draw.weights, tokens, positions, attend)
         return Prompts(_placed(new), length)
@@ -248,9 +254,11 @@ def _forward(
 
     def attend(q, k, v, layer):
         # Written before it is read: the loop then updates the cache in place.
-        own = attention.write(s.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn)
+        own = decode_attention.write(
+            s.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
+        )
         new.append(own)
-        out = attention.decode_attention(
+        out = decode_attention.decode_attention(
             q[:, 0],
             own,
             prompts.cache[layer],

@@ -61,7 +61,7 @@ def rollout(
         when not given.
       cache_dtype: of keys and values; when not given bfloat16 on accelerators and
         the type of the computation on CPU.
-      backend: one of `attention.BACKENDS`; that of the platform when not given.
+      backend: one of `decode_attention.BACKENDS`; that of the platform when not given.
       truncation: of the distribution drawn from (not for training).
       stop_strings: a response ends with the token that completes one of them in its
         text (not for training: no token then stands for the decision to stop).

@@ -1,14 +1,17 @@
 """How many samples are decoded at once, and in which shapes."""
 
 import dataclasses
+import functools
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from pfjax import sharding
-from pfjax.policy import attention, model
+from pfjax.policy import decode_attention, model
 from pfjax.policy.model import ModelConfig, Policy
 
 # Share of the free memory that a rollout may take; activations need some.
@@ -83,7 +86,7 @@ def response_widths(max_new_tokens: int, backend: str) -> list[int]:
     They double in the plain form, which reads all of the width. For a kernel they
     only save memory: each is four times the one before.
     """
-    multiple = attention.WIDTH_MULTIPLE[backend]
+    multiple = decode_attention.WIDTH_MULTIPLE[backend]
     longest = math.ceil(max_new_tokens / multiple) * multiple
     octaves = 1 if backend == "xla" else 2
     short = [_NARROWEST << e for e in range(0, 31, octaves)]
@@ -175,8 +178,18 @@ class Plan:
         )
 
 
-def make_plan(
-    policy: Policy,
+def make_plan(policy: Policy, **kwargs: Any) -> Plan:
+    """`plan_for` the devices that hold a policy."""
+    where = jax.tree.leaves(policy.params)[0].sharding
+    device = min(where.addressable_devices, key=lambda x: x.id)
+    memory = functools.partial(free_bytes, device)
+    return plan_for(policy.config, device.platform, memory, **kwargs)
+
+
+def plan_for(
+    config: ModelConfig,
+    platform: str,
+    memory: Callable[[], int],
     *,
     num_prompts: int,
     samples_per_prompt: int,
@@ -186,18 +199,21 @@ def make_plan(
     cache_dtype: str | None = None,
     backend: str | None = None,
 ) -> Plan:
-    """Decides what the arguments leave open; see `engine.rollout`."""
-    config = policy.config
+    """Decides what the arguments leave open; see `engine.rollout`.
+
+    Args:
+      config: of the policy.
+      platform: of the devices: "cpu", "gpu" or "tpu".
+      memory: tells the bytes that are free on a device; asked without `num_slots`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else sharding.batch_ways(mesh)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    where = jax.tree.leaves(policy.params)[0].sharding
-    device = min(where.addressable_devices, key=lambda x: x.id)
     if backend is None:
-        backend = attention.decode_backend(device.platform, config.head_dim)
+        backend = decode_attention.decode_backend(platform, config.head_dim)
     if cache_dtype is None:
-        cache_dtype = config.dtype if device.platform == "cpu" else "bfloat16"
-    multiple = attention.WIDTH_MULTIPLE[backend]
+        cache_dtype = config.dtype if platform == "cpu" else "bfloat16"
+    multiple = decode_attention.WIDTH_MULTIPLE[backend]
     prompts = math.ceil(num_prompts / parts)
     widths = response_widths(max_new_tokens, backend)
     shape = {
@@ -211,7 +227,7 @@ def make_plan(
             cache_dtype,
             num_prompts=prompts,
             samples_per_prompt=samples_per_prompt,
-            free_bytes=free_bytes(device) - weight_bytes(config) // tensor,
+            free_bytes=memory() - weight_bytes(config) // tensor,
             **shape,
         )
     else:

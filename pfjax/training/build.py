@@ -11,9 +11,32 @@ import optax
 from jax.sharding import Mesh
 
 from pfjax import packing, sharding
-from pfjax.policy import hf, hf_config, lora, model, partition, tokenizer
+from pfjax.policy import (
+    attention,
+    hf,
+    hf_config,
+    lora,
+    model,
+    partition,
+    tokenizer,
+)
 from pfjax.sampling import slots
 from pfjax.training import checks, data, optim, step
+
+
+class Programs(NamedTuple):
+    """What devices run in an update, and the shapes it takes."""
+
+    step_config: step.StepConfig
+    base_config: model.ModelConfig
+    optimizer: optax.GradientTransformation
+    state: step.TrainState  # shapes and shardings
+    base: model.Params  # shapes and shardings, of the type of the computation
+    rows: int  # B
+    row_slots: int  # N, trajectories a row may hold
+    micro_batches: int  # M that always suffice for an update
+    train_step: Any  # jitted
+    score_step: Any  # jitted
 
 
 class Run(NamedTuple):
@@ -27,14 +50,75 @@ class Run(NamedTuple):
     stop_ids: tuple[int, ...]
     prompt_width: int
     rollout_plan: slots.Plan
-    micro_batches: int  # that always suffice for an update
-    row_slots: int  # trajectories a row may hold
-    step_config: step.StepConfig
-    base_config: model.ModelConfig
-    base: model.Params  # frozen, in the type of the computation
+    programs: Programs
+    base: model.Params  # frozen; see `base_on_devices`
     frozen: model.Params  # what the policy shares with it: all of it, or nothing
-    train_step: Any  # jitted
-    score_step: Any  # jitted
+
+
+def programs(
+    config: ml_collections.FrozenConfigDict,
+    base_config: model.ModelConfig,
+    longest_prompt: int,
+    mesh: Mesh,
+) -> Programs:
+    """The programs of a config for the devices of `mesh`, which need not be here.
+
+    Args:
+      config: of the run.
+      base_config: of the checkpoint.
+      longest_prompt: in tokens.
+      mesh: current, see `jax.set_mesh`.
+    """
+    base_config = dataclasses.replace(
+        base_config, dtype=config.dtype, attention=config.attention
+    )
+    axes, shapes = model.logical_axes(base_config), model.abstract_params(base_config)
+    base = _placed(shapes, sharding.tree_shardings(mesh, axes, shapes), config.dtype)
+    policy_config = base_config
+    if config.lora.rank:
+        policy_config = dataclasses.replace(
+            base_config, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
+        )
+        axes = lora.select(model.logical_axes(policy_config))
+        shapes = lora.select(model.abstract_params(policy_config))
+    trained = _placed(shapes, sharding.tree_shardings(mesh, axes, shapes), "float32")
+    optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
+    state = _abstract_state(trained, policy_config, optimizer, mesh)
+    step_config = step.StepConfig(
+        model=policy_config,
+        objective=config.objective,
+        alpha=config.alpha,
+        weight_low=config.importance.low,
+        weight_high=config.importance.high,
+        remat=config.remat,
+    )
+    max_length = longest_prompt + config.max_new_tokens
+    prompts_per_update = -(-config.prompts_per_step // config.updates_per_rollout)
+    rows = config.rows * sharding.batch_ways(mesh)
+    everywhere = sharding.replicated(mesh)
+    return Programs(
+        step_config=step_config,
+        base_config=base_config,
+        optimizer=optimizer,
+        state=state,
+        base=base,
+        rows=rows,
+        row_slots=packing.slots_per_row(config.row_length, max_length),
+        micro_batches=packing.max_micro_batches(
+            prompts_per_update * config.samples_per_prompt,
+            max_length,
+            rows,
+            config.row_length,
+        ),
+        train_step=jax.jit(
+            functools.partial(step.train_step, config=step_config, optimizer=optimizer),
+            donate_argnums=0,
+            out_shardings=(_shardings(state), everywhere, everywhere),
+        ),
+        score_step=jax.jit(
+            step.score_step, static_argnames="config", out_shardings=everywhere
+        ),
+    )
 
 
 def build(
@@ -42,7 +126,7 @@ def build(
 ) -> tuple[Run, step.TrainState]:
     """Everything a run needs, cheap and fallible things first."""
     source = hf.resolve(config.model)
-    model_config = hf_config.read(source)
+    base_config = hf_config.read(source)
     tok = tokenizer.load(source)
     load = functools.partial(
         data.load_prompts,
@@ -53,116 +137,114 @@ def build(
     train = load(config.data.train)
     held_out = config.data.eval and load(config.data.eval)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
-    max_length = longest + config.max_new_tokens
-    checks.check_lengths(config, longest, model_config.max_positions)
+    checks.check_lengths(config, longest, base_config.max_positions)
+    made = programs(config, base_config, longest, mesh)
 
     policy = hf.load(source, mesh)
-    base_config = dataclasses.replace(policy.config, dtype=config.dtype)
-    model_config, trained = base_config, policy.params
+    trained = policy.params
     if config.lora.rank:
-        model_config = dataclasses.replace(
-            base_config, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
-        )
-        trained = _init_adapters(model_config, config.seed, mesh)
+        init = functools.partial(lora.init_params, made.step_config.model)
+        where = _shardings(made.state.params["policy"])
+        trained = jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
     # A copy, since training gives the buffers of its parameters away.
     base = jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params)
-    optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
-    state, shardings = _init_state(trained, model_config, optimizer, config, mesh)
-    step_config = step.StepConfig(
-        model=model_config,
-        objective=config.objective,
-        alpha=config.alpha,
-        weight_low=config.importance.low,
-        weight_high=config.importance.high,
-        remat=config.remat,
-    )
-    everywhere = sharding.replicated(mesh)
-    prompts_per_update = -(-config.prompts_per_step // config.updates_per_rollout)
+    if config.base_memory == "host":
+        to_host = lambda x: x.sharding.with_memory_kind("pinned_host")
+        base = jax.device_put(base, jax.tree.map(to_host, base))
+    state = _first_state(made, trained, config.seed, mesh)
     run = Run(
         config=config,
         mesh=mesh,
         tok=tok,
         train=train,
         eval=held_out or None,
-        stop_ids=tokenizer.stop_ids(tok, model_config.stop_ids),
+        stop_ids=tokenizer.stop_ids(tok, base_config.stop_ids),
         prompt_width=longest,
         rollout_plan=slots.make_plan(
-            model.Policy(model_config, lora.join(base, trained)),
+            model.Policy(made.step_config.model, lora.join(base, trained)),
             num_prompts=config.prompts_per_step,
             samples_per_prompt=config.samples_per_prompt,
             max_new_tokens=config.max_new_tokens,
             prompt_width=longest,
             num_slots=config.rollout_slots or None,
         ),
-        micro_batches=packing.max_micro_batches(
-            prompts_per_update * config.samples_per_prompt,
-            max_length,
-            config.rows,
-            config.row_length,
-        ),
-        row_slots=packing.slots_per_row(config.row_length, max_length),
-        step_config=step_config,
-        base_config=base_config,
+        programs=made,
         base=base,
         frozen=base if config.lora.rank else {},
-        train_step=jax.jit(
-            functools.partial(step.train_step, config=step_config, optimizer=optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, everywhere, everywhere),
-        ),
-        score_step=jax.jit(
-            step.score_step, static_argnames="config", out_shardings=everywhere
-        ),
     )
     return run, state
+
+
+def base_on_devices(run: Run) -> model.Params:
+    """The frozen base where programs read it: a copy if it waits in host memory."""
+    if run.config.base_memory == "device":
+        return run.base
+    return jax.device_put(run.base, _shardings(run.programs.base))
 
 
 def policy_of(run: Run, state: step.TrainState) -> model.Policy:
     """The policy as it is now."""
     params = lora.join(run.frozen, state.params["policy"])
-    return model.Policy(run.step_config.model, params)
+    return model.Policy(run.programs.step_config.model, params)
 
 
-def _init_adapters(config: model.ModelConfig, seed: int, mesh: Mesh) -> model.Params:
-    axes = lora.select(model.logical_axes(config))
-    shapes = lora.select(model.abstract_params(config))
-    where = sharding.tree_shardings(mesh, axes, shapes)
-    init = functools.partial(lora.init_params, config)
-    return jax.jit(init, out_shardings=where)(jax.random.key(seed))
+def _placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
+    """Shapes with the places that arrays of them shall have."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
 
 
-def _init_state(
-    params: model.Params,
-    model_config: model.ModelConfig,
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _abstract_state(
+    trained: model.Params,
+    config: model.ModelConfig,
     optimizer: optax.GradientTransformation,
-    config: ml_collections.FrozenConfigDict,
     mesh: Mesh,
-) -> tuple[step.TrainState, step.TrainState]:
-    """The state before the first update, and the sharding of each of its parts."""
+) -> step.TrainState:
+    """Shapes and shardings of all that an update changes."""
     everywhere = sharding.replicated(mesh)
-    head = partition.init_params(model_config.embed_dim, jax.random.key(config.seed))
-    params = {"policy": params, "log_z": jax.device_put(head, everywhere)}
-    of_params = jax.tree.map(lambda x: x.sharding, params)
+    replicated = lambda tree: _placed(tree, jax.tree.map(lambda _: everywhere, tree))
+    head = functools.partial(partition.init_params, config.embed_dim)
+    head = jax.eval_shape(head, jax.random.key(0))
+    params = {"policy": trained, "log_z": replicated(head)}
     # Each group's chain holds a MaskedNode in place of the other group.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     # Left to itself jit would put the moments on one device.
-    of_opt = optax.tree.map_params(
+    moments = jax.eval_shape(optimizer.init, params)
+    where = optax.tree.map_params(
         optimizer,
         lambda x, s: x if is_masked(x) else s,
-        jax.eval_shape(optimizer.init, params),
-        of_params,
+        moments,
+        _shardings(params),
         transform_non_params=lambda _: everywhere,
         is_leaf=is_masked,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=of_opt)(params)
+    start = replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    return step.TrainState(start, params, _placed(moments, where))
+
+
+def _first_state(
+    made: Programs, trained: model.Params, seed: int, mesh: Mesh
+) -> step.TrainState:
+    """The state before the first update."""
+    everywhere = sharding.replicated(mesh)
+    width = made.base_config.embed_dim
+    head = partition.init_params(width, jax.random.key(seed))
+    params = {"policy": trained, "log_z": jax.device_put(head, everywhere)}
+    init = jax.jit(made.optimizer.init, out_shardings=_shardings(made.state.opt_state))
     start = jax.device_put(jnp.int32(0), everywhere)
-    state = step.TrainState(start, params, opt_state)
-    return state, step.TrainState(everywhere, of_params, of_opt)
+    return step.TrainState(start, params, init(params))
 
 
 def describe(run: Run) -> str:
     """What follows from the two batch numbers, for the start of the log."""
-    c, m = run.config, run.step_config.model
+    c, m, made = run.config, run.programs.step_config.model, run.programs
     responses = c.prompts_per_step * c.samples_per_prompt
     parameters = sum(x.size for x in jax.tree.leaves(model.abstract_params(m)))
     sizes = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
@@ -171,9 +253,17 @@ def describe(run: Run) -> str:
         f"{jax.devices()[0].platform} device(s), mesh {sizes}\n"
         f"{c.objective}, alpha {c.alpha:g}: {c.prompts_per_step} prompts x "
         f"{c.samples_per_prompt} samples = {responses} responses a step, "
-        f"{c.updates_per_rollout} update(s) of at most {run.micro_batches} micro-"
-        f"batches of {c.rows} x {c.row_length} tokens\n"
+        f"{c.updates_per_rollout} update(s) of at most {made.micro_batches} micro-"
+        f"batches of {made.rows} x {c.row_length} tokens\n"
+        f"attention: {attention_of(m)}; layers computed again: {c.remat}\n"
         f"rollouts: {run.rollout_plan}\n"
         f"{len(run.train.tokens)} training prompts, "
         f"{len(run.eval.tokens) if run.eval else 0} for evaluation"
     )
+
+
+def attention_of(config: model.ModelConfig) -> str:
+    """The back end that attention over packed rows uses on the current mesh."""
+    if config.attention != "auto":
+        return config.attention
+    return attention.default_backend(config.head_dim, config.dtype)

@@ -3,14 +3,14 @@
 import difflib
 import importlib.metadata
 import json
+import operator
 import pathlib
 from typing import Any
 
 import jax
 import ml_collections
-from jax.sharding import Mesh
 
-from pfjax import sharding
+from pfjax.policy import attention, model
 from pfjax.training import objectives
 
 # A run may be continued with these changed: they do not touch what is computed (a
@@ -59,18 +59,26 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
         "objective": sorted(objectives.OBJECTIVES),
         "log_z": ["group", "head"],
         "dtype": ["bfloat16", "float32"],
+        "attention": ["auto", *attention.BACKENDS],
+        "remat": list(model.REMAT),
+        "base_memory": ["device", "host"],
+        "optim.mu_dtype": ["bfloat16", "float32"],
     }
     for name, allowed in choices.items():
-        if c[name] not in allowed:
-            near = difflib.get_close_matches(str(c[name]), allowed, n=1)
+        value = operator.attrgetter(name)(c)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"--config.{name}={c[name]}: must be one of {allowed}{hint}"
-            )
+            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
     if c.log_z == "group" and c.samples_per_prompt < 2:
         raise ValueError(
             "--config.log_z=group averages over the samples of a prompt: "
             f"samples_per_prompt must be at least 2, got {c.samples_per_prompt}"
+        )
+    if c.lora.rank and c.base_memory == "host":
+        raise ValueError(
+            "--config.base_memory=host: with adapters the base is the policy's own "
+            "weights and has to stay on the devices"
         )
     if c.lora.rank < 0:
         raise ValueError(f"--config.lora.rank={c.lora.rank}: must not be negative")
@@ -78,17 +86,6 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
         raise ValueError(
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
             f"prompts_per_step={c.prompts_per_step}"
-        )
-
-
-def check_batch(c: ml_collections.FrozenConfigDict, mesh: Mesh) -> None:
-    """Raises ValueError if a batch does not divide by the devices."""
-    ways = sharding.batch_ways(mesh)
-    if c.rows % ways:
-        raise ValueError(
-            f"--config.rows={c.rows} does not divide by the {ways} devices that "
-            f"batches are split over (mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']})"
         )
 
 

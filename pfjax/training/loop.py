@@ -11,7 +11,7 @@ import numpy as np
 
 from pfjax import packing, sharding
 from pfjax.evaluation import benchmarks, grading
-from pfjax.policy import hf, lora, partition, tokenizer
+from pfjax.policy import hf, lora, model, partition, tokenizer
 from pfjax.sampling import engine, truncation
 from pfjax.training import (
     build,
@@ -54,7 +54,6 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     checks.check_config(config)
     folder = pathlib.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_batch(config, mesh)
     checks.check_workdir(config, folder)
     with jax.set_mesh(mesh):
         run, state = build.build(config, mesh)
@@ -156,16 +155,19 @@ def _step(
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(responses)).reshape(len(prompts), -1)
     parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
+    base = build.base_on_devices(run)
     updates = [
-        _pack_and_score(run, state, prompts, responses, psi, part) for part in parts
+        _pack_and_score(run, state, base, prompts, responses, psi, part, i == 0)
+        for i, part in enumerate(parts)
     ]
     if number == 1 and config.log_z == "head":
         state = _calibrate(run, state, updates)
     jax.block_until_ready([u.old for u in updates])
+    del base  # with base_memory=host, room for the update
     clock.lap("score")
     tables, scalars = [], []
     for update in updates:
-        state, values, table = run.train_step(
+        state, values, table = run.programs.train_step(
             state, run.frozen, update.batch, update.old, update.num_micro
         )
         tables.append(table)
@@ -199,15 +201,16 @@ def _step_metrics(
     config = run.config
     record = _record(updates, tables, rollout)
     scored: list[np.ndarray] = []
-    for u, table in zip(updates, tables, strict=True):
+    for i, (u, table) in enumerate(zip(updates, tables, strict=True)):
         # Of the policy that drew: later updates of a step have moved it.
-        log_p = table.log_p if u.old.log_p_old is None else u.old.log_p_old
+        log_p = table.log_p if i == 0 else u.old.log_p_old
         scored += packing.unpack_responses(
             log_p, u.placement, u.prompt_lengths, u.lengths
         )
     has_box = np.array([grading.last_boxed(text) is not None for text in texts])
     packed = sum(int((u.batch.segment_ids > 0).sum()) for u in updates)
-    computed = sum(int(u.num_micro) for u in updates) * config.rows * config.row_length
+    tokens = run.programs.rows * config.row_length
+    computed = sum(int(u.num_micro) for u in updates) * tokens
     clamps = (config.importance.low, config.importance.high)
     out = {
         **metrics.balance_metrics(record, clamps),
@@ -228,13 +231,15 @@ def _responses(rollout: Rollout) -> list[np.ndarray]:
 def _pack_and_score(
     run: build.Run,
     state: step.TrainState,
+    base: model.Params,
     prompts: list[list[int]],
     responses: list[np.ndarray],
     psi: np.ndarray,
     part: np.ndarray,
+    is_first: bool,
 ) -> _Update:
     """Packs the trajectories `part` of a step and scores them before it updates."""
-    config = run.config
+    config, made = run.config, run.programs
     prompt_index = part // config.samples_per_prompt
     prompt_lengths = np.array([len(prompts[q]) for q in prompt_index])
     host, placement, used = packing.pack(
@@ -243,20 +248,21 @@ def _pack_and_score(
             for i, q in zip(part, prompt_index, strict=True)
         ],
         prompt_lengths,
-        rows=config.rows,
+        rows=made.rows,
         row_length=config.row_length,
-        slots=run.row_slots,
-        micro_batches=run.micro_batches,
+        slots=made.row_slots,
+        micro_batches=made.micro_batches,
         psi=psi[part],
         prompt_index=prompt_index.astype(np.int32),
     )
     batch = sharding.put_batch(run.mesh, host, dim=1)
     num_micro = jnp.int32(used)
-    log_p_base = run.score_step(run.base, batch, num_micro, config=run.base_config)
-    log_p_old = log_z = None
-    if config.log_z == "group" or config.updates_per_rollout > 1:
+    log_p_base = made.score_step(base, batch, num_micro, config=made.base_config)
+    log_p_old = log_z = is_on_policy = None
+    # The first update is on policy: it takes its own log-probs for those of before.
+    if config.log_z == "group" or not is_first:
         policy = build.policy_of(run, state)
-        log_p_old = run.score_step(
+        log_p_old = made.score_step(
             policy.params, batch, num_micro, config=policy.config
         )
     if config.log_z == "group":
@@ -266,11 +272,14 @@ def _pack_and_score(
         )
     if config.updates_per_rollout == 1:
         log_p_old = None
+    else:  # one program for all updates
+        log_p_old = jnp.zeros_like(log_p_base) if log_p_old is None else log_p_old
+        is_on_policy = jnp.full(made.micro_batches, is_first)
     return _Update(
         batch=batch,
         placement=placement,
         num_micro=num_micro,
-        old=OldScores(log_p_base, log_p_old, log_z),
+        old=OldScores(log_p_base, log_p_old, is_on_policy, log_z),
         prompt_lengths=prompt_lengths,
         lengths=np.array([len(responses[i]) for i in part]),
     )

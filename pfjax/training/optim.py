@@ -17,6 +17,7 @@ class OptimConfig:
     clip_norm: float
     b1: float = 0.9
     b2: float = 0.999
+    mu_dtype: str = "float32"  # of the first moment
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -42,6 +43,9 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
                 b1=config.b1,
                 b2=config.b2,
                 weight_decay=decay,
+                # The second stays float32: a thousandth of it, which an update may
+                # add, is lost in 8 bits.
+                mu_dtype=config.mu_dtype,
                 mask=_is_matrix,
             ),
         )

@@ -29,7 +29,7 @@ class StepConfig:
     alpha: float
     weight_low: float
     weight_high: float
-    remat: bool
+    remat: str  # a name in `model.REMAT`
 
 
 class TrainState(NamedTuple):
@@ -71,10 +71,10 @@ def loss_fn(
         log_z = partition.apply(params["log_z"], hidden, batch)
     else:
         log_z = old.log_z
-    if old.log_p_old is None:  # on policy: the ratio is 1 by definition
-        log_pf_old = lax.stop_gradient(log_pf)
-    else:
-        log_pf_old = response_log_prob(old.log_p_old, batch)
+    log_pf_old = lax.stop_gradient(log_pf)  # on policy: the ratio is 1 by definition
+    if old.log_p_old is not None:
+        before = response_log_prob(old.log_p_old, batch)
+        log_pf_old = jnp.where(old.is_on_policy, log_pf_old, before)
     trajectories = objectives.Trajectories(
         log_pf=log_pf,
         log_p_base=response_log_prob(old.log_p_base, batch),

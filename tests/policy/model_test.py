@@ -77,7 +77,10 @@ def test_no_gradient_from_later_tokens_or_other_segments(rng, tiny_policy):
             segment = batch.segment_ids[row]
             may_see = np.zeros(shape, bool)
             may_see[row] = (segment == segment[t]) & (np.arange(shape[1]) <= t)
-            np.testing.assert_array_equal(seen, may_see)
+            if segment[t]:
+                np.testing.assert_array_equal(seen, may_see)
+            else:  # what padding sees of padding is left to the back end
+                assert not (seen & ~may_see).any()
 
 
 def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
@@ -112,8 +115,9 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
         packing.unpack_slots(sums, placement), want_sums, rtol=1e-5
     )
     np.testing.assert_allclose(loss, want, rtol=1e-5)
+    # Entries of hundreds cancel in some sums: the rounding is that of the largest.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max()),
         grads,
         want_grads,
     )
@@ -128,7 +132,8 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_rematerialised_gradients_are_the_same(rng, tiny_policy):
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+def test_rematerialised_gradients_are_the_same(rng, tiny_policy, remat):
     config, params = tiny_policy
     _, _, batch, _ = _packed(rng, config.vocab_size)
 
@@ -137,19 +142,29 @@ def test_rematerialised_gradients_are_the_same(rng, tiny_policy):
         return packing.response_log_prob(log_p, batch).sum()
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    plain, again = grad(params, False), grad(params, True)
+    plain, again = grad(params, "none"), grad(params, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
 
 
-def test_log_probs_in_chunks_equal_those_of_full_logits(rng, monkeypatch):
-    hidden = jnp.array(rng.normal(size=(3, 10, 8)), jnp.float32)
-    head = jnp.array(rng.normal(size=(17, 8)), jnp.float32)
-    targets = jnp.array(rng.integers(0, 17, size=(3, 10)))
-    want = jax.nn.log_softmax(hidden @ head.T)
-    want_at = jnp.take_along_axis(want, targets[..., None], -1)[..., 0]
-    entropy = -(jnp.exp(want) * want).sum(-1)
-    for chunk in (1, 9, 512):  # one token at a time, a ragged end, all at once
-        monkeypatch.setattr(logprobs, "CHUNK", chunk)
-        got, got_entropy = logprobs.token_log_probs(hidden, head, targets)
-        np.testing.assert_allclose(got, want_at, atol=1e-5)
-        np.testing.assert_allclose(got_entropy, entropy, atol=1e-5)
+def test_policies_of_rematerialisation_store_what_they_say(tiny_policy):
+    """Bytes stored for the backward pass, by counting residuals."""
+    config, params = tiny_policy
+    b, t = 2, 32
+    tokens = np.zeros((b, t), np.int32)
+    stored = {}
+    for remat in model.REMAT:
+
+        def loss(params, remat=remat):
+            hidden, _ = model.forward_packed(
+                config, params, tokens, tokens, 1 + tokens, remat
+            )
+            return jnp.sum(hidden**2)
+
+        residuals = jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)
+        of_layers = [x for x in jax.tree.leaves(residuals) if x.shape[:1] == (2,)]
+        stored[remat] = sum(x.size for x in of_layers)
+    tokens_of_layers = config.num_layers * b * t
+    d, h = config.embed_dim, config.num_heads
+    # The attention's output, H * C = 2 D here, and its sum a head.
+    assert stored["attention"] - stored["full"] == tokens_of_layers * (2 * d + h)
+    assert stored["full"] < stored["attention"] < stored["dots"] < stored["none"]

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pfjax import sharding
-from pfjax.policy import attention, model, rope
+from pfjax.policy import decode_attention, model, rope
 from pfjax.sampling import decode, truncation
 
 SLOTS, WIDTH, LANES, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
@@ -47,7 +47,7 @@ def _compile(mesh):
     kv_axis = sharding.spec(mesh, ("kv_heads",), (CONFIG.num_kv_heads,))[0]
 
     def caches(batch, width):
-        shapes = attention.cache_shapes("tpu", parts * batch, 2, width, 128)
+        shapes = decode_attention.cache_shapes("tpu", parts * batch, 2, width, 128)
         one = [array(x, jnp.bfloat16, split, kv_axis) for x in shapes]
         return [tuple(one)] * CONFIG.num_layers
 

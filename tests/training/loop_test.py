@@ -32,7 +32,7 @@ def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
     c.prompts_per_step = 8
     c.samples_per_prompt = 16
     c.max_new_tokens = 3
-    c.rows = 8
+    c.rows = 1
     c.row_length = 32
     c.dtype = "float32"
     c.mesh.data, c.mesh.fsdp = 8, 1
@@ -185,7 +185,18 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ({"alpha": 0.0}, r"--config.alpha=0.0: must be positive"),
         ({"alpha": -1.0}, r"--config.alpha=-1.0: must be positive"),
         ({"objective": "powerflw"}, "did you mean 'powerflow'"),
-        ({"rows": 3}, "rows=3 does not divide by the 8"),
+        (
+            {"remat": "ful"},
+            "--config.remat=ful: must be one of .*; did you mean 'full'",
+        ),
+        ({"attention": "flash"}, "--config.attention=flash: must be one of .*'splash'"),
+        ({"optim.mu_dtype": "float16"}, "--config.optim.mu_dtype=float16: must be one"),
+        ({"base_memory": "host", "lora.rank": 4}, "adapters the base is the policy's"),
+        # Two heads.
+        (
+            {"mesh.data": 1, "mesh.tensor": 8},
+            "heads of size 2 does not divide over 8 devices .--config.mesh.tensor=8",
+        ),
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
         ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),
         ({"data.train": "/no/prompts.jsonl"}, "/no/prompts.jsonl does not exist"),

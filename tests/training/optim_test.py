@@ -66,3 +66,21 @@ def test_a_large_gradient_of_log_z_does_not_shrink_the_policys():
     a, b = (_updates(_config(), g)["policy"] for g in (small, large))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert optax.tree.norm(a) == pytest.approx(1e-3 * 4, rel=1e-2)
+
+
+def test_first_moment_may_be_kept_in_half_and_the_second_is_not():
+    optimizer = optim.make_optimizer(_config(mu_dtype="bfloat16"))
+    (adam,) = (
+        x
+        for x in jax.tree.leaves(
+            optimizer.init(_params()), is_leaf=lambda x: hasattr(x, "mu")
+        )
+        if hasattr(x, "mu") and "policy" in x.mu and jax.tree.leaves(x.mu["policy"])
+    )
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    grads = jax.tree.map(lambda x: 0.3 * jnp.ones_like(x), _params())
+    half, whole = (
+        _updates(_config(mu_dtype=d), grads, 3) for d in ("bfloat16", "float32")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), half, whole)

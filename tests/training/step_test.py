@@ -26,7 +26,7 @@ def _config(tiny_config, **changes):
         "alpha": 4.0,
         "weight_low": 0.8,
         "weight_high": 1.28,
-        "remat": False,
+        "remat": "none",
     }
     return step.StepConfig(**(kwargs | changes))
 
@@ -66,7 +66,7 @@ def _jitted(config):
 
 
 def _run(policy, batch, used, config=None, old=None):
-    old = old or OldScores(_base_scores(batch), None, None)
+    old = old or OldScores(_base_scores(batch), None, None, None)
     update = _jitted(config or _config(policy.config))
     return update(_state(policy), {}, batch, old, jnp.int32(used))
 
@@ -95,7 +95,7 @@ def test_nan_in_padding_changes_nothing(rng, tiny_policy):
     _, batch, _, used = _data(rng)
     want = _run(tiny_policy, batch, used)
     old = OldScores(
-        np.where(batch.is_response, _base_scores(batch), np.nan), None, None
+        np.where(batch.is_response, _base_scores(batch), np.nan), None, None, None
     )
     padded = batch._replace(psi=np.where(batch.is_real, batch.psi, np.nan))
     got = _run(tiny_policy, padded, used, old=old)
@@ -113,7 +113,9 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     loss_fn = functools.partial(step.loss_fn, config=config)
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
     for i in range(used):
-        part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base, None, None)))
+        part = jax.tree.map(
+            lambda x, i=i: x[i], (batch, OldScores(base, None, None, None))
+        )
         one, _ = grad_fn(state.params, {}, *part, jnp.float32(5))
         grads = jax.tree.map(jnp.add, grads, one)
 
@@ -154,7 +156,12 @@ def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy)
     assert (packing.unpack_slots(first.weight, placement) == 1.0).all()
     # Scores of a policy that gave each token 0.01 nats less or more.
     for drift, low, high in ((-0.01, 1.0, 1.28), (0.01, 0.8, 1.0), (1.0, 0.8, 0.8)):
-        old = OldScores(_base_scores(batch), first.log_p + drift, None)
+        old = OldScores(
+            _base_scores(batch),
+            first.log_p + drift,
+            np.zeros(len(first.log_p), bool),
+            None,
+        )
         _, _, table = _run(tiny_policy, batch, used, old=old)
         weight = packing.unpack_slots(table.weight, placement)
         length = packing.unpack_slots(batch.length, placement)
@@ -166,7 +173,7 @@ def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy)
 def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     log_z = np.full(batch.length.shape, -0.25, np.float32)
-    old = OldScores(_base_scores(batch), None, log_z)
+    old = OldScores(_base_scores(batch), None, None, log_z)
     _, scalars, table = _run(tiny_policy, batch, used, old=old)
     assert (packing.unpack_slots(table.log_z, placement) == -0.25).all()
     assert scalars["log_z_grad_norm"] == 0
@@ -187,7 +194,9 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     spread = model.Policy(config, jax.device_put(tiny_policy.params, of_params))
     with jax.set_mesh(mesh):
         put = sharding.put_batch(mesh, batch, dim=1)
-        old = sharding.put_batch(mesh, OldScores(_base_scores(batch), None, None), 1)
+        old = sharding.put_batch(
+            mesh, OldScores(_base_scores(batch), None, None, None), 1
+        )
         state, scalars, table = _run(spread, put, used, old=old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
         assert is_split == (sizes[0] < 8)
@@ -207,7 +216,7 @@ def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
     with count_compiles() as count:
         for n in (3, 12, 7):
             _, batch, _, used = _data(rng, count=n)
-            old = OldScores(_base_scores(batch), None, None)
+            old = OldScores(_base_scores(batch), None, None, None)
             state, _, _ = update(state, {}, batch, old, jnp.int32(used))
     assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
 
@@ -218,7 +227,7 @@ def test_the_base_at_alpha_one_stays_where_it_is(rng, tiny_policy):
     batch = batch._replace(psi=np.zeros_like(batch.psi))
     score = jax.jit(functools.partial(step.score_step, config=tiny_policy.config))
     log_p = score(tiny_policy.params, batch, jnp.int32(used))
-    old = OldScores(log_p, None, np.zeros(batch.length.shape, np.float32))
+    old = OldScores(log_p, None, None, np.zeros(batch.length.shape, np.float32))
     config = _config(tiny_policy.config, alpha=1.0)
     _, scalars, table = _run(tiny_policy, batch, used, config, old)
     assert scalars["loss"] < 1e-10
