@@ -82,5 +82,6 @@ def get_config() -> ml_collections.ConfigDict:
     # Records.
     c.log_every = 1  # steps between plain lines when nobody watches
     c.checkpoint_every = 50
+    c.profile_steps = (0, 0)  # steps traced by JAX's profiler: first, and first after
     c.wandb_project = ""  # needs the extra `wandb`; "" for none
     return c.lock()

@@ -1,10 +1,11 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pfjax.types import Array
@@ -27,14 +28,30 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A `data x fsdp x tensor` mesh over all devices; one size may be -1.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
     """
+    devices = jax.devices() if devices is None else devices
+    grid = mesh_utils.create_device_mesh(
+        mesh_sizes(data, fsdp, tensor, len(devices)),
+        devices,
+        # Two of the four devices of a side, say, as an axis.
+        allow_split_physical_axes=True,
+    )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """Sizes of which one may have been -1; raises as `make_mesh` does."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
     free = [name for name, size in sizes.items() if size == -1]
     given = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or given < 1 or devices % given or (not free and given != devices):
@@ -44,9 +61,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             "must multiply to that number (one of them may be -1)"
         )
     sizes |= {name: devices // given for name in free}
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3
-    )
+    return tuple(sizes.values())
 
 
 def spec(

@@ -136,9 +136,7 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
 def tpu_mesh(monkeypatch):
     """Makes a mesh of a real TPU topology, to lower and compile for without one."""
     pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    from pfjax import sharding
+    from pfjax.training import ahead
 
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -149,16 +147,7 @@ def tpu_mesh(monkeypatch):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
 
-    def make(topology: str, data: int, fsdp: int, tensor: int):
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        return jax.make_mesh(
-            (data, fsdp, tensor),
-            sharding.MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-            devices=found.devices,
-        )
-
-    return make
+    return ahead.tpu_mesh
 
 
 def run_on_two_processes(code: str, *args: object) -> None:

@@ -46,12 +46,11 @@ def packed_attention(
       q, k, v: queries, keys, values.
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
         there is finite and means nothing.
-      backend: one of `BACKENDS`, or "auto" for `default_backend()`.
+      backend: one of `BACKENDS`, or "auto", see `chosen`.
       max_segments: of a row, padding included; T when not given. Only "cudnn" asks, as
         it keeps T numbers a head for each that there might be.
     """
-    if backend == "auto":
-        backend = default_backend(q.shape[-1], q.dtype)
+    backend = chosen(backend, q.shape[-1], q.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
     copies = math.lcm(k.shape[2], tensor) // k.shape[2]
@@ -65,8 +64,11 @@ def packed_attention(
     return run(q, k, v, segment_ids)
 
 
-def default_backend(head_dim: int, dtype: str | jnp.dtype) -> str:
-    """The back end for the devices of the mesh, or of this machine without one."""
+def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
+    """The back end that a name stands for: "auto" is that of the devices of the mesh,
+    or of this machine without one."""
+    if backend != "auto":
+        return backend
     platform, kind = sharding.platform()
     if platform == "tpu" and head_dim in (64, 128, 256):
         return "splash"

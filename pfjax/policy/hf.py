@@ -21,7 +21,12 @@ from pfjax.policy.model import Policy
 EMBEDDED = "pfjax/toy"  # loads the assets of this package, see pfjax/toy.py
 
 
-def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
+_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+
+
+def resolve(
+    path_or_hub_id: str | os.PathLike, files: list[str] = _FILES
+) -> pathlib.Path:
     """A folder on this machine: the embedded model, a path, or a download.
 
     A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; offline
@@ -43,7 +48,6 @@ def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     import huggingface_hub
 
     hub_id, _, revision = name.partition("@")
-    files = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
@@ -55,6 +59,22 @@ def resolve(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
             f"fetched from the Hugging Face hub: {error}"
         ) from error
+
+
+def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
+    """A folder with the `config.json` of a model, its weights perhaps not there.
+
+    Those of the recipes ship with pfjax; others are fetched from the hub.
+
+    Raises:
+      ValueError: as `resolve` does.
+    """
+    name = os.fspath(path_or_hub_id)
+    assets = pathlib.Path(str(importlib.resources.files("pfjax") / "assets"))
+    shipped = assets / name.partition("@")[0].replace("/", "--")
+    if name.count("/") == 1 and (shipped / "config.json").is_file():
+        return shipped
+    return resolve(name, files=["config.json", "generation_config.json"])
 
 
 def load(

@@ -176,14 +176,17 @@ def _local_backward(hidden, head, targets, where, log_total, gradient):
             d_states = lax.psum(d_states, replicas)
         if c.of_tokens:
             d_states = lax.psum_scatter(d_states, c.of_tokens, tiled=True)
-        d_hidden = d_hidden.at[at].set(d_states.astype(hidden.dtype), mode="drop")
+        d_hidden = d_hidden.at[at].set(d_states, mode="drop")
         return d_hidden, d_head + dot("mv,md->vd", d_logits, states)
 
-    empty = jnp.zeros_like(c.hidden), jnp.zeros(head.shape, jnp.float32)
+    # Both in float32: cast inside of the loop, XLA would add the parts of devices in
+    # bfloat16.
+    empty = jnp.zeros(c.hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
     d_hidden, d_head = lax.fori_loop(0, c.count, body, empty)
     others = tuple(a for a in sharding.axes_of("batch") if a not in c.over)
     d_head = lax.psum(d_head, others) if others else d_head
-    return d_hidden.reshape(hidden.shape), d_head.astype(head.dtype)
+    d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
+    return d_hidden, d_head.astype(head.dtype)
 
 
 def logits(

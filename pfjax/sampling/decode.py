@@ -156,6 +156,7 @@ def prefill(
       length: new lengths of all lanes.
     """
 
+    @jax.named_scope("rollout")
     def local(draw, prompts, tokens, positions, segment_ids, lane, length):
         new = []
 
@@ -200,6 +201,7 @@ def decode(
             some = (slots.sample < n).any() | (slots.begun < queue.ready).any()
             return (i < queue.steps[0]) & some
 
+        @jax.named_scope("rollout")
         def body(carry):
             i, slots, cache, results = carry
             slots = _begin(s, queue, slots, columns)

@@ -25,6 +25,10 @@ _SMALLEST = 4
 _NARROWEST = 128
 
 
+class NoRoom(ValueError):
+    """Not even one sample fits in the memory of a device."""
+
+
 def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> int:
     """Bytes that the keys and values of one token take on one device.
 
@@ -107,7 +111,7 @@ def most_slots(
     """Slots of one part of the batch: as many as there are samples, if memory lasts.
 
     Raises:
-      ValueError: if not even one sample fits.
+      NoRoom: if not even one sample fits.
     """
     num_samples = num_prompts * samples_per_prompt
     for slots in [*ladder(num_samples, "xla"), 3, 2, 1]:
@@ -123,7 +127,7 @@ def most_slots(
         need += slots * config.vocab_size * _LOGITS_BYTES // tensor
         if need <= _SHARE * free_bytes:
             return slots
-    raise ValueError(
+    raise NoRoom(
         f"one sample of {width} tokens needs {need / 1e9:.2f} GB and "
         f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens or raise mesh.tensor"
     )

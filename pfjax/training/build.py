@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from pfjax import packing, sharding
 from pfjax.policy import (
@@ -22,6 +22,7 @@ from pfjax.policy import (
 )
 from pfjax.sampling import slots
 from pfjax.training import checks, data, optim, step
+from pfjax.types import OldScores, PackedBatch
 
 
 class Programs(NamedTuple):
@@ -59,7 +60,7 @@ def programs(
     config: ml_collections.FrozenConfigDict,
     base_config: model.ModelConfig,
     longest_prompt: int,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> Programs:
     """The programs of a config for the devices of `mesh`, which need not be here.
 
@@ -67,13 +68,13 @@ def programs(
       config: of the run.
       base_config: of the checkpoint.
       longest_prompt: in tokens.
-      mesh: current, see `jax.set_mesh`.
+      mesh: not current (see `jax.set_mesh`) if its devices are not here.
     """
     base_config = dataclasses.replace(
         base_config, dtype=config.dtype, attention=config.attention
     )
     axes, shapes = model.logical_axes(base_config), model.abstract_params(base_config)
-    base = _placed(shapes, sharding.tree_shardings(mesh, axes, shapes), config.dtype)
+    base = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), config.dtype)
     policy_config = base_config
     if config.lora.rank:
         policy_config = dataclasses.replace(
@@ -81,7 +82,7 @@ def programs(
         )
         axes = lora.select(model.logical_axes(policy_config))
         shapes = lora.select(model.abstract_params(policy_config))
-    trained = _placed(shapes, sharding.tree_shardings(mesh, axes, shapes), "float32")
+    trained = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), "float32")
     optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
     state = _abstract_state(trained, policy_config, optimizer, mesh)
     step_config = step.StepConfig(
@@ -121,6 +122,39 @@ def programs(
     )
 
 
+def abstract_batch(
+    made: Programs, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[PackedBatch, OldScores, Any]:
+    """Shapes of what an update is given: rows, scores from before, their number."""
+    m, b, t, n = made.micro_batches, made.rows, config.row_length, made.row_slots
+    whole = sharding.replicated(mesh)
+
+    def array(last: int, dtype: str, where: NamedSharding | None = None) -> Any:
+        split = NamedSharding(
+            mesh, sharding.spec(mesh, (None, "batch", None), (m, b, 1))
+        )
+        return jax.ShapeDtypeStruct((m, b, last), dtype, sharding=where or split)
+
+    batch = PackedBatch(
+        tokens=array(t, "int32"),
+        positions=array(t, "int32"),
+        segment_ids=array(t, "int32"),
+        is_response=array(t, "bool"),
+        length=array(n, "int32"),
+        psi=array(n, "float32"),
+        prompt_index=array(n, "int32"),
+        is_real=array(n, "bool"),
+    )
+    has_old = config.updates_per_rollout > 1
+    old = OldScores(
+        log_p_base=array(t, "float32", whole),
+        log_p_old=array(t, "float32", whole) if has_old else None,
+        is_on_policy=jax.ShapeDtypeStruct((m,), bool) if has_old else None,
+        log_z=array(n, "float32", whole) if config.log_z == "group" else None,
+    )
+    return batch, old, jax.ShapeDtypeStruct((), "int32")
+
+
 def build(
     config: ml_collections.FrozenConfigDict, mesh: Mesh
 ) -> tuple[Run, step.TrainState]:
@@ -139,6 +173,7 @@ def build(
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     checks.check_lengths(config, longest, base_config.max_positions)
     made = programs(config, base_config, longest, mesh)
+    checks.check_attention(made.base_config, mesh)
 
     policy = hf.load(source, mesh)
     trained = policy.params
@@ -151,7 +186,7 @@ def build(
     if config.base_memory == "host":
         to_host = lambda x: x.sharding.with_memory_kind("pinned_host")
         base = jax.device_put(base, jax.tree.map(to_host, base))
-    state = _first_state(made, trained, config.seed, mesh)
+    state = first_state(made, trained, config.seed, mesh)
     run = Run(
         config=config,
         mesh=mesh,
@@ -188,7 +223,7 @@ def policy_of(run: Run, state: step.TrainState) -> model.Policy:
     return model.Policy(run.programs.step_config.model, params)
 
 
-def _placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
+def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
     """Shapes with the places that arrays of them shall have."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
@@ -205,13 +240,14 @@ def _abstract_state(
     trained: model.Params,
     config: model.ModelConfig,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
 ) -> step.TrainState:
     """Shapes and shardings of all that an update changes."""
     everywhere = sharding.replicated(mesh)
-    replicated = lambda tree: _placed(tree, jax.tree.map(lambda _: everywhere, tree))
-    head = functools.partial(partition.init_params, config.embed_dim)
-    head = jax.eval_shape(head, jax.random.key(0))
+    replicated = lambda tree: placed(tree, jax.tree.map(lambda _: everywhere, tree))
+    head = jax.eval_shape(
+        lambda: partition.init_params(config.embed_dim, jax.random.key(0))
+    )
     params = {"policy": trained, "log_z": replicated(head)}
     # Each group's chain holds a MaskedNode in place of the other group.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -226,10 +262,10 @@ def _abstract_state(
         is_leaf=is_masked,
     )
     start = replicated(jax.ShapeDtypeStruct((), jnp.int32))
-    return step.TrainState(start, params, _placed(moments, where))
+    return step.TrainState(start, params, placed(moments, where))
 
 
-def _first_state(
+def first_state(
     made: Programs, trained: model.Params, seed: int, mesh: Mesh
 ) -> step.TrainState:
     """The state before the first update."""
@@ -255,15 +291,8 @@ def describe(run: Run) -> str:
         f"{c.samples_per_prompt} samples = {responses} responses a step, "
         f"{c.updates_per_rollout} update(s) of at most {made.micro_batches} micro-"
         f"batches of {made.rows} x {c.row_length} tokens\n"
-        f"attention: {attention_of(m)}; layers computed again: {c.remat}\n"
+        f"attention: {attention.chosen(m.attention, m.head_dim, m.dtype)}; layers computed again: {c.remat}\n"
         f"rollouts: {run.rollout_plan}\n"
         f"{len(run.train.tokens)} training prompts, "
         f"{len(run.eval.tokens) if run.eval else 0} for evaluation"
     )
-
-
-def attention_of(config: model.ModelConfig) -> str:
-    """The back end that attention over packed rows uses on the current mesh."""
-    if config.attention != "auto":
-        return config.attention
-    return attention.default_backend(config.head_dim, config.dtype)

@@ -89,6 +89,8 @@ def _loop(
     writer = metrics.Writer(folder, start or -1, config.wandb_project)
     progress = metrics.Progress(start, config.num_steps, config.log_every)
     progress.note(build.describe(run))
+    compilations = metrics.Compilations()
+    profiler = metrics.Profiler(folder / "profile", *config.profile_steps)
     if start:
         progress.note(f"continuing {folder} after step {start}")
 
@@ -107,7 +109,13 @@ def _loop(
             writer.write(0, evaluate(0))
         for number in range(start + 1, config.num_steps + 1):
             is_last = number == config.num_steps
-            state, cursor, values = _step(run, state, cursor, number)
+            with profiler.step(number):
+                state, cursor, values = _step(run, state, cursor, number)
+            values["time/compile"], made, found = compilations.take()
+            if number == start + 1:
+                progress.note(
+                    f"compiled {made - found} programs, found {found} compiled before"
+                )
             progress.update(number, values)
             if is_last or number % config.eval_every == 0:
                 values |= evaluate(number)
@@ -117,6 +125,8 @@ def _loop(
     finally:
         progress.close()
         writer.close()
+        compilations.close()
+        profiler.close()
     checkpoints.wait()
     policy = build.policy_of(run, state)
     if config.lora.rank:
@@ -135,45 +145,45 @@ def _step(
         run.train, cursor, config.prompts_per_step, config.seed
     )
     prompts = [run.train.tokens[i] for i in chosen]
-    rollout = engine.rollout(
-        build.policy_of(run, state),
-        prompts,
-        config.samples_per_prompt,
-        config.max_new_tokens,
-        config.temperature,
-        config.seed,
-        step=number,
-        prompt_ids=ids,
-        stop_ids=run.stop_ids,
-        prompt_width=run.prompt_width,
-        num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
-    )
-    clock.lap("sample")
+    with clock.part("rollout"):
+        rollout = engine.rollout(
+            build.policy_of(run, state),
+            prompts,
+            config.samples_per_prompt,
+            config.max_new_tokens,
+            config.temperature,
+            config.seed,
+            step=number,
+            prompt_ids=ids,
+            stop_ids=run.stop_ids,
+            prompt_width=run.prompt_width,
+            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
+        )
     responses = _responses(rollout)
     texts = [tokenizer.decode(run.tok, y.tolist()) for y in responses]
     psi = rewards.format_term(texts, config.psi_unboxed)
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(responses)).reshape(len(prompts), -1)
     parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
-    base = build.base_on_devices(run)
-    updates = [
-        _pack_and_score(run, state, base, prompts, responses, psi, part, i == 0)
-        for i, part in enumerate(parts)
-    ]
-    if number == 1 and config.log_z == "head":
-        state = _calibrate(run, state, updates)
-    jax.block_until_ready([u.old for u in updates])
-    del base  # with base_memory=host, room for the update
-    clock.lap("score")
+    with clock.part("base_pass"):
+        base = build.base_on_devices(run)
+        updates = [
+            _pack_and_score(run, state, base, prompts, responses, psi, part, i == 0)
+            for i, part in enumerate(parts)
+        ]
+        if number == 1 and config.log_z == "head":
+            state = _calibrate(run, state, updates)
+        jax.block_until_ready([u.old for u in updates])
+        del base  # with base_memory=host, room for the update
     tables, scalars = [], []
-    for update in updates:
-        state, values, table = run.programs.train_step(
-            state, run.frozen, update.batch, update.old, update.num_micro
-        )
-        tables.append(table)
-        scalars.append(values)
-    values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    clock.lap("update")
+    with clock.part("update"):
+        for update in updates:
+            state, values, table = run.programs.train_step(
+                state, run.frozen, update.batch, update.old, update.num_micro
+            )
+            tables.append(table)
+            scalars.append(values)
+        values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
             raise FloatingPointError(
@@ -185,7 +195,12 @@ def _step(
     warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
     values["lr"] = config.optim.learning_rate * warmed_up
     values |= clock.done()
-    values["perf/tokens_per_s"] = values["num_tokens"] / values["time/step"]
+    values |= metrics.perf_metrics(
+        run.programs.step_config.model,
+        values,
+        np.concatenate([u.prompt_lengths for u in updates]),
+        np.concatenate([u.lengths for u in updates]),
+    )
     del values["loss"]  # tb/loss
     return state, cursor, values
 

@@ -4,14 +4,19 @@ The numbers come from host arrays with one entry a trajectory, so that each can 
 tested on a batch made by hand. Means are over responses unless said otherwise.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from pfjax.policy.model import ModelConfig
+from pfjax.training import cost
 from pfjax.types import Rollout
 
 
@@ -106,6 +111,20 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
         "rollout/logp_gap_max": gaps.max(),
         "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.row_steps,
     }
+
+
+def perf_metrics(
+    config: ModelConfig,
+    times: dict[str, float],
+    prompt_lengths: np.ndarray,
+    lengths: np.ndarray,
+) -> dict[str, float]:
+    """Response tokens a second of the whole step; and, where the peak of the devices is
+    known, the share of it that the base pass and the update reach (see `cost`)."""
+    out = {"perf/tokens_per_s": lengths.sum() / times["time/step"]}
+    flops = cost.update_flops(config, prompt_lengths + lengths, prompt_lengths)
+    mfu = cost.mfu(flops, times["time/base_pass"] + times["time/update"])
+    return out if mfu is None else out | {"perf/mfu": mfu}
 
 
 class Writer:
@@ -217,19 +236,71 @@ class Progress:
 
 
 class Clock:
-    """Seconds of the parts of a step."""
+    """Seconds of the parts of a step, which bear the same names in a profiler's trace."""
 
     def __init__(self):
-        self._begin = self._last = time.perf_counter()
+        self._begin = time.perf_counter()
         self._times: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._times[f"time/{name}"] = now - self._last
-        self._last = now
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        with jax.profiler.TraceAnnotation(name):
+            yield
+        self._times[f"time/{name}"] = time.perf_counter() - begin
 
     def done(self) -> dict[str, float]:
         return self._times | {"time/step": time.perf_counter() - self._begin}
+
+
+class Profiler:
+    """Traces steps from `first` up to but not including `end` (TensorBoard, Perfetto)."""
+
+    def __init__(self, folder: pathlib.Path, first: int, end: int):
+        self._folder, self._steps, self._is_on = folder, range(first, end), False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        if number in self._steps and not self._is_on:
+            jax.profiler.start_trace(self._folder)
+            self._is_on = True
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
+        if number + 1 not in self._steps:
+            self.close()
+
+    def close(self) -> None:
+        if self._is_on:
+            jax.profiler.stop_trace()
+            self._is_on = False
+
+
+class Compilations:
+    """Seconds and number of compilations since it was asked last."""
+
+    def __init__(self):
+        self._seconds, self._found, self._made = 0.0, 0, 0
+        monitoring = jax.monitoring
+        monitoring.register_event_duration_secs_listener(self._on_duration)
+        monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds += seconds
+            self._made += 1
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        self._found += event == "/jax/compilation_cache/cache_hits"
+
+    def take(self) -> tuple[float, int, int]:
+        """Seconds; programs, those found in the cache included; and those found."""
+        out = self._seconds, self._made, self._found
+        self._seconds, self._found, self._made = 0.0, 0, 0
+        return out
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_duration)
+        jax.monitoring.unregister_event_listener(self._on_event)
 
 
 def model_card(config: dict[str, Any], history: list[dict[str, Any]]) -> str:

@@ -130,6 +130,7 @@ def train_step(
     num_trajectories = jnp.sum(batch.is_real).astype(jnp.float32)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
+    @jax.named_scope("update")
     def micro_batch(i, carry):
         loss, grads, table = carry
         part = jax.tree.map(lambda x: x[i], (batch, old))
@@ -166,6 +167,7 @@ def score_step(
 ) -> Float[Array, "m b t"]:
     """Token log-probs of packed rows under a frozen policy, `[M, B, T]`."""
 
+    @jax.named_scope("base_pass")
     def micro_batch(i, out):
         part = jax.tree.map(lambda x: x[i], batch)
         return out.at[i].set(logprobs.packed_log_probs(config, params, part)[0])

@@ -9,11 +9,8 @@ of each pair is what counts: machines drift.
 """
 
 import collections
-import datetime
 import json
 import pathlib
-import platform
-import resource
 import sys
 import time
 
@@ -23,20 +20,23 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from pfjax.policy import hf, logprobs, model, rope
+from pfjax.policy import hf, logprobs, model
 from pfjax.sampling import decode, engine, slots
 from pfjax.types import Rollout
+from tests.benchmarks import common
 from tests.sampling import simple_sampler
 
 Case = collections.namedtuple(
-    "Case", "model prompts samples prompt_lengths max_new_tokens slots stops"
+    "Case", "model dtype prompts samples prompt_lengths max_new_tokens slots stops"
 )
 CASES = {
-    "long_tailed": Case("small", 16, 8, (16, 128), 512, 64, True),
-    "equal": Case("small", 16, 8, (64, 64), 256, None, False),
-    "long_prompts": Case("small", 4, 16, (2048, 2048), 128, None, False),
-    "qwen2_5_1_5b": Case("qwen2_5_1_5b", 32, 8, (128, 512), 1024, 256, False),
-    "custom": Case("small", 16, 8, (16, 128), 512, None, True),
+    "long_tailed": Case("small", "float32", 16, 8, (16, 128), 512, 64, True),
+    "equal": Case("small", "float32", 16, 8, (64, 64), 256, None, False),
+    "long_prompts": Case("small", "float32", 4, 16, (2048, 2048), 128, None, False),
+    "qwen2_5_1_5b": Case(
+        "qwen2_5_1_5b", "bfloat16", 32, 8, (128, 512), 1024, 256, False
+    ),
+    "custom": Case("small", "float32", 16, 8, (16, 128), 512, None, True),
 }
 
 _CASE = flags.DEFINE_enum("case", "long_tailed", list(CASES), "what to measure")
@@ -50,49 +50,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "timed rollouts")
 _SEED = flags.DEFINE_integer("seed", 0, "of prompts and draws")
 _SIMPLE = flags.DEFINE_bool("simple", False, "time the reference sampler too")
 _SCORE = flags.DEFINE_bool("score", False, "compare log-probs with pfjax.score")
-
-
-def random_policy(name: str) -> model.Policy:
-    """Random weights. The small model's tokens are nearly equally likely, so that
-    lengths are geometric with a mean of about the vocabulary."""
-    small = {
-        "vocab_size": 256,
-        "embed_dim": 256,
-        "num_layers": 4,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "mlp_dim": 1024,
-        "max_positions": 4096,
-        "tied_embeddings": False,
-    }
-    qwen2_5_1_5b = {
-        "vocab_size": 151_936,
-        "embed_dim": 1536,
-        "num_layers": 28,
-        "num_heads": 12,
-        "num_kv_heads": 2,
-        "head_dim": 128,
-        "mlp_dim": 8960,
-        "max_positions": 32_768,
-        "tied_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    config = model.ModelConfig(
-        **{"small": small, "qwen2_5_1_5b": qwen2_5_1_5b}[name],
-        rope=rope.RopeConfig(theta=1e6),
-        norm_eps=1e-6,
-        qkv_bias=True,
-        stop_ids=(1,),
-    )
-
-    def init(key):
-        params = model.init_params(config, key)
-        if "head" in params:
-            params["head"] = 0.3 * params["head"]
-        return jax.tree.map(lambda x: x.astype(config.dtype), params)
-
-    return model.Policy(config, jax.jit(init)(jax.random.key(0)))
 
 
 def make_prompts(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
@@ -162,12 +119,11 @@ def bandwidth() -> float:
     return 2 * x.nbytes / best
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {f.__name__: float(f(values)) for f in (np.median, min, max)}
-
-
 def measure(case: Case) -> dict:
-    policy = hf.load(_MODEL.value) if _MODEL.value else random_policy(case.model)
+    if _MODEL.value:
+        policy = hf.load(_MODEL.value)
+    else:
+        policy = common.random_policy(case.model, case.dtype)
     config = policy.config
     prompts = make_prompts(case, config.vocab_size, _SEED.value)
     kwargs = {
@@ -212,10 +168,6 @@ def measure(case: Case) -> dict:
             if name == "ours":
                 waste.append(1 - tokens / rollout.row_steps)
                 steady = seconds
-    device = jax.devices()[0]
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if peak is None:  # in KiB on Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     moved, least = bytes_a_token(lambda: ours(_SEED.value), plan, config, prompts)
     copied = bandwidth()
     out = {
@@ -226,10 +178,10 @@ def measure(case: Case) -> dict:
         "backend": plan.backend,
         "cache_dtype": plan.cache_dtype,
         "cache_mb": plan.cache_bytes / 1e6,
-        "tokens_per_s": summary(rates["ours"]),
+        "tokens_per_s": common.summary(rates["ours"]),
         "compile_s": first["ours"] - steady,
-        "waste": summary(waste),
-        "peak_memory_mb": peak / 1e6,
+        "waste": common.summary(waste),
+        "peak_memory_mb": common.peak_memory_mb(),
         "kb_per_token": moved / 1e3,
         "least_kb_per_token": least / 1e3,
         "bandwidth_gb_s": copied / 1e9,
@@ -237,16 +189,11 @@ def measure(case: Case) -> dict:
     }
     if _SIMPLE.value:
         pairs = zip(rates["ours"], rates["simple"], strict=True)
-        out["simple_tokens_per_s"] = summary(rates["simple"])
-        out["ratio"] = summary([a / b for a, b in pairs])
+        out["simple_tokens_per_s"] = common.summary(rates["simple"])
+        out["ratio"] = common.summary([a / b for a, b in pairs])
     if _SCORE.value:
         out["logp_gap_max"] = logp_gap(policy, prompts, ours(_SEED.value))
-    return out | {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    return out | common.machine()
 
 
 def logp_gap(policy: model.Policy, prompts: list[list[int]], r: Rollout) -> float:
@@ -264,12 +211,6 @@ def logp_gap(policy: model.Policy, prompts: list[list[int]], r: Rollout) -> floa
     return float(max(gaps))
 
 
-def _rounded(x):
-    if isinstance(x, dict):
-        return {k: _rounded(v) for k, v in x.items()}
-    return float(f"{x:.4g}") if isinstance(x, float) else x
-
-
 def main(_) -> None:
     case = CASES[_CASE.value]
     given = {
@@ -280,7 +221,7 @@ def main(_) -> None:
         "slots": _SLOTS.value,
     }
     case = case._replace(**{k: v for k, v in given.items() if v is not None})
-    print(json.dumps(_rounded(measure(case))), flush=True)
+    print(json.dumps(common.rounded(measure(case))), flush=True)
 
 
 if __name__ == "__main__":

@@ -238,11 +238,11 @@ def test_back_end_of_the_devices_of_the_mesh(
         abstract_device=device,
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        assert attention.default_backend(head_dim, "bfloat16") == want
+        assert attention.chosen("auto", head_dim, "bfloat16") == want
         if want == "cudnn":  # not for float32, nor where JAX computed it wrongly
-            assert attention.default_backend(head_dim, "float32") == "triton"
+            assert attention.chosen("auto", head_dim, "float32") == "triton"
             monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-            assert attention.default_backend(head_dim, "bfloat16") == "triton"
+            assert attention.chosen("auto", head_dim, "bfloat16") == "triton"
 
 
 def test_packed_rows_have_contiguous_segments(rng):

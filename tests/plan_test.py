@@ -1,0 +1,233 @@
+"""Plans: compiled for TPUs and fitting, their traffic as expected, estimates near."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import pytest
+
+from pfjax.policy import hf, hf_config
+from pfjax.training import ahead, cost
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _config(name, **changes):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return ml_collections.FrozenConfigDict(config)
+
+
+def _base(config):
+    return hf_config.read(hf.resolve_config(config.model))
+
+
+def _plan(config, topology, can_compile):
+    return ahead.plan(config, _base(config), topology, 1024, can_compile)
+
+
+def _collectives(plan, phase):
+    return {(x["kind"], x["axes"]) for x in plan["collectives"] if x["phase"] == phase}
+
+
+def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh):
+    config = _config("qwen2_5_math_1_5b")
+    plan = _plan(config, "v5e:4x4", can_compile=True)
+    assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
+    state = plan["memory_gib"]["state"]
+    # 1.54 G parameters: 4 bytes, twice 4, and 2, over 16 devices.
+    assert state["parameters"] == pytest.approx(1.54e9 * 4 / 16 / cost.GIB, rel=0.05)
+    assert state["optimizer"] == pytest.approx(2 * state["parameters"], rel=0.05)
+    assert state["base"] == pytest.approx(state["parameters"] / 2, rel=0.05)
+    # A prototype took 2.9 GB of temporaries for 4,096 tokens a device.
+    assert plan["memory_gib"]["phases"]["update"]["temporaries"] < 2.9
+    # Decoding exchanges nothing: every device has whole weights.
+    assert not _collectives(plan, "rollout")
+    assert {axes for _, axes in _collectives(plan, "update")} == {"fsdp"}
+    for x in plan["collectives"]:
+        # Weights of layers are gathered in bfloat16, one layer at a time; the largest
+        # is that of an MLP, 1,536 x 8,960. The embedding stays where it is.
+        if x["kind"] == "all-gather":
+            dtype, _, shape = x["largest"].rstrip("]").partition("[")
+            size = 1
+            for n in shape.split(","):
+                size *= int(n)
+            assert dtype == "bf16" and size <= 1536 * 8960, x
+    # Gathered once a pass: base, policy, and again for the gradient.
+    layers = 2 * 1.31e9 * 15 / 16 * plan["micro_batches"] / 1e9
+    gathered = {
+        phase: sum(
+            x["gb"]
+            for x in plan["collectives"]
+            if x["phase"] == phase and x["kind"] == "all-gather"
+        )
+        for phase in ("score", "update")
+    }
+    assert layers <= gathered["score"] <= 1.6 * layers
+    assert 2 * layers <= gathered["update"] <= 1.6 * 2 * layers
+
+
+@pytest.mark.parametrize(
+    "topology, changes",
+    [("v5p:2x2x2", {}), ("v6e:4x4", {"mesh.tensor": 2})],
+)
+def test_7b_compiles_and_fits(tpu_mesh, topology, changes):
+    plan = _plan(_config("qwen2_5_math_7b", **changes), topology, can_compile=True)
+    assert plan["compiled"] and plan["fits"], plan["memory_gib"]
+    axes = {axes for _, axes in _collectives(plan, "update")}
+    assert {"fsdp"} <= axes <= {"fsdp", "tensor", "fsdp+tensor"}
+    assert bool(_collectives(plan, "rollout")) == ("mesh.tensor" in changes)
+    estimate = _plan(_config("qwen2_5_math_7b", **changes), topology, False)
+    for phase in ("score", "update"):
+        got, want = (
+            sum(x["memory_gib"]["phases"][phase].values()) for x in (estimate, plan)
+        )
+        assert got == pytest.approx(want, rel=0.5), phase
+    for name, x in plan["memory_gib"]["state"].items():
+        assert estimate["memory_gib"]["state"][name] == pytest.approx(x)
+
+
+def test_estimates_follow_the_settings():
+    small = {"rows": 1, "remat": "full"}
+    total = {}
+    for name, changes in {
+        "small": small,
+        "rows": {**small, "rows": 8},
+        "dots": {**small, "remat": "dots"},
+        "half": {**small, "optim.mu_dtype": "bfloat16"},
+        "host": {**small, "base_memory": "host"},
+        "adapters": {**small, "lora.rank": 16},
+    }.items():
+        config = _config("qwen2_5_math_7b", **changes)
+        plan = _plan(config, "h100:8", can_compile=False)
+        assert not plan["compiled"]
+        total[name] = plan["memory_gib"]
+    update = lambda name: total[name]["phases"]["update"]["temporaries"]
+    state = lambda name: sum(total[name]["state"].values())
+    assert update("small") < update("dots") < update("rows")
+    # 7.6 G parameters over 8 devices: 2 bytes of the moment, 2 of the base.
+    assert state("small") - state("half") == pytest.approx(
+        7.6 / 8 * 2 / 1.074, rel=0.02
+    )
+    assert state("small") - state("host") == pytest.approx(
+        7.6 / 8 * 2 / 1.074, rel=0.02
+    )
+    assert state("adapters") < 1.1 * state("small") / 7  # the base, and little more
+
+
+def test_prompts_that_leave_devices_idle_are_noted():
+    plan = _plan(_config("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False)
+    assert (
+        "32 prompts over 64 parts of the batch leave 50% of the devices idle"
+        in (plan["notes"][0])
+    )
+
+
+def test_what_does_not_fit_says_what_would(tpu_mesh):
+    config = _config("qwen2_5_math_7b")
+    plan = _plan(config, "v5e:4x4", can_compile=True)
+    assert not plan["fits"] and "one sample of" in plan["error"]
+    advice = ahead.advice(config, _base(config), "v5e:4x4", 1024)
+    assert advice.startswith("it would fit with --config.")
+    flags = dict(
+        x.removeprefix("--config.").split("=") for x in advice.split() if "=" in x
+    )
+    changes = {k: int(v) if v.isdigit() else v for k, v in flags.items()}
+    assert _plan(_config("qwen2_5_math_7b", **changes), "v5e:4x4", False)["fits"]
+
+
+def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15G\n"
+        )
+
+    monkeypatch.setattr(ahead, "_compiled", refuse)
+    monkeypatch.setattr(ahead, "tpu_mesh", lambda *_, **k: jax.make_mesh(
+        (1, 8, 1), ("data", "fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    ))  # fmt: skip
+    plan = _plan(_config("qwen2_5_math_1_5b"), "v5e:2x4", can_compile=True)
+    assert not plan["fits"] and "Used 20G of 15G" in plan["error"]
+
+
+def _run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "pfjax.plan", *args],
+        capture_output=True,
+        check=False,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_door_says_how_it_knows_and_exits_by_what_fits():
+    config = "--config=configs/qwen2_5_math_7b.py"
+    done = _run(config, "--topology=h200:8")
+    assert done.returncode == 0, done.stderr
+    assert "estimated from shapes: no compiler for these devices here" in done.stdout
+    for word in (
+        "parameters",
+        "optimizer",
+        "base",
+        "caches",
+        "fits",
+        "PFLOP",
+        "tokens/s",
+    ):
+        assert word in done.stdout
+    done = _run(config, "--topology=h100:1", "--json")
+    assert done.returncode == 1
+    plan = json.loads(done.stdout)
+    assert not plan["fits"] and plan["advice"]
+    done = _run(config, "--all")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()[2:] if line}
+    assert "does not fit" in lines["v5e:2x2"] and "does not fit" not in lines["h200:8"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--topology=v9:2x2"], "give KIND:GRID for TPUs"),
+        ([], "give --topology=NAME or --all"),
+        (
+            ["--topology=h200:8", "--config.mesh.tensor=3"],
+            "does not cover the 8 devices",
+        ),
+        (
+            ["--topology=h200:8", "--config.mesh.tensor=8"],
+            "heads of size 28 does not divide",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(args, message):
+    done = _run("--config=configs/qwen2_5_math_7b.py", *args)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5_1_5b", "qwen2_5_math_7b", "llama3_2_3b_instruct"]
+)
+def test_shapes_of_recipes_are_at_hand(name):
+    """Parameters of the models, as their cards give them."""
+    base = _base(_config(name))
+    from pfjax.policy import model
+
+    size = sum(x.size for x in jax.tree.leaves(model.abstract_params(base)))
+    known = {
+        "qwen2_5_1_5b": 1.54e9,
+        "qwen2_5_math_7b": 7.62e9,
+        "llama3_2_3b_instruct": 3.21e9,
+    }
+    assert size == pytest.approx(known[name], rel=0.005)
+    assert dataclasses.is_dataclass(base)
