@@ -104,7 +104,7 @@ def _manual(mesh: Mesh | AbstractMesh) -> set[str]:
 
 
 def tree_shardings(
-    mesh: Mesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
+    mesh: Mesh | AbstractMesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
 ) -> Any:
     """Shardings of a tree of parameters from their logical axes and shapes."""
     return jax.tree.map(
@@ -112,7 +112,7 @@ def tree_shardings(
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 

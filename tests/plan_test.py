@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -43,40 +44,37 @@ def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh):
     assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
     state = plan["memory_gib"]["state"]
     # 1.54 G parameters: 4 bytes, twice 4, and 2, over 16 devices.
-    assert state["parameters"] == pytest.approx(1.54e9 * 4 / 16 / cost.GIB, rel=0.05)
-    assert state["optimizer"] == pytest.approx(2 * state["parameters"], rel=0.05)
-    assert state["base"] == pytest.approx(state["parameters"] / 2, rel=0.05)
+    split, log_z = 1.544e9 / 16 / cost.GIB, 2 * 1536**2 / cost.GIB
+    assert state["parameters"] == pytest.approx(4 * (split + log_z), rel=0.01)
+    assert state["optimizer"] == pytest.approx(8 * (split + log_z), rel=0.01)
+    assert state["base"] == pytest.approx(2 * split, rel=0.01)
     # A prototype took 2.9 GB of temporaries for 4,096 tokens a device.
     assert plan["memory_gib"]["phases"]["update"]["temporaries"] < 2.9
     # Decoding exchanges nothing: every device has whole weights.
     assert not _collectives(plan, "rollout")
     assert {axes for _, axes in _collectives(plan, "update")} == {"fsdp"}
+    # Weights are gathered in bfloat16, an array of a layer at a time, the largest that
+    # of an MLP, 1,536 x 8,960; as a ring of shifts where it overlaps with products. Of
+    # activations, only chunks of states and the rows of the embedding travel.
     for x in plan["collectives"]:
-        # Weights of layers are gathered in bfloat16, one layer at a time; the largest
-        # is that of an MLP, 1,536 x 8,960. The embedding stays where it is.
-        if x["kind"] == "all-gather":
+        if x["kind"] in ("all-gather", "collective-permute"):
             dtype, _, shape = x["largest"].rstrip("]").partition("[")
-            size = 1
-            for n in shape.split(","):
-                size *= int(n)
-            assert dtype == "bf16" and size <= 1536 * 8960, x
-    # Gathered once a pass: base, policy, and again for the gradient.
-    layers = 2 * 1.31e9 * 15 / 16 * plan["micro_batches"] / 1e9
-    gathered = {
-        phase: sum(
-            x["gb"]
-            for x in plan["collectives"]
-            if x["phase"] == phase and x["kind"] == "all-gather"
-        )
+            size = math.prod(int(n) for n in shape.split(","))
+            assert (dtype, size <= 1536 * 8960) == ("bf16", True), x
+    # Once a pass: of the base, of the policy, and again for the gradient, which then is
+    # summed over devices.
+    weights = 2 * 1.31e9 * 15 / 16 * plan["micro_batches"] / 1e9
+    sent = {
+        phase: sum(x["gb"] for x in plan["collectives"] if x["phase"] == phase)
         for phase in ("score", "update")
     }
-    assert layers <= gathered["score"] <= 1.6 * layers
-    assert 2 * layers <= gathered["update"] <= 1.6 * 2 * layers
+    assert weights <= sent["score"] <= 1.5 * weights
+    assert 3 * weights <= sent["update"] <= 1.5 * 3 * weights
 
 
 @pytest.mark.parametrize(
     "topology, changes",
-    [("v5p:2x2x2", {}), ("v6e:4x4", {"mesh.tensor": 2})],
+    [("v5p:2x2x2", {}), ("v6e:4x4", {})],
 )
 def test_7b_compiles_and_fits(tpu_mesh, topology, changes):
     plan = _plan(_config("qwen2_5_math_7b", **changes), topology, can_compile=True)
@@ -114,10 +112,10 @@ def test_estimates_follow_the_settings():
     assert update("small") < update("dots") < update("rows")
     # 7.6 G parameters over 8 devices: 2 bytes of the moment, 2 of the base.
     assert state("small") - state("half") == pytest.approx(
-        7.6 / 8 * 2 / 1.074, rel=0.02
+        7.6 / 8 * 2 / 1.074, rel=0.05
     )
     assert state("small") - state("host") == pytest.approx(
-        7.6 / 8 * 2 / 1.074, rel=0.02
+        7.6 / 8 * 2 / 1.074, rel=0.05
     )
     assert state("adapters") < 1.1 * state("small") / 7  # the base, and little more
 

@@ -15,14 +15,14 @@ from pfjax.training import metrics
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _train(*args):
+def _train(*args, **env):
     return subprocess.run(
         [sys.executable, "-m", "pfjax.train", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
     )
 
 
@@ -93,6 +93,24 @@ def _all_logits(policy, ids):
         np.ones_like(ids),
     )
     return logprobs.logits(hidden, model.head_weight(policy.params))[0]
+
+
+def test_second_start_finds_its_programs_compiled(tmp_path):
+    counts = []
+    for name in ("first", "second"):
+        done = _train(
+            "--config=configs/smoke.py",
+            f"--workdir={tmp_path / name}",
+            "--config.num_steps=1",
+            JAX_COMPILATION_CACHE_DIR="",
+            XDG_CACHE_HOME=str(tmp_path / "cache"),
+        )
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"compiled (\d+) programs, found (\d+)", done.stdout)
+        counts.append([int(x) for x in found.groups()])
+    assert (tmp_path / "cache/pfjax/compiled").is_dir()
+    (first, _), (again, found) = counts
+    assert first > 20 and again == 0 and found >= first, counts
 
 
 def test_trajectory_level_matching_collapses(tmp_path):

@@ -206,7 +206,11 @@ class Transformer(nnx.Module):
         remat: str = "none",
     ) -> tuple[Float[Array, "b t d"], KeyValue]:
         c = self.config
-        x = self.embed[...].astype(c.dtype)[tokens]
+        # Looked up in a table split along D, where a tied one is not: of one split along
+        # V every device would compute the rows of all. And cast after: the gradients of
+        # a frequent token are summed in float32.
+        table = sharding.constrain(self.embed[...], None, "embed")
+        x = table[tokens].astype(c.dtype)
         x = sharding.constrain(x, "batch", None, None)
         angles = rope.angles(c.rope, c.head_dim, positions)
         graphdef, layers = nnx.split(self.blocks)

@@ -56,8 +56,8 @@ def use_compilation_cache() -> None:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         folder = root / "pfjax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Small programs too: a run has dozens.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Small programs too: a run has many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextlib.contextmanager

@@ -100,8 +100,11 @@ def _loops_around(
             for how, callees in called:
                 times, loops = 1, 0
                 if how == "body":
+                    names = dict(called)
                     trips = _trips(
-                        line, computations.get(dict(called)["condition"][1:])
+                        line,
+                        computations.get(names["condition"].lstrip("%"), []),
+                        computations.get(names["body"].lstrip("%"), []),
                     )
                     times, loops = (trips, 0) if trips else (1, 1)
                 for callee in re.findall(r"[\w.\-]+", callees):
@@ -119,20 +122,37 @@ def _loops_around(
     return around, fused
 
 
-def _trips(line: str, condition: list[str] | None) -> int | None:
-    """Of a loop: as the compiler says, or as its condition compares; else None."""
+def _trips(line: str, condition: list[str], body: list[str]) -> int | None:
+    """Of a loop: as the compiler says, or as it counts up to a constant; else None."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
-    constants = {}
-    for x in condition or ():
-        constant = re.search(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", x)
-        if constant:
-            constants[constant[1]] = int(constant[2])
-        end = re.search(r"ROOT .* compare\(\S+, %?([\w.\-]+)\), direction=LT", x)
-        if end:
-            return constants.get(end[1])
-    return None
+    end = None
+    for x in condition:
+        compared = re.search(r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\)", x)
+        if compared and "direction=LT" in x:
+            end = _constants(condition).get(compared[2])
+            counter = re.escape(compared[1])
+    if end is None:
+        return None
+    # The counter is an element of what the body returns: by how much does it grow?
+    at = re.search(rf"%?{counter} = .*index=(\d+)", "\n".join(condition))
+    root = next((x for x in body if "ROOT" in x and " tuple(" in x), "")
+    elements = re.findall(
+        r"%([\w.\-]+)", root.rpartition(" tuple(")[2].partition(")")[0]
+    )
+    if at is None or int(at[1]) >= len(elements):
+        return end
+    name = re.escape(elements[int(at[1])])
+    grows = re.search(rf"%{name} = \S+ add\(\S+, %?([\w.\-]+)\)", "\n".join(body))
+    return end // (_constants(body).get(grows[1], 1) if grows else 1)
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    found = (
+        re.search(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)", x) for x in lines
+    )
+    return {x[1]: int(x[2]) for x in found if x}
 
 
 def _array(dtype: str, dims: str) -> tuple[str, tuple[int, ...], int]:

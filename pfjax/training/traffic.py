@@ -71,9 +71,10 @@ def temporaries(
     chunk = min(logprobs.CHUNK, tokens) * mesh.shape["fsdp"]
     vocab = c.vocab_size / (mesh.shape["fsdp"] * tensor)
     logits = 4 * chunk * vocab + 2 * chunk * c.embed_dim
-    total = 2 * _layer_bytes(c, tensor) + 2 * tokens * layer
+    total = tokens * layer  # about half of it lives at once
     if is_update:
-        total *= 2  # values and their gradients
+        # Values and their gradients, and the weights of a layer and of the next.
+        total = 2 * (2 * tokens * layer + 2 * _layer_bytes(c, tensor))
         total += 2 * tokens * c.num_layers * stored[config.remat]
         total += 2 * bytes_of(made.state.params)  # the sum of gradients, and a new one
         logits *= 2
@@ -140,7 +141,7 @@ class Traffic:
         return max(
             samples * self.response_tokens / plan.slots,
             # The longest response is drawn alone at the end.
-            min(3 * self.response_tokens, config.max_new_tokens),
+            float(min(3 * self.response_tokens, config.max_new_tokens)),
         )
 
     def _decoded(self, weights: int) -> float:

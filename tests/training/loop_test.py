@@ -1,14 +1,18 @@
 """The whole trainer: where it ends, that it resumes, what it refuses."""
 
+import collections
+import gzip
 import json
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
 
 from configs import default
-from pfjax.policy import hf, logprobs
-from pfjax.training import loop, metrics
+from pfjax import sharding
+from pfjax.policy import attention, hf, logprobs
+from pfjax.training import build, cost, loop, metrics
 from tests.conftest import (
     all_responses,
     length_aware_target,
@@ -112,6 +116,7 @@ def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
     row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert row["rollout/logp_gap_max"] < 1e-5
     # Only the first of the three updates is on policy: the mean weight is not 1.
+    # (That its own are exactly 1 is shown in step_test.)
     assert 0.8 < row["is/w_mean"] != 1.0
     config.updates_per_rollout = 1
     loop.train_and_evaluate(config, str(tmp_path / "once"))
@@ -225,3 +230,61 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("[0-9]*")] == ["1"]
     assert [r["step"] for r in _deterministic(tmp_path / "run")] == [0, 1]
+
+
+def test_a_base_that_waits_in_host_memory_changes_nothing(config, tmp_path):
+    config.num_steps = config.checkpoint_every = 2
+    loop.train_and_evaluate(config, str(tmp_path / "device"))
+    config.base_memory = "host"
+    loop.train_and_evaluate(config, str(tmp_path / "host"))
+    assert _deterministic(tmp_path / "host") == _deterministic(tmp_path / "device")
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        run, _ = build.build(ml_collections.FrozenConfigDict(config), mesh)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(run.base)}
+        on_devices = jax.tree.leaves(build.base_on_devices(run))
+    assert kinds == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in on_devices} == {"device"}
+
+
+def test_profile_holds_the_parts_of_the_steps_asked_for(config, tmp_path):
+    config.profile_steps = (2, 4)
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    (trace,) = (tmp_path / "run/profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = collections.Counter(e.get("name") for e in events)
+    # Steps 2 and 3.
+    assert names["rollout"] == names["base_pass"] == names["update"] == 2
+    assert {"step"} <= {n.partition("#")[0] for n in names if n}
+    config.profile_steps = (4, 2)
+    with pytest.raises(ValueError, match="first step to trace and the first after"):
+        loop.train_and_evaluate(config, str(tmp_path / "other"))
+
+
+def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(cost.CHIPS, "x", cost.CHIPS["v5e"]._replace(kind="cpu"))
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    for row in rows:
+        parts = [row[f"time/{x}"] for x in ("rollout", "base_pass", "update")]
+        assert 0 < sum(parts) <= row["time/step"]
+        rate = row["num_tokens"] / row["time/step"]
+        assert row["perf/tokens_per_s"] == pytest.approx(rate)
+        assert 0 < row["perf/mfu"] < 1
+    # Everything is compiled in the first step, or nearly: lengths vary.
+    assert rows[0]["time/compile"] > 3 * max(r["time/compile"] for r in rows[1:])
+
+
+def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch):
+    def blind(q, k, v, segment_ids):
+        return attention._plain(q, k, v, 0 * segment_ids)  # sees other segments
+
+    monkeypatch.setitem(attention._BACKENDS, "triton_interpret", blind)
+    config.attention = "triton_interpret"
+    with pytest.raises(
+        RuntimeError, match="triton_interpret attention is wrong on cpu"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    monkeypatch.undo()
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))

@@ -170,6 +170,21 @@ def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy)
         assert (weight >= low - 1e-6).all() and (weight <= high + 1e-6).all()
 
 
+def test_first_update_is_on_policy_to_the_bit_whatever_was_scored(rng, tiny_policy):
+    """Of several updates a rollout: the ratio is 1, as if nothing had been scored."""
+    _, batch, placement, used = _data(rng)
+    want = _run(tiny_policy, batch, used)
+    scored = want[2].log_p + 0.3
+    for is_first in (True, False):
+        flag = np.full(len(scored), is_first)
+        old = OldScores(_base_scores(batch), scored, flag, None)
+        state, scalars, table = _run(tiny_policy, batch, used, old=old)
+        weight = packing.unpack_slots(table.weight, placement)
+        assert (weight == 1.0).all() == is_first
+        if is_first:
+            _assert_same((state.params, scalars), (want[0].params, want[1]), atol=0)
+
+
 def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     log_z = np.full(batch.length.shape, -0.25, np.float32)
@@ -179,14 +194,22 @@ def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
     assert scalars["log_z_grad_norm"] == 0
 
 
-@pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
-)
+SPLITS = [
+    (data, fsdp, tensor)
+    for devices in (1, 2, 4, 8)
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    for tensor in (1, 2, 4)  # as many heads
+    if data * fsdp * tensor == devices
+]
+
+
+@pytest.mark.parametrize("sizes", SPLITS)
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     # 8 rows: as many as the devices that a batch may be split over.
     _, batch, _, used = _data(rng, count=24, rows=8, micro_batches=3)
     want_state, want_scalars, want_table = _run(tiny_policy, batch, used)
-    mesh = sharding.make_mesh(*sizes)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     config = tiny_policy.config
     of_params = sharding.tree_shardings(
         mesh, model.logical_axes(config), tiny_policy.params
@@ -199,7 +222,7 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
         )
         state, scalars, table = _run(spread, put, used, old=old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
-        assert is_split == (sizes[0] < 8)
+        assert is_split == (sizes[1] * sizes[2] > 1)
         _assert_same(scalars, want_scalars)
         _assert_same(table, want_table, atol=2e-5)
         _assert_same(state.params, want_state.params)
