@@ -16,18 +16,15 @@ import sys
 import time
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from pfjax.training import command_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
 _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
 _RESPONSE = flags.DEFINE_integer(
     "response_tokens", None, "mean length of a response; a third of max_new_tokens"
 )
-flags.mark_flag_as_required("config")
 
 # What `--all` looks at; number of devices follows from the name.
 TOPOLOGIES = (
@@ -54,7 +51,7 @@ def main(_: list[str]) -> None:
     from pfjax.policy import hf, hf_config
     from pfjax.training import ahead, checks
 
-    config = _CONFIG.value
+    config = command_line.CONFIG.value
     with command_line.mistakes_in_one_line():
         checks.check_config(config)
         base = hf_config.read(hf.resolve_config(config.model))
@@ -107,7 +104,8 @@ def _print(plan: dict, advice: str | None, seconds: float) -> None:
         return
     print(f"\nrollouts: {plan['rollout_plan']}")
     print(
-        f"\na step of {plan['responses']} responses of {plan['response_tokens']} tokens (assumed)"
+        f"\na step of {plan['responses']} responses, of {plan['response_tokens']} tokens "
+        f"to prompts of {plan['prompt_tokens']} (assumed)"
     )
     print(f"  {'':<12}{'PFLOP':>8}  {'seconds at least':<18}bound by")
     for name, x in plan["phases"].items():
@@ -151,4 +149,4 @@ def _print_all(config, base, response: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parser(_CONFIG))
+    app.run(main, flags_parser=command_line.parse)

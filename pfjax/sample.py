@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 def _sample() -> None:
     import jax
 
-    from pfjax import sharding
+    from pfjax import compilation, sharding
     from pfjax.policy import hf, tokenizer
     from pfjax.sampling import engine, slots, truncation
 
@@ -64,6 +64,7 @@ def _sample() -> None:
     source = hf.resolve(_MODEL.value)
     tok = tokenizer.load(source)
     texts, prompts = _prompts(tok)
+    compilation.use_cache()
     mesh = sharding.make_mesh(tensor=_TENSOR.value)
     on_cpu = jax.devices()[0].platform == "cpu"
     dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")

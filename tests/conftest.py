@@ -20,7 +20,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+# The kernels' tests run on a GPU or TPU too (launch/benchmark.sh).
+jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Many tests compile the same program; the workers of one run of pytest share it.

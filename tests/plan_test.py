@@ -117,7 +117,8 @@ def test_estimates_follow_the_settings():
     assert state("small") - state("host") == pytest.approx(
         7.6 / 8 * 2 / 1.074, rel=0.05
     )
-    assert state("adapters") < 1.1 * state("small") / 7  # the base, and little more
+    # The base alone, beside adapters and the head of log Z'.
+    assert state("adapters") < state("small") / 7 + 0.6
 
 
 def test_prompts_that_leave_devices_idle_are_noted():

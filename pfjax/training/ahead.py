@@ -219,7 +219,7 @@ def _mesh(
         sharding.mesh_sizes(**sizes, devices=devices),
         sharding.MESH_AXES,
         axis_types=(AxisType.Auto,) * 3,
-        abstract_device=AbstractDevice(chip.kind, num_cores=1, platform=platform),
+        abstract_device=AbstractDevice(chip.kinds[0], num_cores=1, platform=platform),
     )
 
 
@@ -297,6 +297,7 @@ def plan(
             "available": chip.memory / cost.GIB,
         },
         "fits": out["error"] is None and found.total <= chip.memory,
+        "prompt_tokens": found.work.prompt_tokens,
         "rollout_plan": str(found.plan),
         "micro_batches": found.micro_batches,
         "phases": {

@@ -3,13 +3,16 @@
 import ast
 import contextlib
 import os
-import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from absl import flags
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+flags.mark_flag_as_required("config")
 
 _WHY_NOT_TRUNCATED = (
     ". Training draws from the whole distribution: the objective assumes that every "
@@ -18,46 +21,28 @@ _WHY_NOT_TRUNCATED = (
 )
 
 
-def parser(config: flags.FlagHolder) -> Callable[[list[str]], list[str]]:
+def parse(argv: list[str]) -> list[str]:
     """A `flags_parser` for absl; a missing file or misspelt setting ends in one line."""
-
-    def parse(argv: list[str]) -> list[str]:
-        # transformers says at import that it has no torch, which nothing here wants.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        try:
-            rest = flags.FLAGS(argv)
-            config.value.to_dict()  # a config that could not be loaded raises here
-        except flags.Error as error:
-            sys.exit(f"error: {error}")
-        except AttributeError as error:  # ml_collections: repr of a name, a suggestion
-            text = str(error)
-            text = str(ast.literal_eval(text)) if text[:1] in "'\"" else text
-            if "get_config" in text:
-                sys.exit("error: --config names a file without a function get_config")
-            is_truncation = re.match(r"\W*(top_k|top_p|min_p|stop_strings)\b", text)
-            text = text.replace("\n", ". ")
-            why = _WHY_NOT_TRUNCATED if is_truncation else ""
-            sys.exit("error: --config has no setting " + text + why)
-        except (OSError, ImportError, SyntaxError) as error:
-            sys.exit(f"error: --config cannot be read: {error}")
-        if len(rest) > 1:
-            sys.exit(f"error: unexpected arguments: {rest[1:]}")
-        return rest
-
-    return parse
-
-
-def use_compilation_cache() -> None:
-    """Compiled programs are kept for the next start, in JAX_COMPILATION_CACHE_DIR or
-    ~/.cache/pfjax/compiled."""
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        folder = root / "pfjax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Small programs too: a run has many.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # transformers says at import that it has no torch, which nothing here wants.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        rest = flags.FLAGS(argv)
+        CONFIG.value.to_dict()  # a config that could not be loaded raises here
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except AttributeError as error:  # ml_collections: repr of a name and a suggestion
+        text = str(error)
+        text = str(ast.literal_eval(text)) if text[:1] in "'\"" else text
+        if "get_config" in text:
+            sys.exit("error: --config names a file without a function get_config")
+        is_truncation = re.match(r"\W*(top_k|top_p|min_p|stop_strings)\b", text)
+        text = text.replace("\n", ". ") + (_WHY_NOT_TRUNCATED if is_truncation else "")
+        sys.exit("error: --config has no setting " + text)
+    except (OSError, ImportError, SyntaxError) as error:
+        sys.exit(f"error: --config cannot be read: {error}")
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected arguments: {rest[1:]}")
+    return rest
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from pfjax import packing, sharding
+from pfjax import compilation, packing, sharding
 from pfjax.evaluation import benchmarks, grading
 from pfjax.policy import hf, lora, model, partition, tokenizer
 from pfjax.sampling import engine, truncation
@@ -89,7 +89,7 @@ def _loop(
     writer = metrics.Writer(folder, start or -1, config.wandb_project)
     progress = metrics.Progress(start, config.num_steps, config.log_every)
     progress.note(build.describe(run))
-    compilations = metrics.Compilations()
+    compilations = compilation.Compilations()
     profiler = metrics.Profiler(folder / "profile", *config.profile_steps)
     if start:
         progress.note(f"continuing {folder} after step {start}")

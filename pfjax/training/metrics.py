@@ -275,34 +275,6 @@ class Profiler:
             self._is_on = False
 
 
-class Compilations:
-    """Seconds and number of compilations since it was asked last."""
-
-    def __init__(self):
-        self._seconds, self._found, self._made = 0.0, 0, 0
-        monitoring = jax.monitoring
-        monitoring.register_event_duration_secs_listener(self._on_duration)
-        monitoring.register_event_listener(self._on_event)
-
-    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self._seconds += seconds
-            self._made += 1
-
-    def _on_event(self, event: str, **_: Any) -> None:
-        self._found += event == "/jax/compilation_cache/cache_hits"
-
-    def take(self) -> tuple[float, int, int]:
-        """Seconds; programs, those found in the cache included; and those found."""
-        out = self._seconds, self._made, self._found
-        self._seconds, self._found, self._made = 0.0, 0, 0
-        return out
-
-    def close(self) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._on_duration)
-        jax.monitoring.unregister_event_listener(self._on_event)
-
-
 def model_card(config: dict[str, Any], history: list[dict[str, Any]]) -> str:
     """README of an exported model: what it is, how it was made, what was measured."""
     evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]

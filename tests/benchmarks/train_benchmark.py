@@ -43,7 +43,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "long_tailed": Case("small", 128, (16, 128), 256, 512, 8, 640, "float32", "none"),
+    "long_tailed": Case(
+        "small", 128, (16, 128), 256, 512, 4, 640, "float32", "attention"
+    ),
     "qwen2_5_1_5b": Case(
         "qwen2_5_1_5b", 64, (64, 256), 1000, 3072, 4, 4096, "bfloat16", "full"
     ),

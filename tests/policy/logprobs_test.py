@@ -44,10 +44,12 @@ def _gradients(f, hidden, head, targets, where):
 
 
 @pytest.mark.parametrize("chunk", [1, 9, 512])  # single, a ragged end, all at once
+@pytest.mark.parametrize("tile", [1, 7, 12, 4096])  # of 24 words; 7 leaves a rest
 def test_values_and_gradients_equal_those_of_the_whole_softmax(
-    data, monkeypatch, chunk
+    data, monkeypatch, chunk, tile
 ):
     monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    monkeypatch.setattr(logprobs, "CPU_TILE", tile)
     got, want = logprobs.token_log_probs(*data), _whole(*data)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -73,6 +75,7 @@ def test_what_is_not_asked_for_is_neither_computed_nor_needed(data, monkeypatch)
 )
 def test_meshes_share_the_vocabulary_and_agree(data, sizes, monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", 3)
+    monkeypatch.setattr(logprobs, "CPU_TILE", 2)  # of 3 words a device, or more
     # Devices hold different numbers of tokens that are asked for.
     where = data[3].at[0].set(False).at[1].set(True)
     data = (*data[:3], where)

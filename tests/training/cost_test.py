@@ -56,6 +56,7 @@ def test_agrees_with_xla(tiny_config):
         ("TPU v5 lite", "v5e"),
         ("TPU v5", "v5p"),
         ("TPU v5p", "v5p"),
+        ("TPU v5e", "v5e"),
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
@@ -68,5 +69,5 @@ def test_devices_by_name(kind, want):
 
 def test_mfu_is_a_share_of_the_peak(monkeypatch):
     assert cost.mfu(1e12, 1.0) is None  # nobody knows the peak of a CPU
-    monkeypatch.setitem(cost.CHIPS, "x", cost.CHIPS["v5e"]._replace(kind="cpu"))
+    monkeypatch.setitem(cost.CHIPS, "x", cost.CHIPS["v5e"]._replace(kinds=("cpu",)))
     assert cost.mfu(8 * 197e12, 2.0) == pytest.approx(0.5)  # 8 devices

@@ -262,7 +262,7 @@ def test_profile_holds_the_parts_of_the_steps_asked_for(config, tmp_path):
 
 
 def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(cost.CHIPS, "x", cost.CHIPS["v5e"]._replace(kind="cpu"))
+    monkeypatch.setitem(cost.CHIPS, "x", cost.CHIPS["v5e"]._replace(kinds=("cpu",)))
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     for row in rows:

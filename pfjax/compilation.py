@@ -1,0 +1,45 @@
+"""Compiled programs: kept for the next start, and counted."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+
+def use_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or ~/.cache/pfjax/compiled."""
+    if not jax.config.jax_compilation_cache_dir:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        folder = root / "pfjax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: a run has many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+class Compilations:
+    """Seconds and number of compilations since it was asked last."""
+
+    def __init__(self):
+        self._seconds, self._found, self._made = 0.0, 0, 0
+        monitoring = jax.monitoring
+        monitoring.register_event_duration_secs_listener(self._on_duration)
+        monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds += seconds
+            self._made += 1
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        self._found += event == "/jax/compilation_cache/cache_hits"
+
+    def take(self) -> tuple[float, int, int]:
+        """Seconds; programs, those found in the cache included; and those found."""
+        out = self._seconds, self._made, self._found
+        self._seconds, self._found, self._made = 0.0, 0, 0
+        return out
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_duration)
+        jax.monitoring.unregister_event_listener(self._on_event)
