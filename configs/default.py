@@ -81,7 +81,16 @@ def get_config() -> ml_collections.ConfigDict:
 
     # Records.
     c.log_every = 1  # steps between plain lines when nobody watches
-    c.checkpoint_every = 50
+    c.checkpoint_every = 40
+    c.keep_best = 1  # checkpoints kept beside the latest two: those with the highest
+    c.best_metric = "eval/avg"  # metric, named up to the "@"
     c.profile_steps = (0, 0)  # steps traced by JAX's profiler: first, and first after
+    # What is watched during a run. A loss that is not finite always stops it.
+    c.guards = ml_collections.ConfigDict()
+    c.guards.action = "stop"  # or "warn", "off": when one of these has lasted
+    c.guards.patience = 10  # steps
+    c.guards.length_floor = 0.25  # mean length under this share of the start's
+    c.guards.truncated_ceiling = 0.99  # at least this share of responses cut
+    c.guards.step_seconds = 3600.0  # after which a stuck step tells where it stands
     c.wandb_project = ""  # needs the extra `wandb`; "" for none
     return c.lock()

@@ -41,10 +41,10 @@ accelerator() {
 }
 
 prepare() {
-  local extras stamp python log free
+  local extras stamp python log free pins=()
   extras=$(printf '%s\n' "$@" "$(accelerator)" | sed '/^$/d' | paste -sd, -)
   # New when the dependencies, the extras, or the place of the checkout change.
-  stamp=$(cat "$ROOT/setup.py" - <<<"$extras $ROOT" | cksum)
+  stamp=$(cat "$ROOT/setup.py" "$ROOT/launch/constraints.txt" - <<<"$extras $ROOT" | cksum)
   PYTHON=$VENV/bin/python
   # Without an accelerator JAX need not look for one: its TPU library, which the tests
   # compile with, complains at length.
@@ -62,7 +62,9 @@ prepare() {
     tail -n 5 "$log" >&2
     fail "could not make a virtual environment; on Debian: apt-get install python3-venv"
   fi
-  if ! "$PYTHON" -m pip install --disable-pip-version-check -e "$ROOT${extras:+[$extras]}" >>"$log" 2>&1; then
+  # With this Python the same versions everywhere: on all workers of a pod, next month too.
+  if [[ $("$python" --version) == "Python 3.11."* ]]; then pins=(--constraint "$ROOT/launch/constraints.txt"); fi
+  if ! "$PYTHON" -m pip install --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e "$ROOT${extras:+[$extras]}" >>"$log" 2>&1; then
     tail -n 15 "$log" >&2
     if grep -qE 'No space left' "$log"; then fail "the disk is full (whole log: $log)"; fi
     if grep -qE 'NewConnectionError|Failed to establish|Name or service not known|Temporary failure|ConnectTimeout' "$log"; then

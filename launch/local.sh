@@ -21,5 +21,6 @@ for arg in "$@"; do
 done
 [[ $has_workdir ]] || args=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$" "${args[@]}")
 [[ $has_config ]] || args=("--config=$ROOT/configs/smoke.py" "${args[@]}")
+# shellcheck disable=SC2119  # no extras
 prepare
 exec "$PYTHON" -m pfjax.train "${args[@]}"

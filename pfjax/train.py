@@ -1,7 +1,10 @@
 r"""Trains: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke
 
-Any value of the config can be changed: --config.alpha=0.5
+Any value of the config can be changed: --config.alpha=0.5. With --multihost this is one
+of several processes. Exit status 75: told to stop, has saved, the same command goes on.
 """
+
+import sys
 
 import jaxtyping
 from absl import app, flags, logging
@@ -9,6 +12,9 @@ from absl import app, flags, logging
 from pfjax.training import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "one of several processes, which find each other"
+)
 
 
 def main(_: list[str]) -> None:
@@ -17,13 +23,21 @@ def main(_: list[str]) -> None:
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
         import jax
 
-        from pfjax import compilation
-        from pfjax.training import loop
+        from pfjax import compilation, processes
+        from pfjax.training import interruption, loop
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     compilation.use_cache()
     with command_line.mistakes_in_one_line():
-        loop.train_and_evaluate(command_line.CONFIG.value, _WORKDIR.value)
+        if _MULTIHOST.value:
+            processes.join()
+        else:
+            processes.check_alone()
+        try:
+            loop.train_and_evaluate(command_line.CONFIG.value, _WORKDIR.value)
+        except interruption.InterruptedRun as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(interruption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ answers with one. Some answers send sympy into arithmetic that no alarm can inte
 new worker starts.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -92,9 +93,13 @@ class Grader:
                 self._stop()
                 raise RuntimeError("the grading process did not start; see above")
         request = json.dumps({"gold": gold, "answer": answer}) + "\n"
-        self._worker.stdin.write(request.encode())
-        self._worker.stdin.flush()
-        line = self._read_line(self._deadline)
+        try:
+            self._worker.stdin.write(request.encode())
+            self._worker.stdin.flush()
+            line = self._read_line(self._deadline)
+        except BrokenPipeError:  # it has died meanwhile (of memory, say)
+            self._stop()
+            return self._ask(gold, answer)
         if line is None:
             self.timeouts += 1
             self._stop()
@@ -116,7 +121,8 @@ class Grader:
     def _stop(self) -> None:
         if self._worker is not None:
             self._worker.kill()
-            self._worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._worker.stdin.close()
             self._worker.stdout.close()
             self._worker.wait()
             self._worker = None

@@ -1,6 +1,7 @@
 """Hugging Face folders <-> policies: `config.json` and safetensors, no torch."""
 
 import dataclasses
+import hashlib
 import importlib.resources
 import json
 import os
@@ -11,10 +12,11 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from pfjax import sharding
+from pfjax import folders, sharding
 from pfjax.policy import hf_config, model, weights
 from pfjax.policy.model import Policy
 
@@ -75,6 +77,20 @@ def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     if name.count("/") == 1 and (shipped / "config.json").is_file():
         return shipped
     return resolve(name, files=["config.json", "generation_config.json"])
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """Tells one model from another without reading all of it: of `config.json`, and of
+    names, sizes and 16 samples of each file of weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            for i in range(16):
+                f.seek(i * max(size - 65_536, 0) // 15)
+                digest.update(f.read(65_536))
+    return digest.hexdigest()[:16]
 
 
 def load(
@@ -158,6 +174,11 @@ def save(
         raise ValueError(
             "the policy has adapters: save lora.merge(policy), or lora.save_peft"
         )
+    if folders.is_remote(out_dir):
+        place = epath.Path(os.fspath(out_dir))
+        with folders.local_folder(place.parent) as local:
+            save(policy, local / place.name, base=base, dtype=dtype, card=card)
+        return
     out = pathlib.Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)

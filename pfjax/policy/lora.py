@@ -11,11 +11,11 @@ References:
 import dataclasses
 import json
 import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 
+from pfjax import folders
 from pfjax.policy import model, weights
 from pfjax.policy.model import ModelConfig, Params, Policy
 from pfjax.types import Array
@@ -66,8 +66,7 @@ def merge(policy: Policy) -> Policy:
 
 def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
     """Writes the adapters as a folder that `peft` loads onto `base`."""
-    config, out = policy.config, pathlib.Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    config = policy.config
     modules = [weights.LAYER[name][0].split(".")[1] for name in model.PROJECTIONS]
     adapter = {
         "peft_type": "LORA",
@@ -80,11 +79,14 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
         "target_modules": modules,
         "inference_mode": True,
     }
-    weights.write_tensors(
-        select(policy.params),
-        out,
-        jnp.dtype("float32"),
-        stem="adapter_model",
-        prefix="base_model.model.",
-    )
-    (out / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    with folders.local_folder(out_dir) as out:
+        weights.write_tensors(
+            select(policy.params),
+            out,
+            jnp.dtype("float32"),
+            stem="adapter_model",
+            prefix="base_model.model.",
+        )
+        if jax.process_index() == 0:
+            text = json.dumps(adapter, indent=2) + "\n"
+            (out / "adapter_config.json").write_text(text)

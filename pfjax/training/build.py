@@ -54,6 +54,7 @@ class Run(NamedTuple):
     programs: Programs
     base: model.Params  # frozen; see `base_on_devices`
     frozen: model.Params  # what the policy shares with it: all of it, or nothing
+    fingerprint: str  # of the base's files
 
 
 def programs(
@@ -206,6 +207,7 @@ def build(
         programs=made,
         base=base,
         frozen=base if config.lora.rank else {},
+        fingerprint=hf.fingerprint(source),
     )
     return run, state
 

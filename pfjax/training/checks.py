@@ -4,19 +4,19 @@ import difflib
 import importlib.metadata
 import json
 import operator
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from pfjax import sharding
 from pfjax.policy import attention, model
 from pfjax.policy.model import ModelConfig
-from pfjax.training import objectives
+from pfjax.training import checkpoint, objectives
 
 # A run may be continued with these changed: they do not touch what is computed (a
 # mesh does, by rounding only).
@@ -31,6 +31,9 @@ MAY_CHANGE = (
     "rollout_slots",
     "eval_sampling",
     "profile_steps",
+    "keep_best",
+    "best_metric",
+    "guards",
 )
 _POSITIVE = (
     "alpha",
@@ -46,6 +49,8 @@ _POSITIVE = (
     "eval_samples",
     "log_every",
     "checkpoint_every",
+    "guards.patience",
+    "guards.step_seconds",
 )
 
 
@@ -58,9 +63,10 @@ _WHY_NOT_GREEDY = (
 def check_config(c: ml_collections.FrozenConfigDict) -> None:
     """Raises ValueError for values that cannot be meant."""
     for name in _POSITIVE:
-        if not c[name] > 0:
+        value = operator.attrgetter(name)(c)
+        if not value > 0:
             why = _WHY_NOT_GREEDY if name == "temperature" else ""
-            raise ValueError(f"--config.{name}={c[name]}: must be positive{why}")
+            raise ValueError(f"--config.{name}={value}: must be positive{why}")
     choices = {
         "objective": sorted(objectives.OBJECTIVES),
         "log_z": ["group", "head"],
@@ -69,6 +75,7 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
         "remat": list(model.REMAT),
         "base_memory": ["device", "host"],
         "optim.mu_dtype": ["bfloat16", "float32"],
+        "guards.action": ["off", "stop", "warn"],
     }
     for name, allowed in choices.items():
         value = operator.attrgetter(name)(c)
@@ -118,19 +125,14 @@ def check_lengths(
         )
 
 
-def check_workdir(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> None:
+def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
     """Raises ValueError if the folder holds a run with another config."""
     path = folder / "config.json"
     has_steps = any((folder / "checkpoints").glob("[0-9]*"))
     if not (path.exists() and has_steps):  # nothing that would be continued
         return
-    old = _flatten(json.loads(path.read_text())["config"])
-    new = _flatten(json.loads(c.to_json()))
-    changed = [
-        f"{name}: {old.get(name, '(absent)')} -> {new.get(name, '(absent)')}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_CHANGE
-    ]
+    old = what_decides(json.loads(path.read_text())["config"])
+    changed = checkpoint.differences(old, what_decides(json.loads(c.to_json())))
     if changed:
         shown = "\n  ".join(changed)
         raise ValueError(
@@ -139,7 +141,13 @@ def check_workdir(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> N
         )
 
 
-def write_config(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> None:
+def what_decides(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config that a continued run must not change, by name."""
+    flat = _flatten(config)
+    return {k: v for k, v in flat.items() if k.split(".")[0] not in MAY_CHANGE}
+
+
+def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
     """Writes `config.json`: every value, and the versions that computed with it."""
     packages = ("pfjax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
     versions = {p: importlib.metadata.version(p) for p in packages}
@@ -147,7 +155,7 @@ def write_config(c: ml_collections.FrozenConfigDict, folder: pathlib.Path) -> No
     out = {"config": json.loads(c.to_json()), "versions": versions}
     tmp = folder / ".config.json.tmp"
     tmp.write_text(json.dumps(out, indent=2) + "\n")
-    tmp.rename(folder / "config.json")
+    tmp.replace(folder / "config.json")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

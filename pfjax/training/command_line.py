@@ -47,10 +47,15 @@ def parse(argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A user's mistake ends the program with its message and where it was found."""
+    """What a person can do something about ends the program with its message and where
+    it was found."""
+    from pfjax.training import guards  # not at import: it brings JAX
+
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except guards.StoppedByGuard as stop:
+        sys.exit(f"error: {stop}")
+    except (ValueError, FloatingPointError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
         sys.exit(f"error: {error}\n(raised at {where})")

@@ -1,6 +1,6 @@
 """The training loop."""
 
-import pathlib
+import json
 import time
 from typing import Any, NamedTuple
 
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
-from pfjax import compilation, packing, sharding
+from pfjax import compilation, folders, packing, processes, sharding
 from pfjax.evaluation import benchmarks, grading
 from pfjax.policy import hf, lora, model, partition, tokenizer
 from pfjax.sampling import engine, truncation
@@ -18,6 +19,8 @@ from pfjax.training import (
     checkpoint,
     checks,
     data,
+    guards,
+    interruption,
     metrics,
     objectives,
     rewards,
@@ -30,6 +33,7 @@ class _Update(NamedTuple):
     """One mini-batch of a step, packed and placed on the mesh."""
 
     batch: PackedBatch
+    host: PackedBatch  # the same, where every process has all of it
     placement: Placement
     num_micro: jax.Array
     old: OldScores
@@ -40,52 +44,62 @@ class _Update(NamedTuple):
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     """Trains a policy toward the alpha-power distribution of its base.
 
-    A run found in `workdir` is continued from its latest checkpoint.
+    A run found in `workdir` is continued from its latest checkpoint that is undamaged.
 
     Args:
       config: see `configs/default.py`.
-      workdir: the run's folder.
+      workdir: the run's folder, local or `gs://`; the same for all processes.
 
     Raises:
       ValueError: for a mistake in the config or its files, before training starts.
       FloatingPointError: if the loss or a gradient is not finite.
+      guards.StoppedByGuard: if metrics say that the run goes wrong.
+      interruption.InterruptedRun: if SIGTERM or SIGINT ended it, after a save.
+      OSError: if a file could not be written.
     """
     config = ml_collections.FrozenConfigDict(config)
     checks.check_config(config)
-    folder = pathlib.Path(workdir)
+    folder = folders.place(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     checks.check_workdir(config, folder)
     with jax.set_mesh(mesh):
         run, state = build.build(config, mesh)
         folder.mkdir(parents=True, exist_ok=True)
-        checks.write_config(config, folder)
+        if processes.is_first():
+            checks.write_config(config, folder)
         with (
-            checkpoint.Checkpoints(folder / "checkpoints") as checkpoints,
+            interruption.Interruption() as told,
+            checkpoint.Checkpoints(
+                folder / "checkpoints", config.keep_best
+            ) as checkpoints,
             grading.Grader() as grader,
         ):
-            _loop(run, state, folder, checkpoints, grader)
+            _loop(run, state, folder, checkpoints, grader, told)
 
 
 def _loop(
     run: build.Run,
     state: step.TrainState,
-    folder: pathlib.Path,
+    folder: epath.Path,
     checkpoints: checkpoint.Checkpoints,
     grader: grading.Grader,
+    told: interruption.Interruption,
 ) -> None:
     config = run.config
-    start, cursor = checkpoints.latest_step or 0, 0
+    identity = {
+        **checks.what_decides(json.loads(config.to_json())),
+        "base": run.fingerprint,
+    }
+    start, cursor = 0, 0
+    found = checkpoints.restore(run.programs.state, identity)
+    if found is not None:
+        state, saved = found
+        start, cursor = saved["step"], saved["prompts"]
     if start > config.num_steps:
         raise ValueError(
             f"{folder} holds {start} steps already; num_steps={config.num_steps} must "
             "not be less"
         )
-    if start:
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-        state, saved = checkpoints.restore(abstract)
-        cursor = saved["prompts"]
     writer = metrics.Writer(folder, start or -1, config.wandb_project)
     progress = metrics.Progress(start, config.num_steps, config.log_every)
     progress.note(build.describe(run))
@@ -99,17 +113,30 @@ def _loop(
             return {}
         begin = time.perf_counter()
         scores, rows = _evaluate(run, state, grader)
-        metrics.write_jsonl(folder / f"completions/step_{at:06d}.jsonl", rows)
+        if processes.is_first():
+            metrics.write_jsonl(folder / f"completions/step_{at:06d}.jsonl", rows)
         progress.note(f"step {at}  " + _format_scores(scores))
         scores = {f"eval/{k}": v for k, v in scores.items()}
         return scores | {"time/eval": time.perf_counter() - begin}
 
+    def is_due(number: int, every: int) -> bool:
+        return number == config.num_steps or number % every == 0
+
+    def save(number: int) -> None:
+        about = {"step": number, "prompts": cursor, "identity": identity}
+        metric = metrics.named(writer.history[-1], config.best_metric)
+        checkpoints.save(number, state, about, metric)
+
     try:
-        if start == 0:
-            writer.write(0, evaluate(0))
+        row = writer.history[-1] if start and writer.history else {"step": 0}
+        # An interruption comes before the evaluation of its step.
+        if is_due(start, config.eval_every) and "time/eval" not in row:
+            writer.write(start, row | evaluate(start))
         for number in range(start + 1, config.num_steps + 1):
-            is_last = number == config.num_steps
-            with profiler.step(number):
+            with (
+                profiler.step(number),
+                guards.watch(number, config.guards.step_seconds),
+            ):
                 state, cursor, values = _step(run, state, cursor, number)
             values["time/compile"], made, found = compilations.take()
             if number == start + 1:
@@ -117,11 +144,29 @@ def _loop(
                     f"compiled {made - found} programs, found {found} compiled before"
                 )
             progress.update(number, values)
-            if is_last or number % config.eval_every == 0:
-                values |= evaluate(number)
             writer.write(number, values)
-            if is_last or number % config.checkpoint_every == 0:
-                checkpoints.save(number, state, {"prompts": cursor})
+            wrong = _symptoms(writer.history, config.guards)
+            # Every process has to know what one of them was told.
+            is_told, is_wrong = processes.any_of((told.is_asked, bool(wrong)))
+            if is_wrong and config.guards.action == "stop":
+                reasons = "; ".join(wrong) or "see the log of the first process"
+                raise guards.StoppedByGuard(
+                    f"stopped after step {number}: {reasons}. --config.guards.action="
+                    "warn goes on"
+                )
+            for symptom in wrong:
+                progress.note(f"warning: {symptom}")
+            is_last = number == config.num_steps
+            if is_due(number, config.eval_every) and (is_last or not is_told):
+                writer.write(number, values | evaluate(number))
+                (is_told,) = processes.any_of((told.is_asked,))
+            if is_told or is_due(number, config.checkpoint_every):
+                save(number)
+            if is_told and not is_last:
+                checkpoints.wait()
+                raise interruption.InterruptedRun(
+                    f"interrupted and saved after step {number}; the same command goes on"
+                )
     finally:
         progress.close()
         writer.close()
@@ -133,7 +178,21 @@ def _loop(
         lora.save_peft(policy, folder / "adapter", config.model)
     card = metrics.model_card(config.to_dict(), writer.history)
     hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
-    print(metrics.before_and_after(writer.history, folder))
+    if processes.is_first():
+        print(metrics.before_and_after(writer.history, folder))
+
+
+def _symptoms(
+    history: list[dict[str, Any]], config: ml_collections.FrozenConfigDict
+) -> list[str]:
+    """What is wrong now; with `warn`, once in `patience` steps."""
+    if config.action == "off":
+        return []
+    if config.action == "warn" and history[-1]["step"] % config.patience:
+        return []
+    return guards.symptoms(
+        history, config.length_floor, config.truncated_ceiling, config.patience
+    )
 
 
 def _step(
@@ -223,7 +282,7 @@ def _step_metrics(
             log_p, u.placement, u.prompt_lengths, u.lengths
         )
     has_box = np.array([grading.last_boxed(text) is not None for text in texts])
-    packed = sum(int((u.batch.segment_ids > 0).sum()) for u in updates)
+    packed = sum(int((u.host.segment_ids > 0).sum()) for u in updates)
     tokens = run.programs.rows * config.row_length
     computed = sum(int(u.num_micro) for u in updates) * tokens
     clamps = (config.importance.low, config.importance.high)
@@ -292,6 +351,7 @@ def _pack_and_score(
         is_on_policy = jnp.full(made.micro_batches, is_first)
     return _Update(
         batch=batch,
+        host=host,
         placement=placement,
         num_micro=num_micro,
         old=OldScores(log_p_base, log_p_old, is_on_policy, log_z),
@@ -344,7 +404,7 @@ def _record(
 
     def gather_batch(name: str) -> np.ndarray:
         return np.concatenate(
-            [packing.unpack_slots(getattr(u.batch, name), u.placement) for u in updates]
+            [packing.unpack_slots(getattr(u.host, name), u.placement) for u in updates]
         )
 
     return metrics.StepRecord(

@@ -8,13 +8,16 @@ import contextlib
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
+from pfjax import folders, processes
 from pfjax.policy.model import ModelConfig
 from pfjax.training import cost
 from pfjax.types import Rollout
@@ -128,21 +131,23 @@ def perf_metrics(
 
 
 class Writer:
-    """Writes metrics to `metrics.jsonl`, TensorBoard, and perhaps W&B."""
+    """Writes metrics to `metrics.jsonl`, TensorBoard, and perhaps W&B: of several
+    processes the first does, the others only keep the history."""
 
-    def __init__(self, workdir: pathlib.Path, last_step: int, wandb_project: str = ""):
+    def __init__(self, workdir: epath.Path, last_step: int, wandb_project: str = ""):
         """Opens the files, dropping lines of steps past `last_step` (a resume)."""
+        self._workdir, self._path = workdir, workdir / "metrics.jsonl"
+        self.history = [r for r in read_jsonl(self._path) if r["step"] <= last_step]
+        self._board = self._wandb = None
+        if not processes.is_first():
+            return
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        self.history = [r for r in read_jsonl(self._path) if r["step"] <= last_step]
-        text = "".join(json.dumps(r) + "\n" for r in self.history)
-        tmp = self._path.with_suffix(".tmp")
-        tmp.write_text(text)
-        tmp.rename(self._path)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir), purge_step=last_step + 1)
-        self._wandb = None
+        self._write_history()
+        self._events = pathlib.Path(workdir)
+        if folders.is_remote(workdir):  # its events can only be written to a disk
+            self._events = pathlib.Path(tempfile.mkdtemp(prefix="pfjax-"))
+        self._board = SummaryWriter(str(self._events), purge_step=last_step + 1)
         if wandb_project:
             import wandb  # the extra `wandb`
 
@@ -155,24 +160,40 @@ class Writer:
             )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        row = {"step": step} | {k: float(v) for k, v in values.items()}
-        self.history.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Adds the row of a step, or replaces it by a fuller one."""
+        values = {k: float(v) for k, v in values.items()}
+        row = {"step": step} | values | {"step": step}
+        self.history = [r for r in self.history if r["step"] != step] + [row]
+        if self._board is None:
+            return
+        self._write_history()
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
+    def _write_history(self) -> None:
+        # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
+        write_jsonl(self._path, self.history)
+
     def close(self) -> None:
-        self._file.close()
+        if self._board is None:
+            return
         self._board.close()
+        if folders.is_remote(self._workdir):
+            folders.upload(self._events, self._workdir)
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def named(row: dict[str, Any], name: str) -> float | None:
+    """A metric by its name, or by what stands before the "@" in it; None without it."""
+    return next((v for k, v in row.items() if name in (k, k.partition("@")[0])), None)
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
     """Rows of a JSONL file; a last line cut short by a kill is left out."""
+    path = folders.place(path)
     rows: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -183,11 +204,13 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
+    """The file appears whole or not at all."""
+    path = folders.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    tmp.rename(path)
+    tmp.replace(path)
 
 
 _SHOWN = {
@@ -204,7 +227,8 @@ class Progress:
 
     def __init__(self, start: int, total: int, every: int):
         self._every, self._total, self._bar = every, total, None
-        if sys.stderr.isatty():
+        self._is_quiet = not processes.is_first()
+        if sys.stderr.isatty() and not self._is_quiet:
             import rich.progress as rp
 
             self._bar = rp.Progress(
@@ -220,14 +244,14 @@ class Progress:
         text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif step % self._every == 0 or step == self._total:
+        elif not self._is_quiet and (step % self._every == 0 or step == self._total):
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def note(self, text: str) -> None:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text)
-        else:
+        elif not self._is_quiet:
             print(text, flush=True)
 
     def close(self) -> None:
@@ -256,13 +280,15 @@ class Clock:
 class Profiler:
     """Traces steps from `first` up to but not including `end` (TensorBoard, Perfetto)."""
 
-    def __init__(self, folder: pathlib.Path, first: int, end: int):
+    def __init__(self, folder: epath.Path, first: int, end: int):
         self._folder, self._steps, self._is_on = folder, range(first, end), False
+        self._local = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         if number in self._steps and not self._is_on:
-            jax.profiler.start_trace(self._folder)
+            local = self._local.enter_context(folders.local_folder(self._folder))
+            jax.profiler.start_trace(local)
             self._is_on = True
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
@@ -272,6 +298,7 @@ class Profiler:
     def close(self) -> None:
         if self._is_on:
             jax.profiler.stop_trace()
+            self._local.close()
             self._is_on = False
 
 
@@ -315,7 +342,7 @@ def model_card(config: dict[str, Any], history: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def before_and_after(history: list[dict[str, Any]], workdir: pathlib.Path) -> str:
+def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:
     """The table a run ends with: the first and the last evaluation."""
     import rich.console
     import rich.table

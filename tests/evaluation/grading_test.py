@@ -60,3 +60,11 @@ def test_arithmetic_without_end_is_cut_off_and_the_next_answer_graded():
         assert time.monotonic() - begin < 20
         assert grader.timeouts == 1
         assert grader.is_equal("6", "3+3")
+
+
+def test_a_worker_that_died_is_replaced():
+    with grading.Grader() as grader:
+        assert grader.is_equal("6", "3+3")
+        grader._worker.kill()
+        grader._worker.wait()
+        assert grader.is_equal("8", "4+4") and grader.timeouts == 0

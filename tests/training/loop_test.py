@@ -46,6 +46,7 @@ def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
     c.num_steps = 4
     c.checkpoint_every = 2
     c.log_every = 1000
+    c.guards.action = "off"  # its target is cut at 3 tokens nearly always
     return c
 
 

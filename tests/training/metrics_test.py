@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from pfjax.training import metrics, objectives, rewards
 from pfjax.types import Rollout
@@ -120,7 +121,7 @@ def test_writer_cuts_back_to_the_step_it_continues_from(tmp_path):
         "".join(json.dumps({"step": s, "x": s / 2}) + "\n" for s in range(5))
         + '{"step": 5, "x'  # killed while writing
     )
-    writer = metrics.Writer(tmp_path, last_step=2)
+    writer = metrics.Writer(epath.Path(tmp_path), last_step=2)
     writer.write(3, {"x": np.float32(9)})
     writer.close()
     rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")

@@ -1,0 +1,90 @@
+"""Runs of several processes: how they find each other, and how they agree."""
+
+import os
+import sys
+
+import jax
+import numpy as np
+
+# How long a process waits for the others at the start.
+JOIN_SECONDS = 300
+# A process that says nothing for so long is dead, and the others end too.
+HEARTBEAT_SECONDS = 60
+
+# For places where JAX cannot find out by itself (it can on TPU pods and under Slurm).
+VARIABLES = ("PFJAX_COORDINATOR", "PFJAX_NUM_PROCESSES", "PFJAX_PROCESS_ID")
+
+
+def join() -> None:
+    """Joins the other processes of this run, before anything asks JAX for devices.
+
+    On TPU pods and under Slurm JAX finds them; elsewhere the environment says where the
+    first process listens (`PFJAX_COORDINATOR=host:port`), how many there are
+    (`PFJAX_NUM_PROCESSES`), and which this is (`PFJAX_PROCESS_ID`, from 0).
+
+    A process that does not find the others in `JOIN_SECONDS` (`PFJAX_JOIN_SECONDS`
+    changes it) is ended.
+
+    Raises:
+      ValueError: if it is not known where they are.
+    """
+    seconds = int(os.environ.get("PFJAX_JOIN_SECONDS", JOIN_SECONDS))
+    given = [os.environ.get(name) for name in VARIABLES]
+    address, num, index = given
+    where = {}
+    if any(given):
+        if not all(given) or not (num.isdigit() and index.isdigit()):
+            names = ", ".join(f"{n}={x}" for n, x in zip(VARIABLES, given, strict=True))
+            raise ValueError(f"--multihost: all of these have to be set: {names}")
+        where = {
+            "coordinator_address": address,
+            "num_processes": int(num),
+            "process_id": int(index),
+        }
+    # JAX ends the process itself when time is up, with no word of what to do: so the
+    # word comes first.
+    print(
+        f"--multihost: joining the other processes{f' at {address}' if address else ''}, "
+        f"for at most {seconds} s. Each has to be started by then, with the same arguments",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        jax.distributed.initialize(
+            **where,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--multihost: could not join the other processes: {error}\n"
+            f"Outside of TPU pods and Slurm set {', '.join(VARIABLES)}"
+        ) from error
+
+
+def check_alone() -> None:
+    """Raises ValueError if this is one worker of a TPU pod.
+
+    Alone it would wait for the others without a word.
+    """
+    workers = [x for x in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if x]
+    if len(workers) > 1:
+        raise ValueError(
+            f"this is one of {len(workers)} workers of a TPU pod: start all of them with "
+            "--multihost (bash launch/tpu.sh run does)"
+        )
+
+
+def is_first() -> bool:
+    """Whether this process writes what only one may write."""
+    return jax.process_index() == 0
+
+
+def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Each flag, true if it is on any process. All processes have to call it."""
+    if jax.process_count() == 1:
+        return flags
+    from jax.experimental import multihost_utils
+
+    everyone = multihost_utils.process_allgather(np.array(flags))
+    return tuple(bool(x) for x in everyone.any(axis=0))

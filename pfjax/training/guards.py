@@ -1,0 +1,77 @@
+"""What goes wrong during a run, noticed early."""
+
+import contextlib
+import faulthandler
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+
+class StoppedByGuard(Exception):
+    """The run was ended since its metrics say that it goes wrong."""
+
+
+def symptoms(
+    history: Sequence[dict[str, Any]],
+    length_floor: float,
+    truncated_ceiling: float,
+    patience: int,
+) -> list[str]:
+    """What the last steps suffer from, in sentences.
+
+    Args:
+      history: rows of `metrics.jsonl`.
+      length_floor: share of the mean length of the first `patience` steps.
+      truncated_ceiling: share of responses that are cut at the limit.
+      patience: steps in a row.
+    """
+    rows = [r for r in history if "completions/mean_length" in r]
+    if len(rows) < patience:
+        return []
+    length = [r["completions/mean_length"] for r in rows]
+    cut = [r["completions/clipped_ratio"] for r in rows]
+    last, out = rows[-1]["step"], []
+    start = sum(length[:patience]) / patience
+    if len(rows) >= 2 * patience and max(length[-patience:]) < length_floor * start:
+        out.append(
+            f"lengths have collapsed: for {patience} steps, up to step {last}, responses "
+            f"had at most {max(length[-patience:]):.1f} tokens, {start:.1f} at the start "
+            "(completions/mean_length). Likely an objective that sums over tokens, or "
+            "too large a step: look at tb/residual_mean and kl/policy_base_per_token"
+        )
+    if min(cut[-patience:]) >= truncated_ceiling:
+        out.append(
+            f"responses do not end: for {patience} steps, up to step {last}, at least "
+            f"{min(cut[-patience:]):.0%} were cut at max_new_tokens "
+            "(completions/clipped_ratio). Likely max_new_tokens is too small, the "
+            "tokenizer names no stop token, or responses repeat (repetition/loop_frac)"
+        )
+    return out
+
+
+@contextlib.contextmanager
+def watch(step: int, limit_seconds: float) -> Iterator[None]:
+    """Says on standard error, with the stacks of this process, if a step is stuck."""
+
+    def report() -> None:
+        print(
+            f"process {jax.process_index()}: step {step} has taken more than "
+            f"{limit_seconds:g} s (guards.step_seconds); where it stands:",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(limit_seconds, report)
+    timer.daemon = True
+    timer.start()
+    # In C: it needs no lock of the interpreter, which what hangs may hold. To the
+    # descriptor: in a notebook sys.stderr is no file.
+    faulthandler.dump_traceback_later(limit_seconds + 0.1, repeat=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        timer.cancel()

@@ -1,0 +1,394 @@
+"""Runs that are killed, told to stop, cut off from their disk or from each other.
+
+All of them are processes of `python -m pfjax.train`. A quick selection runs always; the
+whole by `bash launch/test.sh -m faults`.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 8
+ARGS = [
+    "--config=configs/smoke.py",
+    f"--config.num_steps={STEPS}",
+    "--config.prompts_per_step=8",
+    "--config.rows=8",
+    "--config.checkpoint_every=1",
+    "--config.eval_every=4",
+    "--config.eval_samples=1",
+    # Adam divides a gradient by its size, rounding too where it is nothing else: so is
+    # the first gradient of log Z', which is calibrated. Small rates keep that small.
+    "--config.optim.learning_rate=1e-6",
+    "--config.optim.log_z_learning_rate=1e-5",
+]
+
+
+def start(workdir, *args, processes=1, devices=1, prefix=(), **env):
+    """Starts a run; of several processes the list of them."""
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"],
+        "PYTHONPATH": str(ROOT),
+        **env,
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pfjax.train",
+        *ARGS,
+        f"--workdir={workdir}",
+        *args,
+    ]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            env["PFJAX_COORDINATOR"] = f"localhost:{free.getsockname()[1]}"
+        env["PFJAX_NUM_PROCESSES"] = str(processes)
+        command.append("--multihost")
+    started = [
+        subprocess.Popen(
+            [*prefix, *command],
+            cwd=ROOT,
+            env=env | ({"PFJAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    return started if processes > 1 else started[0]
+
+
+def finish(process, timeout=240):
+    """Exit status and what was said on standard error."""
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, errors = process.communicate()
+        pytest.fail(f"did not end in {timeout} s: {errors[-2000:]}")
+    return process.returncode, errors
+
+
+def run(workdir, *args, **kwargs):
+    status, errors = finish(start(workdir, *args, **kwargs))
+    assert status == 0, errors
+    return errors
+
+
+def rows(workdir):
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    found = (
+        [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    )
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))}
+        for r in found
+    ]
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def wait_for_step(workdir, step, process):
+    def is_reached():
+        try:
+            return any(r["step"] >= step for r in rows(workdir))
+        except FileNotFoundError:  # between two of its states
+            return False
+
+    wait_for(is_reached, process)
+
+
+def same(workdir, other):
+    assert rows(workdir) == rows(other)
+    assert [r["step"] for r in rows(workdir)] == list(range(STEPS + 1))
+    for file in ("hf/model.safetensors", f"completions/step_{STEPS:06d}.jsonl"):
+        a, b = (pathlib.Path(x) / file for x in (workdir, other))
+        assert a.read_bytes() == b.read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    run(folder)
+    return folder
+
+
+def is_saving(workdir):
+    return any((pathlib.Path(workdir) / "checkpoints").glob("*tmp*"))
+
+
+def kill_and_resume(workdir, rng, kills):
+    """Kills a run `kills` times at random; returns how often during a save."""
+    during_save = 0
+    for _ in range(kills):
+        process = start(workdir)
+        done = max((r["step"] for r in rows(workdir)), default=-1)
+        if done >= STEPS - 1:  # start anew: there has to be something to kill
+            process.kill()
+            process.communicate()
+            shutil.rmtree(workdir)
+            process, done = start(workdir), -1
+        kind = rng.random()
+        if kind < 0.2:  # while it starts
+            time.sleep(rng.uniform(0, 8))
+        else:
+            wait_for_step(workdir, max(done, 0) + 1, process)
+            if kind < 0.6:
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                end = time.monotonic() + 2
+                while not is_saving(workdir) and time.monotonic() < end:
+                    time.sleep(0.001)
+        during_save += is_saving(workdir)
+        process.kill()
+        process.communicate()
+    run(workdir)
+    return during_save
+
+
+def test_killed_runs_end_as_if_never_stopped(whole, tmp_path):
+    kill_and_resume(tmp_path / "run", random.Random(0), kills=2)
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.faults
+def test_twenty_kills_some_during_a_save(whole, tmp_path):
+    rng, during_save = random.Random(1), 0
+    for i in range(5):
+        during_save += kill_and_resume(tmp_path / f"run{i}", rng, kills=4)
+        same(tmp_path / f"run{i}", whole)
+    assert during_save >= 3
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+)
+def test_a_signal_saves_and_ends_with_a_status_of_its_own(whole, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.checkpoint_every=1000")
+    # Step 4 has an evaluation, which the signal comes before.
+    wait_for_step(workdir, 3, process)
+    process.send_signal(number)
+    status, errors = finish(process)
+    assert status == 75, errors
+    assert f"{number.name}: saving after this step" in errors
+    assert "the same command goes on" in errors
+    assert len(list((workdir / "checkpoints").glob("[0-9]*"))) == 1
+    run(workdir)
+    same(workdir, whole)
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "truncated": lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]),
+    "flipped": _flip,
+}
+
+
+def _largest(folder):
+    return max(
+        (x for x in folder.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of 4 steps of 8, with the checkpoints 3 and 4."""
+    folder = tmp_path_factory.mktemp("faults") / "stopped"
+    run(folder, "--config.num_steps=4")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", pytest.param("truncated", marks=pytest.mark.faults)]
+)
+def test_a_damaged_checkpoint_is_passed_over(stopped, whole, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    DAMAGE[damage](_largest(workdir / "checkpoints/4"))
+    run(workdir)
+    same(workdir, whole)
+    assert (workdir / "checkpoints/damaged-4").exists()
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew(stopped, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    before = rows(workdir)
+    for step in (3, 4):
+        DAMAGE["truncated"](_largest(workdir / f"checkpoints/{step}"))
+    status, errors = finish(start(workdir))
+    assert status == 1 and "no checkpoint in" in errors and "Traceback" not in errors
+    assert rows(workdir) == before
+
+
+def test_another_base_is_refused_with_the_difference(stopped, tmp_path):
+    workdir, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(stopped, workdir)
+    # The file that tells early is lost; the checkpoint knows too.
+    (workdir / "config.json").unlink()
+    shutil.copytree(ROOT / "pfjax/assets/toy", model)
+    _flip(next(model.glob("*.safetensors")))
+    status, errors = finish(start(workdir, f"--config.model={model}"))
+    assert status == 1 and "checkpoints of another run" in errors
+    assert "base: " in errors and f"model: pfjax/toy -> {model}" in errors
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(whole, tmp_path):
+    small, out = tmp_path / "small", tmp_path / "out"
+    small.mkdir()
+    first = f"{sys.executable} -m pfjax.train {' '.join(ARGS)} --workdir={small}/run"
+    script = f"""
+        mount -t tmpfs -o size=5m tmpfs {small} || exit 99
+        {first}; echo "status $?" >&2
+        ls {small}/run/checkpoints >&2
+        mount -o remount,size=200m {small}
+        {first} || exit
+        cp -r {small}/run {out}
+    """
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "bash", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"],
+        },
+    )
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no small disk can be made here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    assert "status 1" in done.stderr
+    assert "No space left" in done.stderr or "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    same(out, whole)
+
+
+def _same_losses(one, two):
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert a["step"] == b["step"]
+        if a["step"]:
+            assert a["tb/loss"] == pytest.approx(b["tb/loss"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The first 4 steps by one process of 8 devices and by two of 4."""
+    folder = tmp_path_factory.mktemp("faults")
+    one, two = folder / "one", folder / "two"
+    run(one, "--config.num_steps=4", devices=8)
+    args = ("--config.num_steps=4", "--config.mesh.data=2")
+    for process in start(two, *args, processes=2, devices=4):
+        status, errors = finish(process)
+        assert status == 0, errors
+    return one, two
+
+
+def test_two_processes_train_as_one(halves):
+    assert [r["step"] for r in rows(halves[0])] == list(range(5))
+    _same_losses(*halves)
+
+
+@pytest.mark.faults
+def test_two_processes_and_one_read_each_others_checkpoints(halves):
+    (one, two), rest = halves, f"--config.num_steps={STEPS}"
+    mesh = "--config.mesh.data=2"
+    # Each goes on from what the other has written.
+    for folder, other in ((one, two), (two, one)):
+        shutil.copytree(folder, f"{folder}-then")
+        shutil.rmtree(f"{folder}-then/checkpoints")
+        shutil.copytree(other / "checkpoints", f"{folder}-then/checkpoints")
+    run(f"{one}-then", rest, devices=8)
+    for process in start(f"{two}-then", rest, mesh, processes=2, devices=4):
+        status, errors = finish(process)
+        assert status == 0, errors
+    _same_losses(f"{one}-then", f"{two}-then")
+    assert len(rows(f"{one}-then")) == STEPS + 1
+
+
+def test_a_killed_process_ends_the_other_and_the_restart_goes_on(tmp_path):
+    workdir = tmp_path / "run"
+    both = start(workdir, processes=2, devices=1)
+    wait_for_step(workdir, 2, both[1])
+    both[1].kill()
+    begin = time.monotonic()
+    status, errors = finish(both[0], timeout=150)
+    assert time.monotonic() - begin < 120
+    assert status not in (0, 75)
+    assert errors.strip()
+    both[1].communicate()
+    for process in start(workdir, processes=2, devices=1):
+        status, errors = finish(process)
+        assert status == 0, errors
+    assert [r["step"] for r in rows(workdir)] == list(range(STEPS + 1))
+
+
+@pytest.mark.faults
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    workdir = tmp_path / "run"
+    both = start(workdir, "--config.num_steps=1000", processes=2, devices=1)
+    wait_for_step(workdir, 2, both[0])
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        status, errors = finish(process)
+        assert status == 75, errors
+
+
+def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):
+    process = start(
+        tmp_path / "run",
+        "--multihost",
+        PFJAX_COORDINATOR="localhost:1",
+        PFJAX_NUM_PROCESSES="2",
+        PFJAX_PROCESS_ID="1",
+        PFJAX_JOIN_SECONDS="5",
+    )
+    status, errors = finish(process, timeout=60)
+    assert status != 0
+    assert "joining the other processes at localhost:1, for at most 5 s" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_knows_no_others_ends_with_a_message(tmp_path):
+    status, errors = finish(start(tmp_path / "run", "--multihost"), timeout=60)
+    assert status == 1 and "could not join the other processes" in errors
+    env = {"PFJAX_COORDINATOR": "localhost:1"}
+    status, errors = finish(start(tmp_path / "run", "--multihost", **env), timeout=60)
+    assert status == 1 and "all of these have to be set" in errors
+    assert "PFJAX_PROCESS_ID=None" in errors
+
+
+def test_one_worker_of_a_pod_alone_is_told_so(tmp_path):
+    process = start(tmp_path / "run", TPU_WORKER_HOSTNAMES="10.0.0.1,10.0.0.2")
+    status, errors = finish(process, timeout=60)
+    assert status == 1 and "one of 2 workers of a TPU pod" in errors
