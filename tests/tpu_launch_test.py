@@ -176,6 +176,8 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Tests that were themselves begun with & have it ignored, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         )
 
     def asked(self):
@@ -567,7 +569,7 @@ def test_interrupting_up_leaves_the_run_alone(cloud):
         with cloud.start("up", "--poll=1", *TRAIN) as up:
             read_to(up, "it goes on")
             os.killpg(up.pid, sign)
-            said = up.stderr.read()
+            _, said = up.communicate(timeout=60)
         assert up.returncode == status, said
         assert "left as it is (ACTIVE) and COSTS MONEY until: gcloud compute" in said
         assert cloud.did() == ["create", "scp", "setup", "run"]
@@ -580,7 +582,7 @@ def test_interrupting_a_wait_in_the_queue_gives_the_request_back(cloud):
     with cloud.start("up", "--poll=1", *TRAIN) as up:
         read_to(up, "in the queue")
         os.killpg(up.pid, signal.SIGINT)
-        up.stderr.read()
+        up.communicate(timeout=60)
     assert up.returncode == 130
     assert cloud.did() == ["create", "delete"]
 
