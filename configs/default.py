@@ -14,7 +14,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.objective = "powerflow"  # a name in pfjax/training/objectives.py
     c.alpha = 4.0  # > 1 sharpens, < 1 flattens
     c.psi_unboxed = -0.5  # psi of a response without \boxed{}; 0 switches it off
-    c.log_z = "head"  # "head" learns log Z' from the prompt; "group" averages samples
+    c.log_z = "head"  # "head" learns log Z' from the prompt; "group" averages samples;
+    # rl_traj and rl_token always average, subtb and rewards of answers have none
 
     # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
     c.data = ml_collections.ConfigDict()
@@ -33,10 +34,17 @@ def get_config() -> ml_collections.ConfigDict:
     c.updates_per_rollout = 1  # mini-batches a step; 1 is exactly on policy
     c.seed = 0
 
-    # Importance weight pi / pi_old of a sequence, when updates_per_rollout > 1.
+    # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or
+    # of tokens (GRPO and its kin) they are clipped to [low, high].
     c.importance = ml_collections.ConfigDict()
     c.importance.low = 0.8
     c.importance.high = 1.28
+    c.importance.keep_band = False  # the paper's trainer: tokens whose ratio is outside
+    # are left out of the sums and of the length
+
+    # Rivals only.
+    c.flowrl_beta = 15.0  # of the advantage in FlowRL's residual
+    c.reward_kl = 0.0  # of KL to the base a token: grpo, ttrl, empo, intuitor
 
     c.optim = ml_collections.ConfigDict()
     c.optim.learning_rate = 1e-6

@@ -185,17 +185,24 @@ def segment_sum(
     )
 
 
-def response_log_prob(
-    log_prob: Float[Array, "b t"], batch: PackedBatch
-) -> Float[Array, "b n"]:
-    """Sums token log-probs over the response of each trajectory."""
-    kept = jnp.where(batch.is_response, log_prob, 0.0)
+def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[Array, "b n"]:
+    """Sums values of tokens over the response of each trajectory."""
+    kept = jnp.where(batch.is_response, x, 0.0)
     return segment_sum(kept, batch.segment_ids, batch.length.shape[-1])
 
 
 def prompt_mask(batch: PackedBatch) -> Bool[Array, "b t"]:
     """Whether a token belongs to a prompt."""
     return (batch.segment_ids > 0) & ~batch.is_response
+
+
+def fill_slots(
+    values: Float[np.ndarray, "s"], placement: Placement, shape: tuple[int, int, int]
+) -> Float[np.ndarray, "m b n"]:
+    """Values of trajectories where `pack` put them, 0 elsewhere."""
+    out = np.zeros((shape[0] * shape[1], shape[2]), np.float32)
+    out[placement.row, placement.slot] = values
+    return out.reshape(shape)
 
 
 def unpack_slots(x: Array, placement: Placement) -> np.ndarray:

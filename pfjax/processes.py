@@ -88,3 +88,12 @@ def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
 
     everyone = multihost_utils.process_allgather(np.array(flags))
     return tuple(bool(x) for x in everyone.any(axis=0))
+
+
+def from_first(x: np.ndarray) -> np.ndarray:
+    """The first process's `x`, on all of them. All processes have to call it."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))

@@ -54,7 +54,10 @@ class OldScores(NamedTuple):
     """What is known of a packed batch before the policy is updated on it."""
 
     log_p_base: Array  # float32 [*m, B, T] token log-probs of the frozen base
-    log_p_old: Array | None  # the same of the policy that drew it
-    is_on_policy: Array | None  # bool [*m], the policy is the one that drew: log_p_old
-    # is not read. None: it always is, and log_p_old is None
-    log_z: Array | None  # float32 [*m, B, N] group estimate; None: use the head
+    log_p_old: Array | None = None  # the same of the policy that drew it
+    is_on_policy: Array | None = None  # bool [*m], the policy is the one that drew:
+    # log_p_old is not read. None: it always is, and log_p_old is None
+    log_z: Array | None = None  # float32 [*m, B, N] group estimate; None: use the head
+    advantage: Array | None = None  # float32 [*m, B, N] group-normalised reward
+    log_stop_base: Array | None = None  # float32 [*m, B, T] the base's log-prob of
+    # stopping in the place of each token

@@ -270,12 +270,66 @@ def packed_log_probs(
         remat,
         max_segments=batch.length.shape[-1] + 1,  # and padding
     )
+    log_p, entropy = token_log_probs(
+        _predicting(hidden),
+        model.head_weight(params),
+        batch.tokens,
+        batch.is_response,
+    )
+    return log_p, entropy, hidden
+
+
+def stop_log_probs(
+    params: model.Params,
+    hidden: Float[Array, "b t d"],
+    log_p: Float[Array, "b t"],
+    batch: PackedBatch,
+    stop_ids: tuple[int, ...],
+) -> Float[Array, "b t"]:
+    """log p of stopping (any of `stop_ids`) in the place of every response token.
+
+    Args:
+      hidden, log_p: what `packed_log_probs` returned; gradients flow.
+    """
+    before, head = _predicting(hidden), model.head_weight(params)
+    stops = jax.nn.logsumexp(logits(before, head[jnp.array(stop_ids)]), axis=-1)
+    log_p_stop = stops - _log_totals(before, head, log_p, batch)
+    return jnp.where(batch.is_response, log_p_stop, 0.0)
+
+
+def self_certainty(
+    params: model.Params,
+    hidden: Float[Array, "b t d"],
+    log_p: Float[Array, "b t"],
+    batch: PackedBatch,
+) -> Float[Array, "b t"]:
+    r"""How far each predicting distribution is from the uniform one, in nats:
+    :math:`\log\sum_v e^{x_v} - \tfrac1V\sum_v x_v = KL(U || p) + \log V`.
+
+    References:
+      Intuitor, arXiv 2505.19590.
+    """
+    before, head = _predicting(hidden), model.head_weight(params)
+    mean = logits(before, head.astype(jnp.float32).mean(axis=0)[None])[..., 0]
+    certainty = _log_totals(before, head, log_p, batch) - mean
+    return jnp.where(batch.is_response, certainty, 0.0)
+
+
+def _predicting(hidden: Array) -> Array:
     # A token is predicted from the state of the one before it. A response never
     # opens a segment, so the first of a row, predicted from zeros, is never used.
-    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    head = model.head_weight(params)
-    log_p, entropy = token_log_probs(before, head, batch.tokens, batch.is_response)
-    return log_p, entropy, hidden
+    return jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) -> Array:
+    """Log-sum-exp of the logits of each token, from the one logit and its log-prob."""
+    chosen = jnp.einsum(
+        "btd,btd->bt",
+        before,
+        head[batch.tokens].astype(before.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return chosen - log_p
 
 
 @functools.partial(jax.jit, static_argnames="config")

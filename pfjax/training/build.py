@@ -21,7 +21,7 @@ from pfjax.policy import (
     tokenizer,
 )
 from pfjax.sampling import slots
-from pfjax.training import checks, data, optim, step
+from pfjax.training import checks, data, objectives, optim, step
 from pfjax.types import OldScores, PackedBatch
 
 
@@ -62,6 +62,7 @@ def programs(
     base_config: model.ModelConfig,
     longest_prompt: int,
     mesh: Mesh | AbstractMesh,
+    stop_ids: tuple[int, ...] = (),
 ) -> Programs:
     """The programs of a config for the devices of `mesh`, which need not be here.
 
@@ -70,6 +71,7 @@ def programs(
       base_config: of the checkpoint.
       longest_prompt: in tokens.
       mesh: not current (see `jax.set_mesh`) if its devices are not here.
+      stop_ids: tokens that end a response; the checkpoint's when not given.
     """
     base_config = dataclasses.replace(
         base_config, dtype=config.dtype, attention=config.attention
@@ -89,9 +91,15 @@ def programs(
     step_config = step.StepConfig(
         model=policy_config,
         objective=config.objective,
-        alpha=config.alpha,
-        weight_low=config.importance.low,
-        weight_high=config.importance.high,
+        coefficients=objectives.Coefficients(
+            alpha=config.alpha,
+            beta=config.flowrl_beta,
+            kl=config.reward_kl,
+            low=config.importance.low,
+            high=config.importance.high,
+        ),
+        keep_band=config.importance.keep_band,
+        stop_ids=stop_ids or base_config.stop_ids,
         remat=config.remat,
     )
     max_length = longest_prompt + config.max_new_tokens
@@ -118,7 +126,9 @@ def programs(
             out_shardings=(_shardings(state), everywhere, everywhere),
         ),
         score_step=jax.jit(
-            step.score_step, static_argnames="config", out_shardings=everywhere
+            step.score_step,
+            static_argnames=("config", "stop_ids", "with_certainty"),
+            out_shardings=everywhere,
         ),
     )
 
@@ -147,11 +157,15 @@ def abstract_batch(
         is_real=array(n, "bool"),
     )
     has_old = config.updates_per_rollout > 1
+    objective = objectives.OBJECTIVES[config.objective]
+    source = objectives.log_z_of(config.objective, config.log_z)
     old = OldScores(
         log_p_base=array(t, "float32", whole),
         log_p_old=array(t, "float32", whole) if has_old else None,
         is_on_policy=jax.ShapeDtypeStruct((m,), bool) if has_old else None,
-        log_z=array(n, "float32", whole) if config.log_z == "group" else None,
+        log_z=array(n, "float32", whole) if source == "group" else None,
+        advantage=array(n, "float32") if objective.reward else None,
+        log_stop_base=array(t, "float32", whole) if objective.has_prefixes else None,
     )
     return batch, old, jax.ShapeDtypeStruct((), "int32")
 
@@ -171,9 +185,11 @@ def build(
     )
     train = load(config.data.train)
     held_out = config.data.eval and load(config.data.eval)
+    checks.check_answers(config, train.answers)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     checks.check_lengths(config, longest, base_config.max_positions)
-    made = programs(config, base_config, longest, mesh)
+    stop_ids = tokenizer.stop_ids(tok, base_config.stop_ids)
+    made = programs(config, base_config, longest, mesh, stop_ids)
     checks.check_attention(made.base_config, mesh)
 
     policy = hf.load(source, mesh)
@@ -194,7 +210,7 @@ def build(
         tok=tok,
         train=train,
         eval=held_out or None,
-        stop_ids=tokenizer.stop_ids(tok, base_config.stop_ids),
+        stop_ids=stop_ids,
         prompt_width=longest,
         rollout_plan=slots.make_plan(
             model.Policy(made.step_config.model, lora.join(base, trained)),

@@ -83,10 +83,13 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
-    if c.log_z == "group" and c.samples_per_prompt < 2:
+    source = objectives.log_z_of(c.objective, c.log_z)
+    reward = objectives.OBJECTIVES[c.objective].reward
+    if (source == "group" or reward) and c.samples_per_prompt < 2:
         raise ValueError(
-            "--config.log_z=group averages over the samples of a prompt: "
-            f"samples_per_prompt must be at least 2, got {c.samples_per_prompt}"
+            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages "
+            "over the samples of a prompt: samples_per_prompt must be at least 2, got "
+            f"{c.samples_per_prompt}"
         )
     steps = c.profile_steps
     if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
@@ -105,6 +108,20 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
         raise ValueError(
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
             f"prompts_per_step={c.prompts_per_step}"
+        )
+
+
+def check_answers(
+    c: ml_collections.FrozenConfigDict, answers: list[str | None]
+) -> None:
+    """Raises ValueError if the objective grades answers and the prompts have none."""
+    missing = sum(a is None for a in answers)
+    if objectives.OBJECTIVES[c.objective].reward == "correct" and missing:
+        free = [k for k, o in objectives.OBJECTIVES.items() if o.reward != "correct"]
+        raise ValueError(
+            f"--config.objective={c.objective} grades responses, but {missing} of "
+            f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
+            f"need none: {', '.join(free)}"
         )
 
 

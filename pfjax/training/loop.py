@@ -2,43 +2,26 @@
 
 import json
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from etils import epath
 
-from pfjax import compilation, folders, packing, processes, sharding
+from pfjax import compilation, folders, processes, sharding
 from pfjax.evaluation import benchmarks, grading
-from pfjax.policy import hf, lora, model, partition, tokenizer
-from pfjax.sampling import engine, truncation
+from pfjax.policy import hf, lora
+from pfjax.sampling import truncation
 from pfjax.training import (
     build,
     checkpoint,
     checks,
-    data,
     guards,
     interruption,
+    iteration,
     metrics,
-    objectives,
-    rewards,
     step,
 )
-from pfjax.types import OldScores, PackedBatch, Placement, Rollout
-
-
-class _Update(NamedTuple):
-    """One mini-batch of a step, packed and placed on the mesh."""
-
-    batch: PackedBatch
-    host: PackedBatch  # the same, where every process has all of it
-    placement: Placement
-    num_micro: jax.Array
-    old: OldScores
-    prompt_lengths: np.ndarray
-    lengths: np.ndarray
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -137,7 +120,9 @@ def _loop(
                 profiler.step(number),
                 guards.watch(number, config.guards.step_seconds),
             ):
-                state, cursor, values = _step(run, state, cursor, number)
+                state, cursor, values = iteration.iterate(
+                    run, state, cursor, number, grader
+                )
             values["time/compile"], made, found = compilations.take()
             if number == start + 1:
                 progress.note(
@@ -192,233 +177,6 @@ def _symptoms(
         return []
     return guards.symptoms(
         history, config.length_floor, config.truncated_ceiling, config.patience
-    )
-
-
-def _step(
-    run: build.Run, state: step.TrainState, cursor: int, number: int
-) -> tuple[step.TrainState, int, dict[str, float]]:
-    """Prompts -> responses -> packed rows -> updates; returns their metrics."""
-    config, clock = run.config, metrics.Clock()
-    chosen, ids, cursor = data.next_prompts(
-        run.train, cursor, config.prompts_per_step, config.seed
-    )
-    prompts = [run.train.tokens[i] for i in chosen]
-    with clock.part("rollout"):
-        rollout = engine.rollout(
-            build.policy_of(run, state),
-            prompts,
-            config.samples_per_prompt,
-            config.max_new_tokens,
-            config.temperature,
-            config.seed,
-            step=number,
-            prompt_ids=ids,
-            stop_ids=run.stop_ids,
-            prompt_width=run.prompt_width,
-            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
-        )
-    responses = _responses(rollout)
-    texts = [tokenizer.decode(run.tok, y.tolist()) for y in responses]
-    psi = rewards.format_term(texts, config.psi_unboxed)
-    # Split by prompts: the samples of one stay in one update.
-    by_prompt = np.arange(len(responses)).reshape(len(prompts), -1)
-    parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
-    with clock.part("base_pass"):
-        base = build.base_on_devices(run)
-        updates = [
-            _pack_and_score(run, state, base, prompts, responses, psi, part, i == 0)
-            for i, part in enumerate(parts)
-        ]
-        if number == 1 and config.log_z == "head":
-            state = _calibrate(run, state, updates)
-        jax.block_until_ready([u.old for u in updates])
-        del base  # with base_memory=host, room for the update
-    tables, scalars = [], []
-    with clock.part("update"):
-        for update in updates:
-            state, values, table = run.programs.train_step(
-                state, run.frozen, update.batch, update.old, update.num_micro
-            )
-            tables.append(table)
-            scalars.append(values)
-        values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {number}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm is the usual cure"
-            )
-    values |= _step_metrics(run, updates, tables, rollout, responses, texts)
-    warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
-    values["lr"] = config.optim.learning_rate * warmed_up
-    values |= clock.done()
-    values |= metrics.perf_metrics(
-        run.programs.step_config.model,
-        values,
-        np.concatenate([u.prompt_lengths for u in updates]),
-        np.concatenate([u.lengths for u in updates]),
-    )
-    del values["loss"]  # tb/loss
-    return state, cursor, values
-
-
-def _step_metrics(
-    run: build.Run,
-    updates: list[_Update],
-    tables: list[step.StepTable],
-    rollout: Rollout,
-    responses: list[np.ndarray],
-    texts: list[str],
-) -> dict[str, float]:
-    config = run.config
-    record = _record(updates, tables, rollout)
-    scored: list[np.ndarray] = []
-    for i, (u, table) in enumerate(zip(updates, tables, strict=True)):
-        # Of the policy that drew: later updates of a step have moved it.
-        log_p = table.log_p if i == 0 else u.old.log_p_old
-        scored += packing.unpack_responses(
-            log_p, u.placement, u.prompt_lengths, u.lengths
-        )
-    has_box = np.array([grading.last_boxed(text) is not None for text in texts])
-    packed = sum(int((u.host.segment_ids > 0).sum()) for u in updates)
-    tokens = run.programs.rows * config.row_length
-    computed = sum(int(u.num_micro) for u in updates) * tokens
-    clamps = (config.importance.low, config.importance.high)
-    out = {
-        **metrics.balance_metrics(record, clamps),
-        **metrics.completion_metrics(record, has_box),
-        **metrics.repetition_metrics(responses),
-        **metrics.rollout_metrics(rollout, scored),
-        "pack/fill": packed / computed,
-    }
-    return {k: float(v) for k, v in out.items()}
-
-
-def _responses(rollout: Rollout) -> list[np.ndarray]:
-    """The P * G responses as one list, cut to their lengths."""
-    rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
-    return [y[:n] for y, n in zip(rows, rollout.lengths.reshape(-1), strict=True)]
-
-
-def _pack_and_score(
-    run: build.Run,
-    state: step.TrainState,
-    base: model.Params,
-    prompts: list[list[int]],
-    responses: list[np.ndarray],
-    psi: np.ndarray,
-    part: np.ndarray,
-    is_first: bool,
-) -> _Update:
-    """Packs the trajectories `part` of a step and scores them before it updates."""
-    config, made = run.config, run.programs
-    prompt_index = part // config.samples_per_prompt
-    prompt_lengths = np.array([len(prompts[q]) for q in prompt_index])
-    host, placement, used = packing.pack(
-        [
-            np.concatenate([prompts[q], responses[i]])
-            for i, q in zip(part, prompt_index, strict=True)
-        ],
-        prompt_lengths,
-        rows=made.rows,
-        row_length=config.row_length,
-        slots=made.row_slots,
-        micro_batches=made.micro_batches,
-        psi=psi[part],
-        prompt_index=prompt_index.astype(np.int32),
-    )
-    batch = sharding.put_batch(run.mesh, host, dim=1)
-    num_micro = jnp.int32(used)
-    log_p_base = made.score_step(base, batch, num_micro, config=made.base_config)
-    log_p_old = log_z = is_on_policy = None
-    # The first update is on policy: it takes its own log-probs for those of before.
-    if config.log_z == "group" or not is_first:
-        policy = build.policy_of(run, state)
-        log_p_old = made.score_step(
-            policy.params, batch, num_micro, config=policy.config
-        )
-    if config.log_z == "group":
-        residual = _residual_without_log_z(run, batch, log_p_old, log_p_base)
-        log_z = objectives.group_log_z(
-            residual, batch.prompt_index, config.prompts_per_step
-        )
-    if config.updates_per_rollout == 1:
-        log_p_old = None
-    else:  # one program for all updates
-        log_p_old = jnp.zeros_like(log_p_base) if log_p_old is None else log_p_old
-        is_on_policy = jnp.full(made.micro_batches, is_first)
-    return _Update(
-        batch=batch,
-        host=host,
-        placement=placement,
-        num_micro=num_micro,
-        old=OldScores(log_p_base, log_p_old, is_on_policy, log_z),
-        prompt_lengths=prompt_lengths,
-        lengths=np.array([len(responses[i]) for i in part]),
-    )
-
-
-def _residual_without_log_z(
-    run: build.Run, batch: PackedBatch, log_p: jax.Array, log_p_base: jax.Array
-) -> jax.Array:
-    """Residuals `[M, B, N]` at log Z = 0."""
-    sums = jax.vmap(packing.response_log_prob)
-    log_pf, zero = sums(log_p, batch), jnp.zeros(batch.length.shape)
-    trajectories = objectives.Trajectories(
-        log_pf, sums(log_p_base, batch), zero, batch.length, batch.psi, zero + 1.0
-    )
-    objective = objectives.OBJECTIVES[run.config.objective]
-    return objective(trajectories, run.config.alpha)[1]
-
-
-def _calibrate(
-    run: build.Run, state: step.TrainState, updates: list[_Update]
-) -> step.TrainState:
-    """Sets the log Z' head so that the first mean residual is 0."""
-    total = count = 0.0
-    for u in updates:
-        # The policy is still the base: its log-probs are the base's.
-        residual = _residual_without_log_z(
-            run, u.batch, u.old.log_p_base, u.old.log_p_base
-        )
-        total += float(jnp.where(u.batch.is_real, residual, 0.0).sum())
-        count += float(u.batch.is_real.sum())
-    head = partition.calibrated(state.params["log_z"], total / count)
-    return state._replace(params={**state.params, "log_z": head})
-
-
-def _record(
-    updates: list[_Update], tables: list[step.StepTable], rollout: Rollout
-) -> metrics.StepRecord:
-    """The tables of all updates, one entry a trajectory, in the order drawn."""
-
-    def gather(name: str) -> np.ndarray:
-        return np.concatenate(
-            [
-                packing.unpack_slots(getattr(t, name), u.placement)
-                for u, t in zip(updates, tables, strict=True)
-            ]
-        )
-
-    def gather_batch(name: str) -> np.ndarray:
-        return np.concatenate(
-            [packing.unpack_slots(getattr(u.host, name), u.placement) for u in updates]
-        )
-
-    return metrics.StepRecord(
-        prompt_index=gather_batch("prompt_index"),
-        length=gather_batch("length"),
-        finished=rollout.finished.reshape(-1),
-        psi=gather_batch("psi"),
-        log_pf=gather("log_pf"),
-        log_p_base=gather("log_p_base"),
-        log_z=gather("log_z"),
-        weight=gather("weight"),
-        loss=gather("loss"),
-        residual=gather("residual"),
-        entropy=gather("entropy"),
     )
 
 

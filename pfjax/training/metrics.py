@@ -37,11 +37,12 @@ class StepRecord(NamedTuple):
     loss: np.ndarray
     residual: np.ndarray
     entropy: np.ndarray  # summed over tokens
+    kept: np.ndarray  # tokens in log_pf and log_p_base: all, or those in the band
 
 
 def balance_metrics(r: StepRecord, weight_clamps: tuple[float, float]) -> dict:
     """How far the policy is from the target, and log Z' from its prompts."""
-    m, m0 = r.log_pf / r.length, r.log_p_base / r.length
+    m, m0 = _per_token(r)
     by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
     at_clamp = np.isclose(r.weight, weight_clamps[0]) | np.isclose(
         r.weight, weight_clamps[1]
@@ -60,8 +61,83 @@ def balance_metrics(r: StepRecord, weight_clamps: tuple[float, float]) -> dict:
         "kl/policy_base_per_token": (m - m0).mean(),
         "is/w_mean": r.weight.mean(),
         "is/w_at_clamp_frac": at_clamp.mean(),
+        "is/keep_frac": r.kept.sum() / r.length.sum(),
         "entropy": r.entropy.sum() / r.length.sum(),
     }
+
+
+def match_metrics(r: StepRecord, alpha: float) -> dict:
+    r"""How well the policy matches the length-aware target
+    :math:`p_0^\alpha e^{(\alpha\psi - \lambda)|y|}`, whatever the objective, with
+    :math:`\lambda` the mean over each prompt's samples, so free of the head's error.
+
+    - `tb/corr_logp_target`, `tb/rank_corr`, `tb/slope`: of log pi a token on that of
+      the target, within prompts (Pearson, Spearman, least squares); 1 at the optimum.
+    - `tb/elbo`: mean log target - log pi of a sequence; at most the log of the target's
+      sum, which it reaches at the optimum; blind to modes that are never drawn.
+    - `tb/ess`: effective sample size, as a share, of the prompt's samples with weights
+      e^{-residual}; 1 at the optimum.
+    - `tb/inversion_rate`: share of a prompt's pairs of different responses that policy
+      and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
+    """
+    m, m0 = _per_token(r)
+    target = alpha * (m0 + r.psi)
+    residual = m - target
+    residual = residual - mean_by_prompt(residual, r.prompt_index)
+    groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
+    weights = [np.exp(residual[g].min() - residual[g]) for g in groups]
+    corr, slope = _regression(m, target, r.prompt_index)
+    inverted = [_inverted(r.log_pf[g], r.log_p_base[g]) for g in groups]
+    pairs = sum(n for _, n in inverted)
+    return {
+        "tb/corr_logp_target": corr,
+        "tb/slope": slope,
+        "tb/rank_corr": _regression(
+            _ranks(m, groups), _ranks(target, groups), r.prompt_index
+        )[0],
+        "tb/elbo": -(r.length * residual).mean(),
+        "tb/ess": np.mean([w.sum() ** 2 / (len(w) * (w**2).sum()) for w in weights]),
+        "tb/inversion_rate": sum(n for n, _ in inverted) / max(pairs, 1),
+    }
+
+
+def mean_by_prompt(x: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
+    """For each trajectory, the mean over those of its prompt."""
+    _, group = np.unique(prompt_index, return_inverse=True)
+    return (np.bincount(group, x) / np.bincount(group))[group]
+
+
+def _per_token(r: StepRecord) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.maximum(r.kept, 1)
+    return r.log_pf / tokens, r.log_p_base / tokens
+
+
+def _regression(
+    y: np.ndarray, x: np.ndarray, prompt_index: np.ndarray
+) -> tuple[float, float]:
+    """Correlation, and slope of y on x, within prompts; 0 where x or y is constant."""
+    y = y - mean_by_prompt(y, prompt_index)
+    x = x - mean_by_prompt(x, prompt_index)
+    xy, xx, yy = x @ y, x @ x, y @ y
+    tiny = np.finfo(np.float32).tiny
+    return float(xy / max(np.sqrt(xx * yy), tiny)), float(xy / max(xx, tiny))
+
+
+def _ranks(x: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """Ranks within groups; those that tie share their mean rank."""
+    out = np.zeros(len(x))
+    for g in groups:
+        _, inverse, counts = np.unique(x[g], return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        out[g] = (ends - (counts + 1) / 2)[inverse]
+    return out
+
+
+def _inverted(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Pairs that a and b order differently, and pairs that both order."""
+    i, j = np.triu_indices(len(a), 1)
+    products = (a[i] - a[j]) * (b[i] - b[j])
+    return int((products < 0).sum()), int((products != 0).sum())
 
 
 def completion_metrics(r: StepRecord, has_box: np.ndarray) -> dict:

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax import losses
-from pfjax.packing import response_log_prob
+from pfjax.packing import response_sum
 from pfjax.policy import logprobs, lora, model, partition
 from pfjax.training import objectives
 from pfjax.types import Array, OldScores, PackedBatch
@@ -26,9 +26,9 @@ from pfjax.types import Array, OldScores, PackedBatch
 class StepConfig:
     model: model.ModelConfig
     objective: str
-    alpha: float
-    weight_low: float
-    weight_high: float
+    coefficients: objectives.Coefficients
+    keep_band: bool  # leave tokens out whose ratio is outside [low, high]
+    stop_ids: tuple[int, ...]
     remat: str  # a name in `model.REMAT`
 
 
@@ -50,7 +50,16 @@ class StepTable(NamedTuple):
     loss: Array
     residual: Array
     entropy: Array  # summed over the response's tokens
+    kept: Array  # tokens in the sums above
     log_p: Array  # [*m, B, T] of each token, before the update
+
+
+class Scores(NamedTuple):
+    """Of each response token, `[*m, B, T]`; None where not asked for."""
+
+    log_p: Array
+    log_p_stop: Array | None
+    self_certainty: Array | None
 
 
 def loss_fn(
@@ -66,41 +75,93 @@ def loss_fn(
     log_p, entropy, hidden = logprobs.packed_log_probs(
         config.model, policy, batch, config.remat
     )
-    log_pf = response_log_prob(log_p, batch)
-    if old.log_z is None:
+    objective = objectives.OBJECTIVES[config.objective]
+    log_p_stop = None
+    if objective.has_prefixes:
+        log_p_stop = logprobs.stop_log_probs(
+            policy, hidden, log_p, batch, config.stop_ids
+        )
+    log_z = old.log_z
+    if objective.log_z == "none":
+        log_z = jnp.zeros(batch.length.shape)
+    elif log_z is None:
         log_z = partition.apply(params["log_z"], hidden, batch)
-    else:
-        log_z = old.log_z
-    log_pf_old = lax.stop_gradient(log_pf)  # on policy: the ratio is 1 by definition
-    if old.log_p_old is not None:
-        before = response_log_prob(old.log_p_old, batch)
-        log_pf_old = jnp.where(old.is_on_policy, log_pf_old, before)
-    trajectories = objectives.Trajectories(
-        log_pf=log_pf,
-        log_p_base=response_log_prob(old.log_p_base, batch),
-        log_z=log_z,
-        length=batch.length,
-        psi=batch.psi,
-        weight=losses.importance_weight(
-            log_pf, log_pf_old, low=config.weight_low, high=config.weight_high
-        ),
-    )
+    y = _trajectories(batch, old, log_p, log_p_stop, log_z, config)
     # Padding is set to 0 before the loss: masking after it would let a NaN through
     # in the gradient, as 0 * NaN.
-    trajectories = jax.tree.map(lambda x: jnp.where(batch.is_real, x, 0), trajectories)
-    loss, residual = objectives.OBJECTIVES[config.objective](trajectories, config.alpha)
+    y = jax.tree.map(lambda x: jnp.where(batch.is_real, x, 0), y)
+    loss, residual = objective.loss(y, config.coefficients)
     table = StepTable(
-        log_pf=trajectories.log_pf,
-        log_p_base=trajectories.log_p_base,
-        log_z=trajectories.log_z,
-        weight=trajectories.weight,
+        log_pf=y.log_pf,
+        log_p_base=y.log_p_base,
+        log_z=y.log_z,
+        weight=y.weight,
         loss=loss,
         residual=residual,
-        entropy=response_log_prob(entropy, batch),
+        entropy=response_sum(entropy, batch),
+        kept=y.length,
         log_p=log_p,
     )
     total = jnp.sum(jnp.where(batch.is_real, loss, 0.0))
     return total / num_trajectories, table
+
+
+def _trajectories(
+    batch: PackedBatch,
+    old: OldScores,
+    log_p: Array,
+    log_p_stop: Array | None,
+    log_z: Array,
+    config: StepConfig,
+) -> objectives.Trajectories:
+    """Tokens -> trajectories."""
+    c, zero = config.coefficients, jnp.zeros(batch.length.shape)
+    of_response = lambda x: jnp.where(batch.is_response, x, 0.0)
+    log_p_old = lax.stop_gradient(log_p)  # on policy: the ratio is 1 by definition
+    if old.log_p_old is not None:
+        log_p_old = jnp.where(old.is_on_policy, log_p_old, old.log_p_old)
+    log_ratio = log_p - of_response(log_p_old)
+    ratio, is_kept = jnp.exp(log_ratio), batch.is_response
+    if config.keep_band:
+        is_kept &= (ratio >= c.low) & (ratio <= c.high)
+    total = lambda x: response_sum(jnp.where(is_kept, x, 0.0), batch)
+    log_p_base = of_response(old.log_p_base)
+    log_inverse = log_p_base - log_p
+    kl = jnp.exp(log_inverse) - log_inverse - 1  # never negative
+    variance = zero
+    if log_p_stop is not None:
+        variance = _prefix_variance(
+            batch,
+            log_p - c.alpha * log_p_base,
+            log_p_stop - c.alpha * of_response(old.log_stop_base),
+        )
+    return objectives.Trajectories(
+        log_pf=total(log_p),
+        log_p_base=total(log_p_base),
+        log_z=log_z,
+        length=total(jnp.ones_like(log_p)),
+        psi=batch.psi,
+        weight=losses.importance_weight(total(log_ratio), zero, low=c.low, high=c.high),
+        advantage=zero if old.advantage is None else old.advantage,
+        log_ratio=total(log_ratio),
+        capped=total(jnp.minimum(ratio, c.high)),
+        floored=total(jnp.maximum(ratio, c.low)),
+        kl=total(kl),
+        prefix_variance=variance,
+    )
+
+
+def _prefix_variance(
+    batch: PackedBatch, step: Float[Array, "b t"], stop: Float[Array, "b t"]
+) -> Float[Array, "b n"]:
+    """Unbiased variance, over the prefixes of each response, of the sum of `step` over
+    the prefix's tokens plus `stop` at the token in the place of which it ends."""
+    # Sums from the row's start differ from those of the response by a constant.
+    prefix = jnp.cumsum(step, axis=1) - step + stop
+    mean = response_sum(prefix, batch) / jnp.maximum(batch.length, 1)
+    of_token = jnp.take_along_axis(mean, jnp.maximum(batch.segment_ids - 1, 0), axis=1)
+    squares = response_sum((prefix - of_token) ** 2, batch)
+    return squares / jnp.maximum(batch.length - 1, 1)
 
 
 def train_step(
@@ -143,7 +204,7 @@ def train_step(
 
     of_slots = jnp.zeros(batch.length.shape, jnp.float32)
     of_tokens = jnp.zeros(batch.tokens.shape, jnp.float32)
-    empty = StepTable(*[of_slots] * 7, log_p=of_tokens)
+    empty = StepTable(*[of_slots] * 8, log_p=of_tokens)
     grads = jax.tree.map(jnp.zeros_like, state.params)
     loss, grads, table = lax.fori_loop(
         0, num_micro, micro_batch, (jnp.float32(0), grads, empty)
@@ -164,13 +225,24 @@ def score_step(
     num_micro: Int[Array, ""],
     *,
     config: model.ModelConfig,
-) -> Float[Array, "m b t"]:
-    """Token log-probs of packed rows under a frozen policy, `[M, B, T]`."""
+    stop_ids: tuple[int, ...] = (),
+    with_certainty: bool = False,
+) -> Scores:
+    """Token log-probs of packed rows under a frozen policy, `[M, B, T]`; with
+    `stop_ids` those of stopping too, and with `with_certainty` how sure it was."""
 
     @jax.named_scope("base_pass")
     def micro_batch(i, out):
         part = jax.tree.map(lambda x: x[i], batch)
-        return out.at[i].set(logprobs.packed_log_probs(config, params, part)[0])
+        log_p, _, hidden = logprobs.packed_log_probs(config, params, part)
+        args = (params, hidden, log_p, part)
+        scores = Scores(
+            log_p,
+            logprobs.stop_log_probs(*args, stop_ids) if stop_ids else None,
+            logprobs.self_certainty(*args) if with_certainty else None,
+        )
+        return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
 
     empty = jnp.zeros(batch.tokens.shape, jnp.float32)
-    return lax.fori_loop(0, num_micro, micro_batch, empty)
+    out = Scores(empty, empty if stop_ids else None, empty if with_certainty else None)
+    return lax.fori_loop(0, num_micro, micro_batch, out)

@@ -119,8 +119,8 @@ def make_update(
         )
         batch = sharding.put_batch(mesh, batch, dim=1)
         num = jax.numpy.int32(used)
-        log_p_base = made.score_step(base, batch, num, config=made.base_config)
-        old = OldScores(log_p_base, None, None, None)
+        scores = made.score_step(base, batch, num, config=made.base_config)
+        old = OldScores(scores.log_p)
         state, values, _ = made.train_step(state, {}, batch, old, num)
         if not np.isfinite(float(values["loss"])):
             raise FloatingPointError(f"loss is {values['loss']}")

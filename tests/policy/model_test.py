@@ -89,7 +89,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
 
     def packed(params):
         log_p, _, _ = logprobs.packed_log_probs(config, params, batch)
-        sums = packing.response_log_prob(log_p, batch)
+        sums = packing.response_sum(log_p, batch)
         return jnp.sum(jnp.where(batch.is_real, sums, 0.0) ** 2), (log_p, sums)
 
     def alone(params):
@@ -139,7 +139,7 @@ def test_rematerialised_gradients_are_the_same(rng, tiny_policy, remat):
 
     def loss(params, remat):
         log_p, _, _ = logprobs.packed_log_probs(config, params, batch, remat)
-        return packing.response_log_prob(log_p, batch).sum()
+        return packing.response_sum(log_p, batch).sum()
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     plain, again = grad(params, "none"), grad(params, remat)

@@ -65,6 +65,9 @@ def _distribution(folder):
         ("powerflow", 4.0, "head", 250),
         ("powerflow", 0.5, "group", 250),
         ("tb_traj", 2.0, "head", 600),
+        ("tb_token", 2.0, "head", 250),
+        ("rl_traj", 2.0, "head", 600),
+        ("rl_token", 2.0, "head", 250),
     ],
 )
 def test_training_reaches_the_exact_target(
@@ -78,13 +81,30 @@ def test_training_reaches_the_exact_target(
     assert np.exp(base).sum() == pytest.approx(1, abs=1e-4)
     assert np.exp(trained).sum() == pytest.approx(1, abs=1e-4)
     last = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
-    if objective == "powerflow":
+    if objective in ("powerflow", "tb_token"):
         target, want_log_z = length_aware_target(base, length, alpha)
+    elif objective == "rl_token":
+        # sum p^alpha e^{-mu |y|} = e, as the penalty is a mean over tokens.
+        target, want_log_z = length_aware_target(base - 1 / alpha, length, alpha)
     else:
         target, want_log_z = power_target(base, alpha)
     assert total_variation(np.exp(base), target) > 0.15
     assert total_variation(np.exp(trained), target) < 0.02
     assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
+
+
+def test_every_prefix_that_may_stop_gets_its_share(config, tmp_path):
+    """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
+    config.objective, config.alpha = "subtb", 2.0
+    config.num_steps = config.checkpoint_every = 250
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    ended = np.array([y[-1] == 1 for y in all_responses(4, 1, 3)])
+    base = _distribution(config.model)[0][ended]
+    trained = _distribution(tmp_path / "run/hf")[0][ended]
+    target, _ = power_target(base, 2.0)
+    start = np.exp(base) / np.exp(base).sum()
+    assert total_variation(start, target) > 0.15
+    assert total_variation(np.exp(trained) / np.exp(trained).sum(), target) < 0.02
 
 
 def _deterministic(folder):

@@ -2,12 +2,11 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
-from pfjax.training import metrics, objectives, rewards
+from pfjax.training import metrics
 from pfjax.types import Rollout
 
 # Two prompts, two responses each. m = -1, -2, -0.5, -1; m0 = -1.5, -2, -1, -2.
@@ -23,6 +22,7 @@ RECORD = metrics.StepRecord(
     loss=np.array([1.0, 4.0, 0.0, 9.0]),
     residual=np.array([1.0, -2.0, 0.0, 3.0]),
     entropy=np.array([1.0, 0.5, 2.0, 1.0]),
+    kept=np.array([2.0, 1.0, 4.0, 2.0]),
 )
 
 
@@ -42,6 +42,7 @@ def test_balance_by_hand():
         "kl/policy_base_per_token": 0.5,
         "is/w_mean": 1.045,
         "is/w_at_clamp_frac": 0.5,
+        "is/keep_frac": 1.0,
         "entropy": 0.5,
     }
     assert got == pytest.approx(want)
@@ -84,36 +85,30 @@ def test_gap_between_sampler_and_scorer_by_hand():
     assert got["rollout/waste"] == pytest.approx(3 / 8)
 
 
-def test_format_term_is_charged_without_a_closed_box():
-    psi = rewards.format_term([r"\boxed{1}", r"\boxed{1", "1"], -0.5)
-    np.testing.assert_array_equal(psi, np.float32([0.0, -0.5, -0.5]))
+def test_match_by_hand():
+    # The target a token, 2 (m0 + psi): -3, -4 | -2, -5; m: -1, -2 | -0.5, -1.
+    # Less the means of prompts: x = 0.5, -0.5 | 1.5, -1.5; y = 0.5, -0.5 | 0.25, -0.25.
+    got = metrics.match_metrics(RECORD, alpha=2.0)
+    xy, xx, yy = 0.5 + 0.75, 0.5 + 4.5, 0.5 + 0.125
+    # Residuals m - target = 2, 2 | 1.5, 4; less the means 0, 0 | -1.25, 1.25.
+    w = np.exp(-2.5)
+    want = {
+        "tb/corr_logp_target": xy / np.sqrt(xx * yy),
+        "tb/slope": xy / xx,
+        "tb/rank_corr": 1.0,
+        "tb/elbo": -(4 * -1.25 + 2 * 1.25) / 4,
+        "tb/ess": (1 + (1 + w) ** 2 / (2 * (1 + w**2))) / 2,
+        "tb/inversion_rate": 0.0,  # the policy's log-probs are all equal
+    }
+    assert got == pytest.approx(want)
+    swapped = RECORD._replace(log_pf=np.array([-1.0, -2.0, -3.0, -2.0]))
+    # Prompt 0: -1 > -2 against -3 < -2, inverted; prompt 1: the base's are equal.
+    assert metrics.match_metrics(swapped, 2.0)["tb/inversion_rate"] == 1.0
 
 
-def test_objectives_by_hand():
-    y = objectives.Trajectories(
-        log_pf=RECORD.log_pf,
-        log_p_base=RECORD.log_p_base,
-        log_z=RECORD.log_z,
-        length=RECORD.length,
-        psi=RECORD.psi,
-        weight=RECORD.weight,
-    )
-    y = objectives.Trajectories(*(jnp.asarray(x, jnp.float32) for x in y))
-    # log Z' + m - 4 (m0 + psi): -1-1+6, -1-2+8, -2-0.5+4, -2-1+10.
-    loss, residual = objectives.powerflow(y, 4.0)
-    np.testing.assert_allclose(residual, [4.0, 5.0, 1.5, 7.0], rtol=1e-6)
-    np.testing.assert_allclose(loss, np.square(residual) * RECORD.weight, rtol=1e-6)
-    # log Z + log pi - 4 log p0: -1-2+12, -1-2+8, -2-2+16, -2-2+16.
-    loss, residual = objectives.tb_traj(y, 4.0)
-    np.testing.assert_allclose(residual, [9.0, 5.0, 12.0, 12.0], rtol=1e-6)
-    np.testing.assert_allclose(loss, np.square(residual) * RECORD.weight, rtol=1e-6)
-    # The group estimate takes each prompt's mean residual away.
-    for objective in objectives.OBJECTIVES.values():
-        _, at_zero = objective(y._replace(log_z=0 * y.log_z), 4.0)
-        log_z = objectives.group_log_z(at_zero, jnp.asarray(RECORD.prompt_index), 2)
-        _, residual = objective(y._replace(log_z=log_z), 4.0)
-        means = [residual[:2].mean(), residual[2:].mean()]
-        np.testing.assert_allclose(means, 0.0, atol=1e-5)
+def test_ranks_of_ties_are_shared():
+    ranks = metrics._ranks(np.array([3.0, 1.0, 3.0, 2.0]), [np.ones(4, bool)])
+    np.testing.assert_array_equal(ranks, [2.5, 0.0, 2.5, 1.0])
 
 
 def test_writer_cuts_back_to_the_step_it_continues_from(tmp_path):

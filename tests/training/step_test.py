@@ -10,7 +10,7 @@ import pytest
 
 from pfjax import packing, sharding
 from pfjax.policy import model, partition
-from pfjax.training import step
+from pfjax.training import objectives, step
 from pfjax.types import OldScores
 from tests.conftest import count_compiles
 
@@ -23,9 +23,9 @@ def _config(tiny_config, **changes):
     kwargs = {
         "model": tiny_config,
         "objective": "powerflow",
-        "alpha": 4.0,
-        "weight_low": 0.8,
-        "weight_high": 1.28,
+        "coefficients": objectives.Coefficients(alpha=4.0),
+        "keep_band": False,
+        "stop_ids": tiny_config.stop_ids,
         "remat": "none",
     }
     return step.StepConfig(**(kwargs | changes))
@@ -66,7 +66,7 @@ def _jitted(config):
 
 
 def _run(policy, batch, used, config=None, old=None):
-    old = old or OldScores(_base_scores(batch), None, None, None)
+    old = old or OldScores(_base_scores(batch))
     update = _jitted(config or _config(policy.config))
     return update(_state(policy), {}, batch, old, jnp.int32(used))
 
@@ -113,9 +113,7 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     loss_fn = functools.partial(step.loss_fn, config=config)
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
     for i in range(used):
-        part = jax.tree.map(
-            lambda x, i=i: x[i], (batch, OldScores(base, None, None, None))
-        )
+        part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base)))
         one, _ = grad_fn(state.params, {}, *part, jnp.float32(5))
         grads = jax.tree.map(jnp.add, grads, one)
 
@@ -217,9 +215,7 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     spread = model.Policy(config, jax.device_put(tiny_policy.params, of_params))
     with jax.set_mesh(mesh):
         put = sharding.put_batch(mesh, batch, dim=1)
-        old = sharding.put_batch(
-            mesh, OldScores(_base_scores(batch), None, None, None), 1
-        )
+        old = sharding.put_batch(mesh, OldScores(_base_scores(batch)), 1)
         state, scalars, table = _run(spread, put, used, old=old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
         assert is_split == (sizes[1] * sizes[2] > 1)
@@ -239,7 +235,7 @@ def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
     with count_compiles() as count:
         for n in (3, 12, 7):
             _, batch, _, used = _data(rng, count=n)
-            old = OldScores(_base_scores(batch), None, None, None)
+            old = OldScores(_base_scores(batch))
             state, _, _ = update(state, {}, batch, old, jnp.int32(used))
     assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
 
@@ -249,10 +245,167 @@ def test_the_base_at_alpha_one_stays_where_it_is(rng, tiny_policy):
     _, batch, _, used = _data(rng)
     batch = batch._replace(psi=np.zeros_like(batch.psi))
     score = jax.jit(functools.partial(step.score_step, config=tiny_policy.config))
-    log_p = score(tiny_policy.params, batch, jnp.int32(used))
+    log_p = score(tiny_policy.params, batch, jnp.int32(used)).log_p
     old = OldScores(log_p, None, None, np.zeros(batch.length.shape, np.float32))
-    config = _config(tiny_policy.config, alpha=1.0)
+    config = _config(
+        tiny_policy.config, coefficients=objectives.Coefficients(alpha=1.0)
+    )
     _, scalars, table = _run(tiny_policy, batch, used, config, old)
     assert scalars["loss"] < 1e-10
     assert scalars["grad_norm"] < 1e-4
     assert np.abs(table.residual).max() < 1e-5
+
+
+def _whole_log_softmax(policy, batch):
+    """Of every token that predicts the one at each place, `[M, B, T, V]`."""
+
+    def one(part):
+        hidden, _ = model.forward_packed(
+            policy.config,
+            policy.params,
+            part.tokens,
+            part.positions,
+            part.segment_ids,
+        )
+        logits = hidden @ policy.params["head"].T
+        return jax.nn.log_softmax(jnp.pad(logits[:, :-1], ((0, 0), (1, 0), (0, 0))))
+
+    parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.tokens))]
+    return np.stack([one(part) for part in parts])
+
+
+def test_scores_of_stopping_and_certainty_are_those_of_whole_logits(rng, tiny_policy):
+    _, batch, _, used = _data(rng)
+    score = jax.jit(
+        step.score_step, static_argnames=("config", "stop_ids", "with_certainty")
+    )
+    got = score(
+        tiny_policy.params,
+        batch,
+        jnp.int32(used),
+        config=tiny_policy.config,
+        stop_ids=(1, 5),
+        with_certainty=True,
+    )
+    whole = _whole_log_softmax(tiny_policy, batch)
+    at = batch.is_response
+    stops = np.logaddexp(whole[..., 1], whole[..., 5])
+    np.testing.assert_allclose(got.log_p_stop[at], stops[at], atol=1e-5)
+    # logsumexp(x) - mean(x) = -mean(log p).
+    np.testing.assert_allclose(
+        got.self_certainty[at], -whole.mean(axis=-1)[at], atol=1e-5
+    )
+    assert not np.any(got.log_p_stop[~at]) and not np.any(got.self_certainty[~at])
+
+
+def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
+    _, batch, placement, used = _data(rng, count=6)
+    alpha = 2.0
+    base_stop = (-2.0 - 0.1 * (batch.tokens % 5)).astype(np.float32)
+    base = _base_scores(batch)
+    config = _config(
+        tiny_policy.config,
+        objective="subtb",
+        coefficients=objectives.Coefficients(alpha=alpha),
+    )
+    old = OldScores(base, log_stop_base=base_stop)
+    _, _, table = _run(tiny_policy, batch, used, config, old)
+    got = packing.unpack_slots(table.loss, placement)
+    whole = _whole_log_softmax(tiny_policy, batch)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    for i, (row, slot) in enumerate(zip(placement.row, placement.slot, strict=True)):
+        at = (flat(batch.segment_ids)[row] == slot + 1) & flat(batch.is_response)[row]
+        tokens, p = flat(batch.tokens)[row][at], flat(whole)[row][at]
+        p0, p0_stop = flat(base)[row][at], flat(base_stop)[row][at]
+        # log P - alpha log R of the first t tokens and a stop.
+        u = []
+        for t in range(len(tokens)):
+            chosen = sum(p[s, tokens[s]] - alpha * p0[s] for s in range(t))
+            u.append(chosen + p[t, 1] - alpha * p0_stop[t])
+        pairs = [(a - b) ** 2 for j, a in enumerate(u) for b in u[:j]]
+        want = np.mean(pairs) if pairs else 0.0
+        np.testing.assert_allclose(got[i], want, rtol=1e-4)
+
+
+def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
+    _, batch, placement, used = _data(rng)
+    _, _, on_policy = _run(tiny_policy, batch, used)
+    # Every third token has drifted out of the band, the others within it.
+    out = np.arange(batch.tokens.shape[-1]) % 3 == 0
+    drift = np.where(out, 0.5, 0.01).astype(np.float32)
+    old = OldScores(
+        _base_scores(batch),
+        np.asarray(on_policy.log_p) - drift,
+        np.zeros(len(batch.tokens), bool),
+    )
+    config = _config(tiny_policy.config, keep_band=True)
+    _, _, table = _run(tiny_policy, batch, used, config, old)
+    kept = np.where(batch.is_response & ~out, 1.0, 0.0)
+    sums = lambda x: packing.unpack_slots(
+        np.stack([packing.response_sum(jnp.asarray(x[i] * kept[i]),
+                  jax.tree.map(lambda y, i=i: y[i], batch)) for i in range(len(x))]),
+        placement,
+    )  # fmt: skip
+    n = sums(np.ones_like(kept))
+    got = lambda name: packing.unpack_slots(getattr(table, name), placement)
+    np.testing.assert_allclose(got("kept"), n)
+    np.testing.assert_allclose(got("log_pf"), sums(on_policy.log_p), rtol=1e-5)
+    np.testing.assert_allclose(got("log_p_base"), sums(old.log_p_base), rtol=1e-5)
+    np.testing.assert_allclose(got("weight"), np.clip(np.exp(0.01 * n), 0.8, 1.28),
+                               rtol=1e-4)  # fmt: skip
+    some = np.maximum(n, 1)
+    psi = packing.unpack_slots(batch.psi, placement)
+    m, m0 = got("log_pf") / some, got("log_p_base") / some
+    np.testing.assert_allclose(
+        got("residual"), got("log_z") + m - 4 * (m0 + psi), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
+    _, batch, placement, used = _data(rng)
+    _, _, on_policy = _run(tiny_policy, batch, used)
+    drift = np.where(np.arange(batch.tokens.shape[-1]) % 2, 0.5, -0.5)
+    old = OldScores(
+        _base_scores(batch),
+        (np.asarray(on_policy.log_p) - drift).astype(np.float32),
+        np.zeros(len(batch.tokens), bool),
+        advantage=np.where(batch.is_real, np.sign(batch.psi + 0.1), 0).astype(
+            np.float32
+        ),
+    )
+    config = _config(tiny_policy.config, objective="grpo")
+    _, _, table = _run(tiny_policy, batch, used, config, old)
+    for i, (row, slot) in enumerate(zip(placement.row, placement.slot, strict=True)):
+        segment_ids, is_response, psi = (
+            x.reshape(-1, x.shape[-1])[row]
+            for x in (batch.segment_ids, batch.is_response, batch.psi)
+        )
+        ratio = np.exp(drift[(segment_ids == slot + 1) & is_response])
+        a = 1.0 if psi[slot] == 0 else -1.0
+        want = -np.mean(np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a))
+        got = packing.unpack_slots(table.loss, placement)[i]
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", sorted(objectives.OBJECTIVES))
+def test_nan_in_padding_changes_nothing_for_any_objective(rng, tiny_policy, objective):
+    _, batch, _, used = _data(rng, count=4)
+    config = _config(tiny_policy.config, objective=objective)
+
+    def run(padding):
+        of_tokens = lambda x: np.where(batch.is_response, x, padding).astype(np.float32)
+        of_slots = lambda x: np.where(batch.is_real, x, padding).astype(np.float32)
+        old = OldScores(
+            of_tokens(_base_scores(batch)),
+            of_tokens(-1.5),
+            np.zeros(len(batch.tokens), bool),
+            log_z=of_slots(-0.5),
+            advantage=of_slots(0.7),
+            log_stop_base=of_tokens(-2.0),
+        )
+        return _run(tiny_policy, batch, used, config, old)
+
+    want, got = run(0.0), run(np.nan)
+    assert np.isfinite(want[1]["grad_norm"]) and want[1]["grad_norm"] > 0
+    np.testing.assert_array_equal(got[1]["loss"], want[1]["loss"])
+    _assert_same(got[0].params, want[0].params, atol=0)
