@@ -203,10 +203,13 @@ def write(out: pathlib.Path, steps: int, batch_size: int, seed: int) -> None:
     hf.save(pretrain(steps, batch_size, seed), out)
     make_tokenizer().save_pretrained(out)
     _, train, held_out = split_problems(seed)
-    for name, problems in (("train", train), ("eval", held_out)):
-        # No answers to train on: PowerFlow needs none.
+    for name, problems in (
+        ("train", train),  # no answers: PowerFlow needs none
+        ("train_answered", train),  # for the rivals that do
+        ("eval", held_out),
+    ):
         rows = [
-            {"prompt": p.prompt} | ({"answer": p.answer} if name == "eval" else {})
+            {"prompt": p.prompt} | ({} if name == "train" else {"answer": p.answer})
             for p in problems
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -6,21 +6,24 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from pfjax import compilation, folders, processes, sharding
 from pfjax.evaluation import benchmarks, grading
 from pfjax.policy import hf, lora
-from pfjax.sampling import truncation
+from pfjax.sampling import engine, truncation
 from pfjax.training import (
     build,
     checkpoint,
     checks,
+    data,
     guards,
     interruption,
-    iteration,
     metrics,
+    objectives,
     step,
+    updates,
 )
 
 
@@ -120,9 +123,7 @@ def _loop(
                 profiler.step(number),
                 guards.watch(number, config.guards.step_seconds),
             ):
-                state, cursor, values = iteration.iterate(
-                    run, state, cursor, number, grader
-                )
+                state, cursor, values = _step(run, state, cursor, number, grader)
             values["time/compile"], made, found = compilations.take()
             if number == start + 1:
                 progress.note(
@@ -178,6 +179,85 @@ def _symptoms(
     return guards.symptoms(
         history, config.length_floor, config.truncated_ceiling, config.patience
     )
+
+
+def _step(
+    run: build.Run,
+    state: step.TrainState,
+    cursor: int,
+    number: int,
+    grader: grading.Grader,
+) -> tuple[step.TrainState, int, dict[str, float]]:
+    """Does step `number`.
+
+    Returns:
+      The new state, the new data cursor, and the step's metrics.
+
+    Raises:
+      FloatingPointError: if the loss or a gradient is not finite.
+    """
+    config, clock = run.config, metrics.Clock()
+    chosen, ids, cursor = data.next_prompts(
+        run.train, cursor, config.prompts_per_step, config.seed
+    )
+    with clock.part("rollout"):
+        rollout = engine.rollout(
+            build.policy_of(run, state),
+            [run.train.tokens[i] for i in chosen],
+            config.samples_per_prompt,
+            config.max_new_tokens,
+            config.temperature,
+            config.seed,
+            step=number,
+            prompt_ids=ids,
+            stop_ids=run.stop_ids,
+            prompt_width=run.prompt_width,
+            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
+        )
+    with clock.part("reward"):
+        drawn = updates.judge(run, chosen, rollout, grader)
+    # Split by prompts: the samples of one stay in one update.
+    by_prompt = np.arange(len(drawn.responses)).reshape(len(chosen), -1)
+    parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
+    with clock.part("base_pass"):
+        base = build.base_on_devices(run)
+        batches = [
+            updates.pack_and_score(run, state, base, drawn, part, is_first=i == 0)
+            for i, part in enumerate(parts)
+        ]
+        source = objectives.log_z_of(config.objective, config.log_z)
+        if number == 1 and source == "head":
+            state = updates.calibrate(run, state, batches)
+        jax.block_until_ready([u.old for u in batches])
+        del base  # with base_memory=host, room for the update
+    tables, scalars = [], []
+    with clock.part("update"):
+        for update in batches:
+            state, values, table = run.programs.train_step(
+                state, run.frozen, update.batch, update.old, update.num_micro
+            )
+            tables.append(table)
+            scalars.append(values)
+        values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {number}; the last checkpoint is "
+                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
+                "a smaller optim.learning_rate or clip_norm is the usual cure"
+            )
+    values |= updates.step_metrics(run, batches, tables, drawn)
+    warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
+    values["lr"] = config.optim.learning_rate * warmed_up
+    values |= clock.done()
+    values |= metrics.perf_metrics(
+        run.programs.step_config.model,
+        values,
+        np.concatenate([u.prompt_lengths for u in batches]),
+        np.concatenate([u.lengths for u in batches]),
+    )
+    del values["loss"]  # tb/loss
+    return state, cursor, values
 
 
 def _evaluate(

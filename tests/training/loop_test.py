@@ -3,16 +3,17 @@
 import collections
 import gzip
 import json
+import pathlib
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
-from configs import default
+from configs import default, smoke
 from pfjax import sharding
 from pfjax.policy import attention, hf, logprobs
-from pfjax.training import build, cost, loop, metrics
+from pfjax.training import build, cost, loop, metrics, objectives
 from tests.conftest import (
     all_responses,
     length_aware_target,
@@ -105,6 +106,36 @@ def test_every_prefix_that_may_stop_gets_its_share(config, tmp_path):
     start = np.exp(base) / np.exp(base).sum()
     assert total_variation(start, target) > 0.15
     assert total_variation(np.exp(trained) / np.exp(trained).sum(), target) < 0.02
+
+
+@pytest.mark.parametrize(
+    "objective", [k for k, o in objectives.OBJECTIVES.items() if o.reward]
+)
+def test_rivals_train_on_their_rewards(tmp_path, objective):
+    c = smoke.get_config()
+    c.objective = objective
+    c.data.train, c.data.eval = "pfjax/toy/train_answered.jsonl", ""
+    c.num_steps, c.prompts_per_step, c.rows = 3, 8, 8
+    c.updates_per_rollout = 2 if objective in ("empo", "intuitor") else 1
+    loop.train_and_evaluate(c, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["grad_norm"] > 0
+        # Right in half of all cases; sure by at most log 32 + KL(U || p).
+        low, high = (3, 30) if objective == "intuitor" else (0.1, 0.95)
+        assert low < row["reward/mean"] < high and row["reward/std"] > 0
+    assert rows[-1]["rollout/logp_gap_max"] < 1e-4
+
+
+def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
+    config.objective = "grpo"
+    pathlib.Path(config.data.train).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="1 of 1 prompts of .* have no answer"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.objective, config.samples_per_prompt = "ttrl", 1
+    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def _deterministic(folder):

@@ -1,4 +1,5 @@
-"""One step of a run: prompts -> responses -> packed rows -> updates; and its metrics."""
+"""From the responses of a step to what its updates take, and from what these saw to
+metrics."""
 
 from typing import NamedTuple
 
@@ -9,12 +10,11 @@ import numpy as np
 from pfjax import packing, processes, sharding
 from pfjax.evaluation import grading
 from pfjax.policy import model, partition, tokenizer
-from pfjax.sampling import engine
-from pfjax.training import build, data, metrics, objectives, rewards, step
+from pfjax.training import build, metrics, objectives, rewards, step
 from pfjax.types import OldScores, PackedBatch, Placement, Rollout
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """The S = P * G responses of a step, prompt by prompt."""
 
     prompts: list[list[int]]
@@ -25,7 +25,7 @@ class _Drawn(NamedTuple):
     reward: np.ndarray  # [S]; zeros if the objective has none, or one of the tokens
 
 
-class _Update(NamedTuple):
+class Update(NamedTuple):
     """One mini-batch of a step, packed and placed on the mesh."""
 
     batch: PackedBatch
@@ -38,88 +38,9 @@ class _Update(NamedTuple):
     lengths: np.ndarray
 
 
-def iterate(
-    run: build.Run,
-    state: step.TrainState,
-    cursor: int,
-    number: int,
-    grader: grading.Grader,
-) -> tuple[step.TrainState, int, dict[str, float]]:
-    """Does step `number`.
-
-    Returns:
-      The new state, the new data cursor, and the step's metrics.
-
-    Raises:
-      FloatingPointError: if the loss or a gradient is not finite.
-    """
-    config, clock = run.config, metrics.Clock()
-    chosen, ids, cursor = data.next_prompts(
-        run.train, cursor, config.prompts_per_step, config.seed
-    )
-    with clock.part("rollout"):
-        rollout = engine.rollout(
-            build.policy_of(run, state),
-            [run.train.tokens[i] for i in chosen],
-            config.samples_per_prompt,
-            config.max_new_tokens,
-            config.temperature,
-            config.seed,
-            step=number,
-            prompt_ids=ids,
-            stop_ids=run.stop_ids,
-            prompt_width=run.prompt_width,
-            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
-        )
-    with clock.part("reward"):
-        drawn = _judge(run, chosen, rollout, grader)
-    # Split by prompts: the samples of one stay in one update.
-    by_prompt = np.arange(len(drawn.responses)).reshape(len(chosen), -1)
-    parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
-    with clock.part("base_pass"):
-        base = build.base_on_devices(run)
-        updates = [
-            _pack_and_score(run, state, base, drawn, part, is_first=i == 0)
-            for i, part in enumerate(parts)
-        ]
-        source = objectives.log_z_of(config.objective, config.log_z)
-        if number == 1 and source == "head":
-            state = _calibrate(run, state, updates)
-        jax.block_until_ready([u.old for u in updates])
-        del base  # with base_memory=host, room for the update
-    tables, scalars = [], []
-    with clock.part("update"):
-        for update in updates:
-            state, values, table = run.programs.train_step(
-                state, run.frozen, update.batch, update.old, update.num_micro
-            )
-            tables.append(table)
-            scalars.append(values)
-        values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {number}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm is the usual cure"
-            )
-    values |= _step_metrics(run, updates, tables, drawn)
-    warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
-    values["lr"] = config.optim.learning_rate * warmed_up
-    values |= clock.done()
-    values |= metrics.perf_metrics(
-        run.programs.step_config.model,
-        values,
-        np.concatenate([u.prompt_lengths for u in updates]),
-        np.concatenate([u.lengths for u in updates]),
-    )
-    del values["loss"]  # tb/loss
-    return state, cursor, values
-
-
-def _judge(
+def judge(
     run: build.Run, chosen: list[int], rollout: Rollout, grader: grading.Grader
-) -> _Drawn:
+) -> Drawn:
     """Texts of the responses, and what they are worth."""
     config = run.config
     rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
@@ -137,7 +58,7 @@ def _judge(
         )
         # A grader that runs out of time may do so on one host alone.
         reward = processes.from_first(reward)
-    return _Drawn(
+    return Drawn(
         prompts=[run.train.tokens[i] for i in chosen],
         rollout=rollout,
         responses=responses,
@@ -147,15 +68,15 @@ def _judge(
     )
 
 
-def _pack_and_score(
+def pack_and_score(
     run: build.Run,
     state: step.TrainState,
     base: model.Params,
-    drawn: _Drawn,
+    drawn: Drawn,
     part: np.ndarray,
     *,
     is_first: bool,
-) -> _Update:
+) -> Update:
     """Packs the trajectories `part` of a step and scores them before it updates."""
     config, made = run.config, run.programs
     prompt_index = part // config.samples_per_prompt
@@ -223,7 +144,7 @@ def _pack_and_score(
         advantage=advantage,
         log_stop_base=of_base.log_p_stop,
     )
-    return _Update(
+    return Update(
         batch, host, placement, num_micro, old, reward, prompt_lengths, lengths
     )
 
@@ -249,8 +170,8 @@ def _residual_without_log_z(
     return objective.loss(y, run.programs.step_config.coefficients)[1]
 
 
-def _calibrate(
-    run: build.Run, state: step.TrainState, updates: list[_Update]
+def calibrate(
+    run: build.Run, state: step.TrainState, updates: list[Update]
 ) -> step.TrainState:
     """Sets the log Z' head so that the first mean residual is 0."""
     total = count = 0.0
@@ -265,11 +186,11 @@ def _calibrate(
     return state._replace(params={**state.params, "log_z": head})
 
 
-def _step_metrics(
+def step_metrics(
     run: build.Run,
-    updates: list[_Update],
+    updates: list[Update],
     tables: list[step.StepTable],
-    drawn: _Drawn,
+    drawn: Drawn,
 ) -> dict[str, float]:
     config = run.config
     record = _record(run, updates, tables, drawn)
@@ -302,9 +223,9 @@ def _step_metrics(
 
 def _record(
     run: build.Run,
-    updates: list[_Update],
+    updates: list[Update],
     tables: list[step.StepTable],
-    drawn: _Drawn,
+    drawn: Drawn,
 ) -> metrics.StepRecord:
     """The tables of all updates, one entry a trajectory, in the order drawn."""
 
