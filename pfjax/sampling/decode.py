@@ -88,7 +88,7 @@ class Results(NamedTuple):
     is_stopped: Array  # bool [n], whether a stop token was drawn
 
 
-def _empty(s: Settings, batch: int, width: int) -> Cache:
+def empty_cache(s: Settings, batch: int, width: int) -> Cache:
     c = s.config
     shapes = decode_attention.cache_shapes(
         s.backend, batch, c.num_kv_heads, width, c.head_dim
@@ -131,8 +131,8 @@ def start(
         results = Results(
             zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
         )
-        prompts = Prompts(_empty(s, lanes, prompt_width), zeros(lanes))
-        return prompts, empty, _empty(s, slots, width), results
+        prompts = Prompts(empty_cache(s, lanes, prompt_width), zeros(lanes))
+        return prompts, empty, empty_cache(s, slots, width), results
 
     return sharding.over_batch(local, 0)(queue)
 
@@ -156,24 +156,34 @@ def prefill(
       length: new lengths of all lanes.
     """
 
-    @jax.named_scope("rollout")
-    def local(draw, prompts, tokens, positions, segment_ids, lane, length):
-        new = []
-
-        def attend(q, k, v, layer):
-            cache = prompts.cache[layer]
-            new.append(
-                decode_attention.write_prompts(
-                    s.backend, cache, (k, v), lane, positions
-                )
-            )
-            return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
-
-        model.apply_layers(s.config, draw.weights, tokens, positions, attend)
-        return Prompts(_placed(new), length)
-
     args = (prompts, tokens, positions, segment_ids, lane, length)
-    return sharding.over_batch(local, 1)(draw, *args)
+    return sharding.over_batch(functools.partial(prefill_local, s=s), 1)(draw, *args)
+
+
+@jax.named_scope("rollout")
+def prefill_local(
+    draw: Draw,
+    prompts: Prompts,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    lane: Int[Array, "b t"],
+    length: Int[Array, "lanes"],
+    *,
+    s: Settings,
+) -> Prompts:
+    """What `prefill` does in one part of the batch."""
+    new = []
+
+    def attend(q, k, v, layer):
+        cache = prompts.cache[layer]
+        new.append(
+            decode_attention.write_prompts(s.backend, cache, (k, v), lane, positions)
+        )
+        return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
+
+    model.apply_layers(s.config, draw.weights, tokens, positions, attend)
+    return Prompts(_placed(new), length)
 
 
 @functools.partial(jax.jit, static_argnames=("s", "columns"), donate_argnames="cache")
@@ -205,7 +215,7 @@ def decode(
         def body(carry):
             i, slots, cache, results = carry
             slots = _begin(s, queue, slots, columns)
-            logits, cache = _forward(s, draw, prompts, slots, cache, columns)
+            logits, cache = forward(s, draw, prompts, slots, cache, columns)
             slots, results = _record(s, draw, queue, slots, results, logits)
             return i + 1, slots, cache, results
 
@@ -243,7 +253,7 @@ def _begin(s: Settings, queue: Queue, slots: Slots, columns: int) -> Slots:
     )
 
 
-def _forward(
+def forward(
     s: Settings,
     draw: Draw,
     prompts: Prompts,
