@@ -53,3 +53,33 @@ def test_mistakes_are_one_line():
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and message in last
         assert "Traceback" not in done.stderr
+
+
+def test_the_power_distribution_beside_low_temperature(tmp_path):
+    """Whole sequences sharpened turn to short guesses; with log Z' they do not."""
+    args = ("--prompts=pfjax/toy/eval.jsonl", "--samples=4", "--max_new_tokens=40")
+    length = {}
+    for name, *more in [
+        ("low_temperature", "--method=low_temperature"),
+        ("mh", "--method=mh", "--blocks=4"),
+        ("smc", "--method=smc", "--ramp=10"),
+        ("aware", "--method=smc", "--ramp=10", "--log_z=-1.1"),
+    ]:
+        out = tmp_path / name
+        done = _run(*args, "--alpha=4", f"--out={out}", *more)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len({(r["prompt_id"], r["sample"]) for r in rows}) == len(rows) == 256
+        length[name] = sum(r["tokens"] for r in rows) / 256
+    assert length["low_temperature"] > 18 and length["aware"] > 18
+    assert length["smc"] < 14, length
+    # A chain takes hundreds of proposals to change the way a response begins.
+    assert length["smc"] < length["mh"] < length["low_temperature"]
+    for wrong, message in [
+        (("--method=mh",), "needs a positive --alpha"),
+        (("--method=mh", "--alpha=2", "--top_k=3"), "takes no --top_k"),
+        (("--alpha=2",), "--alpha needs --method"),
+        (("--method=smc", "--alpha=2", "--particles=2"), "must not be fewer"),
+    ]:
+        done = _run(*args, *wrong)
+        assert done.returncode == 1 and message in done.stderr.splitlines()[-1]

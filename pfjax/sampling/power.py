@@ -89,6 +89,9 @@ def metropolis_hastings(
     The last two terms stand for the choice of `i`: without them, or with proposals cut to
     the present length, responses that ended early cannot grow at their due rate.
 
+    A chain that has to change the way its response begins mixes slowly: on the embedded
+    model at alpha 4, 40 proposals leave a mean length of 20 where the target's is 10.7.
+
     Args:
       policy: the model.
       prompts: P lists of token ids.
