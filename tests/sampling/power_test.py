@@ -74,6 +74,30 @@ def test_both_draw_from_the_exact_target(policy, alpha, is_length_aware):
     np.testing.assert_allclose(evidence, want, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "alpha, temperature, ramp",
+    [
+        (2.0, 0.5, 60),  # all have ended before the power has grown to alpha
+        (4.0, 1.0, 1),  # so poor a proposal that particles have to be resampled
+    ],
+)
+def test_weights_make_up_for_ramp_and_proposal(policy, alpha, temperature, ramp):
+    _, target, log_z = _exact(policy, PROMPTS[0], alpha, False)
+    out, evidence = power.sequential_monte_carlo(
+        policy,
+        PROMPTS[:1],
+        DRAWS,
+        3,
+        alpha=alpha,
+        temperature=temperature,
+        particles=DRAWS,
+        ramp=ramp,
+    )
+    got = _frequencies(out.tokens[0], out.lengths[0])
+    assert total_variation(got, target) < 2 * _floor(target)
+    np.testing.assert_allclose(evidence, log_z, atol=0.05)
+
+
 def test_low_temperature_is_not_the_power_distribution(policy):
     _, target, _ = _exact(policy, PROMPTS[0], 2.0, False)
     out = engine.rollout(policy, PROMPTS[:1], DRAWS, 3, temperature=0.5)
