@@ -39,6 +39,14 @@ def pytest_sessionfinish():
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Programs of a module are dropped after it: each is some maps of memory, of which
+    a process may have 65,530, and LLVM ends it without a word when they are spent."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

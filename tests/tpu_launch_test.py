@@ -176,8 +176,8 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # Tests that were themselves begun with & have it ignored, and so would this.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+            # Tests that were themselves begun with & or nohup ignore them; so would this.
+            preexec_fn=_heed_signals,  # noqa: PLW1509
         )
 
     def asked(self):
@@ -211,6 +211,11 @@ class Cloud:
 
 def find(args, option):
     return next(arg.removeprefix(option) for arg in args if arg.startswith(option))
+
+
+def _heed_signals():
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def read_to(process, *texts):
