@@ -47,6 +47,7 @@ setuptools.setup(
         "huggingface_hub>=1",
         "jinja2>=3.1",  # chat templates
         "jaxtyping>=0.3.5",
+        "matplotlib>=3.10",
         "math-verify[antlr4_13_2]==0.9.0",
         "rich>=13",
         "safetensors>=0.6",

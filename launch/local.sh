@@ -2,11 +2,17 @@
 # Trains on this machine: by default sharpens the embedded model (configs/smoke.py).
 #
 #   bash launch/local.sh [--config=FILE] [--workdir=DIR] [--config.NAME=VALUE ...]
+#   bash launch/local.sh --study [--out=DIR]    every objective, within 40 minutes
 #
 # Makes a virtual environment first (see environment.sh); quick the second time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+if [[ ${1:-} == --study ]]; then
+  # shellcheck disable=SC2119  # no extras
+  prepare
+  exec "$PYTHON" -m pfjax.study "--out=$ROOT/runs/study" "${@:2}"
+fi
 args=("$@")
 has_config='' has_workdir=''
 for arg in "$@"; do
@@ -14,7 +20,7 @@ for arg in "$@"; do
     --config | --config=*) has_config=yes ;;
     --workdir | --workdir=*) has_workdir=yes ;;
     --help)
-      sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit
       ;;
   esac

@@ -69,7 +69,7 @@ def _sample() -> None:
 
     from pfjax import compilation, sharding
     from pfjax.policy import hf, tokenizer
-    from pfjax.sampling import engine, slots, truncation
+    from pfjax.sampling import engine, progress, slots, truncation
 
     if bool(_PROMPT.value) == bool(_PROMPTS.value):
         raise ValueError("give either --prompt or --prompts")
@@ -106,6 +106,13 @@ def _sample() -> None:
                     "finished": response.is_stopped,
                     "log_prob": float(response.log_probs.sum(dtype="float64")),
                 }
+                if _METHOD.value in ("mh", "smc"):  # as --config.data.target takes them
+                    row |= {
+                        "alpha": _ALPHA.value,
+                        "log_z": _LOG_Z.value,
+                        "prompt_tokens": prompts[response.prompt],
+                        "completion_tokens": response.tokens.tolist(),
+                    }
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
@@ -129,12 +136,11 @@ def _sample() -> None:
             print(
                 f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr
             )
-            progress = _Progress(total)
-            stack.callback(progress.close)
+            bar = stack.enter_context(progress.Progress(total))
 
             def write_and_count(finished: list[engine.Finished]) -> None:
                 write(finished)
-                progress.add(len(finished), sum(len(r.tokens) for r in finished))
+                bar.add(len(finished), sum(len(r.tokens) for r in finished))
 
             begin = time.perf_counter()
             rollout = engine.rollout(
@@ -242,49 +248,16 @@ def _finished(rollout) -> list:
 
 
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
+    from pfjax.evaluation import benchmarks
     from pfjax.policy import tokenizer
     from pfjax.training import data
 
     if _PROMPTS.value:
         longest = int(1e9)  # the engine refuses what the model has no positions for
         found = data.load_prompts(_PROMPTS.value, tok, longest, _SUFFIX.value)
-        return found.texts, found.tokens
+        return [benchmarks.text_of(p) for p in found.problems], found.tokens
     texts = [text + _SUFFIX.value for text in _PROMPT.value]
     return texts, [tokenizer.encode_prompt(tok, text) for text in texts]
-
-
-class _Progress:
-    """Responses and tokens so far, on standard error: a bar when a person watches."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._tokens, self._bar = total, 0, 0, None
-        self._begin = time.perf_counter()
-        if sys.stderr.isatty():
-            import rich.console
-            import rich.progress as rp
-
-            self._bar = rp.Progress(
-                rp.TextColumn("{task.completed}/{task.total} responses"),
-                rp.BarColumn(),
-                rp.TextColumn("{task.description}"),
-                rp.TimeRemainingColumn(),
-                console=rich.console.Console(stderr=True),
-            )
-            self._task = self._bar.add_task("", total=self._total)
-            self._bar.start()
-
-    def add(self, responses: int, tokens: int) -> None:
-        before = 10 * self._done // self._total
-        self._done, self._tokens = self._done + responses, self._tokens + tokens
-        rate = f"{self._tokens / (time.perf_counter() - self._begin):.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=rate)
-        elif 10 * self._done // self._total > before:
-            print(f"{self._done}/{self._total} responses, {rate}", file=sys.stderr)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "pfjax"
 FLOORS = ["", "policy", "sampling", "evaluation", "training"]
-DOORS = {"train", "evaluate", "sample", "export", "plan", "report", "toy"}
+DOORS = {"train", "evaluate", "sample", "export", "plan", "report", "study", "toy"}
 
 
 def _modules() -> dict[str, pathlib.Path]:

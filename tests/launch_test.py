@@ -82,6 +82,12 @@ def test_local_adds_only_what_is_not_given(launch):
     assert asked[-1] == "-m pfjax.train --workdir=my runs/1 --config=other.py"
 
 
+def test_study_is_a_run_of_its_own_door(launch):
+    _, asked = launch("local.sh", "--study", "--seeds=1")
+    out = f"--out={launch.checkout}/runs/study"
+    assert asked[-1] == f"-m pfjax.study {out} --seeds=1"
+
+
 def test_set_up_runs_once_and_again_when_dependencies_change(launch):
     _, first = launch("local.sh")
     assert sum("pip install" in line for line in first) == 1

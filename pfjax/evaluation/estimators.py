@@ -1,5 +1,8 @@
 """avg@k, pass@k, maj@k and their standard errors, from n samples a problem."""
 
+import itertools
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -12,6 +15,24 @@ def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
     """
     n = len(per_problem)
     return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+
+
+def paired_standard_error(
+    first: Float[np.ndarray, "p"], second: Float[np.ndarray, "q"]
+) -> float:
+    """Standard error of the difference of two models' means on the same problems.
+
+    Hard problems are hard for both, so this is smaller than the two errors combined.
+
+    Raises:
+      ValueError: if the models did not answer the same number of problems.
+    """
+    if len(first) != len(second):
+        raise ValueError(
+            "paired models need the same problems, "
+            f"got {len(first)} and {len(second)} of them"
+        )
+    return standard_error(first - second)
 
 
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
@@ -28,8 +49,7 @@ def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
     if not 1 <= k <= n:
         raise ValueError(f"pass@k needs 1 <= k <= n, got k={k}, n={n}")
     # Product form: no large binomials. A factor is 0 when n - c < k.
-    miss = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) if n - c >= k else 0.0
-            for c in num_correct]  # fmt: skip
+    miss = [np.prod(1.0 - k / np.arange(n - c + 1, n + 1)) for c in num_correct]
     return 1.0 - np.array(miss, np.float64)
 
 
@@ -49,3 +69,46 @@ def maj_at_n(classes: Int[np.ndarray, "n"], is_correct: Bool[np.ndarray, "n"]) -
     names, votes = np.unique(classes[voters], return_counts=True)
     winners = names[votes == votes.max()]
     return float(np.mean([is_correct[classes == c].mean() for c in winners]))
+
+
+def maj_at_k(
+    classes: Int[np.ndarray, "n"],
+    is_correct: Bool[np.ndarray, "n"],
+    k: int,
+    num_subsets: int = 100,
+    seed: int = 0,
+) -> float:
+    """`maj_at_n` of one problem, averaged over subsets of k of its n samples.
+
+    Exact where all subsets are no more than `num_subsets`, else over that many, drawn
+    without replacement within each; the same ones for every problem and model.
+
+    Raises:
+      ValueError: if k exceeds n.
+    """
+    n = len(classes)
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@k needs 1 <= k <= n, got k={k}, n={n}")
+    if math.comb(n, k) <= num_subsets:
+        subsets = map(list, itertools.combinations(range(n), k))
+    else:
+        rng = np.random.default_rng(seed)
+        subsets = (rng.permutation(n)[:k] for _ in range(num_subsets))
+    return float(np.mean([maj_at_n(classes[s], is_correct[s]) for s in subsets]))
+
+
+def num_classes(classes: Int[np.ndarray, "n"]) -> int:
+    """How many different answers one problem got; -1 (no answer) is none."""
+    return len(np.unique(classes[classes >= 0]))
+
+
+def answer_entropy(classes: Int[np.ndarray, "n"]) -> float:
+    r"""Entropy of one problem's answers, in nats; 0 if there are none.
+
+    .. math:: -\sum_c f_c \log f_c
+
+    with f_c the share of class c among the samples that have an answer.
+    """
+    _, votes = np.unique(classes[classes >= 0], return_counts=True)
+    share = votes / max(votes.sum(), 1)
+    return float(np.sum(share * np.log(1 / share)))

@@ -34,17 +34,20 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
         ) from error
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str | list[Message], *, is_raw: bool = False
+) -> list[int]:
     """Token ids of a prompt, up to where the response begins.
 
     Messages, and a string when the tokenizer has a chat template, go through the
-    template (a string as one user message); else the string is encoded as it is.
+    template (a string as one user message); else, or if it `is_raw`, the string is
+    encoded as it is.
 
     Raises:
       ValueError: for messages when the tokenizer has no chat template.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    if isinstance(prompt, str) and not has_template:
+    if isinstance(prompt, str) and (is_raw or not has_template):
         return tokenizer.encode(prompt)
     if not has_template:
         raise ValueError(
@@ -61,16 +64,34 @@ def encode_prompt(tokenizer: Any, prompt: str | list[Message]) -> list[int]:
 
 
 def stop_ids(tokenizer: Any, config_stop_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """Every token that ends a response: the config's and the tokenizer's own."""
+    """Every token that ends a response: the config's, the tokenizer's own, and what its
+    chat template ends a turn with (base models of Qwen name that in neither)."""
     ids = set(config_stop_ids)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
+    ids.update(_ends_of_turn(tokenizer))
     if not ids:
         raise ValueError(
             "neither the model's config nor its tokenizer names an end-of-sequence "
             "token: responses would never stop"
         )
     return tuple(sorted(ids))
+
+
+def _ends_of_turn(tokenizer: Any) -> list[int]:
+    """The special token that a chat template puts behind an assistant's message, if it
+    does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    said = "pfjax"
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": said},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = text.rpartition(said)[2].lstrip()
+    specials = tokenizer.get_added_vocab()
+    return [specials[t] for t in specials if t and behind.startswith(t)]
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:

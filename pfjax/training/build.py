@@ -48,6 +48,7 @@ class Run(NamedTuple):
     tok: Any
     train: data.PromptSet
     eval: data.PromptSet | None
+    target: data.TargetSamples | None
     stop_ids: tuple[int, ...]
     prompt_width: int
     rollout_plan: slots.Plan
@@ -185,7 +186,10 @@ def build(
     )
     train = load(config.data.train)
     held_out = config.data.eval and load(config.data.eval)
-    checks.check_answers(config, train.answers)
+    target = config.data.target or None
+    if target:
+        target = data.load_target(target, config.alpha)
+    checks.check_answers(config, [p.gold for p in train.problems])
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     checks.check_lengths(config, longest, base_config.max_positions)
     stop_ids = tokenizer.stop_ids(tok, base_config.stop_ids)
@@ -210,6 +214,7 @@ def build(
         tok=tok,
         train=train,
         eval=held_out or None,
+        target=target,
         stop_ids=stop_ids,
         prompt_width=longest,
         rollout_plan=slots.make_plan(

@@ -1,25 +1,23 @@
 """Prompts from files or the hub, and an order of them that a checkpoint can hold."""
 
 import collections
-import json
 import logging
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfjax.policy import hf, tokenizer
+from pfjax import rows
+from pfjax.evaluation import benchmarks
+from pfjax.policy import tokenizer
 
 _LOG = logging.getLogger(__name__)
-_PROMPT_FIELDS = ("prompt", "problem", "question")
 
 
 class PromptSet(NamedTuple):
     """Prompts that fit the limit, tokenized."""
 
-    texts: list[str]  # for people: the last message of each
+    problems: list[benchmarks.Problem]  # the question as it is asked
     tokens: list[list[int]]
-    answers: list[str | None]
 
 
 def load_prompts(
@@ -42,10 +40,10 @@ def load_prompts(
       ValueError: if there is no such source, a row has no prompt (naming file and
         line), or no prompt is left.
     """
-    rows = _read_rows(source)
-    texts, tokens, answers, too_long = [], [], [], 0
-    for where, row in rows:
-        prompt = _prompt_of(where, row)
+    problems, tokens, too_long = [], [], 0
+    for number, (where, row) in enumerate(rows.read(source)):
+        problem = benchmarks.from_row(where, row, number)
+        prompt = problem.question
         if isinstance(prompt, str):
             prompt += suffix
         else:
@@ -55,98 +53,56 @@ def load_prompts(
         if len(ids) > max_prompt_tokens:
             too_long += 1
             continue
-        texts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+        problems.append(problem._replace(question=prompt))
         tokens.append(ids)
-        answers.append(_answer_of(row))
     if too_long:
         _LOG.warning(
             "%s: skipped %d of %d prompts longer than %d tokens",
-            source, too_long, too_long + len(texts), max_prompt_tokens,
+            source, too_long, too_long + len(tokens), max_prompt_tokens,
         )  # fmt: skip
-    if not texts:
+    if not tokens:
         reason = "all are too long" if too_long else "it is empty"
         raise ValueError(f"no prompts left in {source}: {reason}")
     repeated = sum(n - 1 for n in collections.Counter(map(tuple, tokens)).values())
     if repeated:
         _LOG.warning("%s: %d prompts are duplicates", source, repeated)
-    return PromptSet(texts, tokens, answers)
+    return PromptSet(problems, tokens)
 
 
-def _read_rows(source: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of each row."""
-    if source.startswith(f"{hf.EMBEDDED}/"):
-        path = hf.resolve(hf.EMBEDDED) / source.removeprefix(f"{hf.EMBEDDED}/")
-    else:
-        path = pathlib.Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        return _read_jsonl(path)
-    import datasets
+class TargetSamples(NamedTuple):
+    """S responses to P prompts, prompt by prompt, as many to each."""
 
-    datasets.disable_progress_bars()
-    if path.suffix == ".parquet" and path.is_file():
-        try:
-            table = datasets.Dataset.from_parquet(str(path))
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    elif path.suffix in (".jsonl", ".json", ".parquet"):
-        raise ValueError(f"prompt file {path} does not exist")
-    else:
-        name, _, split = source.partition(":")
-        try:
-            table = datasets.load_dataset(name, split=split or "train")
-        except Exception as error:
-            raise ValueError(
-                f"prompts {source!r} are no .jsonl or .parquet file and could not be "
-                f"loaded from the Hugging Face hub: {error}"
-            ) from error
-    return [(f"{source} row {i}", row) for i, row in enumerate(table)]
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    log_z: float  # lambda, nats a token, that they were drawn with
 
 
-def _read_jsonl(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    # Line by line rather than through `datasets`, whose errors name no line.
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a row must be a JSON object, got {line!r}")  # noqa: TRY004
-            rows.append((where, row))
-    return rows
+def load_target(source: str, alpha: float) -> TargetSamples:
+    """Reads what `python -m pfjax.sample --method=smc` (or `mh`) wrote.
 
-
-def _prompt_of(where: str, row: dict[str, Any]) -> str | list[dict[str, str]]:
-    field = next((f for f in _PROMPT_FIELDS if row.get(f)), None)
-    if field is None:
-        raise ValueError(
-            f"{where}: no prompt; expected one of {_PROMPT_FIELDS}, got {sorted(row)}"
-        )
-    prompt = row[field]
-    if isinstance(prompt, str):
-        return prompt
-    is_messages = isinstance(prompt, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
+    Raises:
+      ValueError: if the samples are none of p^alpha, or of several kinds.
+    """
+    found = rows.read(source)
+    for where, row in found:
+        for name, want in (("alpha", alpha), ("log_z", found[0][1].get("log_z"))):
+            if row.get(name) is None or row[name] != want:
+                raise ValueError(
+                    f"{where}: {name} is {row.get(name)}, expected {want}; samples of the "
+                    "target come from python -m pfjax.sample --method=smc --alpha="
+                    f"{alpha:g} --log_z=..."
+                )
+    by_prompt: dict[int, list[dict]] = {}
+    for _, row in found:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    groups = [by_prompt[q] for q in sorted(by_prompt)]
+    if not groups or len({len(g) for g in groups}) != 1:
+        raise ValueError(f"{source}: every prompt needs as many samples as the others")
+    return TargetSamples(
+        prompts=[g[0]["prompt_tokens"] for g in groups],
+        responses=[r["completion_tokens"] for g in groups for r in g],
+        log_z=found[0][1]["log_z"],
     )
-    if not is_messages:
-        raise ValueError(
-            f"{where}: {field} must be a string or a list of messages with 'role' and "
-            f"'content', got {prompt!r}"
-        )
-    return prompt
-
-
-def _answer_of(row: dict[str, Any]) -> str | None:
-    answer = row.get("answer")
-    if answer is None:
-        answer = (row.get("reward_model") or {}).get("ground_truth")
-    if isinstance(answer, list):  # EMPO's files
-        answer = answer[0] if answer else None
-    return None if answer is None else str(answer)
 
 
 def next_prompts(

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pfjax import compilation, folders, processes, sharding
-from pfjax.evaluation import benchmarks, grading
+from pfjax import compilation, folders, processes, rows, sharding
+from pfjax.evaluation import grading, scores
 from pfjax.policy import hf, lora
 from pfjax.sampling import engine, truncation
 from pfjax.training import (
@@ -23,6 +23,7 @@ from pfjax.training import (
     metrics,
     objectives,
     step,
+    target,
     updates,
 )
 
@@ -95,15 +96,18 @@ def _loop(
         progress.note(f"continuing {folder} after step {start}")
 
     def evaluate(at: int) -> dict[str, float]:
-        if run.eval is None:
+        if run.eval is None and run.target is None:
             return {}
-        begin = time.perf_counter()
-        scores, rows = _evaluate(run, state, grader)
-        if processes.is_first():
-            metrics.write_jsonl(folder / f"completions/step_{at:06d}.jsonl", rows)
-        progress.note(f"step {at}  " + _format_scores(scores))
-        scores = {f"eval/{k}": v for k, v in scores.items()}
-        return scores | {"time/eval": time.perf_counter() - begin}
+        begin, values = time.perf_counter(), {}
+        if run.eval is not None:
+            values, found = _evaluate(run, state, grader)
+            if processes.is_first():
+                rows.write_jsonl(folder / f"completions/step_{at:06d}.jsonl", found)
+        if run.target is not None:
+            values |= target.bounds(run, state)
+        progress.note(f"step {at}  " + _format_scores(values))
+        values = {f"eval/{k}": v for k, v in values.items()}
+        return values | {"time/eval": time.perf_counter() - begin}
 
     def is_due(number: int, every: int) -> bool:
         return number == config.num_steps or number % every == 0
@@ -264,7 +268,7 @@ def _evaluate(
     run: build.Run, state: step.TrainState, grader: grading.Grader
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     config = run.config
-    settings = benchmarks.Settings(
+    settings = scores.Settings(
         samples_per_prompt=config.eval_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.eval_sampling.temperature,
@@ -278,15 +282,9 @@ def _evaluate(
         ),
         stop_strings=tuple(config.eval_sampling.stop_strings),
     )
-    policy = build.policy_of(run, state)
-    return benchmarks.evaluate(
-        policy,
-        run.tok,
-        grader,
-        run.eval.texts,
-        run.eval.tokens,
-        run.eval.answers,
-        settings,
+    policy, held_out = build.policy_of(run, state), run.eval
+    return scores.evaluate(
+        policy, run.tok, grader, held_out.problems, held_out.tokens, settings
     )
 
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from pfjax import folders, processes
 from pfjax.policy.model import ModelConfig
+from pfjax.rows import read_jsonl, write_jsonl
 from pfjax.training import cost
 from pfjax.types import Rollout
 
@@ -265,28 +266,6 @@ class Writer:
 def named(row: dict[str, Any], name: str) -> float | None:
     """A metric by its name, or by what stands before the "@" in it; None without it."""
     return next((v for k, v in row.items() if name in (k, k.partition("@")[0])), None)
-
-
-def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line cut short by a kill is left out."""
-    path = folders.place(path)
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
-    """The file appears whole or not at all."""
-    path = folders.place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    tmp.replace(path)
 
 
 _SHOWN = {

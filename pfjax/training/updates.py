@@ -52,7 +52,7 @@ def judge(
         reward = rewards.of_answers(
             wanted,
             [grading.last_boxed(text) for text in texts],
-            [run.train.answers[i] for i in chosen],
+            [run.train.problems[i].gold for i in chosen],
             config.samples_per_prompt,
             grader,
         )

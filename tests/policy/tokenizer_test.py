@@ -130,6 +130,23 @@ def test_every_stop_id_counts(folder, tmp_path):
         tokenizer.stop_ids(tok, ())
 
 
+def test_what_a_template_ends_a_turn_with_ends_a_response(folder):
+    """Qwen's base models: the config and the tokenizer name <|endoftext|> only."""
+    tok = tokenizer.load(folder)
+    tok.add_special_tokens(
+        {"additional_special_tokens": ["<|im_end|>", "<|im_start|>"]}
+    )
+    im_end = tok.convert_tokens_to_ids("<|im_end|>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id, im_end}
+    tok.chat_template = TEMPLATE  # ends turns with nothing
+    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id}
+
+
 def test_a_folder_without_a_tokenizer_is_said(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ValueError, match="no tokenizer could be read"):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from pfjax.evaluation import benchmarks
+from pfjax.evaluation.benchmarks import Problem
 from pfjax.policy import tokenizer
 from pfjax.training import data
 
@@ -19,6 +21,14 @@ def _jsonl(tmp_path, *rows):
     return str(path)
 
 
+def _texts(prompts):
+    return [benchmarks.text_of(p) for p in prompts.problems]
+
+
+def _answers(prompts):
+    return [p.gold for p in prompts.problems]
+
+
 def test_forms_of_jsonl(tmp_path, tok):
     messages = [{"role": "user", "content": "1+2"}]
     path = _jsonl(
@@ -30,8 +40,8 @@ def test_forms_of_jsonl(tmp_path, tok):
         {"prompt": messages, "reward_model": {"ground_truth": ["4", "5"]}},
     )
     got = data.load_prompts(path, tok, 16)
-    assert got.texts == ["1+2", "3+4", "5+6", "1+2", "1+2"]
-    assert got.answers == ["3", "7", None, "3", "4"]
+    assert _texts(got) == ["1+2", "3+4", "5+6", "1+2", "1+2"]
+    assert _answers(got) == ["3", "7", None, "3", "4"]
     # A string is one user message.
     assert got.tokens[0] == got.tokens[3] == tokenizer.encode_prompt(tok, messages)
 
@@ -40,7 +50,7 @@ def test_suffix_goes_to_the_last_message_with_its_braces(tmp_path, tok):
     messages = [{"role": "user", "content": "1"}, {"role": "user", "content": "2"}]
     path = _jsonl(tmp_path, {"prompt": "1+2"}, {"prompt": messages})
     got = data.load_prompts(path, tok, 64, suffix=r" \boxed{}.")
-    assert got.texts == [r"1+2 \boxed{}.", r"2 \boxed{}."]
+    assert _texts(got) == [r"1+2 \boxed{}.", r"2 \boxed{}."]
     with_suffix = [messages[0], {"role": "user", "content": r"2 \boxed{}."}]
     assert got.tokens[1] == tokenizer.encode_prompt(tok, with_suffix)
 
@@ -51,12 +61,12 @@ def test_parquet_and_embedded_files(tmp_path, tok):
     rows = [{"prompt": [{"role": "user", "content": "1+2"}], "ability": "math"}]
     path = tmp_path / "p.parquet"
     datasets.Dataset.from_list(rows).to_parquet(path)
-    assert data.load_prompts(str(path), tok, 16).texts == ["1+2"]
+    assert _texts(data.load_prompts(str(path), tok, 16)) == ["1+2"]
     held_out = data.load_prompts("pfjax/toy/eval.jsonl", tok, 16)
     train = data.load_prompts("pfjax/toy/train.jsonl", tok, 16)
-    assert len(held_out.texts) == 64 and all(held_out.answers)
-    assert not set(held_out.texts) & set(train.texts)
-    assert not any(train.answers)
+    assert len(_texts(held_out)) == 64 and all(_answers(held_out))
+    assert not set(_texts(held_out)) & set(_texts(train))
+    assert not any(_answers(train))
 
 
 def test_mistakes_name_file_and_line(tmp_path, tok):
@@ -84,7 +94,7 @@ def test_mistakes_name_file_and_line(tmp_path, tok):
 def test_over_long_prompts_are_counted_and_skipped(tmp_path, tok, caplog):
     path = _jsonl(tmp_path, {"prompt": "1+2"}, {"prompt": "1" * 20}, {"prompt": "1+2"})
     got = data.load_prompts(path, tok, 16)
-    assert got.texts == ["1+2", "1+2"]
+    assert _texts(got) == ["1+2", "1+2"]
     assert "skipped 1 of 3 prompts longer than 16 tokens" in caplog.text
     assert "1 prompts are duplicates" in caplog.text
     with pytest.raises(ValueError, match="all are too long"):
@@ -92,7 +102,9 @@ def test_over_long_prompts_are_counted_and_skipped(tmp_path, tok, caplog):
 
 
 def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
-    prompts = data.PromptSet(list("abcde"), [[i] for i in range(5)], [None] * 5)
+    prompts = data.PromptSet(
+        [Problem(x, x, None) for x in "abcde"], [[i] for i in range(5)]
+    )
     chosen, ids, cursor = data.next_prompts(prompts, 0, 15, seed=1)
     assert ids == list(range(15)) and cursor == 15
     epochs = [chosen[i : i + 5] for i in (0, 5, 10)]

@@ -340,3 +340,60 @@ def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch)
     monkeypatch.undo()
     config.num_steps = 1
     loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("psi", [0.0, -0.5])
+def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
+    config, tmp_path, rng, psi
+):
+    """Of the base, before the first step: every expectation is a sum over responses."""
+    alpha, lam, samples = 2.0, -0.4, 1000
+    base, length = _distribution(config.model)
+    drawn_from = np.exp(alpha * base - lam * length)
+    responses = all_responses(vocab=4, stop=1, max_tokens=3)
+    chosen = rng.choice(len(base), size=samples, p=drawn_from / drawn_from.sum())
+    target = tmp_path / "target.jsonl"
+    target.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt_id": 0, "alpha": alpha, "log_z": lam,
+                    "prompt_tokens": [2, 3], "completion_tokens": responses[i],
+                }
+            ) + "\n"
+            for i in chosen
+        )
+    )  # fmt: skip
+    config.data.target, config.alpha, config.psi_unboxed = str(target), alpha, psi
+    config.num_steps = config.eval_every = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
+    log_target = alpha * (base + psi * length) - lam * length
+    log_sum = np.log(np.exp(log_target).sum())
+    gap, p = log_target - base, np.exp(log_target - log_sum)
+    # Means of `gap` under both, and the variances of their estimates: the upper one
+    # weights draws from q by p / q.
+    q = drawn_from / drawn_from.sum()
+    for name, mean, variance in (
+        ("elbo", np.exp(base) @ gap, np.exp(base) @ (gap - np.exp(base) @ gap) ** 2),
+        ("eubo", p @ gap, q @ (p / q * (gap - p @ gap)) ** 2),
+    ):
+        assert abs(mean - log_sum) > 0.3
+        error = abs(row[f"eval/{name}"] - mean)
+        assert error < 4 * np.sqrt(variance / samples) < 0.4, name
+
+
+def test_samples_of_another_target_are_refused(config, tmp_path):
+    path = tmp_path / "target.jsonl"
+    config.data.target = str(path)
+    for rows, message in [
+        ([{"alpha": 2.0, "log_z": 0.0}], "target.jsonl:1: alpha is 2.0, expected 4.0"),
+        (
+            [{"alpha": 4.0, "log_z": 0.0}, {"alpha": 4.0, "log_z": -1.0}],
+            "target.jsonl:2: log_z is -1.0, expected 0.0",
+        ),
+        ([{"prompt": "a"}], "pfjax.sample --method=smc --alpha=4"),
+    ]:
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        with pytest.raises(ValueError, match=message):
+            loop.train_and_evaluate(config, str(tmp_path / "run"))

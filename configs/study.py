@@ -1,0 +1,30 @@
+r"""One run of the study on the embedded world: configs/study.py:OBJECTIVE.
+
+Hardware: 1 CPU core, 2 GB. Takes about a minute.
+Result: docs/study/README.md
+Command: bash launch/local.sh --study
+    (a single run: python -m pfjax.train --config=configs/study.py:grpo --workdir=runs/grpo)
+"""
+
+import ml_collections
+
+from configs import smoke
+
+
+def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
+    c = smoke.get_config()
+    c.objective = objective
+    # Answers are there for those that read them: grpo and flowrl.
+    c.data.train = "pfjax/toy/train_answered.jsonl"
+    c.num_steps = 200
+    c.eval_every = 20
+    c.eval_samples = 16
+    c.checkpoint_every = 200
+    c.keep_best = 0
+    c.guards.action = "off"  # collapse is what is looked for
+    c.update_from_flattened_dict(SETTINGS.get(objective, {}))
+    return c.lock()
+
+
+# What a search of ten trials for each found best: docs/study/search.json.
+SETTINGS: dict[str, dict[str, float | str]] = {}

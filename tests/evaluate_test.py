@@ -1,0 +1,148 @@
+"""python -m pfjax.evaluate, as a person runs it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+
+def _run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "pfjax.evaluate", "--max_new_tokens=32", *args],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scores")
+    args = ("--benchmark=pfjax/toy/eval.jsonl", "--samples=4", f"--out={out}")
+    done = _run(*args, "--limit=16")
+    assert done.returncode == 0, done.stderr
+    return out, (*args, "--limit=16"), done.stdout
+
+
+def test_scores_are_those_of_the_rows(scored):
+    out, _, printed = scored
+    rows, found = _rows(out / "eval.jsonl"), json.loads((out / "eval.json").read_text())
+    assert [(r["prompt_id"], r["sample"]) for r in rows] == [
+        (q, i) for q in range(16) for i in range(4)
+    ]
+    correct = np.array([r["correct"] for r in rows]).reshape(16, 4)
+    scores = found["scores"]
+    assert scores["avg@4"] == pytest.approx(correct.mean())
+    spread = correct.mean(axis=1).std(ddof=1) / 4
+    assert scores["avg@4_se"] == pytest.approx(spread)
+    assert scores["pass@4"] == pytest.approx(correct.any(axis=1).mean())
+    assert scores["pass@1"] == pytest.approx(scores["avg@4"])
+    assert scores["pass@1"] < scores["pass@2"] < scores["pass@4"]
+    assert f"avg@4                   {scores['avg@4']:.4f} +- {spread:.4f}" in printed
+
+
+def test_every_setting_that_moves_a_score_is_stored(scored):
+    out, *_ = scored
+    found = json.loads((out / "eval.json").read_text())
+    assert {
+        "model", "fingerprint", "source", "items", "version", "template",
+        "chat_template", "first_prompt", "samples", "max_new_tokens", "temperature",
+        "top_k", "top_p", "min_p", "stop_ids", "stop_strings", "seed", "dtype", "mesh",
+    } <= found["settings"].keys()  # fmt: skip
+    assert found["settings"]["first_prompt"].startswith("<|user|>")
+    assert found["graded"]["grader"]["version"] == "0.9.0"
+
+
+def test_a_stopped_evaluation_goes_on_and_draws_the_same(scored, tmp_path):
+    """Cut in the middle of a line, as by a kill; a prompt with 3 of 4 samples too."""
+    out, args, _ = scored
+    whole = (out / "eval.jsonl").read_text().splitlines(keepends=True)
+    settings = json.loads((out / "eval.json").read_text())
+    del settings["scores"]
+    (tmp_path / "eval.json").write_text(json.dumps(settings))
+    kept = [*whole[4:8], *whole[20:24], *whole[12:15]]
+    (tmp_path / "eval.jsonl").write_text("".join(kept) + whole[16][:50])
+    done = _run(*args[:-2], "--limit=16", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "16 prompts x 4, 2 done before" in done.stderr
+    got = _rows(tmp_path / "eval.jsonl")
+    for a, b in zip(got, _rows(out / "eval.jsonl"), strict=True):
+        assert a == b
+
+
+def test_other_settings_do_not_mix_with_what_is_there(scored):
+    _, args, _ = scored
+    done = _run(*args, "--temperature=0.5")
+    assert done.returncode == 1 and "temperature: 1.0 -> 0.5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_grading_again_needs_no_model(scored, tmp_path):
+    out, args, _ = scored
+    for name in ("eval.jsonl", "eval.json"):
+        (tmp_path / name).write_text((out / name).read_text())
+    rows = _rows(tmp_path / "eval.jsonl")
+    rows[0]["completion"] = r"\boxed{1} \boxed{102}"  # 39+63
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "eval.jsonl").write_text(text)
+    for box, correct in (("first", False), ("last", True)):
+        done = _run(
+            *args[:-2], "--limit=16", f"--out={tmp_path}", "--regrade", f"--box={box}",
+            "--model=/none",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert _rows(tmp_path / "eval.jsonl")[0]["correct"] is correct
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["graded"]["grader"]["box"] == box
+        assert found["settings"]["model"] == "pfjax/toy"
+
+
+def test_creative_prompts_are_scored_by_diversity_and_a_judge(tmp_path):
+    prompts = [{"prompt": f"{a}+25"} for a in (17, 36, 48)]
+    text = "".join(json.dumps(p) + "\n" for p in prompts)
+    (tmp_path / "joke.jsonl").write_text(text)
+    (tmp_path / "judge.py").write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    print(json.dumps({'id': request['id'], 'score': 0.25}))\n"
+    )
+    done = _run(
+        "--benchmark=joke", f"--data={tmp_path}", "--samples=4", "--embedder=lexical",
+        f"--out={tmp_path}/out", f"--judge={sys.executable} {tmp_path}/judge.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/joke.json").read_text())
+    assert found["scores"]["quality"] == 0.25 and "avg@4" not in found["scores"]
+    assert 0 < found["scores"]["semantic_diversity"] < 1
+    assert found["graded"]["embedder"] == "lexical"
+    assert found["graded"]["judge"]["rubric"] == "joke"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ("--benchmark=maths",),
+            "no benchmark 'maths': neither a file nor one of math5",
+        ),
+        (("--benchmark=poem",), "give --data=DIR, a folder with poem.jsonl"),
+        (("--benchmark=math500", "--data=/none"), "/none has none of ['math500.jsonl'"),
+        (
+            ("--benchmark=pfjax/toy/eval.jsonl", "--style=x"),
+            "--style=x: neither one of",
+        ),
+        (("--benchmark=pfjax/toy/eval.jsonl", "--regrade"), "holds no responses"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, args, message):
+    done = _run(*args, f"--out={tmp_path / 'out'}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr
