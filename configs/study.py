@@ -17,7 +17,7 @@ def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"
     c.num_steps = 200
-    c.eval_every = 20
+    c.eval_every = 25
     c.eval_samples = 16
     c.checkpoint_every = 200
     c.keep_best = 0
@@ -26,5 +26,5 @@ def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
     return c.lock()
 
 
-# What a search of ten trials for each found best: docs/study/search.json.
+# What a search of eight trials for each found best: docs/study/search.json.
 SETTINGS: dict[str, dict[str, float | str]] = {}

@@ -223,7 +223,8 @@ def _render(drawing, folder, width: float):
         charts.to_svg(wide, f"{drawing.name}-wide", alt),
         charts.to_svg(drawing.draw(charts.NARROW), f"{drawing.name}-narrow", alt),
     )
-    (folder / f"{drawing.name}.png").write_bytes(charts.to_png(wide, drawing.title))
+    png = charts.to_png(wide, drawing.title, drawing.caption)
+    (folder / f"{drawing.name}.png").write_bytes(png)
     return picture
 
 

@@ -186,6 +186,8 @@ def build(
     )
     train = load(config.data.train)
     held_out = config.data.eval and load(config.data.eval)
+    if held_out:
+        data.warn_of_overlap(train, held_out)
     target = config.data.target or None
     if target:
         target = data.load_target(target, config.alpha)

@@ -337,15 +337,22 @@ def _number(axes: Axes, points, base) -> None:
         note.set_in_layout(False)  # else the panel moves for it
 
 
-def to_png(figure: Figure, title: str) -> bytes:
-    """A picture that stands alone: with its title, on white."""
+def to_png(figure: Figure, title: str, caption: str) -> bytes:
+    """A picture that stands alone: with its title and caption above it, on white."""
     out = io.BytesIO()
+    width, height = figure.get_size_inches()
+    text = textwrap.fill(caption, int((width - 0.2) / 0.072))
+    head = 0.4 + 0.155 * (text.count("\n") + 1)  # inches
     with matplotlib.rc_context(_STYLE):
-        letters = int(figure.get_figwidth() / 0.098)
-        figure.suptitle(
-            textwrap.fill(title, letters), x=0.01, ha="left", fontsize=11, color=_INK,
-            weight="bold",
-        )  # fmt: skip
+        figure.set_size_inches(width, height + head)
+        figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + head)))
+        top = {"x": 0.1 / width, "va": "top"}
+        figure.text(
+            y=1 - 0.08 / (height + head), s=title, fontsize=11, weight="bold", **top
+        )
+        figure.text(
+            y=1 - 0.32 / (height + head), s=text, fontsize=8.5, color=_MUTED, **top
+        )
         figure.savefig(
             out, format="png", dpi=140, facecolor="white", metadata={"Software": None}
         )

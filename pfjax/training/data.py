@@ -69,6 +69,17 @@ def load_prompts(
     return PromptSet(problems, tokens)
 
 
+def warn_of_overlap(train: PromptSet, held_out: PromptSet) -> None:
+    """Says if prompts of the evaluation are trained on."""
+    seen = {tuple(x) for x in train.tokens}
+    shared = sum(tuple(x) in seen for x in held_out.tokens)
+    if shared:
+        _LOG.warning(
+            "%d of %d prompts for evaluation are trained on: scores are not of unseen "
+            "problems", shared, len(held_out.tokens),
+        )  # fmt: skip
+
+
 class TargetSamples(NamedTuple):
     """S responses to P prompts, prompt by prompt, as many to each."""
 

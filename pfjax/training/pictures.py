@@ -113,7 +113,7 @@ def of_samples(groups: Sequence[Group]) -> tuple[list[Drawing], list[str]]:
         )
         draw = functools.partial(
             charts.lines, [g.name for g in groups], last,
-            charts.Axis("n, samples a problem", "log2"), charts.Axis("pass@n"),
+            charts.Axis("n, samples a problem", "log2"), charts.Axis("pass@n (share)"),
             reference=(before, first),
         )  # fmt: skip
         drawings.append(

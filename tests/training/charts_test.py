@@ -28,7 +28,7 @@ def _lines(number: int, width: float = charts.NARROW, tail: str = "", **more):
 
 def test_the_same_data_give_the_same_bytes():
     for render in (
-        lambda f: charts.to_png(f, "title"),
+        lambda f: charts.to_png(f, "title", "a caption"),
         lambda f: charts.to_svg(f, "a", ""),
     ):
         assert render(_lines(3)) == render(_lines(3))
@@ -137,7 +137,13 @@ def test_scales():
 
 
 def test_a_png_has_its_title_and_size():
-    png = charts.to_png(_lines(2, charts.WIDE), "A title")
+    figure = _lines(2, charts.WIDE)
+    png = charts.to_png(figure, "A title", "A caption that is wrapped. " * 9)
     assert png.startswith(b"\x89PNG") and b"matplotlib" not in png
     width = int.from_bytes(png[16:20], "big")
     assert width == round(charts.WIDE * 140)
+    figure.canvas.draw()
+    title, caption = (t.get_window_extent() for t in figure.texts)
+    top = figure.axes[0].get_tightbbox().y1
+    assert top < caption.y0 and caption.y1 < title.y0 and title.y1 < figure.bbox.y1
+    assert caption.x1 < figure.bbox.x1

@@ -101,6 +101,17 @@ def test_over_long_prompts_are_counted_and_skipped(tmp_path, tok, caplog):
         data.load_prompts(path, tok, 2)
 
 
+def test_prompts_of_both_training_and_evaluation_are_counted(tmp_path, tok, caplog):
+    train, held_out = (
+        data.load_prompts(_jsonl(tmp_path, *({"prompt": x} for x in prompts)), tok, 16)
+        for prompts in (("1+2", "3+4"), ("3+4", "5+6", "7+8"))
+    )
+    data.warn_of_overlap(train, data.PromptSet([], []))
+    assert "trained on" not in caplog.text
+    data.warn_of_overlap(train, held_out)
+    assert "1 of 3 prompts for evaluation are trained on" in caplog.text
+
+
 def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     prompts = data.PromptSet(
         [Problem(x, x, None) for x in "abcde"], [[i] for i in range(5)]
