@@ -21,7 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.train = "pfjax/toy/train.jsonl"
     c.data.eval = "pfjax/toy/eval.jsonl"  # held out; "" for no evaluation
-    c.data.target = ""  # samples of the target, by pfjax.sample --method=smc: evaluations
+    c.data.target = (
+        ""  # samples of the target, by pfjax.sample --method=smc: evaluations
+    )
     # then bound its sum from both sides (eval/elbo, eval/eubo)
     c.data.suffix = ""  # added to the last message of each prompt, as it is
     c.data.max_prompt_tokens = 1024  # longer ones are skipped

@@ -27,4 +27,28 @@ def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
 
 
 # What a search of eight trials for each found best: docs/study/search.json.
-SETTINGS: dict[str, dict[str, float | str]] = {}
+SETTINGS: dict[str, dict[str, float | str]] = {
+    "powerflow": {
+        "optim.learning_rate": 3e-4,
+        "optim.clip_norm": 0.05,
+        "log_z": "group",
+    },
+    "tb_traj": {
+        "optim.learning_rate": 3e-4,
+        "optim.clip_norm": 0.05,
+        "optim.log_z_learning_rate": 0.03,
+    },
+    "tb_token": {"optim.learning_rate": 1e-3, "optim.clip_norm": 0.05},
+    "rl_traj": {"optim.learning_rate": 1.73e-4, "optim.clip_norm": 0.05},
+    "rl_token": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
+    "subtb": {"optim.learning_rate": 5.77e-5, "optim.clip_norm": 1.0},
+    "flowrl": {"optim.learning_rate": 1e-3, "optim.clip_norm": 1.0},
+    "grpo": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
+    "ttrl": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
+    "empo": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
+    "intuitor": {
+        "optim.learning_rate": 1e-4,
+        "optim.clip_norm": 0.05,
+        "reward_kl": 0.1,
+    },
+}

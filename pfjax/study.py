@@ -85,6 +85,33 @@ class Job(NamedTuple):
         return self.group == "powerflow"
 
 
+class _Cores:
+    """Hands out the cores of this machine, one a run."""
+
+    def __init__(self):
+        usable = getattr(os, "sched_getaffinity", None)  # Linux
+        numbers = sorted(usable(0)) if usable else range(os.cpu_count() or 1)
+        self.count = len(numbers)
+        self._can_pin = bool(usable)
+        self._free: queue.Queue[int] = queue.Queue()
+        for number in numbers:
+            self._free.put(number)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[dict[str, Any]]:
+        """Arguments of `subprocess.run` that keep a process on a free core."""
+        core = self._free.get()
+        pin = (lambda: os.sched_setaffinity(0, {core})) if self._can_pin else None
+        try:
+            yield {
+                "preexec_fn": pin,
+                "cwd": _ROOT,
+                "env": {**os.environ, "JAX_PLATFORMS": "cpu"},
+            }
+        finally:
+            self._free.put(core)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
@@ -174,23 +201,14 @@ def _tables(out: pathlib.Path, jobs: list[Job], cores: _Cores) -> str:
 
 
 def _jobs() -> Iterator[Job]:
-    sys.path.insert(0, str(_ROOT))  # where `configs` is
-    from configs import study as settings
     from pfjax.training import objectives
 
     names = _OBJECTIVES.value or list(objectives.OBJECTIVES)
-    ours = settings.SETTINGS.get("powerflow", {})
     steps = {} if _STEPS.value is None else {"num_steps": _STEPS.value}
     for seed in range(_SEEDS.value):
         for name in names:
             label = "powerflow, alpha 4" if name == "powerflow" else name
             yield Job(name, seed, label, name, steps)
-        for name in ("tb_traj", "rl_traj"):
-            # rl_traj has no head: of ours it takes what it knows.
-            same = {k: v for k, v in ours.items() if k.startswith("optim.")}
-            if name in names and same != settings.SETTINGS.get(name):
-                label = f"{name}, settings of powerflow"
-                yield Job(f"{name}-same", seed, label, name, {**same, **steps})
         for alpha in _ALPHAS.value:
             values = {"alpha": float(alpha), **steps}
             label = f"powerflow, alpha {alpha}"
@@ -199,33 +217,6 @@ def _jobs() -> Iterator[Job]:
             values = {"alpha": 0.5, **steps}
             label = "alpha 2, then 0.5"
             yield Job("back", seed, label, "powerflow", values, after="alpha-2")
-
-
-class _Cores:
-    """Hands out the cores of this machine, one a run."""
-
-    def __init__(self):
-        usable = getattr(os, "sched_getaffinity", None)  # Linux
-        numbers = sorted(usable(0)) if usable else range(os.cpu_count() or 1)
-        self.count = len(numbers)
-        self._can_pin = bool(usable)
-        self._free: queue.Queue[int] = queue.Queue()
-        for number in numbers:
-            self._free.put(number)
-
-    @contextlib.contextmanager
-    def one(self) -> Iterator[dict[str, Any]]:
-        """Arguments of `subprocess.run` that keep a process on a free core."""
-        core = self._free.get()
-        pin = (lambda: os.sched_setaffinity(0, {core})) if self._can_pin else None
-        try:
-            yield {
-                "preexec_fn": pin,
-                "cwd": _ROOT,
-                "env": {**os.environ, "JAX_PLATFORMS": "cpu"},
-            }
-        finally:
-            self._free.put(core)
 
 
 def _train(

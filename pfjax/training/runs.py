@@ -165,7 +165,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         members.setdefault(run.label or _identity(run), []).append(run)
     unnamed = [m[0].config for m in members.values() if not m[0].label]
-    found = iter(_names(unnamed))
+    found = iter(_names(unnamed) if unnamed else ())
     names: list[str] = []
     for mine in members.values():
         name = mine[0].label or next(found)

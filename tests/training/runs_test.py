@@ -65,6 +65,8 @@ def test_a_label_names_and_merges(tmp_path):
     labelled, other = _groups(tmp_path)
     assert labelled.name == "sharp & sure" and len(labelled.runs) == 2
     assert other.name == "powerflow, alpha 0.5"
+    (tmp_path / "other/label.txt").write_text("flat\n")  # none is left to be named
+    assert [g.name for g in _groups(tmp_path)] == ["sharp & sure", "flat"]
 
 
 def test_runs_are_found_below_once_and_unevaluated_ones_are_named(tmp_path):
