@@ -58,7 +58,7 @@ _MEASURES = (
 
 def _report(paths: list[str], out: str, command: str) -> None:
     from pfjax import folders
-    from pfjax.training import charts, outcomes, page, pictures, runs
+    from pfjax.evaluation import charts, outcomes, page, pictures, runs
 
     found, skipped = runs.load(paths)
     groups = runs.group(found)
@@ -168,7 +168,7 @@ def _remarks(groups, skipped: list[str]) -> list[str]:
 
 
 def _numbers(groups, members) -> str:
-    from pfjax.training import outcomes, page
+    from pfjax.evaluation import outcomes, page
 
     columns = []
     for measure in _MEASURES:
@@ -188,7 +188,7 @@ def _numbers(groups, members) -> str:
 
 
 def _samples(groups, members) -> str:
-    from pfjax.training import outcomes, page, pictures
+    from pfjax.evaluation import outcomes, page, pictures
 
     changed, unchanged = (4, 2) if not pictures.is_large(groups) else (2, 1)
     shown = [outcomes.telling(g, changed, unchanged) for g in groups]
@@ -212,7 +212,7 @@ def _samples(groups, members) -> str:
 
 def _render(drawing, folder, width: float):
     """Draws for screens and phones, and writes the PNG."""
-    from pfjax.training import charts, page
+    from pfjax.evaluation import charts, page
 
     wide = drawing.draw(width)
     alt = f"{drawing.title}. {drawing.caption}"

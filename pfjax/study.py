@@ -64,6 +64,8 @@ _METHODS = {
     "SMC, length-aware": ("--method=smc", "--ramp=10", f"--log_z={_LOG_Z}"),
     "MH, length-aware": ("--method=mh", "--blocks=4", f"--log_z={_LOG_Z}"),
 }
+# Few enough to be drawn in one frame.
+_FIGURE = ("powerflow", "tb_traj", "tb_token", "ttrl", "empo", "intuitor")
 
 
 class Job(NamedTuple):
@@ -156,13 +158,17 @@ def study(out: pathlib.Path) -> None:
             future.result()
     table = out / "table.md"
     table.write_text(_tables(out, jobs, cores))
-    command = [sys.executable, "-m", "pfjax.report", str(out), f"--out={out}/report"]
-    subprocess.run(command, check=True, cwd=_ROOT)
+    typed = pathlib.Path(_OUT.value)  # which the pages show
+    figure = [typed / name for name in _FIGURE if (out / name).exists()]
+    for name, runs in (("report", [typed]), ("figure", figure)):
+        command = [sys.executable, "-m", "pfjax.report", *runs, f"--out={typed / name}"]
+        if runs:
+            subprocess.run(command, check=True)
     print(f"\n{table.read_text()}\ntable:  {table}\nreport: {out}/report/index.html")
 
 
 def _tables(out: pathlib.Path, jobs: list[Job], cores: _Cores) -> str:
-    from pfjax.training import comparison
+    from pfjax.evaluation import comparison
 
     text = [
         comparison.table_of_runs(
@@ -244,7 +250,8 @@ def _train(
 
 
 def search(out: pathlib.Path) -> None:
-    from pfjax.training import comparison, objectives
+    from pfjax.evaluation import comparison
+    from pfjax.training import objectives
 
     rows = _TRAIN.read_text().splitlines(keepends=True)
     for name, part in (("train", rows[:-_VALIDATION]), ("valid", rows[-_VALIDATION:])):

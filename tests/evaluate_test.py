@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from pfjax.evaluation import record
+
 
 def _run(*args):
     return subprocess.run(
@@ -81,6 +83,13 @@ def test_other_settings_do_not_mix_with_what_is_there(scored):
     done = _run(*args, "--temperature=0.5")
     assert done.returncode == 1 and "temperature: 1.0 -> 0.5" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_responses_of_unknown_settings_are_not_taken_over(tmp_path):
+    files = record.Record(tmp_path, "eval.jsonl")
+    (tmp_path / "eval.jsonl").write_text('{"prompt_id": 0, "sample": 0}\n')
+    with pytest.raises(ValueError, match="but eval.json, which tells how"):
+        files.begin({"samples": 1})
 
 
 def test_grading_again_needs_no_model(scored, tmp_path):

@@ -15,7 +15,7 @@ import urllib.request
 
 import pytest
 
-from tests.training import fake_runs
+from tests.evaluation import fake_runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -84,7 +84,7 @@ def test_its_numbers_are_right(page):
     text = page.read_text()
     row = text[text.index("powerflow, alpha 4") : text.index("flat &amp; wide")]
     assert "seeds 0, 1 · step 0" in row
-    # avg@2: 1/4 and 1/2, then 3/4 and 1 (tests/training/fake_runs.py).
+    # avg@2: 1/4 and 1/2, then 3/4 and 1 (tests/evaluation/fake_runs.py).
     cell = re.search(r'data-label="avg@2">(.+?)</td>', row)[1]
     assert re.sub(r"<[^>]+>", "", cell) == "0.375 ±.177→ 0.875 ±.177"
     cell = re.search(r'data-label="length">(.+?)</td>', row)[1]

@@ -41,7 +41,12 @@ class Record:
         settings = json.loads(json.dumps(settings))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = rows.read_jsonl(self.path)
-        if found and self._scores.exists():
+        if found and not self._scores.exists():
+            raise ValueError(
+                f"{self.path} holds responses, but {self._scores.name}, which tells how "
+                "they were drawn, is not there: choose another --out"
+            )
+        if found:
             old = self._read()["settings"]
             changed = [
                 f"{k}: {old.get(k)!r} -> {settings.get(k)!r}"

@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from pfjax.training import charts, outcomes
-from pfjax.training.runs import Group
+from pfjax.evaluation import charts, outcomes
+from pfjax.evaluation.runs import Group
 
 RESIDUAL = "tb/residual_std_within_prompt"
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from pfjax.training import runs
-from tests.training import fake_runs
+from pfjax.evaluation import runs
+from tests.evaluation import fake_runs
 
 
 def _groups(*folders):

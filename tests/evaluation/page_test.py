@@ -3,8 +3,8 @@
 import html.parser
 import re
 
-from pfjax.training import page, runs
-from pfjax.training.outcomes import Moved, Value
+from pfjax.evaluation import page, runs
+from pfjax.evaluation.outcomes import Moved, Value
 
 EVIL = "<script>alert(1)</script>\"'&"
 MEMBER = page.Member("powerflow", "s0", "seeds 0, 1", 0, 200)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pfjax.evaluation import estimators
-from pfjax.training import runs
+from pfjax.evaluation import estimators, runs
 
 
 class Value(NamedTuple):

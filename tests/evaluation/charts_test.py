@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from pfjax.training import charts
-from pfjax.training.outcomes import Curve
+from pfjax.evaluation import charts
+from pfjax.evaluation.outcomes import Curve
 
 
 def _curve(shift: float = 0.0, spread: float = 0.0, n: int = 5) -> Curve:

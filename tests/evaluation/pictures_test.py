@@ -2,8 +2,8 @@
 
 import pytest
 
-from pfjax.training import charts, pictures, runs
-from tests.training import fake_runs
+from pfjax.evaluation import charts, pictures, runs
+from tests.evaluation import fake_runs
 
 
 def _groups(tmp_path, *settings):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from pfjax.evaluation import comparison
 from pfjax.policy import hf
-from pfjax.training import comparison
 
 
 def _run(folder, *evaluations):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pfjax.training.outcomes import Curve
+from pfjax.evaluation.outcomes import Curve
 
 WIDE, FULL, NARROW = 5.6, 11.0, 3.5  # inches: half a page, a page, a phone
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from pfjax.training.outcomes import Moved, Value
-from pfjax.training.runs import Problem
+from pfjax.evaluation.outcomes import Moved, Value
+from pfjax.evaluation.runs import Problem
 
 _LONG = 600  # characters of a text, past which it is folded
 

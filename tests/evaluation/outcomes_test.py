@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pfjax.training import outcomes, runs
-from tests.training import fake_runs
+from pfjax.evaluation import outcomes, runs
+from tests.evaluation import fake_runs
 
 
 @pytest.fixture
