@@ -11,7 +11,7 @@ from pfjax.policy import hf
 from pfjax.training import loop, metrics
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-SHARED = {"default", "reasoning", "creative", "smoke"}
+SHARED = {"default", "reasoning", "creative", "smoke", "study"}
 RECIPES = sorted({p.stem for p in CONFIGS.glob("*.py")} - SHARED)
 
 

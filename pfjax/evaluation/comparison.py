@@ -45,6 +45,8 @@ def table_of_runs(runs: list[tuple[str, pathlib.Path]]) -> str:
         found = evaluations(folder)
         best = {_BEST: max(row.get("eval/avg", 0.0) for row in found[1:])}
         for name, row in (("base", found[0]), (label, {**found[-1], **best})):
+            if name == "base" and label != runs[0][0]:
+                continue  # the seeds of every label begin with the same evaluations
             group = groups.setdefault(name, {})
             for key in _COLUMNS.keys() & row.keys():
                 group.setdefault(key, []).append(row[key])
