@@ -154,10 +154,23 @@ def study(out: pathlib.Path) -> None:
         for job in sorted(jobs, key=lambda j: bool(j.after)):
             needed = finished.get(f"{job.after}/{job.seed}")
             finished[f"{job.group}/{job.seed}"] = pool.submit(run, job, needed)
-        for future in finished.values():
-            future.result()
+        drawn: dict[str, list[pathlib.Path]] = {}
+        for name, options in _METHODS.items():
+            for seed in range(_SEEDS.value):
+                path = out / f"drawn/{name.replace(' ', '_')}_{seed}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                drawn.setdefault(name, []).append(path)
+                finished[path.name] = pool.submit(
+                    _draw, cores, path, seed, "--alpha=4", *options
+                )
+        try:
+            for future in concurrent.futures.as_completed(finished.values()):
+                future.result()
+        except BaseException:  # also Ctrl-C: what has not begun is left
+            pool.shutdown(cancel_futures=True)
+            raise
     table = out / "table.md"
-    table.write_text(_tables(out, jobs, cores))
+    table.write_text(_tables(out, jobs, drawn))
     typed = pathlib.Path(_OUT.value)  # which the pages show
     figure = [typed / name for name in _FIGURE if (out / name).exists()]
     for name, runs in (("report", [typed]), ("figure", figure)):
@@ -167,7 +180,9 @@ def study(out: pathlib.Path) -> None:
     print(f"\n{table.read_text()}\ntable:  {table}\nreport: {out}/report/index.html")
 
 
-def _tables(out: pathlib.Path, jobs: list[Job], cores: _Cores) -> str:
+def _tables(
+    out: pathlib.Path, jobs: list[Job], drawn: dict[str, list[pathlib.Path]]
+) -> str:
     from pfjax.evaluation import comparison
 
     text = [
@@ -194,13 +209,6 @@ def _tables(out: pathlib.Path, jobs: list[Job], cores: _Cores) -> str:
     ]
     if bounds:
         text.append("Bounds of PowerFlow, alpha 4: " + "; ".join(bounds) + "\n")
-    drawn: dict[str, list[pathlib.Path]] = {}
-    for name, options in _METHODS.items():
-        for seed in range(_SEEDS.value):
-            path = out / f"drawn/{name.replace(' ', '_')}_{seed}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            _draw(cores, path, seed, "--alpha=4", *options)
-            drawn.setdefault(name, []).append(path)
     text.append("Drawn from the base at alpha 4, without training:\n")
     text.append(comparison.table_of_draws(drawn, _EVAL))
     return "\n".join(text)
