@@ -131,6 +131,7 @@ def study(out: pathlib.Path) -> None:
     begin = time.monotonic()
     target = ("--method=smc", "--ramp=10", "--alpha=4", f"--log_z={_LOG_Z}")
     _draw(cores, out / "target.jsonl", _SEARCH_SEED, *target)
+    numbers = itertools.count(1)
     finished: dict[str, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor(cores.count) as pool:
 
@@ -145,9 +146,9 @@ def study(out: pathlib.Path) -> None:
             folder = job.folder(out)
             is_new = _train(cores, folder, job.objective, values)
             (folder / "label.txt").write_text(job.label + "\n")
+            done = next(numbers)
             if is_new:
                 minutes = (time.monotonic() - begin) / 60
-                done = sum(f.done() for f in finished.values()) + 1
                 print(f"{minutes:5.1f} min  {done}/{len(jobs)}  {job.group}/{job.seed}")
 
         # What others wait for stands first, so that no thread waits for one not begun.

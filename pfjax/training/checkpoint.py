@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,7 @@ class Checkpoints:
                 raise
             # Whatever is wrong with files, some library has an exception for it.
             except Exception as error:  # noqa: BLE001
+                _hush_abandoned_reads()
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 damaged[step] = reason
                 self._note(f"checkpoint {step} is damaged and passed over: {reason}")
@@ -209,6 +211,24 @@ class Checkpoints:
             f"a checkpoint could not be written to {self._directory}; {kept}. The same "
             f"command continues from there, once there is room.\n{_reason(error)}"
         )
+
+
+_READ = "_read_array_index_and_device_put"
+
+
+def _hush_abandoned_reads() -> None:
+    """Orbax leaves the other reads of a checkpoint that failed to the end of the
+    process, where each may print a stack of its own after our message."""
+    before = sys.unraisablehook
+    if getattr(before, "__name__", "") == _READ:
+        return
+
+    def hook(unraisable):
+        if getattr(unraisable.object, "__qualname__", "") != _READ:
+            before(unraisable)
+
+    hook.__name__ = _READ
+    sys.unraisablehook = hook
 
 
 def _sync() -> None:
