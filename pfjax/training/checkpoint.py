@@ -223,8 +223,8 @@ def _hush_abandoned_reads() -> None:
     if getattr(before, "__name__", "") == _READ:
         return
 
-    def hook(unraisable):
-        if getattr(unraisable.object, "__qualname__", "") != _READ:
+    def hook(unraisable, read=_READ):  # when it is called, globals may be gone
+        if getattr(unraisable.object, "__qualname__", "") != read:
             before(unraisable)
 
     hook.__name__ = _READ
