@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # What is trained.
     c.model = "pfjax/toy"  # Hugging Face folder or hub id; pfjax/toy is built in
-    c.objective = "powerflow"  # a name in pfjax/training/objectives.py
+    c.objective = "powerflow"  # a name in pfjax/objectives.py
     c.alpha = 4.0  # > 1 sharpens, < 1 flattens
     c.psi_unboxed = -0.5  # psi of a response without \boxed{}; 0 switches it off
     c.log_z = "head"  # "head" learns log Z' from the prompt; "group" averages samples;
@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.base_memory = (
         "device"  # where the frozen base waits; or "host", for small devices
     )
-    c.attention = "auto"  # back end over packed rows; see pfjax/policy/attention.py
+    c.attention = "auto"  # back end over packed rows; see pfjax/model/attention.py
     c.remat = "full"  # layers computed again in the backward pass: all of it ("full"),
     # all but attention ("attention"), all but products with weights ("dots"), "none"
 

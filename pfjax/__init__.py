@@ -15,12 +15,12 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Policy": "pfjax.policy.model",
-    "load": "pfjax.policy.hf",
+    "Policy": "pfjax.model.transformer",
+    "load": "pfjax.model.hf",
     "losses": None,
-    "rollout": "pfjax.sampling.engine",
-    "save": "pfjax.policy.hf",
-    "score": "pfjax.policy.logprobs",
+    "rollout": "pfjax.sampler.engine",
+    "save": "pfjax.model.hf",
+    "score": "pfjax.model.log_probs",
 }
 __all__ = ["Policy", "load", "losses", "rollout", "save", "score"]
 

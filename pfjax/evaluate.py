@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate() -> None:
-    from pfjax.evaluation import benchmarks, grading, record
+    from pfjax.evaluation import results
+    from pfjax.tasks import benchmarks, grading
 
     sets = {}
     for name in _BENCHMARK.value:
@@ -77,21 +78,22 @@ def _evaluate() -> None:
         if not _REGRADE.value:
             _sample(sets, out)
         for name, problems in sets.items():
-            _score(record.Record(out, name), problems, grader)
+            _score(results.Record(out, name), problems, grader)
 
 
 def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     """Draws the responses that the folder lacks."""
     import jax
 
-    from pfjax import compilation, sharding
-    from pfjax.evaluation import benchmarks, record, scores
-    from pfjax.policy import hf, tokenizer
-    from pfjax.sampling import progress
+    from pfjax.evaluation import results, scores
+    from pfjax.infra import compile_cache, sharding
+    from pfjax.model import hf, tokenizer
+    from pfjax.sampler import progress
+    from pfjax.tasks import benchmarks
 
     source = hf.resolve(_MODEL.value)
     tok = tokenizer.load(source)
-    compilation.use_cache()
+    compile_cache.use_cache()
     mesh = sharding.make_mesh(tensor=_TENSOR.value)
     on_cpu = jax.devices()[0].platform == "cpu"
     dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")
@@ -115,11 +117,11 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                 for p in problems
             ]
             settings = _settings(prompts, stop_ids, style)
-            files = record.Record(out, name)
+            files = results.Record(out, name)
             done = files.begin(
                 {
                     **about_model,
-                    **record.describe(name, problems, style, settings),
+                    **results.describe(name, problems, style, settings),
                     "first_prompt": tok.decode(prompts[0]),
                 }
             )
@@ -138,7 +140,7 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
 
 def _style(name: str):
     """How the problems of a set are asked."""
-    from pfjax.evaluation import benchmarks
+    from pfjax.tasks import benchmarks
 
     known = benchmarks.BENCHMARKS.get(name)
     chosen = _STYLE.value
@@ -157,7 +159,7 @@ def _style(name: str):
 
 def _settings(prompts, stop_ids, style):
     from pfjax.evaluation import scores
-    from pfjax.sampling import truncation
+    from pfjax.sampler import filters
 
     return scores.Settings(
         samples_per_prompt=_SAMPLES.value,
@@ -166,7 +168,7 @@ def _settings(prompts, stop_ids, style):
         stop_ids=stop_ids,
         seed=_SEED.value,
         prompt_width=max(len(p) for p in prompts),
-        truncation=truncation.Truncation(
+        truncation=filters.Truncation(
             top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value
         ),
         stop_strings=tuple(_STOP.value) or style.stop_strings,
@@ -176,7 +178,8 @@ def _settings(prompts, stop_ids, style):
 
 def _score(files, problems, grader) -> None:
     """Grades the responses in the folder, and writes and prints their scores."""
-    from pfjax.evaluation import benchmarks, scores
+    from pfjax.evaluation import scores
+    from pfjax.tasks import benchmarks
 
     rows = files.rows(problems)
     scores.grade(rows, problems, grader, _BOX.value)

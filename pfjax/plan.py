@@ -17,7 +17,7 @@ import time
 
 from absl import app, flags, logging
 
-from pfjax.training import command_line
+from pfjax import cli
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
 _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
@@ -48,25 +48,26 @@ def main(_: list[str]) -> None:
     }
     if _ALL.value == bool(_TOPOLOGY.value):
         sys.exit("error: give --topology=NAME or --all")
-    from pfjax.policy import hf, hf_config
-    from pfjax.training import ahead, checks
+    from pfjax.model import hf, hf_config
+    from pfjax.planner import aot
+    from pfjax.trainer import settings
 
-    config = command_line.CONFIG.value
-    with command_line.mistakes_in_one_line():
-        checks.check_config(config)
+    config = cli.CONFIG.value
+    with cli.mistakes_in_one_line():
+        settings.check_config(config)
         base = hf_config.read(hf.resolve_config(config.model))
         longest = config.data.max_prompt_tokens
-        checks.check_lengths(config, longest, base.max_positions)
+        settings.check_lengths(config, longest, base.max_positions)
         response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
         if _ALL.value:
             _print_all(config, base, response)
             return
         name = _TOPOLOGY.value
-        can_compile = ahead.is_tpu(name) and bool(importlib.util.find_spec("libtpu"))
+        can_compile = aot.is_tpu(name) and bool(importlib.util.find_spec("libtpu"))
         begin = time.perf_counter()
-        plan = ahead.plan(config, base, name, response, can_compile)
+        plan = aot.plan(config, base, name, response, can_compile)
         seconds = time.perf_counter() - begin
-        advice = None if plan["fits"] else ahead.advice(config, base, name, response)
+        advice = None if plan["fits"] else aot.advice(config, base, name, response)
     if _JSON.value:
         print(json.dumps(plan | {"advice": advice}, indent=2))
     else:
@@ -126,9 +127,9 @@ def _print(plan: dict, advice: str | None, seconds: float) -> None:
 
 
 def _print_all(config, base, response: int) -> None:
-    from pfjax.training import ahead
+    from pfjax.planner import aot
 
-    rows = [ahead.plan(config, base, name, response, False) for name in TOPOLOGIES]
+    rows = [aot.plan(config, base, name, response, False) for name in TOPOLOGIES]
     if _JSON.value:
         print(json.dumps(rows, indent=2))
         return
@@ -149,4 +150,4 @@ def _print_all(config, base, response: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=cli.parse)

@@ -67,20 +67,18 @@ def main(argv: list[str]) -> None:
 def _sample() -> None:
     import jax
 
-    from pfjax import compilation, sharding
-    from pfjax.policy import hf, tokenizer
-    from pfjax.sampling import engine, progress, slots, truncation
+    from pfjax.infra import compile_cache, sharding
+    from pfjax.model import hf, tokenizer
+    from pfjax.sampler import engine, filters, progress, slots
 
     if bool(_PROMPT.value) == bool(_PROMPTS.value):
         raise ValueError("give either --prompt or --prompts")
-    cut = truncation.Truncation(
-        top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value
-    )
+    cut = filters.Truncation(top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value)
     temperature = _check_method()
     source = hf.resolve(_MODEL.value)
     tok = tokenizer.load(source)
     texts, prompts = _prompts(tok)
-    compilation.use_cache()
+    compile_cache.use_cache()
     mesh = sharding.make_mesh(tensor=_TENSOR.value)
     on_cpu = jax.devices()[0].platform == "cpu"
     dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")
@@ -207,7 +205,7 @@ def _check_method() -> float:
 
 
 def _draw_power(policy, prompts, max_new_tokens, stop_ids):
-    from pfjax.sampling import power
+    from pfjax.sampler import power
 
     shared = {
         "alpha": _ALPHA.value,
@@ -233,7 +231,7 @@ def _draw_power(policy, prompts, max_new_tokens, stop_ids):
 
 def _finished(rollout) -> list:
     """All responses of a rollout."""
-    from pfjax.sampling import engine
+    from pfjax.sampler import engine
 
     return [
         engine.Finished(
@@ -248,9 +246,8 @@ def _finished(rollout) -> list:
 
 
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
-    from pfjax.evaluation import benchmarks
-    from pfjax.policy import tokenizer
-    from pfjax.training import data
+    from pfjax.model import tokenizer
+    from pfjax.tasks import benchmarks, data
 
     if _PROMPTS.value:
         longest = int(1e9)  # the engine refuses what the model has no positions for

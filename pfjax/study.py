@@ -216,7 +216,7 @@ def _tables(
 
 
 def _jobs() -> Iterator[Job]:
-    from pfjax.training import objectives
+    from pfjax import objectives
 
     names = _OBJECTIVES.value or list(objectives.OBJECTIVES)
     steps = {} if _STEPS.value is None else {"num_steps": _STEPS.value}
@@ -259,8 +259,8 @@ def _train(
 
 
 def search(out: pathlib.Path) -> None:
+    from pfjax import objectives
     from pfjax.evaluation import comparison
-    from pfjax.training import objectives
 
     rows = _TRAIN.read_text().splitlines(keepends=True)
     for name, part in (("train", rows[:-_VALIDATION]), ("valid", rows[-_VALIDATION:])):

@@ -115,12 +115,13 @@ def pretrain(steps: int, batch_size: int, seed: int):
     import jax
     import jax.numpy as jnp
 
-    from pfjax import losses, packing
-    from pfjax.policy import logprobs, model, rope, tokenizer
-    from pfjax.training import optim
+    from pfjax import losses
+    from pfjax.batch import max_micro_batches, pack, slots_per_row
+    from pfjax.model import log_probs, rope, tokenizer, transformer
+    from pfjax.trainer import optim
 
     tok = make_tokenizer()
-    config = model.ModelConfig(
+    config = transformer.ModelConfig(
         vocab_size=VOCAB_SIZE,
         embed_dim=64,
         num_layers=3,
@@ -135,7 +136,10 @@ def pretrain(steps: int, batch_size: int, seed: int):
         max_positions=512,
         stop_ids=(tok.eos_token_id,),
     )
-    params = {"policy": model.init_params(config, jax.random.key(seed)), "log_z": {}}
+    params = {
+        "policy": transformer.init_params(config, jax.random.key(seed)),
+        "log_z": {},
+    }
     seen = split_problems(seed)[0]
     rng = np.random.default_rng(seed)
     row_length = 64
@@ -146,18 +150,18 @@ def pretrain(steps: int, batch_size: int, seed: int):
         responses = [
             tok.encode(sample_response(p, rng)) + [tok.eos_token_id] for p in problems
         ]
-        batch, _, _ = packing.pack(
+        batch, _, _ = pack(
             [np.array(p + r) for p, r in zip(prompts, responses, strict=True)],
             np.array([len(p) for p in prompts]),
-            rows=packing.max_micro_batches(batch_size, 32, 1, row_length),
+            rows=max_micro_batches(batch_size, 32, 1, row_length),
             row_length=row_length,
-            slots=packing.slots_per_row(row_length, 32),
+            slots=slots_per_row(row_length, 32),
             micro_batches=1,
         )
         return jax.tree.map(lambda x: x[0], batch)
 
     def loss_fn(params, batch):
-        log_p, _, _ = logprobs.packed_log_probs(config, params["policy"], batch)
+        log_p, _, _ = log_probs.packed_log_probs(config, params["policy"], batch)
         return -losses.masked_mean(log_p, batch.is_response)
 
     # Large steps first, then small ones to settle.
@@ -184,7 +188,7 @@ def pretrain(steps: int, batch_size: int, seed: int):
             params, opt_state, loss = update(params, opt_state, next_batch())
             if i % 200 == 0:
                 print(f"rate {rate:g}  step {i}  loss {loss:.4f} nats a token")
-    return model.Policy(config, params["policy"])
+    return transformer.Policy(config, params["policy"])
 
 
 def split_problems(seed: int) -> tuple[list[Problem], list[Problem], list[Problem]]:
@@ -198,7 +202,7 @@ def split_problems(seed: int) -> tuple[list[Problem], list[Problem], list[Proble
 
 def write(out: pathlib.Path, steps: int, batch_size: int, seed: int) -> None:
     """Trains the base model and writes the folder of assets."""
-    from pfjax.policy import hf
+    from pfjax.model import hf
 
     hf.save(pretrain(steps, batch_size, seed), out)
     make_tokenizer().save_pretrained(out)

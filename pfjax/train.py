@@ -9,7 +9,7 @@ import sys
 import jaxtyping
 from absl import app, flags, logging
 
-from pfjax.training import command_line
+from pfjax import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _MULTIHOST = flags.DEFINE_bool(
@@ -23,22 +23,22 @@ def main(_: list[str]) -> None:
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
         import jax
 
-        from pfjax import compilation, processes
-        from pfjax.training import interruption, loop
+        from pfjax.infra import compile_cache, distributed
+        from pfjax.trainer import loop, preemption
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    compilation.use_cache()
-    with command_line.mistakes_in_one_line():
+    compile_cache.use_cache()
+    with cli.mistakes_in_one_line():
         if _MULTIHOST.value:
-            processes.join()
+            distributed.join()
         else:
-            processes.check_alone()
+            distributed.check_alone()
         try:
-            loop.train_and_evaluate(command_line.CONFIG.value, _WORKDIR.value)
-        except interruption.InterruptedRun as stop:
+            loop.train_and_evaluate(cli.CONFIG.value, _WORKDIR.value)
+        except preemption.InterruptedRun as stop:
             print(stop, file=sys.stderr)
-            sys.exit(interruption.EXIT_STATUS)
+            sys.exit(preemption.EXIT_STATUS)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse)
+    app.run(main, flags_parser=cli.parse)

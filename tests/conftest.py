@@ -61,9 +61,9 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def tiny_config():
     """A Qwen2 with grouped heads, too small to care."""
-    from pfjax.policy import model, rope
+    from pfjax.model import rope, transformer
 
-    return model.ModelConfig(
+    return transformer.ModelConfig(
         vocab_size=16,
         embed_dim=16,
         num_layers=2,
@@ -83,16 +83,16 @@ def tiny_config():
 @pytest.fixture
 def tiny_policy(tiny_config):
     """Random weights, every one of which matters (biases and norms too)."""
-    from pfjax.policy import model
+    from pfjax.model import transformer
 
-    params = model.init_params(tiny_config, jax.random.key(0))
+    params = transformer.init_params(tiny_config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [
         x + 0.3 * jax.random.normal(k, x.shape)
         for x, k in zip(leaves, keys, strict=True)
     ]
-    return model.Policy(tiny_config, jax.tree.unflatten(tree, noisy))
+    return transformer.Policy(tiny_config, jax.tree.unflatten(tree, noisy))
 
 
 @pytest.fixture
@@ -101,9 +101,9 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
 
     Token 1 ends a response. Of at most 3 tokens there are 1 + 3 + 9 + 27 responses.
     """
-    from pfjax.policy import hf, model, rope
+    from pfjax.model import hf, rope, transformer
 
-    config = model.ModelConfig(
+    config = transformer.ModelConfig(
         vocab_size=4,
         embed_dim=16,
         num_layers=2,
@@ -118,11 +118,11 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
         max_positions=64,
         stop_ids=(1,),
     )
-    params = model.init_params(config, jax.random.key(8))
+    params = transformer.init_params(config, jax.random.key(8))
     # Sharper than at initialisation, so that base and target are far apart.
     params["head"] = 2.0 * params["head"]
     folder = tmp_path / "enumerable"
-    hf.save(model.Policy(config, params), folder)
+    hf.save(transformer.Policy(config, params), folder)
     words = ["<pad>", "<eos>", "a", "b"]
     tokenizer = {
         "version": "1.0",
@@ -151,7 +151,7 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
 def tpu_mesh(monkeypatch):
     """Makes a mesh of a real TPU topology, to lower and compile for without one."""
     pytest.importorskip("libtpu")
-    from pfjax.training import ahead
+    from pfjax.planner import aot
 
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -162,7 +162,7 @@ def tpu_mesh(monkeypatch):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
 
-    return ahead.tpu_mesh
+    return aot.tpu_mesh
 
 
 def run_on_two_processes(code: str, *args: object) -> None:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from pfjax.evaluation import record
+from pfjax.evaluation import results
 
 
 def _run(*args):
@@ -86,7 +86,7 @@ def test_other_settings_do_not_mix_with_what_is_there(scored):
 
 
 def test_responses_of_unknown_settings_are_not_taken_over(tmp_path):
-    files = record.Record(tmp_path, "eval.jsonl")
+    files = results.Record(tmp_path, "eval.jsonl")
     (tmp_path / "eval.jsonl").write_text('{"prompt_id": 0, "sample": 0}\n')
     with pytest.raises(ValueError, match="but eval.json, which tells how"):
         files.begin({"samples": 1})

@@ -13,8 +13,9 @@ import jax
 import ml_collections
 import pytest
 
-from pfjax.policy import hf, hf_config
-from pfjax.training import ahead, cost
+from pfjax.infra import hardware
+from pfjax.model import hf, hf_config
+from pfjax.planner import aot
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -31,7 +32,7 @@ def _base(config):
 
 
 def _plan(config, topology, can_compile):
-    return ahead.plan(config, _base(config), topology, 1024, can_compile)
+    return aot.plan(config, _base(config), topology, 1024, can_compile)
 
 
 def _collectives(plan, phase):
@@ -44,7 +45,7 @@ def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh):
     assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
     state = plan["memory_gib"]["state"]
     # 1.54 G parameters: 4 bytes, twice 4, and 2, over 16 devices.
-    split, log_z = 1.544e9 / 16 / cost.GIB, 2 * 1536**2 / cost.GIB
+    split, log_z = 1.544e9 / 16 / hardware.GIB, 2 * 1536**2 / hardware.GIB
     assert state["parameters"] == pytest.approx(4 * (split + log_z), rel=0.01)
     assert state["optimizer"] == pytest.approx(8 * (split + log_z), rel=0.01)
     assert state["base"] == pytest.approx(2 * split, rel=0.01)
@@ -133,7 +134,7 @@ def test_what_does_not_fit_says_what_would(tpu_mesh):
     config = _config("qwen2_5_math_7b")
     plan = _plan(config, "v5e:4x4", can_compile=True)
     assert not plan["fits"] and "one sample of" in plan["error"]
-    advice = ahead.advice(config, _base(config), "v5e:4x4", 1024)
+    advice = aot.advice(config, _base(config), "v5e:4x4", 1024)
     assert advice.startswith("it would fit with --config.")
     flags = dict(
         x.removeprefix("--config.").split("=") for x in advice.split() if "=" in x
@@ -148,8 +149,8 @@ def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15G\n"
         )
 
-    monkeypatch.setattr(ahead, "_compiled", refuse)
-    monkeypatch.setattr(ahead, "tpu_mesh", lambda *_, **k: jax.make_mesh(
+    monkeypatch.setattr(aot, "_compiled", refuse)
+    monkeypatch.setattr(aot, "tpu_mesh", lambda *_, **k: jax.make_mesh(
         (1, 8, 1), ("data", "fsdp", "tensor"),
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     ))  # fmt: skip
@@ -220,9 +221,9 @@ def test_mistakes_are_one_line(args, message):
 def test_shapes_of_recipes_are_at_hand(name):
     """Parameters of the models, as their cards give them."""
     base = _base(_config(name))
-    from pfjax.policy import model
+    from pfjax.model import transformer
 
-    size = sum(x.size for x in jax.tree.leaves(model.abstract_params(base)))
+    size = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(base)))
     known = {
         "qwen2_5_1_5b": 1.54e9,
         "qwen2_5_math_7b": 7.62e9,

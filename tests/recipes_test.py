@@ -7,8 +7,8 @@ import pathlib
 import pytest
 import transformers
 
-from pfjax.policy import hf
-from pfjax.training import loop, metrics
+from pfjax.model import hf
+from pfjax.trainer import loop, metrics
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 SHARED = {"default", "reasoning", "creative", "smoke", "study"}

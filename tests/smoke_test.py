@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pfjax.training import metrics
+from pfjax.trainer import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def test_transformers_reads_the_exported_model(smoke):
     import torch
     import transformers
 
-    from pfjax.policy import hf, logprobs, tokenizer
+    from pfjax.model import hf, log_probs, tokenizer
 
     folder = str(smoke[0] / "hf")
     tok = transformers.AutoTokenizer.from_pretrained(folder)
@@ -73,7 +73,7 @@ def test_transformers_reads_the_exported_model(smoke):
     ids = ids + tok.encode(r"7+5=12,4+3+1=8;\boxed{82}") + [tok.eos_token_id]
     with torch.no_grad():
         want = torch.log_softmax(reference(torch.tensor([ids])).logits, -1)[0]
-    got = logprobs.score(policy, [ids], [1])[0]
+    got = log_probs.score(policy, [ids], [1])[0]
     want_at = want[np.arange(len(ids) - 1), ids[1:]].numpy()
     np.testing.assert_allclose(got, want_at, atol=1e-4)
     logits = _all_logits(policy, np.array([ids]))
@@ -83,16 +83,16 @@ def test_transformers_reads_the_exported_model(smoke):
 
 
 def _all_logits(policy, ids):
-    from pfjax.policy import logprobs, model
+    from pfjax.model import log_probs, transformer
 
-    hidden, _ = model.forward_packed(
+    hidden, _ = transformer.forward_packed(
         policy.config,
         policy.params,
         ids,
         np.arange(ids.shape[1])[None],
         np.ones_like(ids),
     )
-    return logprobs.logits(hidden, model.head_weight(policy.params))[0]
+    return log_probs.logits(hidden, transformer.head_weight(policy.params))[0]
 
 
 def test_second_start_finds_its_programs_compiled(tmp_path):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pfjax import toy
-from pfjax.evaluation import grading
-from pfjax.policy import hf, tokenizer
-from pfjax.sampling import engine
+from pfjax.model import hf, tokenizer
+from pfjax.sampler import engine
+from pfjax.tasks import grading
 
 
 def test_the_world_is_as_described(rng):

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from pfjax import rows
-from pfjax.evaluation import benchmarks, grading, scores
-from pfjax.policy import hf, logprobs, tokenizer
-from pfjax.sampling import engine
+from pfjax.evaluation import scores
+from pfjax.infra import dataset_io
+from pfjax.model import hf, log_probs, tokenizer
+from pfjax.sampler import engine
+from pfjax.tasks import benchmarks, grading
 
 _BEST = "best avg"
 # Metrics of a run, named up to the "@"; and what heads their columns.
@@ -26,7 +27,7 @@ _COLUMNS = {
 
 def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics that have an evaluation, without its number of samples."""
-    found = rows.read_jsonl(folder / "metrics.jsonl")
+    found = dataset_io.read_jsonl(folder / "metrics.jsonl")
     return [
         {k.partition("@")[0]: v for k, v in row.items() if not k.endswith("_se")}
         for row in found
@@ -67,7 +68,7 @@ def table_of_draws(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
         for method, paths in files.items():
             group = groups.setdefault(method, {})
             for path in paths:
-                drawn = rows.read_jsonl(path)
+                drawn = dataset_io.read_jsonl(path)
                 drawn.sort(key=lambda r: (r["prompt_id"], r["sample"]))
                 for row in drawn:
                     row["terminated"] = row["finished"]
@@ -104,7 +105,7 @@ def table_of_distances(
             ids[i] + drawn.tokens[i, j, : drawn.lengths[i, j]].tolist()
             for i, j in np.ndindex(drawn.lengths.shape)
         ]
-        own, other = (logprobs.score(x, sequences, starts) for x in (p, q))
+        own, other = (log_probs.score(x, sequences, starts) for x in (p, q))
         return float(np.mean([a.sum() - b.sum() for a, b in zip(own, other)]))  # noqa: B905
 
     groups: dict[str, dict[str, list[float]]] = {}

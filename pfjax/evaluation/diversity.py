@@ -61,7 +61,7 @@ def load_embedder(name: str = "auto") -> Embedder:
 
 
 def _sentence_model(name: str) -> Embedder:
-    from pfjax.policy import hf
+    from pfjax.model import hf
 
     folder = pathlib.Path(name).expanduser()
     try:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfjax.evaluation import estimators, grading
-from pfjax.evaluation.benchmarks import Problem, text_of
-from pfjax.policy import tokenizer
-from pfjax.policy.model import Policy
-from pfjax.sampling import engine
-from pfjax.sampling.truncation import ALL_TOKENS, Truncation
+from pfjax.evaluation import estimators
+from pfjax.model import tokenizer
+from pfjax.model.transformer import Policy
+from pfjax.sampler import engine
+from pfjax.sampler.filters import ALL_TOKENS, Truncation
+from pfjax.tasks import grading
+from pfjax.tasks.benchmarks import Problem, text_of
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ import resource
 import jax
 import numpy as np
 
-from pfjax.policy import model, rope
+from pfjax.model import rope, transformer
 
 _SMALL = {
     "vocab_size": 256,
@@ -37,10 +37,10 @@ _SHAPES = {
 }
 
 
-def random_policy(name: str, dtype: str) -> model.Policy:
+def random_policy(name: str, dtype: str) -> transformer.Policy:
     """Random weights of a type. The small model's tokens are nearly equally likely, so
     that lengths are geometric with a mean of about the vocabulary."""
-    config = model.ModelConfig(
+    config = transformer.ModelConfig(
         **_SHAPES[name],
         rope=rope.RopeConfig(theta=1e6),
         norm_eps=1e-6,
@@ -50,12 +50,12 @@ def random_policy(name: str, dtype: str) -> model.Policy:
     )
 
     def init(key):
-        params = model.init_params(config, key)
+        params = transformer.init_params(config, key)
         if "head" in params:
             params["head"] = 0.3 * params["head"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
-    return model.Policy(config, jax.jit(init)(jax.random.key(0)))
+    return transformer.Policy(config, jax.jit(init)(jax.random.key(0)))
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -20,11 +20,12 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from pfjax.policy import hf, logprobs, model
-from pfjax.sampling import decode, engine, slots
-from pfjax.types import Rollout
-from tests.benchmarks import common
 from tests.sampling import simple_sampler
+
+from pfjax.batch import Rollout
+from pfjax.model import hf, log_probs, transformer
+from pfjax.sampler import decode, engine, slots
+from tests.benchmarks import common
 
 Case = collections.namedtuple(
     "Case", "model dtype prompts samples prompt_lengths max_new_tokens slots stops"
@@ -62,7 +63,7 @@ def make_prompts(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
 
 
 def bytes_a_token(
-    run, plan: slots.Plan, config: model.ModelConfig, prompts: list[list[int]]
+    run, plan: slots.Plan, config: transformer.ModelConfig, prompts: list[list[int]]
 ) -> tuple[float, float]:
     """Bytes that decoding reads from memory a token, and the least possible.
 
@@ -87,7 +88,7 @@ def bytes_a_token(
         rollout: Rollout = run()
     finally:
         decode.decode = original
-    shapes = model.abstract_params(config)
+    shapes = transformer.abstract_params(config)
     if not config.tied_embeddings:
         del shapes["embed"]  # a row a token is read
     size = np.dtype(config.dtype).itemsize
@@ -196,10 +197,10 @@ def measure(case: Case) -> dict:
     return out | common.machine()
 
 
-def logp_gap(policy: model.Policy, prompts: list[list[int]], r: Rollout) -> float:
+def logp_gap(policy: transformer.Policy, prompts: list[list[int]], r: Rollout) -> float:
     """Largest distance of a recorded log-prob from the scorer's."""
     at = list(np.ndindex(*r.lengths.shape))
-    scored = logprobs.score(
+    scored = log_probs.score(
         policy,
         [prompts[p] + r.tokens[p, g, : r.lengths[p, g]].tolist() for p, g in at],
         [len(prompts[p]) for p, _ in at],

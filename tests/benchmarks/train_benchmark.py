@@ -23,10 +23,10 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from configs import default
-from pfjax import packing, sharding
-from pfjax.policy import hf, model
-from pfjax.training import build, cost
-from pfjax.types import OldScores
+from pfjax.batch import OldScores, pack
+from pfjax.infra import hardware, sharding
+from pfjax.model import flops, hf, transformer
+from pfjax.trainer import setup
 from tests.benchmarks import common
 
 
@@ -86,7 +86,7 @@ def read_trajectories(path: str) -> tuple[list[np.ndarray], np.ndarray]:
 
 def make_update(
     case: Case,
-    policy: model.Policy,
+    policy: transformer.Policy,
     sequences: list[np.ndarray],
     prompts: np.ndarray,
     slots: int | None = None,
@@ -102,14 +102,14 @@ def make_update(
         config.attention = _ATTENTION.value
         config.optim.learning_rate = 1e-4
     mesh = jax.sharding.get_mesh()
-    made = build.programs(config, policy.config, int(prompts.max()), mesh)
+    made = setup.programs(config, policy.config, int(prompts.max()), mesh)
     base = jax.tree.map(lambda x: jax.numpy.array(x, case.dtype), policy.params)
     params = jax.tree.map(jax.numpy.copy, policy.params)  # given away
-    state = build.first_state(made, params, 0, mesh)
+    state = setup.first_state(made, params, 0, mesh)
 
     def update() -> int:
         nonlocal state
-        batch, _, used = packing.pack(
+        batch, _, used = pack(
             sequences,
             prompts,
             rows=made.rows,
@@ -158,7 +158,7 @@ def measure(case: Case) -> dict:
         with jax.profiler.trace(_PROFILE.value):
             updates["packed"]()
     tokens, typical = int(lengths.sum()), float(np.median(seconds["packed"]))
-    flops = cost.update_flops(policy.config, lengths, prompts)
+    work = flops.update_flops(policy.config, lengths, prompts)
     out = {
         "case": _CASE.value,
         "model": pathlib.Path(_MODEL.value).name if _MODEL.value else case.model,
@@ -175,7 +175,7 @@ def measure(case: Case) -> dict:
         "fill": tokens / computed["packed"],
         "tflop": flops / 1e12,
         "tflop_per_s": flops / typical / 1e12,
-        "mfu": cost.mfu(flops, typical),
+        "mfu": hardware.mfu(work, typical),
         "compile_s": first["packed"] - typical,
         "peak_memory_mb": common.peak_memory_mb(),
     }

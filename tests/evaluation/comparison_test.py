@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pfjax.evaluation import comparison
-from pfjax.policy import hf
+from pfjax.model import hf
 
 
 def _run(folder, *evaluations):

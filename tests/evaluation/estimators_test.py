@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pfjax.evaluation import estimators, grading, scores
+from pfjax.evaluation import estimators, scores
+from pfjax.tasks import grading
 
 
 @pytest.mark.parametrize(("n", "c"), [(4, 0), (4, 1), (5, 3), (6, 6)])

@@ -1,0 +1,146 @@
+"""The two files that an evaluation leaves for each set: responses, and scores with every
+setting that moves them. Sampling that was stopped goes on, and grading can be repeated."""
+
+import json
+import pathlib
+from typing import Any, TextIO
+
+from pfjax.evaluation.scores import Row, Settings
+from pfjax.infra import dataset_io
+from pfjax.tasks import benchmarks
+from pfjax.tasks.benchmarks import Problem, Style
+
+# Sampling may go on with these changed: they do not touch what is drawn, but by rounding.
+_MAY_CHANGE = ("model", "mesh", "device", "jax")
+
+
+class Record:
+    """`NAME.jsonl` and `NAME.json` in a folder.
+
+    Attributes:
+      name: of the set.
+      path: of the responses.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str):
+        self.name = name
+        stem = name if name in benchmarks.BENCHMARKS else pathlib.Path(name).stem
+        self.path = folder / f"{stem}.jsonl"
+        self._scores = folder / f"{stem}.json"
+        self._file: TextIO | None = None
+
+    def begin(self, settings: dict[str, Any]) -> frozenset[int]:
+        """Opens the responses for more of them.
+
+        Returns:
+          Numbers of the prompts whose responses are all there.
+
+        Raises:
+          ValueError: if responses there were drawn with other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = dataset_io.read_jsonl(self.path)
+        if found and not self._scores.exists():
+            raise ValueError(
+                f"{self.path} holds responses, but {self._scores.name}, which tells how "
+                "they were drawn, is not there: choose another --out"
+            )
+        if found:
+            old = self._read()["settings"]
+            changed = [
+                f"{k}: {old.get(k)!r} -> {settings.get(k)!r}"
+                for k in sorted(old.keys() | settings.keys())
+                if k not in _MAY_CHANGE and old.get(k) != settings.get(k)
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.path} was drawn with other settings:\n  "
+                    + "\n  ".join(changed)
+                    + "\nchoose another --out, or the settings of before to go on"
+                )
+        self._write({"set": self.name, "settings": settings})
+        samples = range(settings["samples"])
+        have = {(r["prompt_id"], r["sample"]) for r in found}
+        done = frozenset(
+            q for q in {q for q, _ in have} if all((q, i) in have for i in samples)
+        )
+        # Of prompts begun, all is drawn anew; a line cut short by a kill goes.
+        dataset_io.write_jsonl(self.path, [r for r in found if r["prompt_id"] in done])
+        self._file = self.path.open("a", encoding="utf-8")
+        return done
+
+    def add(self, new: list[Row]) -> None:
+        for row in new:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def end(self) -> None:
+        """Puts the responses in order."""
+        self._file.close()
+        found = dataset_io.read_jsonl(self.path)
+        found.sort(key=lambda r: (r["prompt_id"], r["sample"]))
+        dataset_io.write_jsonl(self.path, found)
+
+    def rows(self, problems: list[Problem]) -> list[Row]:
+        """The responses to all problems, in order.
+
+        Raises:
+          ValueError: if some are missing, or were given to another version of the set.
+        """
+        found = dataset_io.read_jsonl(self.path)
+        if not found:
+            raise ValueError(
+                f"{self.path} holds no responses: evaluate without --regrade"
+            )
+        settings = self._read()["settings"]
+        version, k = benchmarks.fingerprint(problems), settings["samples"]
+        if settings["version"] != version:
+            raise ValueError(
+                f"{self.path} holds responses to version {settings['version']} of "
+                f"{self.name}, this is {version}"
+            )
+        if len(found) != len(problems) * k:
+            raise ValueError(
+                f"{self.path} holds {len(found)} of {len(problems)} x {k} responses: "
+                "the same command without --regrade draws the others"
+            )
+        return found
+
+    def score(
+        self, graded: list[Row], scores: dict[str, float], about: dict[str, Any]
+    ) -> None:
+        """Writes scores beside the settings, and what `graded` has in addition."""
+        dataset_io.write_jsonl(self.path, graded)
+        self._write({**self._read(), "graded": about, "scores": scores})
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._scores.read_text())
+
+    def _write(self, content: dict[str, Any]) -> None:
+        tmp = self._scores.with_suffix(".tmp")
+        tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        tmp.replace(self._scores)
+
+
+def describe(
+    name: str, problems: list[Problem], style: Style, settings: Settings
+) -> dict[str, Any]:
+    """What is stored of a set and of how it is sampled."""
+    known = benchmarks.BENCHMARKS.get(name)
+    return {
+        "source": known.source if known else name,
+        "items": len(problems),
+        "version": benchmarks.fingerprint(problems),
+        "template": style.template,
+        "chat_template": not style.is_raw,
+        "samples": settings.samples_per_prompt,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_k": settings.truncation.top_k,
+        "top_p": settings.truncation.top_p,
+        "min_p": settings.truncation.min_p,
+        "stop_ids": settings.stop_ids,
+        "stop_strings": settings.stop_strings,
+        "seed": settings.seed,
+    }

@@ -1,0 +1,96 @@
+"""Rows of JSONL and Parquet files and of data sets on the hub."""
+
+import json
+import pathlib
+from typing import Any
+
+from etils import epath
+
+from pfjax.infra import storage
+
+# "pfjax/toy/<file>" names a file that ships with pfjax.
+_SHIPPED = "pfjax/toy/"
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "toy"
+
+
+def read(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """All rows of a file or data set, each with where it stands, for messages.
+
+    Args:
+      source: a `.jsonl`, `.json` or `.parquet` file, `pfjax/toy/<file>` for those that
+        ship with pfjax, or a data set of the hub: `name`, `name:split` (else "train"),
+        `name:config:split`; `name@revision` before them.
+
+    Raises:
+      ValueError: if there is no such source, or a line is no JSON object (naming it).
+    """
+    if source.startswith(_SHIPPED):
+        path = _ASSETS / source.removeprefix(_SHIPPED)
+    else:
+        path = pathlib.Path(source).expanduser()
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        return _read_lines(path)
+    import datasets
+
+    datasets.disable_progress_bars()
+    if path.suffix == ".parquet" and path.is_file():
+        try:
+            table = datasets.Dataset.from_parquet(str(path))
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    elif path.suffix in (".jsonl", ".json", ".parquet"):
+        raise ValueError(f"prompt file {path} does not exist")
+    else:
+        name, *config, split = source.split(":") if ":" in source else (source, "train")
+        name, _, revision = name.partition("@")
+        try:
+            table = datasets.load_dataset(
+                name, *config, split=split, revision=revision or None
+            )
+        except Exception as error:
+            raise ValueError(
+                f"prompts {source!r} are no .jsonl or .parquet file and could not be "
+                f"loaded from the Hugging Face hub: {error}"
+            ) from error
+    return [(f"{source} row {i}", row) for i, row in enumerate(table)]
+
+
+def _read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    # Line by line rather than through `datasets`, whose errors name no line.
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a row must be a JSON object, got {line!r}")  # noqa: TRY004
+            rows.append((where, row))
+    return rows
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that pfjax wrote, none if there is no file; a last line cut
+    short by a kill is left out."""
+    path = storage.place(path)
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
+    """The file appears whole or not at all."""
+    path = storage.place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    tmp.replace(path)

@@ -1,0 +1,45 @@
+"""What devices can do: peaks by their vendors."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+    """One device, as JAX counts them; peaks by the vendors, in units a second."""
+
+    kinds: tuple[str, ...]  # JAX's `device_kind`, or the beginning of it
+    flops: float  # dense bfloat16
+    memory: float  # bytes; of TPUs, what a program may use
+    bandwidth: float  # bytes, of that memory
+    links: float  # bytes sent to other devices of its slice or node, all links together
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
+    # Half a chip.
+    "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2.039e12, 300e9),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 450e9),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 180e9, 8.0e12, 900e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """What is known of a device by its `device_kind`; None when nothing is."""
+    known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
+    fits = [kind for kind in known if device_kind.startswith(kind)]
+    return known[max(fits, key=len)] if fits else None
+
+
+def mfu(flops: float, seconds: float) -> float | None:
+    """Share of the peak of all devices; None where it is not known."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is None:
+        return None
+    return flops / seconds / (chip.flops * jax.device_count())

@@ -1,0 +1,238 @@
+"""The device mesh, and the one table from logical axes to mesh axes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pfjax.batch import Array
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter or an activation -> mesh axes it is split over.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    # The head's vocabulary takes every device that holds weights: then no chunk
+    # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
+    "vocab": ("fsdp", "tensor"),
+}
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A `data x fsdp x tensor` mesh over all devices; one size may be -1.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    grid = mesh_utils.create_device_mesh(
+        mesh_sizes(data, fsdp, tensor, len(devices)),
+        devices,
+        # Two of the four devices of a side, say, as an axis.
+        allow_split_physical_axes=True,
+    )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """Sizes of which one may have been -1; raises as `make_mesh` does."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or given < 1 or devices % given or (not free and given != devices):
+        flags = " ".join(f"--config.mesh.{k}={v}" for k, v in sizes.items())
+        raise ValueError(
+            f"a mesh of {flags} does not cover the {devices} devices here: the sizes "
+            "must multiply to that number (one of them may be -1)"
+        )
+    sizes |= {name: devices // given for name in free}
+    return tuple(sizes.values())
+
+
+def spec(
+    mesh: Mesh | AbstractMesh,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    without: tuple[str, ...] = (),
+) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical axes.
+
+    Key/value heads too few to split are replicated; so is an axis whose mesh axes
+    an earlier dimension already took, or which the code maps by hand (inside of
+    `over_batch`). Nothing is split over the mesh axes `without`.
+
+    Raises:
+      ValueError: if another dimension does not divide by its mesh axes.
+    """
+    parts, taken = [], _manual(mesh) | set(without)
+    for axis, size in zip(axes, shape, strict=True):
+        rule = RULES[axis]
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        names = tuple(n for n in names if n not in taken and mesh.shape[n] > 1)
+        ways = int(np.prod([mesh.shape[n] for n in names]))
+        if size % ways and axis == "kv_heads":
+            names = ()
+        elif size % ways:
+            flags = ", ".join(f"--config.mesh.{n}={mesh.shape[n]}" for n in names)
+            raise ValueError(
+                f"{axis} of size {size} does not divide over {ways} devices ({flags}); "
+                f"choose mesh sizes whose product divides {size}"
+            )
+        taken.update(names)
+        parts.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*parts)
+
+
+def _manual(mesh: Mesh | AbstractMesh) -> set[str]:
+    named = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in named if kind == AxisType.Manual}
+
+
+def tree_shardings(
+    mesh: Mesh | AbstractMesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
+) -> Any:
+    """Shardings of a tree of parameters from their logical axes and shapes."""
+    return jax.tree.map(
+        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape, without)), shapes, axes
+    )
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+    """Number of devices that a batch is split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
+    """Places host arrays on the mesh, dimension `dim` split as "batch".
+
+    Every process passes the same whole arrays and keeps its own part.
+    """
+
+    def put(x: Array) -> jax.Array:
+        axes = (None,) * dim + ("batch",) + (None,) * (x.ndim - dim - 1)
+        return jax.device_put(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
+
+    return jax.tree.map(put, tree)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for an activation's sharding; does nothing outside `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+
+
+def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
+    """`f` run by each part of the mesh that holds a part of the batch, on its own.
+
+    The first `num_whole` arguments are passed whole; the others and the results are
+    split along the first dimension of every array. Inside, nothing is exchanged
+    between the parts, so that each may loop as often as it needs to; the "tensor"
+    axis is still split automatically. Outside `jax.set_mesh`, `f` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or batch_ways(mesh) == 1:
+        return f
+    whole, split = PartitionSpec(), PartitionSpec(RULES["batch"])
+    # With "tensor" too when it is one device: kernels need every axis by hand.
+    names = set(RULES["batch"]) | {a for a, n in mesh.shape.items() if n == 1}
+
+    def parts(*args):
+        specs = (whole,) * num_whole + (split,) * (len(args) - num_whole)
+        return jax.shard_map(
+            f,
+            in_specs=specs,
+            out_specs=split,
+            axis_names=names,
+            check_vma=False,
+        )(*args)
+
+    return parts
+
+
+def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """`f` run on each device's part of its arguments: for kernels, which jit cannot
+    split, and where the exchange between devices is written by hand.
+
+    Outside `jax.set_mesh`, and where one device holds everything, `f` itself.
+
+    Args:
+      f: takes arrays.
+      in_axes: logical axes of each argument.
+      out_axes: of the results, a tree of tuples; each logical axis is split as it is
+        in the arguments.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.shape) - _manual(mesh)
+    if mesh.empty or mesh.size == 1 or not names:
+        return f
+    is_axes = lambda x: type(x) is tuple and all(a is None or a in RULES for a in x)
+
+    def parts(*args):
+        specs = [spec(mesh, a, x.shape) for a, x in zip(in_axes, args, strict=True)]
+        split: dict[str | None, Any] = {}
+        for axes, of_axes in zip(in_axes, specs, strict=True):
+            split |= dict(zip(axes, of_axes, strict=True)) | {None: None}
+        out_specs = jax.tree.map(
+            lambda axes: PartitionSpec(*(split[a] for a in axes)),
+            out_axes,
+            is_leaf=is_axes,
+        )
+        return jax.shard_map(
+            f,
+            in_specs=tuple(specs),
+            out_specs=out_specs,
+            axis_names=names,
+            check_vma=False,
+        )(*args)
+
+    return parts
+
+
+def axes_of(axis: str) -> tuple[str, ...]:
+    """Mesh axes, of more than one device, that a logical axis is split over inside of
+    `by_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rule = RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return tuple(n for n in names if not mesh.empty and mesh.shape[n] > 1)
+
+
+def platform() -> tuple[str, str]:
+    """Platform ("cpu", "gpu" or "tpu") and kind of the devices a program is for.
+
+    Those of the mesh where one is set: it may be of devices that are not here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and (device := mesh.abstract_device) is not None:
+        return device.platform, device.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
+def fetch(tree: Any) -> Any:
+    """Whole host arrays of device arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

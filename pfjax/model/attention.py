@@ -1,0 +1,235 @@
+"""Causal attention over packed rows: one function, back ends, one reference.
+
+Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
+comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
+
+| back end | for | memory | segments that it skips |
+|---|---|---|---|
+| plain | the reference | T^2 | none |
+| chunked | CPU; what no kernel takes | T | all others |
+| splash | TPU, JAX's Pallas kernel | T | none, but what comes later |
+| cudnn | GPU from Hopper on, 16-bit | T | all others |
+| triton | other GPUs, JAX's Pallas kernel | T | none, but what comes later |
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+from pfjax.infra import sharding
+from pfjax.model import chunked_attention
+
+# Kernels read blocks of this many tokens, or of more that divide the row.
+_BLOCK = 128
+
+
+def packed_attention(
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b t k c"],
+    v: Float[Array, "b t k c"],
+    segment_ids: Int[Array, "b t"],
+    backend: str = "auto",
+    max_segments: int | None = None,
+) -> Float[Array, "b t h c"]:
+    """Attention of each token to itself and earlier tokens of its own segment.
+
+    Under `jax.set_mesh` rows are split over its batch axes and heads over "tensor"; key
+    and value heads too few for it are repeated.
+
+    Args:
+      q, k, v: queries, keys, values.
+      segment_ids: of contiguous segments; those of padding are 0, and what comes out
+        there is finite and means nothing.
+      backend: one of `BACKENDS`, or "auto", see `chosen`.
+      max_segments: of a row, padding included; T when not given. Only "cudnn" asks, as
+        it keeps T numbers a head for each that there might be.
+    """
+    backend = chosen(backend, q.shape[-1], q.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    copies = math.lcm(k.shape[2], tensor) // k.shape[2]
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
+    attend = _BACKENDS[backend]
+    if backend == "cudnn":
+        attend = functools.partial(attend, max_segments=max_segments or q.shape[1])
+    run = sharding.by_device(attend, (heads, kv, kv, heads[:2]), heads)
+    return run(q, k, v, segment_ids)
+
+
+def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
+    """The back end that a name stands for: "auto" is that of the devices of the mesh,
+    or of this machine without one."""
+    if backend != "auto":
+        return backend
+    platform, kind = sharding.platform()
+    if platform == "tpu" and head_dim in (64, 128, 256):
+        return "splash"
+    if platform == "gpu" and head_dim in (64, 128):
+        # Released versions of JAX computed wrong offsets for it before 0.11.2.
+        is_fixed = jax.__version_info__ >= (0, 11, 2)
+        is_hopper = any(x in kind for x in ("H100", "H200", "GH200", "B200", "B300"))
+        if is_fixed and is_hopper and jnp.dtype(dtype).itemsize == 2:
+            return "cudnn"
+        return "triton"
+    return "chunked"
+
+
+def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+    b, t, _, c = q.shape
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
+    grouped = q.reshape(b, t, k.shape[2], -1, c)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = c**-0.5 * dot("btkgc,bskc->bkgts", grouped, k)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30))
+    return dot("bkgts,bskc->btkgc", weights.astype(v.dtype), v).reshape(q.shape)
+
+
+def _splash(
+    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
+    h, c, padded = q.shape[2], q.shape[3], q.shape[1]
+    # Larger blocks do more work a read; 512 keep within the memory of every TPU.
+    block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
+    run = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * h),
+        block_sizes=kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=chunked_attention.SAVED,
+        interpret=interpret,
+    )
+
+    def one(q, k, v, segment_ids):
+        segments = kernel.SegmentIds(segment_ids, segment_ids)
+        return run(q, k, v, segment_ids=segments)
+
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
+    out = jax.vmap(one)(*heads_first, segment_ids)
+    return jnp.swapaxes(out, 1, 2)[:, :t]
+
+
+def _triton(
+    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
+) -> Array:
+    with warnings.catch_warnings():  # deprecated in JAX 0.12, and nothing in its place
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
+    k, v = _for_every_head(q, k, v)
+    # The rest are positions of its arguments: custom_vjp takes them by number.
+    out = kernel.mha(
+        q,
+        k,
+        v,
+        segment_ids,
+        q.shape[-1] ** -0.5,
+        True,
+        kernel.BlockSizes.get_default(),
+        "triton",
+        None,
+        2,
+        None,
+        interpret,
+    )
+    return out[:, :t]
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int
+) -> Array:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    if q.dtype.itemsize != 2:
+        raise ValueError(
+            f"cudnn attention computes in 16 bits, not in {q.dtype}; choose "
+            "--config.attention=triton or --config.dtype=bfloat16"
+        )
+    # One head of keys a head of queries: with fewer, JAX before 0.11.2 reads keys and
+    # values at the offsets of the queries.
+    k, v = _for_every_head(q, k, v)
+    length, offset = segment_extents(segment_ids, max_segments)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=length,
+        kv_seqlen=length,
+        q_offsets=offset,
+        kv_offsets=offset,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        qkv_layout="BTNH",
+    )
+
+
+def segment_extents(
+    segment_ids: Int[Array, "b t"], max_segments: int
+) -> tuple[Int[Array, "b s"], Int[Array, "b s1"]]:
+    """Lengths of the segments of each row, and where each begins and the last ends.
+
+    Padding is a segment too. Entries that are not used are -1.
+    """
+    t = segment_ids.shape[1]
+    is_first = jnp.pad(
+        segment_ids[:, 1:] != segment_ids[:, :-1],
+        ((0, 0), (1, 0)),
+        constant_values=True,
+    )
+    find = functools.partial(jnp.nonzero, size=max_segments, fill_value=t)
+    first = jax.vmap(lambda x: find(x)[0])(is_first)
+    offset = jnp.pad(first, ((0, 0), (0, 1)), constant_values=t).astype(jnp.int32)
+    length = jnp.diff(offset, axis=1)
+    is_used = length > 0
+    before = jnp.pad(is_used, ((0, 0), (1, 0)), constant_values=True)
+    return jnp.where(is_used, length, -1), jnp.where(before, offset, -1)
+
+
+def _in_blocks(
+    q: Array, k: Array, v: Array, segment_ids: Array
+) -> tuple[Array, Array, Array, Array, int]:
+    """Rows padded to whole blocks, and their length before."""
+    t = q.shape[1]
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % _BLOCK)] + [(0, 0)] * (x.ndim - 2))
+    return pad(q), pad(k), pad(v), pad(segment_ids), t
+
+
+def _for_every_head(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    copies = q.shape[2] // k.shape[2]
+    return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+
+
+_BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
+    "plain": _plain,
+    "chunked": chunked_attention.attend,
+    "splash": _splash,
+    "splash_interpret": functools.partial(_splash, interpret=True),
+    "triton": _triton,
+    "triton_interpret": functools.partial(_triton, interpret=True),
+    "cudnn": _cudnn,
+}
+BACKENDS = tuple(_BACKENDS)

@@ -1,0 +1,141 @@
+"""Causal attention inside segments, block by block, in plain JAX.
+
+The memory is that of the queries: blocks of logits exist one at a time, in the backward
+pass too. Blocks of keys before the segment of a block of queries are skipped, so the
+work follows the lengths of the segments, not the square of the row's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+
+# What a backward pass needs beside q, k and v bears this name, so that a policy of
+# rematerialisation can keep it.
+SAVED = "attention"
+_BLOCK = 128
+_MASKED = -1e30
+
+
+def attend(
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b t k c"],
+    v: Float[Array, "b t k c"],
+    segment_ids: Int[Array, "b t"],
+) -> Float[Array, "b t h c"]:
+    """See `attention.packed_attention`. A token of padding attends to itself."""
+    b, t, h, c = q.shape
+    block = min(_BLOCK, t)
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
+    q, k, v, segment_ids = (pad(x) for x in (q, k, v, segment_ids))
+    num, num_kv = q.shape[1] // block, k.shape[2]
+
+    def blocks(x):  # [b, t, k * g, c] -> [num, b, k, g * block, c]
+        x = x.reshape(b, num, block, num_kv, -1, c)
+        return x.transpose(1, 0, 3, 4, 2, 5).reshape(num, b, num_kv, -1, c)
+
+    start = _segment_start(segment_ids).reshape(b, num, block).swapaxes(0, 1)
+    out = _attend(c**-0.5, blocks(q), blocks(k), blocks(v), start)
+    out = out.reshape(num, b, num_kv, h // num_kv, block, c)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, c)[:, :t]
+
+
+def _segment_start(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Index of the first token that each token may attend to."""
+    at = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    is_first = (segment_ids != before) | (segment_ids == 0)
+    return lax.cummax(jnp.where(is_first, at, 0), axis=1)
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _logits(scale: float, q: Array, k: Array, start: Array, i: Array, j: Array):
+    """Of a block of queries and one of keys, masked: [b, k, g * n, n], float32."""
+    n = k.shape[-2]
+    at = jnp.arange(n)
+    query, key = (i * n + at)[None, :, None], (j * n + at)[None, None]
+    is_seen = (key <= query) & (key >= start[..., None])
+    logits = scale * _dot("bkmc,bknc->bkmn", q, k)
+    grouped = logits.reshape(*logits.shape[:2], -1, n, n)
+    return jnp.where(is_seen[:, None, None], grouped, _MASKED).reshape(logits.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, start):
+    return _forward(scale, q, k, v, start)[0]
+
+
+def _forward(scale, q, k, v, start):
+    def of_queries(_, xs):
+        i, q, start = xs
+
+        def of_keys(j, carry):
+            out, top, total = carry
+            logits = _logits(scale, q, k[j], start, i, j)
+            new = jnp.maximum(top, logits.max(axis=-1))
+            weights, shrink = jnp.exp(logits - new[..., None]), jnp.exp(top - new)
+            part = _dot("bkmn,bknc->bkmc", weights.astype(v.dtype), v[j])
+            total = shrink * total + weights.sum(axis=-1)
+            return shrink[..., None] * out + part, new, total
+
+        rows = jnp.zeros(q.shape[:-1], jnp.float32)
+        empty = (jnp.zeros(q.shape, jnp.float32), rows + _MASKED, rows)
+        out, top, total = lax.fori_loop(_first(start), i + 1, of_keys, empty)
+        out = (out / total[..., None]).astype(q.dtype)
+        return None, (out, top + jnp.log(total))
+
+    _, found = lax.scan(of_queries, None, (jnp.arange(len(q)), q, start))
+    return found
+
+
+def _first(start: Array) -> Array:
+    """First block of keys that a block of queries sees."""
+    return start.min() // start.shape[-1]
+
+
+def _attend_forward(scale, q, k, v, start):
+    out, log_total = (
+        checkpoint_name(x, SAVED) for x in _forward(scale, q, k, v, start)
+    )
+    return out, (q, k, v, start, out, log_total)
+
+
+def _attend_backward(scale, saved, d_out):
+    q, k, v, start, out, log_total = saved
+    # Of the softmax: the share of d(out) that goes along out.
+    along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def of_queries(carry, xs):
+        i, q, start, d_out, log_total, along = xs
+
+        def of_keys(j, carry):
+            dq, dk, dv = carry
+            logits = _logits(scale, q, k[j], start, i, j)
+            weights = jnp.exp(logits - log_total[..., None])
+            d_weights = _dot("bkmc,bknc->bkmn", d_out, v[j])
+            d_logits = (weights * (d_weights - along[..., None]) * scale).astype(
+                q.dtype
+            )
+            weights = weights.astype(d_out.dtype)
+            dv = dv.at[j].add(_dot("bkmn,bkmc->bknc", weights, d_out))
+            dk = dk.at[j].add(_dot("bkmn,bkmc->bknc", d_logits, q))
+            return dq + _dot("bkmn,bknc->bkmc", d_logits, k[j]), dk, dv
+
+        dq = jnp.zeros(q.shape, jnp.float32)
+        dq, dk, dv = lax.fori_loop(_first(start), i + 1, of_keys, (dq, *carry))
+        return (dk, dv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    xs = (jnp.arange(len(q)), q, start, d_out, log_total, along)
+    (dk, dv), dq = lax.scan(of_queries, (zeros, zeros), xs)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,202 @@
+"""Attention of one new token over the caches of its prompt and of its own past.
+
+Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
+comes unscaled. There is a back end a platform; "xla" is the reference.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+from pfjax.infra import sharding
+from pfjax.model import decode_kernel
+from pfjax.model.decode_kernel import MASKED, Part
+
+KeyValue = tuple[Array, Array]
+
+
+def decode_attention(
+    q: Float[Array, "s h c"],
+    own: KeyValue,
+    prompts: KeyValue,
+    own_length: Int[Array, "s"],
+    prompt_length: Int[Array, "lanes"],
+    cell: Int[Array, "s"],
+    columns: int,
+    backend: str,
+) -> Float[Array, "s h c"]:
+    """Attention of one token a slot over its prompt and its own past, itself included.
+
+    A prompt's keys and values are stored once, in a lane, and read by all of its
+    samples: their queries are laid on a grid of `lanes x columns` cells. The two
+    parts are merged as one softmax.
+
+    Args:
+      q: queries of the newest tokens.
+      own: caches of the slots, see `cache_shapes`.
+      prompts: caches of the lanes.
+      own_length: filled part of `own`.
+      prompt_length: filled part of `prompts`; may be 0.
+      cell: which cell of the grid each slot stands on (lane times `columns` plus
+        column), no two on one. A slot past the grid reads garbage.
+      columns: of the grid.
+      backend: one of `BACKENDS`.
+    """
+    s, h, c = q.shape
+    num_kv = own[0].shape[1]
+    lanes = prompts[0].shape[0]
+    block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
+    if backend != "xla":
+        heads = (None, "kv_heads", None, None)
+        block = sharding.by_device(
+            block, (heads, heads, heads, (None,)), Part(heads, heads[:3], heads[:3])
+        )
+    rows = q.reshape(s, num_kv, h // num_kv, c)
+    slot = jnp.zeros(lanes * columns, jnp.int32)
+    slot = slot.at[cell].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
+    grid = rows[slot].reshape(lanes, columns, num_kv, -1, c)
+    grid = jnp.swapaxes(grid, 1, 2).reshape(lanes, num_kv, -1, c)
+    first = block(grid, *prompts, prompt_length)
+    lane, column = jnp.minimum(cell // columns, lanes - 1), cell % columns
+
+    def back(x):
+        x = x.reshape(lanes, num_kv, columns, h // num_kv, *x.shape[3:])
+        return x[lane, :, column]
+
+    return (
+        merge(jax.tree.map(back, first), block(rows, *own, own_length))
+        .reshape(q.shape)
+        .astype(q.dtype)
+    )
+
+
+def merge(a: Part, b: Part) -> Array:
+    """One softmax from two parts of it."""
+    top = jnp.maximum(a.top, b.top)
+    scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    total = scale_a * a.total + scale_b * b.total
+    out = scale_a[..., None] * a.out + scale_b[..., None] * b.out
+    return out / total[..., None]
+
+
+def cache_shapes(
+    backend: str, batch: int, num_kv: int, width: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a layer's keys and values of `batch` sequences of `width` tokens.
+
+    The plain form keeps keys with the width last: 1.4 times as fast on CPU.
+    """
+    values = (batch, num_kv, width, head_dim)
+    return (batch, num_kv, head_dim, width) if backend == "xla" else values, values
+
+
+def write(
+    backend: str, cache: KeyValue, new: KeyValue, at: Int[Array, "s"]
+) -> KeyValue:
+    """Puts the key and value of one token a slot at index `at` of its cache."""
+
+    def put(axis):
+        def one(c, x, i):
+            x = jnp.expand_dims(x.astype(c.dtype), axis)
+            return lax.dynamic_update_slice_in_dim(c, x, i, axis)
+
+        return jax.vmap(one)
+
+    key_axis = 2 if backend == "xla" else 1
+    return put(key_axis)(cache[0], new[0], at), put(1)(cache[1], new[1], at)
+
+
+def write_prompts(
+    backend: str,
+    cache: KeyValue,
+    new: KeyValue,
+    lane: Int[Array, "b t"],
+    at: Int[Array, "b t"],
+) -> KeyValue:
+    """Puts packed prompts' keys and values in their lanes; lane -1 is dropped."""
+    keys, values = (x.astype(c.dtype) for x, c in zip(new, cache, strict=True))
+    lane = jnp.where(lane < 0, cache[0].shape[0], lane)
+    index = (lane, slice(None), slice(None), at)
+    keys = (
+        cache[0].at[index].set(keys, mode="drop")
+        if backend == "xla"
+        else cache[0].at[lane, :, at].set(keys, mode="drop")
+    )
+    return keys, cache[1].at[lane, :, at].set(values, mode="drop")
+
+
+def _plain_block(
+    q: Float[Array, "n k m c"],
+    keys: Float[Array, "n k c w"],
+    values: Float[Array, "n k w c"],
+    length: Int[Array, "n"],
+    scale: float,
+) -> Part:
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = scale * dot("nkmc,nkcw->nkmw", q.astype(keys.dtype), keys)
+    is_filled = jnp.arange(keys.shape[-1])[None] < length[:, None]
+    logits = jnp.where(is_filled[:, None, None], logits, MASKED)
+    top = logits.max(axis=-1)
+    # A part without any token counts nothing, whatever is in its cache.
+    weights = jnp.where(is_filled[:, None, None], jnp.exp(logits - top[..., None]), 0)
+    out = dot("nkmw,nkwc->nkmc", weights.astype(values.dtype), values)
+    return Part(out, top, weights.sum(axis=-1))
+
+
+def _gpu_block(
+    q: Float[Array, "n k m c"],
+    keys: Float[Array, "n k w c"],
+    values: Float[Array, "n k w c"],
+    length: Int[Array, "n"],
+    scale: float,
+    interpret: bool = False,
+) -> Part:
+    """JAX's Triton kernel, whose loop ends where the filled part does."""
+    from jax.experimental.pallas.ops.gpu import decode_attention as kernel
+
+    n, k, m, c = q.shape
+    width = keys.shape[2]
+    out, (total, top) = kernel.gqa(
+        q.astype(keys.dtype).reshape(n, k * m, c),
+        # The kernel swaps them back: no copy is made.
+        jnp.swapaxes(keys, 1, 2),
+        jnp.swapaxes(values, 1, 2),
+        kv_seq_len=length,
+        sm_scale=scale,
+        block_k=min(128, width),
+        k_splits=width // 512 if width % 512 == 0 else 1,
+        interpret=interpret,
+        return_residuals=True,
+        normalize_output=False,
+    )
+    return Part(
+        out.reshape(q.shape).astype(jnp.float32),
+        top.reshape(n, k, m),
+        total.reshape(n, k, m),
+    )
+
+
+_BLOCKS = {
+    "xla": _plain_block,
+    "tpu": decode_kernel.partial_attention,
+    "tpu_interpret": functools.partial(decode_kernel.partial_attention, interpret=True),
+    "gpu": _gpu_block,
+    "gpu_interpret": functools.partial(_gpu_block, interpret=True),
+}
+BACKENDS = tuple(_BLOCKS)
+# Cache widths are multiples of this: kernels read blocks.
+WIDTH_MULTIPLE = {b: 16 if b == "xla" else 128 for b in BACKENDS}
+
+
+def decode_backend(platform: str, head_dim: int) -> str:
+    """The back end of `decode_attention` for a platform ("cpu", "gpu" or "tpu")."""
+    if platform == "gpu" and head_dim in (64, 128, 256):
+        return "gpu"
+    # On half its width the TPU copies the cache into another layout at every step.
+    if platform == "tpu" and head_dim % 128 == 0:
+        return "tpu"
+    return "xla"

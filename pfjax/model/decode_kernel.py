@@ -1,0 +1,122 @@
+"""Attention of a few query rows over the filled part of a cache: a TPU kernel.
+
+JAX's paged attention for TPU does not return the sums of its softmax, so it could not
+share a prompt's part among the samples of a group: each would read the prompt again.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+
+# Finite, so that a fully masked row yields numbers rather than NaN.
+MASKED = -1e30
+# Tokens read at once: 2 heads x 512 x 128 of bfloat16 are 0.25 MB.
+_BLOCK = 512
+_LANES = 128
+
+
+class Part(NamedTuple):
+    """A part of a softmax average: `out / total` is the average over this part."""
+
+    out: Array  # float32 [n, k, m, c], sum of exp(logit - top) * value
+    top: Array  # float32 [n, k, m], largest logit
+    total: Array  # float32 [n, k, m], sum of exp(logit - top)
+
+
+def partial_attention(
+    q: Float[Array, "n k m c"],
+    keys: Float[Array, "n k w c"],
+    values: Float[Array, "n k w c"],
+    length: Int[Array, "n"],
+    scale: float,
+    interpret: bool = False,
+) -> Part:
+    """Attention over the first `length` of W cached tokens; W a multiple of 128.
+
+    Blocks past the filled part are neither read nor computed.
+    """
+    n, k, m, c = q.shape
+    width = keys.shape[2]
+    block = next(b for b in (_BLOCK, 256, _LANES) if width % b == 0)
+
+    def of_sequence(i, j, length):
+        return i, 0, 0, 0
+
+    def of_block(i, j, length):
+        # Past the end the index stays, and the same block is not fetched again.
+        last = jnp.maximum(pl.cdiv(length[i], block) - 1, 0)
+        return i, 0, jnp.minimum(j, last), 0
+
+    out, top, total = pl.pallas_call(
+        functools.partial(_kernel, block=block, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(n, width // block),
+            in_specs=[
+                pl.BlockSpec((1, k, m, c), of_sequence),
+                pl.BlockSpec((1, k, block, c), of_block),
+                pl.BlockSpec((1, k, block, c), of_block),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, k, m, c), of_sequence),
+                pl.BlockSpec((1, k, m, _LANES), of_sequence),
+                pl.BlockSpec((1, k, m, _LANES), of_sequence),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((n, k, m, c), jnp.float32),
+            jax.ShapeDtypeStruct((n, k, m, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct((n, k, m, _LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary")
+        ),
+        interpret=interpret,
+        name="decode_attention",
+    )(length, q.astype(keys.dtype), keys, values)
+    return Part(out, top[..., 0], total[..., 0])
+
+
+def _kernel(
+    length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, *, block, scale
+):
+    i, j = pl.program_id(0), pl.program_id(1)
+    length = length_ref[i]
+
+    @pl.when(j == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+        top_ref[...] = jnp.full_like(top_ref, MASKED)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    @pl.when(j * block < length)
+    def _():
+        for head in range(q_ref.shape[1]):
+            q, k, v = q_ref[0, head], k_ref[0, head], v_ref[0, head]
+            logits = scale * jax.lax.dot_general(
+                q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            )
+            at = j * block + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+            logits = jnp.where(at < length, logits, MASKED)
+            before = top_ref[0, head][:, :1]
+            top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
+            weights = jnp.exp(logits - top)
+            shrink = jnp.exp(before - top)
+            out = jax.lax.dot_general(
+                weights.astype(v.dtype),
+                v,
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            out_ref[0, head] = shrink * out_ref[0, head] + out
+            total = shrink * total_ref[0, head][:, :1] + weights.sum(1, keepdims=True)
+            lanes = top_ref.shape[2:]
+            top_ref[0, head] = jnp.broadcast_to(top, lanes)
+            total_ref[0, head] = jnp.broadcast_to(total, lanes)

@@ -1,0 +1,54 @@
+"""FLOPs of a pass over sequences and of an update.
+
+Only matrix products count, each multiplication and each addition as one, of real tokens:
+neither padding nor what is computed again counts. Attention is causal, within a
+sequence; the head is applied to responses only.
+"""
+
+import numpy as np
+from jaxtyping import Int
+
+from pfjax.model import transformer
+from pfjax.model.transformer import ModelConfig
+
+
+def weights_a_token(config: ModelConfig) -> int:
+    """Weights of the layers that each token is multiplied with."""
+    blocks = transformer.abstract_params(config)["blocks"]
+    names = [n for n in blocks if n.startswith("w")]  # projections, adapters too
+    return sum(blocks[n].size for n in names)
+
+
+def forward_flops(
+    config: ModelConfig, lengths: Int[np.ndarray, "s"], predicted: Int[np.ndarray, "s"]
+) -> float:
+    """Of a pass over sequences, logits of `predicted` tokens of each included."""
+    lengths = lengths.astype(np.float64)
+    pairs = (lengths * (lengths + 1) / 2).sum()
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    head = 2 * config.vocab_size * config.embed_dim * float(predicted.sum())
+    return 2 * weights_a_token(config) * lengths.sum() + attention + head
+
+
+def update_flops(
+    config: ModelConfig, lengths: Int[np.ndarray, "s"], prompts: Int[np.ndarray, "s"]
+) -> float:
+    """Of the base's log-probs, the policy's, and their gradient, twice as much.
+
+    With adapters the gradient of the weights beside them is not computed.
+
+    Args:
+      config: of the policy.
+      lengths: of trajectories, prompts included.
+      prompts: lengths of their prompts.
+    """
+    forward = forward_flops(config, lengths, lengths - prompts)
+    if not config.lora_rank:
+        return 4 * forward
+    frozen = sum(
+        x.size
+        for name, x in transformer.abstract_params(config)["blocks"].items()
+        if name in transformer.PROJECTIONS
+    ) * float(lengths.sum())
+    head = config.vocab_size * config.embed_dim * float((lengths - prompts).sum())
+    return 4 * forward - 2 * (frozen + head)

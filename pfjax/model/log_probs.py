@@ -1,0 +1,403 @@
+"""Log-probs of given tokens from hidden states, without the logits of a batch."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from pfjax.batch import (
+    Array,
+    PackedBatch,
+    max_micro_batches,
+    pack,
+    slots_per_row,
+    unpack_responses,
+)
+from pfjax.infra import sharding
+from pfjax.model import transformer
+
+# Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
+CHUNK = 512
+# Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, which makes a
+# forward pass over 151,936 twice as fast. Accelerators take a chunk's whole.
+CPU_TILE = 4096
+# Rows that `score` runs at once.
+SCORE_ROWS = 8
+
+
+def token_log_probs(
+    hidden: Float[Array, "b t d"],
+    head: Float[Array, "v d"],
+    targets: Int[Array, "b t"],
+    where: Bool[Array, "b t"],
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """log p of each target under the full vocabulary at temperature 1, float32.
+
+    Logits exist for `CHUNK` tokens a device at once, forward and backward, and only of
+    tokens that are asked for. Under `jax.set_mesh` the vocabulary stays where it is:
+    devices pass on the states of a chunk and partial sums, never a part of the head.
+
+    Args:
+      hidden: states from which each target is predicted.
+      head: output projection; used in the type of `hidden`.
+      targets: token ids.
+      where: tokens that are asked for.
+
+    Returns:
+      Log-probs (gradients flow to `hidden` and `head`) and the entropy of each
+      predicting distribution in nats (no gradient); 0 where not asked for.
+    """
+    return _token_log_probs(hidden, head, targets, where)
+
+
+@jax.custom_vjp
+def _token_log_probs(hidden, head, targets, where):
+    return _forward(hidden, head, targets, where)[:2]
+
+
+def _on_mesh(f, in_axes, out_axes):
+    axes = {
+        "hidden": ("batch", None, None),
+        "head": ("vocab", None),
+        "token": ("batch", None),
+    }
+    return sharding.by_device(
+        f, tuple(axes[x] for x in in_axes), tuple(axes[x] for x in out_axes)
+    )
+
+
+def _forward(hidden, head, targets, where):
+    run = _on_mesh(_local_forward, ("hidden", "head", "token", "token"), ["token"] * 3)
+    return run(hidden, head, targets, where)
+
+
+def _token_log_probs_forward(hidden, head, targets, where):
+    log_p, entropy, log_total = _forward(hidden, head, targets, where)
+    return (log_p, entropy), (hidden, head, targets, where, log_total)
+
+
+def _token_log_probs_backward(saved, gradient):
+    run = _on_mesh(
+        _local_backward,
+        ("hidden", "head", "token", "token", "token", "token"),
+        ("hidden", "head"),
+    )
+    return *run(*saved, gradient[0]), None, None
+
+
+_token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
+
+
+class _Chunks:
+    """The tokens of one device that are asked for, in chunks; and what joins devices.
+
+    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens too, and
+    work on the chunks of all of them, each on its part of the vocabulary.
+    """
+
+    def __init__(self, hidden: Array, head: Array, targets: Array, where: Array):
+        self.hidden, self.targets = (
+            hidden.reshape(-1, hidden.shape[-1]),
+            targets.ravel(),
+        )
+        self.words = len(head)
+        tile = CPU_TILE if sharding.platform()[0] == "cpu" else self.words
+        self.tiles = -(-self.words // tile)
+        # [tiles, words, d]; the last are filled up.
+        rows = -(-self.words // self.tiles)
+        fill = ((0, self.tiles * rows - self.words), (0, 0))
+        head = jnp.pad(head.astype(hidden.dtype), fill)
+        self.head = head.reshape(self.tiles, rows, -1)
+        self.over = sharding.axes_of("vocab")
+        self.of_tokens = tuple(a for a in sharding.axes_of("batch") if a in self.over)
+        tokens = len(self.targets)
+        self.size = min(CHUNK, tokens)
+        first = jnp.argsort(~where.ravel(), stable=True).astype(jnp.int32)
+        # Past the end of the arrays: read as anything, written nowhere.
+        self.order = jnp.pad(first, (0, -tokens % self.size), constant_values=tokens)
+        count = -(-where.sum(dtype=jnp.int32) // self.size)
+        # The same on every device, as all of them meet in every chunk.
+        everyone = tuple(dict.fromkeys(sharding.axes_of("batch") + self.over))
+        self.count = lax.pmax(count, everyone) if everyone else count
+
+    def index(self, i: Array) -> Int[Array, "n"]:
+        return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+    def gather(self, x: Array) -> Array:
+        """The chunks of all devices that hold other tokens, `[n, ...]` -> `[m, ...]`."""
+        return lax.all_gather(x, self.of_tokens, tiled=True) if self.of_tokens else x
+
+    def own(self, x: Array) -> Array:
+        """This device's part, along the last axis, of what `gather` made."""
+        if not self.of_tokens:
+            return x
+        first = lax.axis_index(self.of_tokens) * self.size
+        return lax.dynamic_slice_in_dim(x, first, self.size, axis=-1)
+
+    def states(self, at: Array) -> tuple[Array, Array]:
+        """States `[m, d]` and targets `[m]` of a chunk."""
+        take = lambda x: self.gather(jnp.take(x, at, axis=0, mode="clip"))
+        return take(self.hidden), take(self.targets)
+
+    def logits(self, states: Array, targets: Array, tile: Array) -> tuple[Array, Array]:
+        """Logits of a tile of words and, as `[m, v]` too, which is the target."""
+        word = tile * self.head.shape[1] + jnp.arange(self.head.shape[1])[None]
+        first = lax.axis_index(self.over) * self.words if self.over else 0
+        x = logits(states, self.head[tile])
+        is_target = (targets - first)[:, None] == word
+        if self.tiles * self.head.shape[1] > self.words:
+            # What fills up the last tile has numbers of words of the next device.
+            x = jnp.where(word < self.words, x, -1e30)
+            is_target &= word < self.words
+        return x, is_target
+
+
+def _local_forward(hidden, head, targets, where):
+    c = _Chunks(hidden, head, targets, where)
+
+    def body(i, found):
+        at = c.index(i)
+        states, of_chunk = c.states(at)
+
+        def of_tile(tile, carry):
+            top, sums = carry
+            x, is_target = c.logits(states, of_chunk, tile)
+            new = jnp.maximum(top, x.max(axis=-1))
+            weights = jnp.exp(x - new[:, None])
+            part = [weights.sum(-1), (weights * x).sum(-1)]
+            chosen = jnp.where(is_target, x, 0.0).sum(axis=-1)
+            shrink = jnp.exp(top - new)
+            sums = [
+                *(shrink * a + b for a, b in zip(sums, part, strict=False)),
+                sums[2] + chosen,
+            ]
+            return new, sums
+
+        zero = jnp.zeros(len(states))
+        top, sums = lax.fori_loop(0, c.tiles, of_tile, (zero - 1e30, [zero] * 3))
+        if c.over:
+            own, top = top, lax.pmax(top, c.over)
+            shrink = jnp.exp(own - top)
+            sums = [shrink * sums[0], shrink * sums[1], sums[2]]
+            sums = lax.psum(jnp.stack(sums), c.over)
+        total, moment, chosen = sums
+        log_total = top + jnp.log(total)
+        new = jnp.stack([chosen - log_total, log_total - moment / total, log_total])
+        return found.at[:, at].set(c.own(new), mode="drop")
+
+    empty = jnp.zeros((3, targets.size), jnp.float32)
+    found = lax.fori_loop(0, c.count, body, empty)
+    # The last chunk is filled up with tokens that nobody asked for.
+    return tuple(jnp.where(where, x.reshape(where.shape), 0.0) for x in found)
+
+
+def _local_backward(hidden, head, targets, where, log_total, gradient):
+    c = _Chunks(hidden, head, targets, where)
+    gradient = jnp.where(where, gradient, 0.0).ravel()
+    log_total = log_total.ravel()
+    replicas = tuple(a for a in c.over if a not in c.of_tokens)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def body(i, carry):
+        d_hidden, d_head = carry
+        at = c.index(i)
+        states, of_chunk = c.states(at)
+        take = lambda y: c.gather(jnp.take(y, at, mode="fill", fill_value=0))[:, None]
+        scale, shift = take(gradient), take(log_total)
+
+        def of_tile(tile, carry):
+            d_states, d_head = carry
+            x, is_target = c.logits(states, of_chunk, tile)
+            d_logits = (scale * (is_target - jnp.exp(x - shift))).astype(states.dtype)
+            d_states = d_states + dot("mv,vd->md", d_logits, c.head[tile])
+            return d_states, d_head.at[tile].add(dot("mv,md->vd", d_logits, states))
+
+        empty = jnp.zeros(states.shape, jnp.float32)
+        d_states, d_head = lax.fori_loop(0, c.tiles, of_tile, (empty, d_head))
+        if replicas:
+            d_states = lax.psum(d_states, replicas)
+        if c.of_tokens:
+            d_states = lax.psum_scatter(d_states, c.of_tokens, tiled=True)
+        return d_hidden.at[at].set(d_states, mode="drop"), d_head
+
+    # Both in float32: cast inside of the loop, XLA would add the parts of devices in
+    # bfloat16.
+    empty = (jnp.zeros(x.shape, jnp.float32) for x in (c.hidden, c.head))
+    d_hidden, d_head = lax.fori_loop(0, c.count, body, tuple(empty))
+    d_head = d_head.reshape(-1, head.shape[1])[: c.words]
+    others = tuple(a for a in sharding.axes_of("batch") if a not in c.over)
+    d_head = lax.psum(d_head, others) if others else d_head
+    d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
+    return d_hidden, d_head.astype(head.dtype)
+
+
+def logits(
+    hidden: Float[Array, "*b d"], head: Float[Array, "v d"]
+) -> Float[Array, "*b v"]:
+    """Unnormalised log-probs in float32."""
+    return jnp.einsum(
+        "...d,vd->...v",
+        hidden,
+        head.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def log_softmax_at(
+    logits: Float[Array, "*b v"], targets: Int[Array, "*b"]
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+    """Log-prob of each target and the entropy of its distribution."""
+    log_p = jax.nn.log_softmax(logits)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0], entropy
+
+
+def packed_log_probs(
+    config: transformer.ModelConfig,
+    params: transformer.Params,
+    batch: PackedBatch,
+    remat: str = "none",
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, "b t d"]]:
+    """Log-prob of every token of packed rows given those before it in its segment.
+
+    Returns:
+      Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
+      hidden states.
+    """
+    hidden, _ = transformer.forward_packed(
+        config,
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        remat,
+        max_segments=batch.length.shape[-1] + 1,  # and padding
+    )
+    log_p, entropy = token_log_probs(
+        _predicting(hidden),
+        transformer.head_weight(params),
+        batch.tokens,
+        batch.is_response,
+    )
+    return log_p, entropy, hidden
+
+
+def stop_log_probs(
+    params: transformer.Params,
+    hidden: Float[Array, "b t d"],
+    log_p: Float[Array, "b t"],
+    batch: PackedBatch,
+    stop_ids: tuple[int, ...],
+) -> Float[Array, "b t"]:
+    """log p of stopping (any of `stop_ids`) in the place of every response token.
+
+    Args:
+      hidden, log_p: what `packed_log_probs` returned; gradients flow.
+    """
+    before, head = _predicting(hidden), transformer.head_weight(params)
+    stops = jax.nn.logsumexp(logits(before, head[jnp.array(stop_ids)]), axis=-1)
+    log_p_stop = stops - _log_totals(before, head, log_p, batch)
+    return jnp.where(batch.is_response, log_p_stop, 0.0)
+
+
+def self_certainty(
+    params: transformer.Params,
+    hidden: Float[Array, "b t d"],
+    log_p: Float[Array, "b t"],
+    batch: PackedBatch,
+) -> Float[Array, "b t"]:
+    r"""How far each predicting distribution is from the uniform one, in nats:
+    :math:`\log\sum_v e^{x_v} - \tfrac1V\sum_v x_v = KL(U || p) + \log V`.
+
+    References:
+      Intuitor, arXiv 2505.19590.
+    """
+    before, head = _predicting(hidden), transformer.head_weight(params)
+    mean = logits(before, head.astype(jnp.float32).mean(axis=0)[None])[..., 0]
+    certainty = _log_totals(before, head, log_p, batch) - mean
+    return jnp.where(batch.is_response, certainty, 0.0)
+
+
+def _predicting(hidden: Array) -> Array:
+    # A token is predicted from the state of the one before it. A response never
+    # opens a segment, so the first of a row, predicted from zeros, is never used.
+    return jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) -> Array:
+    """Log-sum-exp of the logits of each token, from the one logit and its log-prob."""
+    chosen = jnp.einsum(
+        "btd,btd->bt",
+        before,
+        head[batch.tokens].astype(before.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return chosen - log_p
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score(
+    config: transformer.ModelConfig, params: transformer.Params, batch: PackedBatch
+):
+    return packed_log_probs(config, params, batch)[0]
+
+
+def score(
+    policy: transformer.Policy,
+    sequences: list[list[int]],
+    prompt_lengths: Sequence[int] | np.ndarray,
+) -> list[np.ndarray]:
+    """Log-probs of the response tokens of each sequence.
+
+    Sequences are packed into rows, so that different lengths cost no padding.
+
+    Args:
+      policy: the model.
+      sequences: prompt and response together, token ids.
+      prompt_lengths: tokens of each sequence that are prompt, at least 1.
+
+    Returns:
+      One float32 array a sequence, one value in nats a response token: under the
+      full vocabulary, at temperature 1.
+
+    Raises:
+      ValueError: if a sequence lacks a prompt or a response, or is longer than the
+        model's positions.
+
+    >>> import pfjax
+    >>> policy = pfjax.load("pfjax/toy")
+    >>> [x.shape for x in score(policy, [[2, 10, 3, 4], [2, 3, 4, 5, 6]], [3, 2])]
+    [(1,), (3,)]
+    """
+    lengths = np.array([len(s) for s in sequences], np.int64)
+    longest = int(lengths.max(initial=0))
+    if longest > policy.config.max_positions:
+        raise ValueError(
+            f"a sequence has {longest} tokens, the model {policy.config.max_positions} "
+            "positions"
+        )
+    # Powers of two: few programs to compile for sequences of any length.
+    row_length = max(64, 1 << (longest - 1).bit_length()) if longest else 64
+    starts = np.asarray(prompt_lengths, np.int64)
+    batch, placement, used = pack(
+        [np.asarray(s, np.int32) for s in sequences],
+        starts,
+        rows=SCORE_ROWS,
+        row_length=row_length,
+        slots=slots_per_row(row_length, row_length),
+        micro_batches=max_micro_batches(
+            max(len(sequences), 1), row_length, SCORE_ROWS, row_length
+        ),
+    )
+    parts = [
+        _score(policy.config, policy.params, PackedBatch(*(x[i] for x in batch)))
+        for i in range(used)
+    ]
+    if not parts:
+        return []
+    log_p = np.stack([np.asarray(p) for p in parts])
+    return unpack_responses(log_p, placement, starts, lengths - starts)

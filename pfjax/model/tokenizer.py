@@ -1,0 +1,99 @@
+"""Text <-> token ids: chat template, stop ids."""
+
+import os
+from typing import Any
+
+from pfjax.model import hf
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+Message = dict[str, str]
+
+
+def load(path_or_hub_id: str | os.PathLike) -> Any:
+    """The tokenizer of a model folder (a `transformers` tokenizer).
+
+    Raises:
+      ValueError: if the folder holds none that loads without remote code.
+    """
+    import transformers
+
+    folder = hf.resolve(path_or_hub_id)
+    # Without any, transformers 5 makes an empty tokenizer of the model's type.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(
+            f"no tokenizer could be read from {folder}: none of {_VOCABULARIES} is there"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except Exception as error:
+        raise ValueError(
+            f"no tokenizer could be read from {folder}: {error}"
+        ) from error
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: str | list[Message], *, is_raw: bool = False
+) -> list[int]:
+    """Token ids of a prompt, up to where the response begins.
+
+    Messages, and a string when the tokenizer has a chat template, go through the
+    template (a string as one user message); else, or if it `is_raw`, the string is
+    encoded as it is.
+
+    Raises:
+      ValueError: for messages when the tokenizer has no chat template.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if isinstance(prompt, str) and (is_raw or not has_template):
+        return tokenizer.encode(prompt)
+    if not has_template:
+        raise ValueError(
+            "the prompts are messages but the tokenizer has no chat template; "
+            "give prompts as plain strings"
+        )
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True
+    )
+    # The template writes a BOS itself where the model wants one.
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def stop_ids(tokenizer: Any, config_stop_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Every token that ends a response: the config's, the tokenizer's own, and what its
+    chat template ends a turn with (base models of Qwen name that in neither)."""
+    ids = set(config_stop_ids)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    ids.update(_ends_of_turn(tokenizer))
+    if not ids:
+        raise ValueError(
+            "neither the model's config nor its tokenizer names an end-of-sequence "
+            "token: responses would never stop"
+        )
+    return tuple(sorted(ids))
+
+
+def _ends_of_turn(tokenizer: Any) -> list[int]:
+    """The special token that a chat template puts behind an assistant's message, if it
+    does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    said = "pfjax"
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": said},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = text.rpartition(said)[2].lstrip()
+    specials = tokenizer.get_added_vocab()
+    return [specials[t] for t in specials if t and behind.startswith(t)]
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text of a response without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,342 @@
+"""The network: a decoder-only transformer whose one forward scores and decodes.
+
+Layers are stacked along a leading axis L and scanned, so compile time does not
+grow with depth. Parameters keep their own type (float32 masters when training)
+and are cast to the compute type where they are used.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+from pfjax.infra import sharding
+from pfjax.model import attention, rope
+from pfjax.model.chunked_attention import SAVED
+from pfjax.model.rope import RopeConfig
+
+Params = dict[str, Any]
+KeyValue = tuple[Array, Array]
+# (q, k, v, this layer's part of the cache) -> attention output, shaped like q.
+Attend = Callable[[Array, Array, Array, Any], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What decides the function computed from the parameters, and where it stops."""
+
+    vocab_size: int  # V, rows of the embedding, padding of the checkpoint included
+    embed_dim: int  # D
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # C
+    mlp_dim: int  # F
+    rope: RopeConfig
+    norm_eps: float
+    tied_embeddings: bool
+    max_positions: int
+    stop_ids: tuple[int, ...]
+    family: str = "qwen2"  # `model_type` of Hugging Face; decides nothing here
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # queries and keys normalised over the head, before RoPE
+    lora_rank: int = 0  # of adapters on all projections; 0 for none
+    lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
+    dtype: str = "float32"  # of the computation
+    attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
+
+
+_policies = jax.checkpoint_policies
+# What the backward pass finds stored of a layer, beside its input; the rest it computes
+# again. "attention" spares the part that grows with the row, for 2 D a token and layer;
+# "dots" all products with weights, for some 10 D.
+REMAT = {
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names(SAVED),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(SAVED),
+    ),
+    "none": _policies.everything_saveable,
+}
+
+
+class Policy(NamedTuple):
+    """A language model: what `pfjax.load` returns."""
+
+    config: ModelConfig
+    params: Params
+
+
+# Projection -> letters of the dimensions it reads and writes.
+PROJECTIONS = {
+    "wq": ("d", "hc"),
+    "wk": ("d", "kc"),
+    "wv": ("d", "kc"),
+    "wo": ("hc", "d"),
+    "w_gate": ("d", "f"),
+    "w_up": ("d", "f"),
+    "w_down": ("f", "d"),
+}
+_AXES = {
+    "d": "embed",
+    "h": "heads",
+    "k": "kv_heads",
+    "c": "head_dim",
+    "f": "mlp",
+    "r": None,
+}
+
+
+class Blocks(nnx.Module):
+    """The parameters of all layers; called on one layer's slice of them."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        size = {
+            "d": c.embed_dim,
+            "h": c.num_heads,
+            "k": c.num_kv_heads,
+            "c": c.head_dim,
+            "f": c.mlp_dim,
+            "r": c.lora_rank,
+        }
+        ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
+        into = nnx.initializers.normal(c.embed_dim**-0.5)
+        # Two additions a layer: keeps the residual stream's scale at the start.
+        back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
+
+        def param(letters, init):
+            shape = (c.num_layers, *(size[x] for x in letters))
+            axes = ("layers", *(_AXES[x] for x in letters))
+            return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+        self.config = c
+        for name, (read, written) in PROJECTIONS.items():
+            init = back if written == "d" else into
+            setattr(self, name, param(read + written, init))
+            if c.lora_rank:
+                setattr(self, f"{name}_a", param(read + "r", into))
+                setattr(self, f"{name}_b", param("r" + written, zeros))
+        self.attn_norm = param("d", ones)
+        self.mlp_norm = param("d", ones)
+        if c.qk_norm:
+            self.q_norm = param("c", ones)
+            self.k_norm = param("c", ones)
+        if c.qkv_bias:
+            self.bq = param("hc", zeros)
+            self.bk = param("kc", zeros)
+            self.bv = param("kc", zeros)
+        if c.output_bias:
+            self.bo = param("d", zeros)
+        if c.mlp_bias:
+            self.b_gate = param("f", zeros)
+            self.b_up = param("f", zeros)
+            self.b_down = param("d", zeros)
+
+    def __call__(
+        self, x: Array, angles: KeyValue, attend: Attend, cache: Any
+    ) -> tuple[Array, KeyValue]:
+        c = self.config
+
+        def project(y, name, bias):
+            read, written = PROJECTIONS[name]
+
+            def product(y, name, read, written):
+                weight = getattr(self, name)[...].astype(x.dtype)
+                # Tokens of all rows as one dimension: on CPU twice as fast.
+                tokens, inner = y.shape[:2], weight.shape[: len(read)]
+                flat = y.reshape(-1, *inner)
+                out = jnp.einsum(f"n{read},{read}{written}->n{written}", flat, weight)
+                return out.reshape(*tokens, *out.shape[1:])
+
+            out = product(y, name, read, written)
+            if c.lora_rank:
+                inner = product(y, f"{name}_a", read, "r")
+                adapted = product(inner, f"{name}_b", "r", written)
+                out = out + adapted * (c.lora_alpha / c.lora_rank)
+            if hasattr(self, bias):
+                bias = getattr(self, bias)[...].astype(x.dtype)
+                out = out + _rank_of(out, bias)
+            return out
+
+        y = rms_norm(x, self.attn_norm[...], c.norm_eps)
+        q, k, v = (project(y, f"w{i}", f"b{i}") for i in "qkv")
+        if c.qk_norm:
+            q = rms_norm(q, self.q_norm[...], c.norm_eps)
+            k = rms_norm(k, self.k_norm[...], c.norm_eps)
+        q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+        x = x + project(attend(q, k, v, cache), "wo", "bo")
+        y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
+        gate = jax.nn.silu(project(y, "w_gate", "b_gate"))
+        x = x + project(gate * project(y, "w_up", "b_up"), "w_down", "b_down")
+        return sharding.constrain(x, "batch", None, None), (k, v)
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states; logits are left to `logprobs.py`."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        v, d = c.vocab_size, c.embed_dim
+        normal = nnx.initializers.normal(d**-0.5)
+        self.config = c
+        # A tied table is also the head, whose vocabulary must stay split in place.
+        axes = ("vocab", None) if c.tied_embeddings else (None, "embed")
+        self.embed = nnx.Param(normal(rngs.params(), (v, d), jnp.float32), axes=axes)
+        self.blocks = Blocks(c, rngs)
+        self.final_norm = nnx.Param(jnp.ones(d), axes=(None,))
+        if not c.tied_embeddings:
+            self.head = nnx.Param(
+                normal(rngs.params(), (v, d), jnp.float32), axes=("vocab", None)
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t"],
+        attend: Attend,
+        cache: Any = None,
+        remat: str = "none",
+    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+        c = self.config
+        # Looked up in a table split along D, where a tied one is not: of one split along
+        # V every device would compute the rows of all. And cast after: the gradients of
+        # a frequent token are summed in float32.
+        table = sharding.constrain(self.embed[...], None, "embed")
+        x = table[tokens].astype(c.dtype)
+        x = sharding.constrain(x, "batch", None, None)
+        angles = rope.angles(c.rope, c.head_dim, positions)
+        graphdef, layers = nnx.split(self.blocks)
+
+        def layer(x, inputs):
+            params, cache = inputs
+            return nnx.merge(graphdef, params)(x, angles, attend, cache)
+
+        if remat != "none":
+            # Inside of a scan nothing can be merged with what is recomputed.
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
+        x, kv = jax.lax.scan(layer, x, (layers, cache))
+        return rms_norm(x, self.final_norm[...], c.norm_eps), kv
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    # Rounded before scaling, as the checkpoints were trained (transformers).
+    return y.astype(x.dtype) * _rank_of(x, scale.astype(x.dtype))
+
+
+def _rank_of(x: Array, weight: Array) -> Array:
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+    module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    return nnx.split(module)
+
+
+@functools.lru_cache(maxsize=64)
+def _block(config: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Blocks(config, nnx.Rngs(0))))[0]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The tree of parameters as shapes and types, nothing allocated."""
+    return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The tree of parameters with the logical axes of each (see `sharding.RULES`)."""
+    state = _abstract(config)[1]
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_variable)
+    return nnx.to_pure_dict(axes)
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random parameters in float32."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    attend: Attend,
+    cache: Any = None,
+    remat: str = "none",
+) -> tuple[Float[Array, "b t d"], KeyValue]:
+    """Hidden states after the final norm, and the keys and values of all layers.
+
+    Args:
+      tokens: token ids.
+      positions: position of each token in its own sequence.
+      attend: how a layer attends, see `Attend`.
+      cache: a tree of arrays with leading axis L, a slice of which each layer's
+        `attend` receives.
+      remat: what the backward pass finds stored, a name in `REMAT`.
+    """
+    module = nnx.merge(_abstract(config)[0], params)
+    return module(tokens, positions, attend, cache, remat)
+
+
+def forward_packed(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    remat: str = "none",
+    max_segments: int | None = None,
+) -> tuple[Float[Array, "b t d"], KeyValue]:
+    """`apply` with causal attention inside each segment of packed rows."""
+
+    def attend(q, k, v, cache):
+        del cache
+        return attention.packed_attention(
+            q, k, v, segment_ids, config.attention, max_segments
+        )
+
+    return apply(config, params, tokens, positions, attend, remat=remat)
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The parameters for `apply_layers`: a list of layers, in the computation's type.
+
+    Sampling reads all weights for every token: a scan over stacked layers would copy
+    each layer's weights and cache out of the stack first.
+    """
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    blocks = params.pop("blocks")
+    of_layer = lambda i: jax.tree.map(lambda x: x[i], blocks)
+    return {**params, "layers": [of_layer(i) for i in range(config.num_layers)]}
+
+
+def apply_layers(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    attend: Attend,
+) -> Float[Array, "b t d"]:
+    """`apply` for `unstack`ed parameters; `attend` receives a layer's index as cache."""
+    x = sharding.constrain(params["embed"][tokens], "batch", None, None)
+    angles = rope.angles(config.rope, config.head_dim, positions)
+    for i, layer in enumerate(params["layers"]):
+        x, _ = nnx.merge(_block(config), layer)(x, angles, attend, i)
+    return rms_norm(x, params["final_norm"], config.norm_eps)
+
+
+def head_weight(params: Params) -> Float[Array, "v d"]:
+    """The output projection: its own matrix, or the embedding when tied."""
+    return params["head"] if "head" in params else params["embed"]

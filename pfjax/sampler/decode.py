@@ -1,0 +1,417 @@
+"""What runs on the devices in a rollout: prefill, decode, resize.
+
+Every function below sees one part of the batch (see `sharding.over_batch`): S slots,
+each decoding one sample; a queue of N samples, G of each prompt; lanes, each holding
+the keys and values of one prompt. Its scalars are arrays of one element, so that all
+arrays are split the same way.
+
+A prompt's last token is not prefilled: a slot begins by running it, and draws the
+response's first token from what it predicts. All tokens thus come from one place.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+from pfjax.infra import sharding
+from pfjax.model import attention, decode_attention, log_probs, transformer
+from pfjax.model.decode_attention import KeyValue
+from pfjax.model.transformer import ModelConfig, Params
+from pfjax.sampler import filters
+
+
+class Settings(NamedTuple):
+    """What the programs are compiled for, besides shapes. Hashable."""
+
+    config: ModelConfig
+    samples_per_prompt: int  # G
+    stop_ids: tuple[int, ...]
+    truncation: filters.Truncation
+    backend: str  # of `decode_attention.decode_attention`
+    cache_dtype: str
+
+
+class Draw(NamedTuple):
+    """What random numbers and probabilities come from, whole on every device."""
+
+    weights: Params  # `transformer.unstack`ed
+    key: Array  # of seed and step
+    temperature: Float[Array, ""]
+
+
+class Queue(NamedTuple):
+    """The samples in the order they are begun; prompt q owns q*G to (q+1)*G - 1."""
+
+    prompt_id: Int[Array, "q"]  # in the random numbers
+    last_token: Int[Array, "q"]  # of the prompt
+    lane: Int[Array, "q"]
+    ready: Int[Array, "1"]  # samples whose prompt has been prefilled
+    limit: Int[Array, "1"]  # tokens a sample may have
+    steps: Int[Array, "1"]  # to decode before the host is asked again
+    is_cut: Array  # bool [N], samples to be ended now
+
+
+# Keys and values, a layer an entry. That of the slots holds their prompt's last token
+# and all tokens drawn but the last.
+Cache = list[KeyValue]
+
+
+class Prompts(NamedTuple):
+    """The prompts but their last tokens, one a lane."""
+
+    cache: Cache
+    length: Int[Array, "lanes"]
+
+
+class Slots(NamedTuple):
+    """What is being decoded. An idle slot has sample N."""
+
+    sample: Int[Array, "s"]
+    cell: Int[
+        Array, "s"
+    ]  # its place on the grid of `decode_attention.decode_attention`
+    drawn: Int[Array, "s"]  # tokens drawn so far
+    last: Int[Array, "s"]  # token to be run next
+    begun: Int[Array, "1"]  # samples begun so far
+    row_steps: Int[Array, "1"]  # slots times steps computed so far
+
+
+class Results(NamedTuple):
+    tokens: Int[Array, "n r"]
+    log_probs: Float[Array, "n r"]
+    length: Int[Array, "n"]  # 0 until the sample has ended
+    is_stopped: Array  # bool [n], whether a stop token was drawn
+
+
+def empty_cache(s: Settings, batch: int, width: int) -> Cache:
+    c = s.config
+    shapes = decode_attention.cache_shapes(
+        s.backend, batch, c.num_kv_heads, width, c.head_dim
+    )
+    one = lambda shape: jnp.zeros(shape, s.cache_dtype)
+    return _placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
+
+
+def _placed(caches: Cache) -> Cache:
+    place = lambda x: sharding.constrain(x, "batch", "kv_heads", None, None)
+    return jax.tree.map(place, caches)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("s", "slots", "width", "lanes", "prompt_width", "new")
+)
+def start(
+    queue: Queue,
+    *,
+    s: Settings,
+    slots: int,
+    width: int,
+    lanes: int,
+    prompt_width: int,
+    new: int,
+) -> tuple[Prompts, Slots, Cache, Results]:
+    """Nothing begun, nothing prefilled; `new` tokens are kept of each sample."""
+
+    def local(queue):
+        n = queue.is_cut.shape[0]
+        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+        empty = Slots(
+            sample=jnp.full(slots, n, jnp.int32),
+            cell=jnp.full(slots, lanes * s.samples_per_prompt, jnp.int32),
+            drawn=zeros(slots),
+            last=zeros(slots),
+            begun=zeros(1),
+            row_steps=zeros(1),
+        )
+        results = Results(
+            zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
+        )
+        prompts = Prompts(empty_cache(s, lanes, prompt_width), zeros(lanes))
+        return prompts, empty, empty_cache(s, slots, width), results
+
+    return sharding.over_batch(local, 0)(queue)
+
+
+@functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
+def prefill(
+    draw: Draw,
+    prompts: Prompts,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    lane: Int[Array, "b t"],
+    length: Int[Array, "lanes"],
+    *,
+    s: Settings,
+) -> Prompts:
+    """Fills lanes from packed rows of prompts.
+
+    Args:
+      lane: where each token's keys and values go; -1 drops them.
+      length: new lengths of all lanes.
+    """
+
+    args = (prompts, tokens, positions, segment_ids, lane, length)
+    return sharding.over_batch(functools.partial(prefill_local, s=s), 1)(draw, *args)
+
+
+@jax.named_scope("rollout")
+def prefill_local(
+    draw: Draw,
+    prompts: Prompts,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    lane: Int[Array, "b t"],
+    length: Int[Array, "lanes"],
+    *,
+    s: Settings,
+) -> Prompts:
+    """What `prefill` does in one part of the batch."""
+    new = []
+
+    def attend(q, k, v, layer):
+        cache = prompts.cache[layer]
+        new.append(
+            decode_attention.write_prompts(s.backend, cache, (k, v), lane, positions)
+        )
+        return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
+
+    transformer.apply_layers(s.config, draw.weights, tokens, positions, attend)
+    return Prompts(_placed(new), length)
+
+
+@functools.partial(jax.jit, static_argnames=("s", "columns"), donate_argnames="cache")
+def decode(
+    draw: Draw,
+    prompts: Prompts,
+    queue: Queue,
+    slots: Slots,
+    cache: Cache,
+    results: Results,
+    *,
+    s: Settings,
+    columns: int,
+) -> tuple[Slots, Cache, Results]:
+    """Draws `queue.steps` tokens a slot, or until nothing is left to draw.
+
+    A slot whose sample ends takes the next ready one before the following step.
+    """
+
+    def local(draw, prompts, queue, slots, cache, results):
+        n = results.length.shape[0]
+
+        def is_busy(carry):
+            i, slots, _, _ = carry
+            some = (slots.sample < n).any() | (slots.begun < queue.ready).any()
+            return (i < queue.steps[0]) & some
+
+        @jax.named_scope("rollout")
+        def body(carry):
+            i, slots, cache, results = carry
+            slots = _begin(s, queue, slots, columns)
+            logits, cache = forward(s, draw, prompts, slots, cache, columns)
+            slots, results = _record(s, draw, queue, slots, results, logits)
+            return i + 1, slots, cache, results
+
+        start = (jnp.int32(0), _cut(queue, slots), cache, results)
+        return lax.while_loop(is_busy, body, start)[1:]
+
+    args = (prompts, queue, slots, cache, results)
+    return sharding.over_batch(local, 1)(draw, *args)
+
+
+def _cut(queue: Queue, slots: Slots) -> Slots:
+    n = queue.is_cut.shape[0]
+    is_cut = jnp.append(queue.is_cut, False)[slots.sample]
+    return slots._replace(sample=jnp.where(is_cut, n, slots.sample))
+
+
+def _begin(s: Settings, queue: Queue, slots: Slots, columns: int) -> Slots:
+    """Idle slots take the next ready samples."""
+    n, g = queue.is_cut.shape[0], s.samples_per_prompt
+    is_idle = slots.sample >= n
+    sample = slots.begun + jnp.cumsum(is_idle) - 1
+    takes = is_idle & (sample < queue.ready)
+    sample = jnp.where(takes, sample, slots.sample)
+    of_prompt = lambda x: x[jnp.minimum(sample // g, x.shape[0] - 1)]
+    # With fewer columns than samples a prompt nothing is left to begin.
+    cell = of_prompt(queue.lane) * columns + sample % g
+    nowhere = jnp.iinfo(jnp.int32).max
+    cell = jnp.where(takes, cell, jnp.where(is_idle, nowhere, slots.cell))
+    return slots._replace(
+        sample=sample,
+        cell=cell,
+        drawn=jnp.where(is_idle, 0, slots.drawn),
+        last=jnp.where(takes, of_prompt(queue.last_token), slots.last),
+        begun=slots.begun + takes.sum(dtype=jnp.int32),
+    )
+
+
+def forward(
+    s: Settings,
+    draw: Draw,
+    prompts: Prompts,
+    slots: Slots,
+    cache: Cache,
+    columns: int,
+) -> tuple[Float[Array, "s v"], Cache]:
+    """Runs the last token of every slot; logits of the next."""
+    new = []
+
+    def attend(q, k, v, layer):
+        # Written before it is read: the loop then updates the cache in place.
+        own = decode_attention.write(
+            s.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
+        )
+        new.append(own)
+        out = decode_attention.decode_attention(
+            q[:, 0],
+            own,
+            prompts.cache[layer],
+            slots.drawn + 1,
+            prompts.length,
+            slots.cell,
+            columns,
+            s.backend,
+        )
+        return out[:, None]
+
+    lane = jnp.minimum(slots.cell // columns, len(prompts.length) - 1)
+    positions = prompts.length[lane] + slots.drawn
+    hidden = transformer.apply_layers(
+        s.config, draw.weights, slots.last[:, None], positions[:, None], attend
+    )
+    return log_probs.logits(
+        hidden[:, 0], transformer.head_weight(draw.weights)
+    ), _placed(new)
+
+
+def _record(
+    s: Settings,
+    draw: Draw,
+    queue: Queue,
+    slots: Slots,
+    results: Results,
+    logits: Float[Array, "s v"],
+) -> tuple[Slots, Results]:
+    """Draws the next token of every slot; those that end their sample go idle."""
+    n = results.length.shape[0]
+    token = _draw(s, draw, queue, slots, logits)
+    log_p, _ = log_probs.log_softmax_at(logits, token)
+    at = (slots.sample, slots.drawn)  # an idle slot's sample is out of bounds
+    drawn = slots.drawn + 1
+    stops = jnp.isin(token, jnp.array(s.stop_ids, jnp.int32))
+    ends = (stops | (drawn >= queue.limit)) & (slots.sample < n)
+    ended = jnp.where(ends, slots.sample, n)
+    results = Results(
+        tokens=results.tokens.at[at].set(token, mode="drop"),
+        log_probs=results.log_probs.at[at].set(log_p, mode="drop"),
+        length=results.length.at[ended].set(drawn, mode="drop"),
+        is_stopped=results.is_stopped.at[ended].set(stops, mode="drop"),
+    )
+    slots = slots._replace(
+        sample=jnp.where(ends, n, slots.sample),
+        drawn=drawn,
+        last=token,
+        row_steps=slots.row_steps + len(slots.sample),
+    )
+    return slots, results
+
+
+def _draw(
+    s: Settings, draw: Draw, queue: Queue, slots: Slots, logits: Float[Array, "s v"]
+) -> Int[Array, "s"]:
+    if s.truncation.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    g = s.samples_per_prompt
+    prompt = jnp.minimum(slots.sample // g, queue.prompt_id.shape[0] - 1)
+
+    def one(prompt_id, sample, position, logits):
+        key = draw.key
+        for number in (prompt_id, sample, position):
+            key = jax.random.fold_in(key, number)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    logits = filters.truncate(s.truncation, logits / draw.temperature)
+    numbers = (queue.prompt_id[prompt], slots.sample % g, slots.drawn)
+    return jax.vmap(one)(*numbers, logits)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("s", "to_slots", "width", "columns", "to_columns", "is_own"),
+)
+def resize(
+    prompts: Prompts,
+    slots: Slots,
+    cache: Cache,
+    *,
+    s: Settings,
+    to_slots: int,
+    width: int,
+    columns: int,
+    to_columns: int,
+    is_own: bool,
+) -> tuple[Prompts, Slots, Cache]:
+    """Other numbers of slots, of tokens a slot may hold, and of columns of the grid.
+
+    With fewer slots the busy ones, which must fit, move together. Fewer columns, or
+    every slot a copy of its prompt for its own (`is_own`), only after the last sample
+    of the queue has begun.
+    """
+
+    def fit(x: Array, axis: int) -> Array:
+        now = x.shape[axis]
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, max(width - now, 0))
+        return jnp.pad(lax.slice_in_dim(x, 0, min(width, now), axis=axis), padding)
+
+    def local(prompts, slots, cache):
+        if to_slots < len(slots.sample):
+            order = jnp.argsort(slots.sample, stable=True)[:to_slots]  # idle ones last
+            names = ("sample", "cell", "drawn", "last")
+            slots = slots._replace(**{x: getattr(slots, x)[order] for x in names})
+            cache = jax.tree.map(lambda x: x[order], cache)
+        key_axis = 3 if s.backend == "xla" else 2
+        cache = [(fit(k, key_axis), fit(v, 2)) for k, v in cache]
+        lane = jnp.minimum(slots.cell // columns, len(prompts.length) - 1)
+        if is_own:
+            prompts = jax.tree.map(lambda x: x[lane], prompts)
+            slots = slots._replace(cell=jnp.arange(to_slots, dtype=jnp.int32))
+        elif to_columns < columns:
+            earlier = jnp.tri(to_slots, k=-1, dtype=bool)
+            rank = (earlier & (lane[:, None] == lane[None])).sum(axis=1)
+            slots = slots._replace(cell=(lane * to_columns + rank).astype(jnp.int32))
+        prompts = prompts._replace(cache=_placed(prompts.cache))
+        return prompts, slots, _placed(cache)
+
+    return sharding.over_batch(local, 0)(prompts, slots, cache)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def weights(config: ModelConfig, params: Params) -> Params:
+    """`transformer.unstack`ed, whole on every part of the batch: read for every token."""
+    out = transformer.unstack(config, params)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return out
+    axes = transformer.logical_axes(config)
+    blocks = jax.tree.map(lambda a: a[1:], axes.pop("blocks"), is_leaf=_is_axes)
+    axes["layers"] = [blocks] * config.num_layers
+    return jax.tree.map(
+        lambda x, a: lax.with_sharding_constraint(
+            x, sharding.spec(mesh, a, x.shape, without=("fsdp",))
+        ),
+        out,
+        axes,
+    )
+
+
+def _is_axes(x: object) -> bool:
+    return isinstance(x, tuple)

@@ -1,0 +1,156 @@
+"""Rollouts: G samples of each of P prompts, from the trainer's own forward.
+
+A prompt is prefilled once and its keys and values are read by all of its samples.
+`slots.py` decides the shapes, `scheduler.py` is the host's part, `decode.py` what runs
+on the devices. The random number behind a token depends on (seed, step, prompt id,
+sample, position) only, so that none of them changes what is drawn.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from pfjax.batch import Rollout
+from pfjax.model.transformer import ModelConfig, Policy
+from pfjax.sampler import decode, slots
+from pfjax.sampler.filters import ALL_TOKENS, Truncation
+from pfjax.sampler.scheduler import Finished, Scheduler
+
+
+def rollout(
+    policy: Policy,
+    prompts: list[list[int]],
+    samples_per_prompt: int = 8,
+    max_new_tokens: int = 512,
+    temperature: float = 1.0,
+    seed: int = 0,
+    *,
+    step: int = 0,
+    prompt_ids: list[int] | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+    prompt_width: int | None = None,
+    num_slots: int | None = None,
+    cache_dtype: str | None = None,
+    backend: str | None = None,
+    truncation: Truncation = ALL_TOKENS,
+    stop_strings: tuple[str, ...] = (),
+    decode_text: Callable[[list[int]], str] | None = None,
+    max_total_tokens: int | None = None,
+    on_finish: Callable[[list[Finished]], None] | None = None,
+) -> Rollout:
+    """Draws responses.
+
+    Args:
+      policy: the model; under `jax.set_mesh` the prompts are split over its "data"
+        and "fsdp" axes, the weights over "tensor" only.
+      prompts: P lists of token ids, none empty.
+      samples_per_prompt: G.
+      max_new_tokens: R; a response that has not stopped by then is cut.
+      temperature: of sampling; 0 takes the likeliest token (not for training).
+        Recorded log-probs are at temperature 1 always.
+      seed: with the same seed, step and prompt ids the draws are the same.
+      step: training step, so that a prompt draws anew when it returns.
+      prompt_ids: P integers that stand for the prompts in the random numbers;
+        their order in the list when not given.
+      stop_ids: tokens that end a response; the config's when not given.
+      prompt_width: room for prompts, so that rollouts of different prompts share
+        compiled programs; what the longest needs when not given.
+      num_slots: samples decoded at once, over all devices; as many as memory holds
+        when not given.
+      cache_dtype: of keys and values; when not given bfloat16 on accelerators and
+        the type of the computation on CPU.
+      backend: one of `decode_attention.BACKENDS`; that of the platform when not given.
+      truncation: of the distribution drawn from (not for training).
+      stop_strings: a response ends with the token that completes one of them in its
+        text (not for training: no token then stands for the decision to stop).
+      decode_text: token ids to text; needed with `stop_strings`.
+      max_total_tokens: of all responses together. Every response is cut at the
+        largest common length that keeps within it.
+      on_finish: called with the responses that have ended since the last call, while
+        the devices go on (at the end only, with `max_total_tokens`).
+
+    Returns:
+      Host arrays; see `types.Rollout`.
+
+    Raises:
+      ValueError: for an empty prompt, a negative temperature, prompts wider than
+        `prompt_width`, more positions than the model has, or a cache that does not
+        fit in memory.
+
+    >>> import pfjax
+    >>> policy = pfjax.load("pfjax/toy")
+    >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
+    (1, 2, 5)
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    prompt_width = prompt_width or int(lengths.max(initial=0))
+    _check(policy.config, lengths, prompt_width, max_new_tokens, temperature)
+    if stop_strings and decode_text is None:
+        raise ValueError("stop_strings need decode_text, which makes text of tokens")
+    num_samples = len(prompts) * samples_per_prompt
+    if max_total_tokens is not None and max_total_tokens < num_samples:
+        raise ValueError(
+            f"max_total_tokens={max_total_tokens} is less than one token for each of "
+            f"the {num_samples} responses"
+        )
+    plan = slots.make_plan(
+        policy,
+        num_prompts=len(prompts),
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        prompt_width=prompt_width,
+        num_slots=num_slots,
+        cache_dtype=cache_dtype,
+        backend=backend,
+    )
+    settings = decode.Settings(
+        config=policy.config,
+        samples_per_prompt=samples_per_prompt,
+        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        truncation=dataclasses.replace(truncation, greedy=True)
+        if temperature == 0
+        else truncation,
+        backend=plan.backend,
+        cache_dtype=plan.cache_dtype,
+    )
+    draw = decode.Draw(
+        decode.weights(policy.config, policy.params),
+        jax.random.fold_in(jax.random.key(seed), step),
+        np.float32(temperature or 1.0),
+    )
+    return Scheduler(
+        plan,
+        settings,
+        draw,
+        prompts,
+        prompt_ids,
+        max_new_tokens,
+        stop_strings=stop_strings,
+        decode_text=decode_text,
+        max_total_tokens=max_total_tokens,
+        on_finish=on_finish,
+    ).to_end()
+
+
+def _check(
+    config: ModelConfig,
+    lengths: np.ndarray,
+    prompt_width: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> None:
+    if not len(lengths) or lengths.min() == 0:
+        raise ValueError(f"prompts must not be empty, got lengths {lengths.tolist()}")
+    if lengths.max() > prompt_width:
+        raise ValueError(
+            f"a prompt has {lengths.max()} tokens, prompt_width is {prompt_width}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if lengths.max() + max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
+            f"the model's {config.max_positions} positions"
+        )

@@ -1,0 +1,310 @@
+"""The host's part of a rollout.
+
+Samples wait in a queue; a slot whose sample has ended takes the next one on the device.
+The host looks every few steps, one look behind the devices: it prefills the next
+prompts, widens the caches when the longest sample needs it, and takes slots away when
+no sample waits for one.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from pfjax.batch import Rollout, pack_prompts
+from pfjax.infra import sharding
+from pfjax.sampler import decode, limits, slots
+
+# Prompt tokens that one prefill runs at most.
+PREFILL_TOKENS = 4096
+
+
+class Finished(NamedTuple):
+    """One response, as `on_finish` receives it."""
+
+    prompt: int  # index into the prompts given
+    sample: int
+    tokens: np.ndarray  # int32 [n]
+    log_probs: np.ndarray  # float32 [n]
+    is_stopped: bool  # by a stop token or string, rather than cut
+
+
+class _Look(NamedTuple):
+    """What the host has seen of the slots, for each part of the batch."""
+
+    sample: np.ndarray  # [D, S]
+    drawn: np.ndarray  # [D, S]
+    begun: np.ndarray  # [D]
+    is_busy: np.ndarray  # [D, S]
+
+
+class Scheduler:
+    """One rollout: its device buffers, and what the host knows of them.
+
+    Prompt i of the caller is number i // D of part i % D, D parts in all; sample j of
+    it is number (i // D) * G + j of that part's queue.
+    """
+
+    def __init__(
+        self,
+        plan: slots.Plan,
+        settings: decode.Settings,
+        draw: decode.Draw,
+        prompts: list[list[int]],
+        prompt_ids: list[int] | None,
+        max_new_tokens: int,
+        *,
+        stop_strings: tuple[str, ...],
+        decode_text: Callable[[list[int]], str] | None,
+        max_total_tokens: int | None,
+        on_finish: Callable[[list[Finished]], None] | None,
+    ):
+        d, g = plan.parts, settings.samples_per_prompt
+        per_part = -(-len(prompts) // d)
+        self.plan, self.settings, self.draw = plan, settings, draw
+        self.num_prompts, self.max_new_tokens = len(prompts), max_new_tokens
+        self.stop_strings, self.decode_text = stop_strings, decode_text
+        self.max_total_tokens, self.on_finish = max_total_tokens, on_finish
+        self.prompts = [prompts[i::d] for i in range(d)]
+        self.num_samples = np.array([len(p) * g for p in self.prompts], np.int32)
+        ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+        self.prompt_id = np.zeros((d, per_part), np.int32)
+        self.last_token = np.zeros((d, per_part), np.int32)
+        for i, (prompt, number) in enumerate(zip(prompts, ids, strict=True)):
+            self.prompt_id[i % d, i // d] = number
+            self.last_token[i % d, i // d] = prompt[-1]
+        self.lane = np.zeros((d, per_part), np.int32)
+        self.num_prefilled = np.zeros(d, np.int32)
+        self.prompt_length = np.zeros((d, plan.lanes), np.int32)
+        self.limit = max_new_tokens
+        self.cut = np.zeros((d, per_part * g), np.int32)  # length; 0 for not cut
+        self.known = np.zeros_like(self.cut)  # tokens seen of each sample
+        self.is_reported = np.zeros(self.cut.shape, bool)
+        # A look costs about a millisecond; a sample that has ended idles half of this.
+        self.steps = min(max(max_new_tokens // 64, 8), 64)
+        self.size, self.width, self.columns = plan.slots, plan.widths[0], g
+        self.on_device = decode.start(
+            self._queue(),
+            s=settings,
+            slots=plan.slots,
+            width=self.width,
+            lanes=plan.lanes,
+            prompt_width=plan.prompt_width,
+            new=max_new_tokens,
+        )
+
+    def to_end(self) -> Rollout:
+        nothing = np.zeros((self.plan.parts, self.plan.slots), np.int32)
+        seen = _Look(nothing, nothing, nothing[:, 0], nothing > 0)
+        before = None
+        while seen.is_busy.any() or (seen.begun < self.num_samples).any():
+            self._admit(seen)
+            self._resize(seen)
+            now = self._decode()
+            # The devices are at work on `now` while the host looks at what was before.
+            seen = seen if before is None else self._look(*before)
+            before = now
+        return self._collect()
+
+    def _queue(self) -> decode.Queue:
+        d, g = self.lane.shape[0], self.settings.samples_per_prompt
+        return decode.Queue(
+            prompt_id=self.prompt_id.ravel(),
+            last_token=self.last_token.ravel(),
+            lane=self.lane.flatten(),  # a copy: it changes while devices read it
+            ready=self.num_prefilled * np.int32(g),
+            limit=np.full(d, self.limit, np.int32),
+            steps=np.full(d, self.steps, np.int32),
+            is_cut=(self.cut > 0).ravel(),
+        )
+
+    def _decode(self) -> tuple[decode.Slots, decode.Results]:
+        prompts, of_slots, cache, results = self.on_device
+        of_slots, cache, results = decode.decode(
+            self.draw,
+            prompts,
+            self._queue(),
+            of_slots,
+            cache,
+            results,
+            s=self.settings,
+            columns=self.columns,
+        )
+        self.on_device = (prompts, of_slots, cache, results)
+        return of_slots, results
+
+    def _look(self, of_slots: decode.Slots, results: decode.Results) -> _Look:
+        """Waits for what the devices computed, and works on it."""
+        d = self.plan.parts
+        small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
+        sample, drawn, begun, length = sharding.fetch(small)
+        sample, drawn, length = (x.reshape(d, -1) for x in (sample, drawn, length))
+        is_busy = sample < length.shape[1]
+        part, slot = np.nonzero(is_busy)
+        before, self.known = self.known, np.maximum(self.known, length)
+        self.known[part, sample[part, slot]] = drawn[part, slot]
+        if self.stop_strings:
+            self._cut_at_strings(before, results)
+        if self.max_total_tokens is not None:
+            known = np.where(self.cut > 0, self.cut, self.known)
+            self.limit = limits.common_length(known, self.limit, self.max_total_tokens)
+        elif self.on_finish is not None:
+            self._report(self._ended(results))
+        return _Look(sample, drawn, begun, is_busy)
+
+    def _admit(self, seen: _Look) -> None:
+        """Prefills waiting prompts, when enough lanes are free to make it worth it."""
+        g, lanes = self.settings.samples_per_prompt, self.plan.lanes
+        chosen, is_worth_it = [], False
+        for part, prompts in enumerate(self.prompts):
+            prefilled = int(self.num_prefilled[part])
+            waiting = len(prompts) - prefilled
+            is_open = np.arange(prefilled) >= seen.begun[part] // g
+            is_open[seen.sample[part][seen.is_busy[part]] // g] = True
+            taken = set(self.lane[part, :prefilled][is_open].tolist())
+            free = [x for x in range(lanes) if x not in taken][:waiting]
+            chosen.append(list(enumerate(free, start=prefilled)))
+            is_worth_it |= 0 < min(waiting, max(lanes // 4, 1)) <= len(free)
+        if is_worth_it:
+            self._prefill(chosen)
+
+    def _prefill(self, chosen: list[list[tuple[int, int]]]) -> None:
+        """Fills lanes: for each part of the batch, numbers of prompts and lanes."""
+        width = self.plan.prompt_width
+        packed = []
+        for part, pairs in enumerate(chosen):
+            prompts = [self.prompts[part][q][:-1] for q, _ in pairs]
+            lanes = np.array([-1, *(lane for _, lane in pairs)], np.int32)
+            tokens, positions, segment_ids = pack_prompts(prompts, width)
+            packed.append((tokens, positions, segment_ids, lanes[segment_ids]))
+            for (q, lane), prompt in zip(pairs, prompts, strict=True):
+                self.lane[part, q] = lane
+                self.prompt_length[part, lane] = len(prompt)
+            self.num_prefilled[part] += len(pairs)
+        num_rows = max(len(tokens) for tokens, *_ in packed)
+        # Powers of two: few programs.
+        batch = min(1 << (num_rows - 1).bit_length(), max(PREFILL_TOKENS // width, 1))
+        num_rows = -(-num_rows // batch) * batch
+
+        def rows(x: np.ndarray, padding: int) -> np.ndarray:
+            fill = ((0, num_rows - len(x)), (0, 0))
+            return np.pad(x, fill, constant_values=padding)
+
+        args = [
+            np.stack([rows(x, padding) for x in arrays])
+            for arrays, padding in zip(
+                zip(*packed, strict=True), (0, 0, 0, -1), strict=True
+            )
+        ]
+        for i in range(0, num_rows, batch):
+            prompts = decode.prefill(
+                self.draw,
+                self.on_device[0],
+                *(x[:, i : i + batch].reshape(-1, width) for x in args),
+                self.prompt_length.flatten(),
+                s=self.settings,
+            )
+            self.on_device = (prompts, *self.on_device[1:])
+
+    def _resize(self, seen: _Look) -> None:
+        """Takes slots away when no sample waits for one; widens the caches in time."""
+        size, columns, is_own = self.size, self.columns, False
+        if (seen.begun >= self.num_samples).all():
+            busy = seen.is_busy.sum(axis=1).max()
+            size = min(x for x in self.plan.ladder if busy <= x <= self.size)
+        # What is in flight, and what is dispatched next.
+        longest = int((seen.drawn * seen.is_busy).max()) + 2 * self.steps
+        longest = min(longest, self.max_new_tokens)
+        width = next(x for x in self.plan.widths if x >= longest)
+        if size == self.size:
+            width = max(width, self.width)
+        if (size, width) == (self.size, self.width):
+            return
+        if size < self.size:
+            # As soon as there are no more slots than lanes, a prompt each.
+            is_own = size <= len(self.on_device[0].length) // self.plan.parts
+            columns = 1 if is_own else min(columns, size)
+        prompts, of_slots, cache, results = self.on_device
+        self.on_device = (
+            *decode.resize(
+                prompts,
+                of_slots,
+                cache,
+                s=self.settings,
+                to_slots=size,
+                width=width,
+                columns=self.columns,
+                to_columns=columns,
+                is_own=is_own,
+            ),
+            results,
+        )
+        self.size, self.width, self.columns = size, width, columns
+
+    def _cut_at_strings(self, checked: np.ndarray, results: decode.Results) -> None:
+        tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
+        is_new = (self.known > checked) & (self.cut == 0)
+        for at in zip(*np.nonzero(is_new), strict=True):
+            self.cut[at] = limits.stop_string_end(
+                tokens[at][: self.known[at]].tolist(),
+                int(checked[at]),
+                self.stop_strings,
+                self.decode_text,
+            )
+
+    def _ended(self, results: decode.Results) -> decode.Results:
+        """On the host, `[D, N, ...]`, with what the host has cut."""
+        arrays = (
+            x.reshape(*self.cut.shape, *x.shape[1:]) for x in sharding.fetch(results)
+        )
+        tokens, log_probs, length, is_stopped = arrays
+        is_cut = self.cut > 0
+        length = np.where(is_cut, self.cut, length)
+        return decode.Results(tokens, log_probs, length, is_stopped | is_cut)
+
+    def _report(self, ended: decode.Results) -> None:
+        """Passes on the responses that have ended since the last time."""
+        g = self.settings.samples_per_prompt
+        new = (ended.length > 0) & ~self.is_reported
+        finished = []
+        for part, n in zip(*np.nonzero(new), strict=True):
+            upto = ended.length[part, n]
+            finished.append(
+                Finished(
+                    prompt=int(n) // g * self.plan.parts + int(part),
+                    sample=int(n) % g,
+                    tokens=ended.tokens[part, n, :upto],
+                    log_probs=ended.log_probs[part, n, :upto],
+                    is_stopped=bool(ended.is_stopped[part, n]),
+                )
+            )
+        if finished:
+            self.on_finish(finished)
+        self.is_reported |= new
+
+    def _collect(self) -> Rollout:
+        _, of_slots, _, results = self.on_device
+        ended = self._ended(results)
+        # The budget's length cuts some on the devices, and some that ended past it.
+        length = np.where(ended.length > 0, ended.length, self.limit)
+        ended = ended._replace(
+            is_stopped=ended.is_stopped & (length <= self.limit),
+            length=np.minimum(length, self.limit),
+        )
+
+        def by_prompt(x: np.ndarray) -> np.ndarray:
+            x = x.reshape(len(x), -1, self.settings.samples_per_prompt, *x.shape[2:])
+            return np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: self.num_prompts]
+
+        # Samples of prompts that only fill up the last part never began.
+        is_real = np.arange(length.shape[1])[None] < self.num_samples[:, None]
+        ended = ended._replace(length=np.where(is_real, ended.length, 0))
+        if self.on_finish is not None:
+            self._report(ended)
+        return Rollout(
+            tokens=by_prompt(ended.tokens),
+            lengths=by_prompt(ended.length),
+            log_probs=by_prompt(ended.log_probs),
+            finished=by_prompt(ended.is_stopped),
+            row_steps=int(sharding.fetch(of_slots.row_steps).sum()),
+        )

@@ -1,0 +1,250 @@
+"""How many samples are decoded at once, and in which shapes."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pfjax.infra import sharding
+from pfjax.model import decode_attention, transformer
+from pfjax.model.transformer import ModelConfig, Policy
+
+# Share of the free memory that a rollout may take; activations need some.
+_SHARE = 0.85
+# Logits, their noise, and their sum, float32.
+_LOGITS_BYTES = 12
+# While a cache grows the old one, half as wide, is still there.
+_GROWTH = 1.5
+_SMALLEST = 4
+# Narrowest cache that is worth a program of its own.
+_NARROWEST = 128
+
+
+class NoRoom(ValueError):
+    """Not even one sample fits in the memory of a device."""
+
+
+def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> int:
+    """Bytes that the keys and values of one token take on one device.
+
+    Args:
+      tensor: devices that key/value heads are split over, where they divide.
+    """
+    k = config.num_kv_heads
+    k = k // tensor if k % tensor == 0 else k
+    return 2 * config.num_layers * k * config.head_dim * np.dtype(cache_dtype).itemsize
+
+
+def cache_bytes(
+    config: ModelConfig,
+    cache_dtype: str,
+    *,
+    slots: int,
+    width: int,
+    lanes: int,
+    prompt_width: int,
+    tensor: int = 1,
+) -> int:
+    """Bytes of the caches of a rollout on one device.
+
+    Args:
+      slots: samples decoded at once by one part of the batch.
+      width: tokens kept of each.
+      lanes: prompts kept.
+      prompt_width: tokens kept of each prompt.
+    """
+    tokens = slots * width + lanes * prompt_width
+    return tokens * bytes_per_token(config, cache_dtype, tensor)
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of the copy of the weights that a rollout reads."""
+    shapes = jax.tree.leaves(transformer.abstract_params(config))
+    return sum(x.size for x in shapes) * np.dtype(config.dtype).itemsize
+
+
+def num_lanes(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
+    """Prompts kept at once: four times what the slots need, for the stragglers."""
+    return min(num_prompts, 4 * math.ceil(slots / samples_per_prompt))
+
+
+def ladder(slots: int, backend: str) -> list[int]:
+    """Numbers of slots a rollout may have, falling; each costs a program.
+
+    Three an octave in the plain form, where an idle slot costs what a busy one does. A
+    kernel reads next to nothing for it: one every two octaves.
+    """
+    factors, octaves = ((2, 3, 5), 1) if backend == "xla" else ((1,), 2)
+    sizes = {m << e for m in factors for e in range(0, 31, octaves)}
+    return [slots, *sorted((x for x in sizes if _SMALLEST <= x < slots), reverse=True)]
+
+
+def response_widths(max_new_tokens: int, backend: str) -> list[int]:
+    """Widths a response cache may have, growing to that of the longest response.
+
+    They double in the plain form, which reads all of the width. For a kernel they
+    only save memory: each is four times the one before.
+    """
+    multiple = decode_attention.WIDTH_MULTIPLE[backend]
+    longest = math.ceil(max_new_tokens / multiple) * multiple
+    octaves = 1 if backend == "xla" else 2
+    short = [_NARROWEST << e for e in range(0, 31, octaves)]
+    return [*(x for x in short if x < longest), longest]
+
+
+def most_slots(
+    config: ModelConfig,
+    cache_dtype: str,
+    *,
+    num_prompts: int,
+    samples_per_prompt: int,
+    width: int,
+    prompt_width: int,
+    tensor: int = 1,
+    free_bytes: int,
+) -> int:
+    """Slots of one part of the batch: as many as there are samples, if memory lasts.
+
+    Raises:
+      NoRoom: if not even one sample fits.
+    """
+    num_samples = num_prompts * samples_per_prompt
+    for slots in [*ladder(num_samples, "xla"), 3, 2, 1]:
+        need = _GROWTH * cache_bytes(
+            config,
+            cache_dtype,
+            slots=slots,
+            width=width,
+            lanes=num_lanes(slots, num_prompts, samples_per_prompt),
+            prompt_width=prompt_width,
+            tensor=tensor,
+        )
+        need += slots * config.vocab_size * _LOGITS_BYTES // tensor
+        if need <= _SHARE * free_bytes:
+            return slots
+    raise NoRoom(
+        f"one sample of {width} tokens needs {need / 1e9:.2f} GB and "
+        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens or raise mesh.tensor"
+    )
+
+
+def _free_host_bytes() -> int:
+    try:
+        with open("/proc/meminfo") as f:
+            values = dict(line.split(":") for line in f)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Memory that is free on a device, or on the host it shares with its like.
+
+    The least of all processes, which must agree.
+    """
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    else:
+        free = _free_host_bytes() // jax.local_device_count()
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        free = multihost_utils.process_allgather(np.float64(free)).min()
+    return int(free)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shapes of a rollout in each of the parts that the batch is split into."""
+
+    parts: int
+    slots: int
+    lanes: int
+    prompt_width: int
+    ladder: tuple[int, ...]
+    widths: tuple[int, ...]
+    cache_dtype: str
+    backend: str
+    cache_bytes: int  # on one device, when the caches are at their widest
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots * self.parts} samples at once, caches of "
+            f"{self.cache_bytes / 1e6:.1f} MB a device in {self.cache_dtype} "
+            f"({self.slots} x {self.widths[-1]} response and {self.lanes} x "
+            f"{self.prompt_width} prompt tokens)"
+        )
+
+
+def make_plan(policy: Policy, **kwargs: Any) -> Plan:
+    """`plan_for` the devices that hold a policy."""
+    where = jax.tree.leaves(policy.params)[0].sharding
+    device = min(where.addressable_devices, key=lambda x: x.id)
+    memory = functools.partial(free_bytes, device)
+    return plan_for(policy.config, device.platform, memory, **kwargs)
+
+
+def plan_for(
+    config: ModelConfig,
+    platform: str,
+    memory: Callable[[], int],
+    *,
+    num_prompts: int,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    prompt_width: int,
+    num_slots: int | None = None,
+    cache_dtype: str | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """Decides what the arguments leave open; see `engine.rollout`.
+
+    Args:
+      config: of the policy.
+      platform: of the devices: "cpu", "gpu" or "tpu".
+      memory: tells the bytes that are free on a device; asked without `num_slots`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else sharding.batch_ways(mesh)
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    if backend is None:
+        backend = decode_attention.decode_backend(platform, config.head_dim)
+    if cache_dtype is None:
+        cache_dtype = config.dtype if platform == "cpu" else "bfloat16"
+    multiple = decode_attention.WIDTH_MULTIPLE[backend]
+    prompts = math.ceil(num_prompts / parts)
+    widths = response_widths(max_new_tokens, backend)
+    shape = {
+        "prompt_width": math.ceil(prompt_width / multiple) * multiple,
+        "width": widths[-1],
+        "tensor": tensor,
+    }
+    if num_slots is None:
+        slots = most_slots(
+            config,
+            cache_dtype,
+            num_prompts=prompts,
+            samples_per_prompt=samples_per_prompt,
+            free_bytes=memory() - weight_bytes(config) // tensor,
+            **shape,
+        )
+    else:
+        slots = min(math.ceil(num_slots / parts), prompts * samples_per_prompt)
+    lanes = num_lanes(slots, prompts, samples_per_prompt)
+    return Plan(
+        parts=parts,
+        slots=slots,
+        lanes=lanes,
+        prompt_width=shape["prompt_width"],
+        ladder=tuple(ladder(slots, backend)),
+        widths=tuple(widths),
+        cache_dtype=cache_dtype,
+        backend=backend,
+        cache_bytes=cache_bytes(config, cache_dtype, slots=slots, lanes=lanes, **shape),
+    )

@@ -1,0 +1,141 @@
+"""Prompts from files or the hub, and an order of them that a checkpoint can hold."""
+
+import collections
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pfjax.infra import dataset_io
+from pfjax.model import tokenizer
+from pfjax.tasks import benchmarks
+
+_LOG = logging.getLogger(__name__)
+
+
+class PromptSet(NamedTuple):
+    """Prompts that fit the limit, tokenized."""
+
+    problems: list[benchmarks.Problem]  # the question as it is asked
+    tokens: list[list[int]]
+
+
+def load_prompts(
+    source: str, tok: Any, max_prompt_tokens: int, suffix: str = ""
+) -> PromptSet:
+    """Reads prompts from JSONL, Parquet, or a hub data set (its "train" split).
+
+    A row has `prompt` (or `problem`, or `question`): a string, or messages; and
+    perhaps `answer`, or `reward_model.ground_truth` as in verl's files. Answers
+    serve evaluation only.
+
+    Args:
+      source: a `.jsonl`/`.json`/`.parquet` file, a hub name with an optional
+        `:split`, or `pfjax/toy/<file>` for the files that ship with pfjax.
+      tok: a tokenizer.
+      max_prompt_tokens: longer prompts are skipped, with one warning.
+      suffix: added to each prompt, to its last message; no braces are interpreted.
+
+    Raises:
+      ValueError: if there is no such source, a row has no prompt (naming file and
+        line), or no prompt is left.
+    """
+    problems, tokens, too_long = [], [], 0
+    for number, (where, row) in enumerate(dataset_io.read(source)):
+        problem = benchmarks.from_row(where, row, number)
+        prompt = problem.question
+        if isinstance(prompt, str):
+            prompt += suffix
+        else:
+            *before, last = prompt
+            prompt = [*before, {**last, "content": last["content"] + suffix}]
+        ids = tokenizer.encode_prompt(tok, prompt)
+        if len(ids) > max_prompt_tokens:
+            too_long += 1
+            continue
+        problems.append(problem._replace(question=prompt))
+        tokens.append(ids)
+    if too_long:
+        _LOG.warning(
+            "%s: skipped %d of %d prompts longer than %d tokens",
+            source, too_long, too_long + len(tokens), max_prompt_tokens,
+        )  # fmt: skip
+    if not tokens:
+        reason = "all are too long" if too_long else "it is empty"
+        raise ValueError(f"no prompts left in {source}: {reason}")
+    repeated = sum(n - 1 for n in collections.Counter(map(tuple, tokens)).values())
+    if repeated:
+        _LOG.warning("%s: %d prompts are duplicates", source, repeated)
+    return PromptSet(problems, tokens)
+
+
+def warn_of_overlap(train: PromptSet, held_out: PromptSet) -> None:
+    """Says if prompts of the evaluation are trained on."""
+    seen = {tuple(x) for x in train.tokens}
+    shared = sum(tuple(x) in seen for x in held_out.tokens)
+    if shared:
+        _LOG.warning(
+            "%d of %d prompts for evaluation are trained on: scores are not of unseen "
+            "problems", shared, len(held_out.tokens),
+        )  # fmt: skip
+
+
+class TargetSamples(NamedTuple):
+    """S responses to P prompts, prompt by prompt, as many to each."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    log_z: float  # lambda, nats a token, that they were drawn with
+
+
+def load_target(source: str, alpha: float) -> TargetSamples:
+    """Reads what `python -m pfjax.sample --method=smc` (or `mh`) wrote.
+
+    Raises:
+      ValueError: if the samples are none of p^alpha, or of several kinds.
+    """
+    found = dataset_io.read(source)
+    for where, row in found:
+        for name, want in (("alpha", alpha), ("log_z", found[0][1].get("log_z"))):
+            if row.get(name) is None or row[name] != want:
+                raise ValueError(
+                    f"{where}: {name} is {row.get(name)}, expected {want}; samples of the "
+                    "target come from python -m pfjax.sample --method=smc --alpha="
+                    f"{alpha:g} --log_z=..."
+                )
+    by_prompt: dict[int, list[dict]] = {}
+    for _, row in found:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    groups = [by_prompt[q] for q in sorted(by_prompt)]
+    if not groups or len({len(g) for g in groups}) != 1:
+        raise ValueError(f"{source}: every prompt needs as many samples as the others")
+    return TargetSamples(
+        prompts=[g[0]["prompt_tokens"] for g in groups],
+        responses=[r["completion_tokens"] for g in groups for r in g],
+        log_z=found[0][1]["log_z"],
+    )
+
+
+def next_prompts(
+    prompts: PromptSet, cursor: int, num: int, seed: int
+) -> tuple[list[int], list[int], int]:
+    """The next `num` prompts of an endless shuffled order.
+
+    Args:
+      prompts: the set; each epoch is a permutation of it made from (seed, epoch).
+      cursor: prompts handed out so far; all the state there is.
+      num: how many.
+      seed: of the run.
+
+    Returns:
+      Indices into the set; ids that stand for them in the random numbers (their
+      place in the order, so that a prompt met twice in one step draws twice); and
+      the new cursor.
+    """
+    size = len(prompts.tokens)
+    ids = list(range(cursor, cursor + num))
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(size)
+        for epoch in {i // size for i in ids}
+    }
+    return [int(orders[i // size][i % size]) for i in ids], ids, cursor + num

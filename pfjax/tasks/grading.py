@@ -1,0 +1,341 @@
+r"""Answers to right or wrong, by math-verify in processes that can be killed.
+
+A worker is `python -m pfjax.tasks.grading`: it reads one JSON object a line and
+answers with one. Some answers send sympy into arithmetic that no alarm can interrupt
+(`\boxed{9^{9^{9^9}}}`); then the worker is killed, the answer counts as wrong, and a
+new worker starts.
+
+math-verify compares mathematics. Rules before it decide what is not mathematics:
+
+- *Words*, of letters alone, are compared as strings: math-verify reads `even` as a
+  product of symbols, equal to `neve`. Case is ignored, except of a single letter (a
+  side a, a vertex A). `\text{}`, `\mathbf{}`, braces, parentheses and a final full
+  stop do not matter, so `A`, `(A)` and `\textbf{(A)}` are one choice. Two bare
+  letters stay a product: `ab` = `ba`.
+- *Numbers with a base* have the same digits and the same base. A base left out is the
+  one that was asked for: `2516_8` = `2516`, but not `2516_9`.
+- *Tuples are ordered, lists are not*: `(1,2)` is neither `1,2` nor `(2,1)`, while
+  `1,2` = `2,1` = `\{1,2\}`. `1,000` is a number and `1, 000` a list.
+- *All or nothing*: an answer that does not parse as a whole is compared as a string.
+  math-verify would grade its last number, and find `3` in `\frac{1}{2} & 3`.
+
+What math-verify decides and we keep: `10\%` = `10` = `0.1` if one side has the sign,
+as harnesses for MATH do; `x = 5` = `5`; an interval equals its inequality; a decimal
+equals a fraction or a root when six decimals agree (`0.333` is not a third).
+
+Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); decimals below
+1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product; a
+list of three-digit numbers without spaces (`100,200`) is one number; a decimal comma
+(`0,5`), `\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval
+are not understood; of an equation in the answer the right side counts, `2x + z = 1` is
+1.
+"""
+
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from importlib import metadata
+from typing import Literal
+
+DEADLINE_SECONDS = 5.0
+# Importing sympy on a busy machine.
+START_SECONDS = 60.0
+# Counts changes of the rules above: scores of different numbers do not compare.
+RULES_VERSION = 1
+
+# A command is skipped with the character after its backslash: `\{` is no brace.
+_BRACES = re.compile(r"(?P<box>\\+boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_WRAPPED = re.compile(
+    r"(?P<text>\\(?:text\w*|math(?:rm|bf|it|sf)|[mh]box|emph|operatorname)\s*)?\{(.*)\}"
+    r"|\((.*)\)",
+    re.DOTALL,
+)
+_THOUSANDS = re.compile(
+    r"\s*([-+]?\d{1,3})((?:(?:,\\!|\{,\}|,|~|\\[,;: ])\d{3})+)(\.\d+)?\s*"
+)
+_BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
+
+
+def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
+    r"""What stands in the last or first closed `\boxed{...}`, or None.
+
+    Braces are balanced. Of adjacent boxes (`\boxed{5} or \boxed{4}`) one is taken too:
+    given both, math-verify would grade the set of them. `\fbox`, `\boxed 5` and a box
+    that the text ends in are no answers.
+    """
+    open_braces: list[re.Match] = []
+    found: dict[int, str] = {}
+    for brace in _BRACES.finditer(text):
+        if brace["box"] or brace[0] == "{":
+            open_braces.append(brace)
+        elif brace[0] == "}" and open_braces:
+            opened = open_braces.pop()
+            if opened["box"]:
+                found[opened.start()] = text[opened.end() : brace.start()]
+    if not found:
+        return None
+    return found[max(found) if policy == "last" else min(found)]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last closed `\boxed{...}`, braces balanced, or None."""
+    return boxed(text)
+
+
+class Grader:
+    """Compares answers; a context manager that holds one worker process.
+
+    Attributes:
+      timeouts: comparisons that were cut off.
+    """
+
+    def __init__(self, deadline_seconds: float = DEADLINE_SECONDS):
+        self.timeouts = 0
+        self._deadline = deadline_seconds
+        self._worker: subprocess.Popen | None = None
+        self._cache: dict[tuple[str, str, float | None], bool] = {}
+        self._endless: set[str] = set()  # cannot even be compared with 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Grader":  # noqa: PYI034
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._stop()
+
+    def describe(self) -> dict[str, str | float]:
+        """What to store with a score: two that differ here do not compare."""
+        return {
+            "grader": "math-verify",
+            "version": metadata.version("math-verify"),
+            "sympy": metadata.version("sympy"),
+            "rules": RULES_VERSION,
+            "deadline_seconds": self._deadline,
+        }
+
+    def check_golds(self, golds: list[str]) -> None:
+        """Grades every gold against itself, as an answer that is not the same string.
+
+        Raises:
+          ValueError: naming the golds that no answer would equal.
+        """
+        with self._lock:
+            wrong = [g for g in dict.fromkeys(golds) if not self._ask(g, g)]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} gold answers are not equal to themselves: {wrong[:20]}; "
+                "correct them (LaTeX, as inside a box) or leave their prompts out"
+            )
+
+    def is_equal(self, gold: str, answer: str, tolerance: float | None = None) -> bool:
+        """Whether `answer` is the same as `gold`. Not symmetric: gold comes first.
+
+        Args:
+          gold: several values stand in one list (`1,2`); their order is free.
+          tolerance: how far a number, or each of a list, may be off (the field `error`
+            of OlympiadBench); absolute.
+        """
+        if gold.strip() == answer.strip():
+            return True
+        key = gold, answer, tolerance
+        with self._lock:
+            if key not in self._cache:
+                self._cache[key] = self._judge(*key)
+            return self._cache[key]
+
+    def classes(self, answers: list[str | None]) -> list[int]:
+        """Equivalence classes, numbered as they appear; -1 for no or an empty answer.
+
+        Two answers are one class if each equals the other as gold.
+        """
+        known: list[str] = []
+        out: list[int] = []
+        for answer in answers:
+            if answer is None or not answer.strip():
+                out.append(-1)
+                continue
+            for i, other in enumerate(known):
+                if self.is_equal(other, answer) and self.is_equal(answer, other):
+                    out.append(i)
+                    break
+            else:
+                out.append(len(known))
+                known.append(answer)
+        return out
+
+    def _judge(self, gold: str, answer: str, tolerance: float | None) -> bool:
+        if not self._endless.isdisjoint((gold, answer)):
+            return False
+        verdict = self._ask(gold, answer, tolerance)
+        if verdict is None:
+            self.timeouts += 1
+            # Whose fault? It would else cost a deadline and a worker against every
+            # other answer of its prompt.
+            self._endless |= {t for t in (answer, gold) if self._ask(t, "0") is None}
+        return bool(verdict)
+
+    def _ask(
+        self, gold: str, answer: str, tolerance: float | None = None
+    ) -> bool | None:
+        """The worker's verdict; None if it had to be killed or died."""
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", "pfjax.tasks.grading"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            if self._read_line(START_SECONDS) is None:
+                self._stop()
+                raise RuntimeError("the grading process did not start; see above")
+        request = json.dumps([gold, answer, tolerance]) + "\n"
+        try:
+            self._worker.stdin.write(request.encode())
+            self._worker.stdin.flush()
+            line = self._read_line(self._deadline)
+        except BrokenPipeError:  # it has died meanwhile (of memory, say)
+            self._stop()
+            return self._ask(gold, answer, tolerance)
+        if line is None:
+            self._stop()
+            return None
+        return json.loads(line)
+
+    def _read_line(self, seconds: float) -> bytes | None:
+        """One line, or None when time is up or the worker died."""
+        pipe, line = self._worker.stdout.fileno(), b""
+        end = time.monotonic() + seconds
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([pipe], [], [], max(end - time.monotonic(), 0))
+            chunk = os.read(pipe, 4096) if ready else b""
+            if not chunk:
+                return None
+            line += chunk
+        return line
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self._worker.stdin.close()
+            self._worker.stdout.close()
+            self._worker.wait()
+            self._worker = None
+
+
+def _equal_by_rule(gold: str, answer: str) -> bool | None:
+    """The verdict of the rules in the module's docstring, None where none applies."""
+    (word, is_text), (other, is_other_text) = _word(gold), _word(answer)
+    if word and other and (is_text or is_other_text or len(word) != 2):
+        return word == other or (len(word) > 1 and word.casefold() == other.casefold())
+    based, other_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
+    if based and other_based and (base := based[2] or other_based[2]):
+        if other_based[2] not in (None, base):
+            return False
+        with contextlib.suppress(ValueError):  # a symbol such as `A_1`
+            return int(based[1], int(base)) == int(other_based[1], int(base))
+    ordered, is_other_ordered = _is_ordered(gold), _is_ordered(answer)
+    if None not in (ordered, is_other_ordered) and ordered != is_other_ordered:
+        return False
+    return None
+
+
+def _plain(text: str) -> str:
+    """Without dollars, a final full stop and separators of thousands."""
+    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
+    if number := _THOUSANDS.fullmatch(text):
+        return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
+    return text
+
+
+def _word(text: str) -> tuple[str | None, bool]:
+    r"""Its letters if it has no other characters; whether it stood in `\text{}`."""
+    is_text = False
+    while wrapped := _WRAPPED.fullmatch(text := text.strip(" \n\t.~")):
+        is_text |= wrapped["text"] is not None
+        text = wrapped[2] if wrapped[3] is None else wrapped[3]
+    # Bare, a hyphen is a minus.
+    letters = re.sub(r"[\s'-]" if is_text else r"\s", "", text)
+    return (letters if letters.isalpha() else None), is_text
+
+
+def _is_ordered(text: str) -> bool | None:
+    r"""True for `(a, b)` or `[a, b]`, False for `a, b` or `\{a, b\}`, else None."""
+    text = re.sub(r"\\left|\\right|\\(?=[{}])|\s", "", text)
+    depths, depth = [], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        depths.append(depth)
+    commas = {d for d, character in zip(depths, text, strict=True) if character == ","}
+    if "=" in text or not commas:
+        return None
+    if 0 in commas:
+        return False
+    is_enclosed = text[0] in "([{" and 0 not in depths[:-1]
+    return text[0] != "{" if is_enclosed and 1 in commas else None
+
+
+def _serve() -> None:
+    """The worker: reads comparisons from standard input until it closes."""
+    import functools
+    import logging
+
+    import math_verify
+    from sympy import Eq, FiniteSet
+
+    # It warns that its own alarms are off; this process is killed instead.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # Only the whole box: with the usual expressions outside LaTeX, or LaTeX anywhere,
+    # a box that does not parse is graded on the last number in it.
+    config = math_verify.LatexExtractionConfig(
+        boxed_match_priority=0, try_extract_without_anchor=False
+    )
+
+    @functools.lru_cache(maxsize=1024)
+    def parse(text: str) -> list:
+        # Boxed, golds too: bare they parse to a fragment (`3\sqrt{13}` -> 3) or to
+        # nothing, which gives credit to wrong answers.
+        return math_verify.parse(
+            f"\\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None
+        )
+
+    def numbers(text: str) -> list[float]:
+        value = (parse(text) or [None])[0]
+        items = value.args if isinstance(value, FiniteSet) else [value]
+        try:
+            return sorted(float(x.rhs if isinstance(x, Eq) else x) for x in items)
+        except (TypeError, ValueError):
+            return []
+
+    def compare(gold: str, answer: str, tolerance: float | None) -> bool:
+        gold, answer = _plain(gold), _plain(answer)
+        by_rule = _equal_by_rule(gold, answer)
+        if by_rule is not None:
+            return by_rule
+        if tolerance is not None:
+            want, have = numbers(gold), numbers(answer)
+            if want and len(want) == len(have):
+                off = max(abs(x - y) for x, y in zip(want, have, strict=True))
+                if off <= tolerance * (1 + 1e-9):  # 1.1 is 0.1 from 1
+                    return True
+        return math_verify.verify(
+            parse(gold),
+            parse(answer),
+            float_rounding=6,
+            strict=True,
+            allow_set_relation_comp=True,  # `-2 \le x \le 7` for `[-2,7]`
+            timeout_seconds=None,
+        )
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(bool(compare(*json.loads(line)))), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,290 @@
+"""Checkpoints of a run, by Orbax.
+
+A checkpoint of step `s` holds what decides the future after `s` updates: the
+parameters, log Z', the optimiser's state, the step, and the data cursor. Random
+numbers need no state, they are made from (seed, step, ...). Beside these it holds which
+run it is of (config and base), and a checksum of each array.
+
+Restoring goes: (1) build the abstract state with the shardings of the mesh at hand; (2)
+from the latest checkpoint on, find one that is of this run and undamaged, Orbax reading
+each shard into place, whatever mesh wrote it; (3) set aside the damaged ones that were
+passed over; (4) the caller cuts `metrics.jsonl` back to that step.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import UInt32
+from orbax.checkpoint import v1 as ocp
+
+from pfjax.batch import Array
+from pfjax.infra import distributed
+
+KEEP = 2  # the latest, and the one before should that be damaged
+
+
+class OtherRun(ValueError):
+    """The checkpoints of a folder belong to another model or config."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved."""
+
+
+class Checkpoints:
+    """The `checkpoints/` of one run; a context manager.
+
+    Args:
+      directory: local or `gs://`.
+      keep_best: checkpoints kept beside the latest two, those of the best metric.
+      note: is told what a person should know.
+    """
+
+    def __init__(
+        self, directory: epath.Path, keep_best: int, note: Callable[[str], None] = print
+    ):
+        # Orbax reports every file, and what it then raises as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._note = directory, note
+        self._remove_damaged_metrics()
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            directory if "://" in str(directory) else directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(KEEP),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics["best"],
+                        n=keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":  # noqa: PYI034
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception:
+            if kind is None:  # otherwise said already
+                raise
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, ascending."""
+        return [x.step for x in self._checkpointer.checkpoints]
+
+    def save(
+        self, step: int, state: Any, about: dict[str, Any], metric: float | None = None
+    ) -> None:
+        """Copies the state and writes it in the background.
+
+        Args:
+          step: updates done.
+          state: arrays.
+          about: ready for JSON; `identity` in it says of which run this is.
+          metric: the larger, the better; without it never one of the best.
+
+        Raises:
+          OSError: if this checkpoint or the one before could not be written.
+        """
+        if step in self.steps:
+            return
+        sums = {k: int(v) for k, v in _named(_checksums(state)).items()}
+        about = {**about, "checksums": sums}
+        try:
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": state, "about": _sealed(about)},
+                # Every one, also while the one before is being written.
+                force=True,
+                metrics=None if metric is None else {"best": metric},
+            )
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def wait(self) -> None:
+        """Returns once what was saved is on disk; raises OSError if it is not."""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def restore(
+        self, abstract_state: Any, identity: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The latest state that is undamaged, with the shardings of `abstract_state`,
+        and what was saved about it; None if there is no checkpoint.
+
+        Raises:
+          OtherRun: if it is not of the run that `identity` names.
+          ValueError: if there are checkpoints and all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                found = self._read(step, abstract_state, identity)
+            except OtherRun:
+                raise
+            # Whatever is wrong with files, some library has an exception for it.
+            except Exception as error:  # noqa: BLE001
+                _hush_abandoned_reads()
+                reason = (str(error) or repr(error)).splitlines()[0][:300]
+                damaged[step] = reason
+                self._note(f"checkpoint {step} is damaged and passed over: {reason}")
+                continue
+            self._set_aside(damaged)
+            return found
+        if damaged:
+            reasons = "\n  ".join(f"{k}: {v}" for k, v in damaged.items())
+            raise ValueError(
+                f"no checkpoint in {self._directory} is undamaged:\n  {reasons}\n"
+                "nothing was changed; bring one back, or choose another --workdir"
+            )
+        return None
+
+    def _read(
+        self, step: int, abstract_state: Any, identity: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        load = self._checkpointer.load_checkpointables
+        about = _opened(load(step, {"about": None})["about"])
+        different = differences(about["identity"], identity)
+        if different:
+            shown = "\n  ".join(different)
+            raise OtherRun(
+                f"{self._directory} holds checkpoints of another run:\n  {shown}\n"
+                "choose another --workdir, or restore these values to continue it"
+            )
+        state = load(step, {"state": abstract_state})["state"]
+        for name, value in _named(_checksums(state)).items():
+            if int(value) != about["checksums"][name]:
+                raise Damaged(f"{name} is not what was saved")
+        return state, about
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """So that they count neither as the latest nor as one of the best."""
+        if not damaged:
+            return
+        if distributed.is_first():
+            for step in damaged:
+                place = self._directory / f"damaged-{step}"
+                if place.exists():
+                    place.rmtree()
+                (self._directory / str(step)).rename(place)
+        _sync()
+        self._checkpointer.reload()
+
+    def _remove_damaged_metrics(self) -> None:
+        """Orbax reads them all before anything else, and would not open."""
+        if distributed.is_first():
+            for file in self._directory.glob("[0-9]*/metrics/metrics"):
+                try:
+                    json.loads(file.read_text())["best"]
+                except (
+                    ValueError,
+                    KeyError,
+                ):  # bytes that are no text are a ValueError
+                    self._note(f"{file} is damaged: that checkpoint counts without it")
+                    file.unlink()
+        _sync()
+
+    def _not_written(self, error: Exception) -> OSError:
+        good = [s for s in self.steps if (self._directory / str(s)).exists()]
+        kept = (
+            f"that of step {good[-1]} is whole" if good else "there is none before it"
+        )
+        return OSError(
+            f"a checkpoint could not be written to {self._directory}; {kept}. The same "
+            f"command continues from there, once there is room.\n{_reason(error)}"
+        )
+
+
+_READ = "_read_array_index_and_device_put"
+
+
+def _hush_abandoned_reads() -> None:
+    """Orbax leaves the other reads of a checkpoint that failed to the end of the
+    process, where each may print a stack of its own after our message."""
+    before = sys.unraisablehook
+    if getattr(before, "__name__", "") == _READ:
+        return
+
+    def hook(unraisable, read=_READ):  # when it is called, globals may be gone
+        if getattr(unraisable.object, "__qualname__", "") != read:
+            before(unraisable)
+
+    hook.__name__ = _READ
+    sys.unraisablehook = hook
+
+
+def _sync() -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("pfjax.checkpoint")
+
+
+def _sealed(about: dict[str, Any]) -> dict[str, str]:
+    text = json.dumps(about)
+    return {"json": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _opened(sealed: dict[str, str]) -> dict[str, Any]:
+    if hashlib.sha256(sealed["json"].encode()).hexdigest() != sealed["sha256"]:
+        raise Damaged("what was saved about it has changed")
+    return json.loads(sealed["json"])
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [repr(error)]
+    return next((x for x in lines if "No space" in x), lines[0])[:500]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` of what differs between two flat dictionaries."""
+    absent = "(absent)"
+    return [
+        f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): x for path, x in leaves}
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(checksum, tree)
+
+
+def checksum(x: Array) -> UInt32[Array, ""]:
+    """A sum of the bits of an array: any one changed value changes it.
+
+    It does not depend on how the array is split over devices, and moves nothing
+    between them but partial sums.
+    """
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    value = x.astype(jnp.uint8) if x.dtype == bool else x
+    value = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        index += at * jnp.uint32(stride)
+    # Odd weights have inverses modulo 2^32.
+    return jnp.sum(value * (2 * index + 1), dtype=jnp.uint32)

@@ -1,0 +1,76 @@
+"""The optimiser: one optax chain for each group of parameters."""
+
+import dataclasses
+
+import jax
+import optax
+
+from pfjax.model.transformer import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float
+    log_z_learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    b1: float = 0.9
+    b2: float = 0.999
+    mu_dtype: str = "float32"  # of the first moment
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW for `{"policy": ..., "log_z": ...}`, constant rates after a warm-up.
+
+    Each group is clipped by its own global norm: the policy's update must not
+    shrink because log Z' is off. The rate of log Z' is about how far, in nats, one
+    update may move it, whatever the width: Adam moves every entry of a matrix alike,
+    so its rate there is divided by the inputs that an output sums over. log Z' is
+    not decayed.
+    """
+
+    def rate(peak: float) -> optax.Schedule:
+        # Step i of the warm-up uses (i + 1) / warmup_steps: no step is lost at 0.
+        warmup = max(config.warmup_steps, 1)
+        return optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
+
+    def chain(peak: float, decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(
+                rate(peak),
+                b1=config.b1,
+                b2=config.b2,
+                weight_decay=decay,
+                # The second stays float32: a thousandth of it, which an update may
+                # add, is lost in 8 bits.
+                mu_dtype=config.mu_dtype,
+                mask=_is_matrix,
+            ),
+        )
+
+    per_input = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u: u / u.shape[0] if u.ndim == 2 else u, updates
+        )
+    )
+    groups = {
+        "policy": chain(config.learning_rate, config.weight_decay),
+        "log_z": optax.chain(chain(config.log_z_learning_rate, 0.0), per_input),
+    }
+    return optax.partition(groups, param_labels={"policy": "policy", "log_z": "log_z"})
+
+
+def _is_matrix(params: Params) -> Params:
+    """Norm scales and biases, stacked along layers or not, are not decayed."""
+
+    def decayed(path, _):
+        name = str(path[-1].key)
+        return (
+            "norm" not in name
+            and name[:2] not in ("bq", "bk", "bv", "bo", "b_")
+            and (name not in ("bias", "scale"))
+        )
+
+    return jax.tree_util.tree_map_with_path(decayed, params)

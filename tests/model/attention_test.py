@@ -1,0 +1,284 @@
+"""Attention over packed rows: every back end against a dense oracle in float64.
+
+Kernels run in interpreters here; `launch/benchmark.sh` runs them natively.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pfjax.batch import pack
+from pfjax.infra import sharding
+from pfjax.model import attention, chunked_attention
+
+NATIVE = {"gpu": ["triton", "cudnn"], "tpu": ["splash"]}
+BACKENDS = [
+    "plain",
+    "chunked",
+    *NATIVE.get(jax.default_backend(), ["splash_interpret", "triton_interpret"]),
+    *([] if jax.default_backend() == "gpu" else ["cudnn_emulated"]),
+]
+B, T, H, K, C = 2, 300, 4, 2, 64  # rows that are no whole number of blocks
+
+
+@pytest.fixture
+def data(rng):
+    """Queries, keys, values, segments, and what to multiply the output by."""
+    lengths = ([150, 3, 97, 40], [129, 128, 30])
+    segment_ids = np.zeros((B, T), np.int32)
+    for row, some in enumerate(lengths):
+        used = np.repeat(np.arange(len(some)) + 1, some)
+        segment_ids[row, : len(used)] = used
+    draw = lambda heads: rng.standard_normal((B, T, heads, C)).astype(np.float32)
+    q, k, v, weight = draw(H), draw(K), draw(K), draw(H)
+    return q, k, v, segment_ids, weight * (segment_ids > 0)[..., None, None]
+
+
+def _emulated(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, **kwargs):
+    """What cuDNN's packed attention is documented to do, and no more: NaN elsewhere."""
+    assert kwargs["qkv_layout"] == "BTNH" and q.dtype.itemsize == 2
+    assert kwargs["mask_type"].name == "PADDING_CAUSAL"
+    assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
+    assert q_offsets.shape[1] == q_seqlen.shape[1] + 1 and k.shape == q.shape
+    at = jnp.arange(q.shape[1])
+
+    def segment(i):
+        first, end = q_offsets[:, i, None], (q_offsets[:, i] + q_seqlen[:, i])[:, None]
+        return (q_seqlen[:, i, None] > 0) & (at[None] >= first) & (at[None] < end)
+
+    member = jnp.stack([segment(i) for i in range(q_seqlen.shape[1])], axis=-1)
+    same = (member[:, :, None] & member[:, None]).any(-1)
+    mask = same & (at[None, :, None] >= at[None, None])
+    logits = scale * jnp.einsum("bthc,bshc->bhts", q, k).astype(jnp.float32)
+    weights = jax.nn.softmax(logits, where=mask[:, None])
+    out = jnp.einsum("bhts,bshc->bthc", weights.astype(q.dtype), v)
+    return jnp.where(member.any(-1)[..., None, None], out, jnp.nan).astype(q.dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request, monkeypatch):
+    """The back end, and how far its rounding may take it."""
+    name = request.param
+    if name == "cudnn_emulated":
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+        monkeypatch.setattr(cudnn, "dot_product_attention", _emulated)
+        name = "cudnn"
+    is_half = name == "cudnn"
+    # Natively TPUs and GPUs multiply float32 in fewer bits.
+    native = jax.default_backend() != "cpu" and name != "plain"
+    tolerance = 3e-2 if is_half or native else 5e-6
+
+    def attend(q, k, v, segment_ids):
+        if is_half:
+            q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        out = attention.packed_attention(q, k, v, segment_ids, name, max_segments=5)
+        return out.astype(jnp.float32)
+
+    return jax.jit(attend), tolerance
+
+
+def _oracle(q, k, v, segment_ids, weight):
+    """Output, and gradients of its product with `weight`, by the formulas."""
+    q, k, v, weight = (x.astype(np.float64) for x in (q, k, v, weight))
+    mask = segment_ids[:, :, None] == segment_ids[:, None]
+    mask &= np.tril(np.ones((T, T), bool))
+    k, v = (np.repeat(x, H // K, axis=2) for x in (k, v))
+    logits = np.einsum("bthc,bshc->bhts", q, k) * C**-0.5
+    p = np.exp(np.where(mask[:, None], logits, -np.inf))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("bthc,bshc->bhts", weight, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * C**-0.5
+    grouped = lambda x: x.reshape(B, T, K, H // K, C).sum(3)
+    return np.einsum("bhts,bshc->bthc", p, v), (
+        np.einsum("bhts,bshc->bthc", ds, k),
+        grouped(np.einsum("bhts,bthc->bshc", ds, q)),
+        grouped(np.einsum("bhts,bthc->bshc", p, weight)),
+    )
+
+
+def _gradients(attend, q, k, v, segment_ids, weight):
+    loss = lambda q, k, v: jnp.sum(weight * attend(q, k, v, segment_ids))
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+
+def test_equals_dense_attention_forward_and_backward(data, run):
+    attend, tolerance = run
+    want, want_gradients = _oracle(*data)
+    out = attend(*data[:4])
+    assert np.isfinite(out).all()
+    is_real = data[3] > 0
+    np.testing.assert_allclose(out[is_real], want[is_real], atol=tolerance)
+    for a, b in zip(_gradients(attend, *data), want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+def test_is_causal_and_keeps_segments_apart(data, run):
+    """Bit for bit: what a token may not see does not reach it."""
+    attend, _ = run
+    q, k, v, segment_ids, _ = data
+    before = np.asarray(attend(q, k, v, segment_ids))
+    at = 200  # in the third segment of the first row
+    changed = [x.copy() for x in (q, k, v)]
+    for x in changed:
+        x[0, at] += 1.0
+    after = np.asarray(attend(*changed, segment_ids))
+    same_segment = segment_ids == segment_ids[0, at]
+    same_segment[1] = False
+    may_see = same_segment & (np.arange(T) >= at)
+    is_other = (segment_ids > 0) & ~may_see
+    np.testing.assert_array_equal(after[is_other], before[is_other])
+    assert (np.abs(after[may_see] - before[may_see]).max(axis=(1, 2)) > 1e-6).all()
+
+
+def test_no_gradient_flows_to_what_a_token_does_not_see(data, run):
+    attend, _ = run
+    q, k, v, segment_ids, _ = data
+    at = 200
+    pick = np.zeros((B, T, H, C), np.float32)
+    pick[0, at] = 1.0
+    gradients = _gradients(attend, q, k, v, segment_ids, pick)
+    sees = np.zeros((B, T), bool)
+    sees[0] = (segment_ids[0] == segment_ids[0, at]) & (np.arange(T) <= at)
+    for name, x in zip("qkv", gradients, strict=True):
+        reached = np.abs(x).max(axis=(2, 3)) > 0
+        assert not (reached & ~sees).any(), name
+    np.testing.assert_array_equal(np.abs(gradients[2]).max(axis=(2, 3)) > 0, sees)
+
+
+def test_a_row_of_padding_yields_numbers(data, run):
+    attend, _ = run
+    q, k, v, segment_ids, weight = data
+    nothing = np.zeros_like(segment_ids)
+    assert np.isfinite(attend(q, k, v, nothing)).all()
+    gradients = _gradients(attend, q, k, v, nothing, 0 * weight)
+    assert all((np.asarray(x) == 0).all() for x in gradients)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("backend", ["chunked", "splash_interpret"])
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (2, 2, 2)])
+def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
+    """Two key heads on a "tensor" axis of four are repeated, their gradients summed."""
+    *args, weight = (np.concatenate([x, x[::-1]]) for x in data)
+    want = attention.packed_attention(*args, "plain")
+    run = functools.partial(attention.packed_attention, backend="plain")
+    want_gradients = _gradients(run, *args, weight)
+    mesh = sharding.make_mesh(*sizes)
+    run = functools.partial(attention.packed_attention, backend=backend)
+    split = NamedSharding(mesh, P(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        put = [jax.device_put(x, split) for x in args]
+        got = jax.jit(run)(*put)
+        gradients = _gradients(run, *put, weight)
+    is_real = args[3] > 0
+    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
+
+
+def test_chunked_memory_grows_with_the_row_not_with_its_square():
+    def temporaries(t):
+        one = jax.ShapeDtypeStruct((1, t, H, C), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, t), jnp.int32)
+        loss = lambda *a: attention.packed_attention(*a, "chunked").sum()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(one, one, one, ids)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 2.2 * temporaries(4096)
+
+
+def test_chunked_skips_blocks_of_other_segments(data, monkeypatch):
+    """Blocks that no query sees may hold NaN."""
+    q, k, v, segment_ids, weight = data
+    monkeypatch.setattr(chunked_attention, "_BLOCK", 50)
+    segment_ids = np.where(np.arange(T) < 150, 1, 2)[None].repeat(B, 0)
+    k, v = (x.copy() for x in (k, v))
+    k[:, :150] = v[:, :150] = np.nan
+    weight = weight * (segment_ids == 2)[..., None, None]
+    run = functools.partial(attention.packed_attention, backend="chunked")
+    assert np.isfinite(run(q, k, v, segment_ids)[:, 150:]).all()
+
+
+def test_segment_extents():
+    ids = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
+    length, offset = attention.segment_extents(ids, 4)
+    np.testing.assert_array_equal(length, [[3, 2, 1, -1], [6, -1, -1, -1]])
+    np.testing.assert_array_equal(offset, [[0, 3, 5, 6, -1], [0, 6, -1, -1, -1]])
+
+
+def test_cudnn_refuses_float32(data):
+    with pytest.raises(ValueError, match="16 bits, not in float32"):
+        attention.packed_attention(*data[:4], "cudnn")
+
+
+@pytest.mark.parametrize(
+    "platform, kind, head_dim, want",
+    [
+        ("cpu", "cpu", 128, "chunked"),
+        ("tpu", "TPU v5 lite", 128, "splash"),
+        ("tpu", "TPU v6 lite", 80, "chunked"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", 128, "triton"),
+        ("gpu", "NVIDIA H100 80GB HBM3", 80, "chunked"),
+        ("gpu", "NVIDIA H100 80GB HBM3", 128, "cudnn"),
+    ],
+)
+def test_back_end_of_the_devices_of_the_mesh(
+    monkeypatch, platform, kind, head_dim, want
+):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    device = AbstractDevice(kind, num_cores=1, platform=platform)
+    mesh = AbstractMesh(
+        (1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        abstract_device=device,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention.chosen("auto", head_dim, "bfloat16") == want
+        if want == "cudnn":  # not for float32, nor where JAX computed it wrongly
+            assert attention.chosen("auto", head_dim, "float32") == "triton"
+            monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+            assert attention.chosen("auto", head_dim, "bfloat16") == "triton"
+
+
+def test_packed_rows_have_contiguous_segments(rng):
+    """What the back ends rely on."""
+    sequences = [rng.integers(1, 9, size=n) for n in rng.integers(2, 30, size=50)]
+    batch, _, _ = pack(
+        sequences, np.ones(50, int), rows=2, row_length=64, slots=16, micro_batches=20
+    )
+    ids = batch.segment_ids.reshape(-1, 64)
+    changes = (ids[:, 1:] != ids[:, :-1]).sum(1)
+    segments = [len(np.unique(row)) for row in ids]
+    np.testing.assert_array_equal(changes + 1, segments)
+
+
+def test_triton_kernel_lowers_for_cuda():
+    """On a machine without a GPU: as far as Triton's language, forward and backward."""
+    bf16 = lambda h: jax.ShapeDtypeStruct((2, 512, h, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+
+    def run(q, k, v, ids):
+        loss = lambda *x: attention.packed_attention(*x, ids, "triton").sum()
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh(
+        (1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        abstract_device=device,
+    )
+    check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(
+            jax.jit(run), platforms=["cuda"], disabled_checks=[check]
+        )(bf16(12), bf16(2), bf16(2), ids)
+    # Forward, the preparation of the backward pass, and the backward pass.
+    assert exported.mlir_module().count("custom_call @__gpu$xla.gpu.triton") == 3

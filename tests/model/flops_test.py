@@ -1,0 +1,77 @@
+"""FLOPs against hand-worked numbers and XLA's own count."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pfjax.infra import hardware
+from pfjax.model import flops, log_probs, transformer
+
+
+def test_one_sequence_by_hand(tiny_config):
+    # D 16, H C 32, K C 16, F 32: 16 (32 + 16 + 16) + 32 x 16 + 3 x 16 x 32 = 3,072
+    # weights a layer, two layers.
+    assert flops.weights_a_token(tiny_config) == 6144
+    # 10 tokens attend to 55: 4 x 2 layers x 4 heads x 8 wide; 6 logits of 16 words.
+    got = flops.forward_flops(tiny_config, np.array([10]), np.array([6]))
+    assert got == 2 * 6144 * 10 + 4 * 2 * 32 * 55 + 2 * 16 * 16 * 6
+    assert flops.update_flops(tiny_config, np.array([10]), np.array([4])) == 4 * got
+
+
+def test_adapters_spare_the_gradient_of_what_is_frozen(tiny_config):
+    config = dataclasses.replace(tiny_config, lora_rank=2)
+    lengths, prompts = np.array([10]), np.array([4])
+    whole = flops.update_flops(tiny_config, lengths, prompts)
+    adapted = flops.update_flops(config, lengths, prompts)
+    adapters = flops.weights_a_token(config) - 6144
+    spared = 2 * (6144 * 10 + 16 * 16 * 6)
+    assert adapted == whole + 4 * 2 * adapters * 10 - spared
+
+
+def test_agrees_with_xla(tiny_config):
+    """One layer, all logits, the square of attention: what XLA multiplies."""
+    config = dataclasses.replace(
+        tiny_config, num_layers=1, attention="plain", embed_dim=64, mlp_dim=256
+    )
+    t = 32
+    params = transformer.init_params(config, jax.random.key(0))
+    tokens = np.zeros((1, t), np.int32)
+
+    def run(params):
+        hidden, _ = transformer.forward_packed(
+            config, params, tokens, tokens, tokens + 1
+        )
+        return log_probs.logits(hidden, transformer.head_weight(params))
+
+    counted = jax.jit(run).lower(params).compile().cost_analysis()["flops"]
+    ours = flops.forward_flops(config, np.array([t]), np.array([t]))
+    # XLA counts masked pairs too, and norms, activations and the softmax.
+    pairs = 4 * 32 * (t * t - t * (t + 1) / 2)
+    assert ours + pairs <= counted <= 1.15 * (ours + pairs)
+
+
+@pytest.mark.parametrize(
+    "kind, want",
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v5e", "v5e"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("cpu", None),
+    ],
+)
+def test_devices_by_name(kind, want):
+    assert hardware.chip_of(kind) == (want and hardware.CHIPS[want])
+
+
+def test_mfu_is_a_share_of_the_peak(monkeypatch):
+    assert hardware.mfu(1e12, 1.0) is None  # nobody knows the peak of a CPU
+    monkeypatch.setitem(
+        hardware.CHIPS, "x", hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
+    )
+    assert hardware.mfu(8 * 197e12, 2.0) == pytest.approx(0.5)  # 8 devices

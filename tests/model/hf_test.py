@@ -1,0 +1,243 @@
+"""Folders in and out: exact, strict, whole or not at all."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from pfjax.infra import sharding
+from pfjax.model import hf, tokenizer, transformer, weights
+from tests.conftest import run_on_two_processes
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_policy):
+    hf.save(tiny_policy, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def _edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    edit(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def test_saved_and_loaded_is_the_same(folder, tiny_policy):
+    loaded = hf.load(folder)
+    assert loaded.config == tiny_policy.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_policy.params)
+
+
+def test_many_files_load_like_one_onto_a_mesh(
+    folder, tiny_policy, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 4_000)
+    hf.save(tiny_policy, tmp_path / "many", base=folder)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    loaded = hf.load(tmp_path / "many", mesh)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_policy.params)
+    assert loaded.params["blocks"]["wq"].sharding.spec == jax.P(
+        None, "fsdp", "tensor", None
+    )
+    assert loaded.params["head"].sharding.spec == jax.P(("fsdp", "tensor"), None)
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_one_error(folder):
+    def edit(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.surprise"] = np.zeros(3, np.float32)
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-1]
+
+    _edit_tensors(folder, edit)
+    with pytest.raises(ValueError) as error:
+        hf.load(folder)
+    text = str(error.value)
+    assert "missing model.norm.weight [16]" in text
+    assert "unexpected model.layers.0.surprise" in text
+    assert "up_proj.weight has shape [31, 16], expected [32, 16]" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gpt2"},
+        {"use_sliding_window": True, "sliding_window": 64},
+        {"unheard_of": 0.5},
+        {"auto_map": {"AutoModel": "modeling.Model"}},
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear"}},
+        {"rope_theta": 5e5},
+    ],
+)
+def test_fields_that_change_the_result_are_refused_by_name(folder, change):
+    _edit_config(folder, **change)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        hf.load(folder)
+
+
+def test_what_is_no_model_is_said(tmp_path, folder):
+    with pytest.raises(ValueError, match="does not exist"):
+        hf.load(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no config.json"):
+        hf.load(tmp_path / "empty")
+    with pytest.raises(ValueError, match="could not be fetched"):
+        hf.load("someone/some-model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+        hf.load(folder)
+
+
+def test_a_hub_id_with_a_revision_comes_from_the_local_cache_when_offline(
+    folder, tmp_path, monkeypatch, tiny_policy
+):
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub/models--someone--small"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/v2").write_text(commit)
+    shutil.copytree(folder, repo / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path / "hub")
+    for revision in ("v2", commit):
+        loaded = hf.load(f"someone/small@{revision}")
+        assert loaded.config == tiny_policy.config
+    with pytest.raises(ValueError, match="someone/small@v1.* could not be fetched"):
+        hf.load("someone/small@v1")
+
+
+def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(folder):
+    def copy_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    _edit_config(folder, tie_word_embeddings=True)
+    _edit_tensors(folder, copy_head)
+    assert "head" not in hf.load(folder).params
+    # Only that one is let through.
+    _edit_tensors(folder, lambda t: t.update(other=np.zeros(1, np.float32)))
+    with pytest.raises(ValueError, match="unexpected other"):
+        hf.load(folder)
+
+
+def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(weights, "_write_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        hf.save(tiny_policy, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_files_are_those_of_the_library_and_keep_the_base_type(tmp_path, tiny_policy):
+    hf.save(tiny_policy, tmp_path / "half", dtype="bfloat16")
+    tensors = safetensors.numpy.load_file(tmp_path / "half/model.safetensors")
+    assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
+    assert len((tmp_path / "half/model.safetensors").read_bytes()) % 8 == 0
+    # Trained in float32, exported in the type of its base.
+    hf.save(hf.load(tmp_path / "half"), tmp_path / "again", base=tmp_path / "half")
+    for file in ("model.safetensors", "config.json"):
+        same = [(tmp_path / d / file).read_bytes() for d in ("half", "again")]
+        assert same[0] == same[1]
+
+
+def test_loading_needs_little_more_memory_than_the_model(tmp_path):
+    """500 M parameters in bfloat16, in a process of their own."""
+    config = {
+        "model_type": "qwen2", "vocab_size": 32_000, "hidden_size": 1024,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "intermediate_size": 3072, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "eos_token_id": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write = """
+import json, pathlib, sys, numpy as np, jax.numpy as jnp
+from pfjax.model import hf_config, transformer, weights
+folder = pathlib.Path(sys.argv[1])
+block = np.random.default_rng(0).integers(0, 2**15, 2**20).astype(np.uint16)
+class Leaf:
+    def __init__(self, shape): self.shape = shape
+shapes = transformer.abstract_params(hf_config.read(folder))
+dtype = jnp.dtype("bfloat16")
+tensors = [
+    (name, shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
+    for name, shape, _ in weights._hf_tensors(shapes, dtype)
+]
+weights._write_file(folder / "model.safetensors", tensors, dtype)
+"""
+    read = """
+import resource, sys, jax
+from pfjax.model import hf
+jax.numpy.zeros(1).block_until_ready()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+policy = hf.load(sys.argv[1], dtype="bfloat16")
+jax.block_until_ready(policy.params)
+size = sum(x.nbytes for x in jax.tree.leaves(policy.params))
+print(size, (peak() - before) / size)
+"""
+    for code in (write, read):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    size, ratio = done.stdout.split()
+    assert int(size) > 2 * 450e6
+    assert float(ratio) < 1.5
+
+
+def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
+    """A model in many files onto 2 processes of 4 devices, and out of them again."""
+    out = tmp_path / "out"
+    code = """
+from pfjax.infra import sharding
+from pfjax.model import hf
+source, out = args
+policy = hf.load(source, sharding.make_mesh(data=1, fsdp=4, tensor=2))
+assert not policy.params["head"].is_fully_addressable
+hf.save(policy, out)
+"""
+    run_on_two_processes(code, folder, out)
+    loaded = hf.load(out)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_policy.params)
+
+
+def test_embedded_model_loads_and_reads_its_prompts():
+    policy = hf.load("pfjax/toy")
+    tok = tokenizer.load("pfjax/toy")
+    ids = tokenizer.encode_prompt(tok, "47+35")
+    assert tok.convert_ids_to_tokens(ids) == [
+        "<|user|>", "4", "7", "+", "3", "5", "<|assistant|>",
+    ]  # fmt: skip
+    assert tokenizer.stop_ids(tok, policy.config.stop_ids) == (tok.eos_token_id,)
+    text = "7+5=12,4+3+1=8;\\boxed{82}"
+    assert tokenizer.decode(tok, tok.encode(text) + [tok.eos_token_id]) == text
+    assert sum(x.size for x in jax.tree.leaves(policy.params)) < 1_000_000
+
+
+def test_abstract_parameters_match_initialised_ones(tiny_config):
+    made = transformer.init_params(tiny_config, jax.random.key(0))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)),
+        transformer.abstract_params(tiny_config),
+        made,
+    )

@@ -1,0 +1,268 @@
+"""The same numbers as transformers, over families and every field that matters."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from pfjax.model import hf, hf_config, log_probs, rope, transformer
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+# name -> (model_type, what differs from SMALL). Between them: kv heads 1, 2, equal;
+# tied and untied; theta 1e4, 5e5, 1e6; every scaling; every bias.
+CASES = {
+    "qwen2": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-untied": (
+        "qwen2",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": 1e6}},
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_theta": 1e6, **YARN}},
+    ),
+    "qwen3": (
+        "qwen3",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": {"rope_theta": 1e6},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-bias": (
+        "qwen3",
+        {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True},
+    ),
+    "llama": (
+        "llama",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": 5e5}},
+    ),
+    "llama-llama3": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 5e5, **LLAMA3},
+        },
+    ),
+    "llama-linear-bias": (
+        "llama",
+        {
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "rope_type": "linear",
+                "factor": 3.0,
+            },
+        },
+    ),
+    "llama-dynamic": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                "rope_type": "dynamic",
+                "factor": 2.0,
+            },
+        },
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "beta_fast": 16.0,
+                "truncate": False,
+            },
+        },
+    ),
+    "mistral": (
+        "mistral",
+        {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-3},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes each model once: folder, tokens, positions, and the reference's logits."""
+    cache = {}
+
+    def make(name):
+        if name not in cache:
+            cache[name] = _make(tmp_path_factory.mktemp(name), *CASES[name])
+        return cache[name]
+
+    return make
+
+
+def _make(folder, model_type, changes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | changes))
+    reference = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in reference.parameters():  # norms and biases matter too
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    reference.save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SMALL["vocab_size"], size=(1, 48))
+    middle = rng.choice(np.arange(1, 4095), size=46, replace=False)
+    positions = np.sort(np.concatenate([[0], middle, [4095]]))[None]
+    return folder, tokens, positions, _reference_logits(reference, tokens, positions)
+
+
+def _reference_logits(reference, tokens, positions):
+    with torch.no_grad():
+        return (
+            reference(
+                torch.tensor(tokens),
+                # Given, so that gaps between positions are not taken for packing.
+                attention_mask=torch.ones(tokens.shape, dtype=torch.long),
+                position_ids=torch.tensor(positions),
+            )
+            .logits.float()
+            .numpy()
+        )
+
+
+def _logits(policy, tokens, positions):
+    hidden, _ = transformer.forward_packed(
+        policy.config, policy.params, tokens, positions, np.ones_like(tokens)
+    )
+    return np.asarray(log_probs.logits(hidden, transformer.head_weight(policy.params)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_logits_equal_those_of_transformers(made, name):
+    folder, tokens, positions, want = made(name)
+    got = _logits(hf.load(folder), tokens, positions)
+    assert want.std() > 0.3
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama-llama3", "mistral"])
+def test_bfloat16_logits_are_within_rounding(made, name):
+    """Of the same bfloat16 weights, computed by the reference in float32."""
+    folder, tokens, positions, _ = made(name)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16
+    ).float()
+    want = _reference_logits(reference, tokens, positions)
+    got = _logits(hf.load(folder, dtype="bfloat16"), tokens, positions)
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("qwen2-untied", "rope.theta", 1e4),
+        ("qwen2-yarn", "rope.kind", "default"),
+        ("qwen2-yarn", "rope.attention_factor", 1.0),
+        ("qwen2-yarn", "rope.original_positions", 64),
+        ("qwen2-yarn", "rope.beta_fast", 4.0),
+        ("qwen2-yarn", "rope.beta_slow", 8.0),
+        ("llama-yarn-mscale", "rope.truncate", True),
+        ("llama-llama3", "rope.factor", 4.0),
+        ("llama-llama3", "rope.low_freq_factor", 2.0),
+        ("llama-llama3", "rope.high_freq_factor", 16.0),
+        ("llama-llama3", "rope.original_positions", 4096),
+        ("llama-linear-bias", "rope.factor", 1.0),
+        ("mistral", "norm_eps", 1e-6),
+        ("qwen3-bias", "qkv_bias", False),
+        ("qwen3-bias", "output_bias", False),
+        ("llama-linear-bias", "mlp_bias", False),
+        ("qwen3", "qk_norm", False),
+    ],
+)
+def test_a_field_read_wrongly_would_fail_the_comparison(made, name, field, value):
+    folder, tokens, positions, want = made(name)
+    policy = hf.load(folder)
+    config = policy.config
+    if field.startswith("rope."):
+        changed = dataclasses.replace(config.rope, **{field[5:]: value})
+        assert changed != config.rope
+        config = dataclasses.replace(config, rope=changed)
+    else:
+        config = dataclasses.replace(config, **{field: value})
+    wanted = transformer.abstract_params(config)
+    params = {**policy.params}
+    params["blocks"] = {k: params["blocks"][k] for k in wanted["blocks"]}
+    got = _logits(transformer.Policy(config, params), tokens, positions)
+    assert np.abs(got - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_is_the_same_in_the_spelling_of_transformers_4(made, name, tmp_path):
+    folder = made(name)[0]
+    c = json.loads((folder / "config.json").read_text())
+    parameters = c.pop("rope_parameters")
+    c["rope_theta"] = parameters.pop("rope_theta")
+    c["torch_dtype"] = c.pop("dtype")
+    kind = parameters.pop("rope_type")
+    if kind != "default":
+        c["rope_scaling"] = {"type": kind, **parameters}
+    (tmp_path / "config.json").write_text(json.dumps(c))
+    assert hf_config.read(tmp_path) == hf_config.read(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_folders_load_in_transformers_and_are_stable(made, name, tmp_path):
+    folder, tokens, positions, want = made(name)
+    policy = hf.load(folder)
+    # With the base's files beside it, and with a config written from ours alone.
+    for base in (folder, None):
+        out = tmp_path / f"out-{base is None}"
+        hf.save(policy, out, base=base)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(out)
+        np.testing.assert_allclose(
+            _reference_logits(reference, tokens, positions), want, atol=1e-5
+        )
+    assert hf.load(out).config == policy.config
+    hf.save(hf.load(out), tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_scaled_frequencies_reduce_to_the_plain_ones():
+    plain = rope.frequencies(rope.RopeConfig(theta=1e4), 64)
+    for kind in ("linear", "yarn", "llama3"):
+        c = rope.RopeConfig(theta=1e4, kind=kind, factor=1.0, original_positions=512)
+        np.testing.assert_allclose(rope.frequencies(c, 64), plain, rtol=1e-6)
+
+
+def test_loading_casts_on_the_way(made):
+    policy = hf.load(made("llama")[0], dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(policy.params)} == {"bfloat16"}

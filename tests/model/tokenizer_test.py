@@ -1,0 +1,153 @@
+"""Tokenizers: both kinds, templates, beginning and end tokens."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+
+from pfjax.model import hf_config, tokenizer
+
+# As Qwen's: brings a system prompt of its own when the messages have none.
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] != 'system' %}system: be brief {% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}answer:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama folder with a sentencepiece model trained here, and no fast tokenizer."""
+    folder = tmp_path_factory.mktemp("sp")
+    draw = random.Random(0)
+    words = [
+        *[
+            "the",
+            "sum",
+            "of",
+            "two",
+            "and",
+            "three",
+            "is",
+            "five:",
+            "\\boxed{5}",
+            "user",
+            "system",
+            "be",
+            "brief",
+        ]
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(draw.choices(words, k=12)) for _ in range(500)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        bos_id=1,
+        eos_id=2,
+        unk_id=0,
+        pad_id=-1,
+        user_defined_symbols=["<|im_end|>"],
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "add_bos_token": True,
+            }
+        )
+    )
+    config = {
+        "model_type": "llama", "vocab_size": 40, "hidden_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_sentencepiece_text_survives_and_begins_once(folder):
+    tok = tokenizer.load(folder)
+    text = "the sum of two and three is \\boxed{5}"
+    ids = tokenizer.encode_prompt(tok, text)
+    assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+    assert tokenizer.decode(tok, ids) == text
+
+
+def test_template_writes_the_beginning_and_nobody_adds_another(folder):
+    tok = tokenizer.load(folder)
+    tok.chat_template = TEMPLATE
+    ids = tokenizer.encode_prompt(tok, "the sum")
+    assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+    text = tokenizer.decode(tok, ids)
+    assert text.split() == [
+        "system:",
+        "be",
+        "brief",
+        "user:",
+        "the",
+        "sum",
+        "answer:",
+    ]
+
+
+def test_a_system_prompt_of_the_prompts_own_stands_alone(folder):
+    tok = tokenizer.load(folder)
+    tok.chat_template = TEMPLATE
+    messages = [
+        {"role": "system", "content": "the \\boxed{}"},
+        {"role": "user", "content": "two"},
+    ]
+    text = tokenizer.decode(tok, tokenizer.encode_prompt(tok, messages))
+    assert text.split() == ["system:", "the", "\\boxed{}", "user:", "two", "answer:"]
+
+
+def test_messages_need_a_template(folder):
+    tok = tokenizer.load(folder)
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.encode_prompt(tok, [{"role": "user", "content": "two"}])
+
+
+def test_every_stop_id_counts(folder, tmp_path):
+    """The config's, the generation config's (a list), and the tokenizer's differ."""
+    tok = tokenizer.load(folder)
+    im_end = tok.convert_tokens_to_ids("<|im_end|>")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    generation = {"eos_token_id": [7, im_end]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    from_files = hf_config.read(tmp_path).stop_ids
+    assert set(from_files) == {2, 7, im_end}
+    tok.eos_token = "<|im_end|>"
+    assert set(tokenizer.stop_ids(tok, (7,))) == {7, im_end}
+    tok.eos_token = None
+    with pytest.raises(ValueError, match="would never stop"):
+        tokenizer.stop_ids(tok, ())
+
+
+def test_what_a_template_ends_a_turn_with_ends_a_response(folder):
+    """Qwen's base models: the config and the tokenizer name <|endoftext|> only."""
+    tok = tokenizer.load(folder)
+    tok.add_special_tokens(
+        {"additional_special_tokens": ["<|im_end|>", "<|im_start|>"]}
+    )
+    im_end = tok.convert_tokens_to_ids("<|im_end|>")
+    tok.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id, im_end}
+    tok.chat_template = TEMPLATE  # ends turns with nothing
+    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id}
+
+
+def test_a_folder_without_a_tokenizer_is_said(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="no tokenizer could be read"):
+        tokenizer.load(tmp_path)

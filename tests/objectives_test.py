@@ -1,0 +1,136 @@
+"""Every objective by hand; rewards of answers made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfjax import objectives
+from pfjax.objectives import Coefficients
+from pfjax.tasks import grading, rewards
+
+# Three trajectories: m = -1, -2, -0.5; m0 = -1.5, -2, -1.
+Y = objectives.Trajectories(
+    log_pf=np.array([-2.0, -2.0, -2.0]),
+    log_p_base=np.array([-3.0, -2.0, -4.0]),
+    log_z=np.array([-1.0, -1.0, -2.0]),
+    length=np.array([2.0, 1.0, 4.0]),
+    psi=np.array([0.0, 0.0, -0.5]),
+    weight=np.array([1.0, 0.8, 1.28]),
+    advantage=np.array([1.0, -1.0, 0.5]),
+    log_ratio=np.array([0.2, -0.4, 2.0]),
+    capped=np.array([2.1, 0.7, 4.8]),
+    floored=np.array([2.3, 0.8, 5.2]),
+    kl=np.array([0.1, 0.2, 0.4]),
+    prefix_variance=np.array([0.0, 0.5, 3.0]),
+)
+Y = objectives.Trajectories(*(jnp.asarray(x, jnp.float32) for x in Y))
+C = Coefficients(alpha=4.0, beta=2.0, kl=0.5, low=0.8, high=1.28)
+
+
+def _check(name, residual, loss, c=C):
+    got_loss, got_residual = objectives.OBJECTIVES[name].loss(Y, c)
+    np.testing.assert_allclose(got_residual, residual, rtol=1e-6)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
+
+
+def test_balance_by_hand():
+    w = np.array([1.0, 0.8, 1.28])
+    # log Z' + m - 4 (m0 + psi): -1-1+6, -1-2+8, -2-0.5+6.
+    _check("powerflow", [4.0, 5.0, 3.5], w * [16.0, 25.0, 12.25])
+    # The same without psi: the last is -2-0.5+4.
+    _check("tb_token", [4.0, 5.0, 1.5], w * [16.0, 25.0, 2.25])
+    # log Z + log pi - 4 log p0: -1-2+12, -1-2+8, -2-2+16.
+    _check("tb_traj", [9.0, 5.0, 12.0], w * [81.0, 25.0, 144.0])
+    # log Z' + m - m0 - 2 A: -1-1+1.5-2, -1-2+2+2, -2-0.5+1-1.
+    _check("flowrl", [-2.5, 1.0, -2.5], w * [6.25, 1.0, 6.25])
+    # log pi - 4 log p0: 10, 6, 14.
+    _check("subtb", [10.0, 6.0, 14.0], w * [0.0, 1.0, 6.0])
+    # Format alone: log Z' + m - m0 - psi: -0.5, -1, -1.
+    c = Coefficients(alpha=1.0)
+    _check("powerflow", [-0.5, -1.0, -1.0], w * [0.25, 1.0, 1.0], c)
+
+
+def test_policy_gradients_toward_the_power_by_hand():
+    w = np.array([1.0, 0.8, 1.28])
+    # residual * log pi, log pi = -2.
+    _check("rl_traj", [9.0, 5.0, 12.0], w * [-18.0, -10.0, -24.0])
+    # log Z' + (log pi - 4 log p0 + 1) / |y|: 4 + 0.5, 5 + 1, 1.5 + 0.25.
+    _check("rl_token", [4.5, 6.0, 1.75], w * [-9.0, -12.0, -3.5])
+
+
+@pytest.mark.parametrize("name", ["grpo", "ttrl", "intuitor"])
+def test_policy_gradients_of_a_reward_by_hand(name):
+    # A capped/|y| for A > 0, A floored/|y| for A < 0: 1.05, -0.8, 0.6;
+    # 0.5 kl/|y|: 0.025, 0.1, 0.05.
+    _check(name, [4.0, 5.0, 3.5], [0.025 - 1.05, 0.1 + 0.8, 0.05 - 0.6])
+
+
+def test_one_ratio_a_sequence_by_hand():
+    # exp(0.1), exp(-0.4) = 0.67 up to 0.8, exp(0.5) = 1.65 down to 1.28.
+    loss = [0.025 - np.exp(0.1), 0.1 + 0.8, 0.05 - 0.5 * 1.28]
+    _check("empo", [4.0, 5.0, 3.5], loss)
+
+
+def test_only_what_is_trained_has_a_gradient():
+    def total(part, name):
+        y = Y._replace(**part)
+        return objectives.OBJECTIVES[name].loss(y, C)[0].sum()
+
+    trained = {k: getattr(Y, k) for k in ("log_pf", "log_z", "capped", "floored", "kl")}
+    want = {
+        "powerflow": {"log_pf", "log_z"},
+        "flowrl": {"log_pf", "log_z"},
+        "rl_traj": {"log_pf"},
+        "rl_token": {"log_pf"},
+        "grpo": {"capped", "floored", "kl"},
+    }
+    for name, parts in want.items():
+        gradient = jax.grad(total)(trained, name)
+        assert {k for k, g in gradient.items() if np.abs(g).max() > 0} == parts, name
+    # Policy gradient: that of half the squared residual.
+    tb = jax.grad(total)({"log_pf": Y.log_pf}, "tb_traj")["log_pf"]
+    rl = jax.grad(total)({"log_pf": Y.log_pf}, "rl_traj")["log_pf"]
+    np.testing.assert_allclose(tb, 2 * rl, rtol=1e-6)
+
+
+def test_the_group_estimate_takes_the_mean_residual_away():
+    prompt_index = jnp.array([0, 0, 1])
+    for name, objective in objectives.OBJECTIVES.items():
+        if objectives.log_z_of(name, "group") != "group":
+            continue
+        _, at_zero = objective.loss(Y._replace(log_z=0 * Y.log_z), C)
+        log_z = objectives.group_log_z(at_zero, prompt_index, 2)
+        _, residual = objective.loss(Y._replace(log_z=log_z), C)
+        np.testing.assert_allclose(residual[:2].mean(), 0.0, atol=1e-5)
+        np.testing.assert_allclose(residual[2], 0.0, atol=1e-5)
+
+
+def test_format_term_is_charged_without_a_closed_box():
+    psi = rewards.format_term([r"\boxed{1}", r"\boxed{1", "1"], -0.5)
+    np.testing.assert_array_equal(psi, np.float32([0.0, -0.5, -0.5]))
+
+
+def test_rewards_of_answers_by_hand():
+    # Two prompts of five samples: 1/2 and 0.5 are one class.
+    answers = ["0.5", "3", r"\frac{1}{2}", None, "3.0", None, None, "7", "8", None]
+    with grading.Grader() as grader:
+        got = {
+            name: rewards.of_answers(name, answers, ["3", "7"], 5, grader)
+            for name in rewards.OF_ANSWERS
+        }
+        nobody = rewards.of_answers("majority", [None, None], ["1"], 2, grader)
+    np.testing.assert_array_equal(got["correct"], [0, 1, 0, 0, 1, 0, 0, 1, 0, 0])
+    # 2 and 2: the first class wins; 1 and 1: likewise.
+    np.testing.assert_array_equal(got["majority"], [1, 0, 1, 0, 0, 0, 0, 1, 0, 0])
+    want = np.float32([0.4, 0.4, 0.4, 0.2, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])
+    np.testing.assert_array_equal(got["cluster"], want)
+    np.testing.assert_array_equal(nobody, [0, 0])
+
+
+def test_advantages_by_hand():
+    # Mean 0.5, unbiased standard deviation sqrt(1/3); and a group that is all equal.
+    got = rewards.group_normalized(np.float32([1, 0, 0, 1, 1, 1, 1, 1]), 4)
+    one = 0.5 / np.sqrt(1 / 3)
+    np.testing.assert_allclose(got[:4], [one, -one, -one, one], rtol=1e-5)
+    np.testing.assert_array_equal(got[4:], 0)

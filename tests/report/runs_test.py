@@ -1,0 +1,118 @@
+"""Folders read back, and which runs are one group."""
+
+import shutil
+
+import pytest
+
+from pfjax.report import runs
+from tests.evaluation import fake_runs
+
+
+def _groups(*folders):
+    return runs.group(runs.load([str(f) for f in folders])[0])
+
+
+def _names(tmp_path, *settings):
+    for i, some in enumerate(settings):
+        fake_runs.make(tmp_path / f"run{i:02d}", **some)
+    return [g.name for g in _groups(tmp_path)]
+
+
+def test_seeds_and_what_touches_records_or_speed_make_no_other_group(tmp_path):
+    fake_runs.make(tmp_path / "a", seed=1)
+    fake_runs.make(tmp_path / "b", seed=0, log_every=9, mesh={"data": 2})
+    fake_runs.make(tmp_path / "c", seed=0, alpha=0.5)
+    both, flat = _groups(tmp_path)
+    assert [r.config["seed"] for r in both.runs] == [0, 1]
+    assert (both.name, flat.name) == ("alpha 4", "alpha 0.5")
+    assert both.evaluated == [0, 4] and len(both.first) == 2
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    fake_runs.make(tmp_path / "a")
+    ((run,), _) = runs.load([str(tmp_path / "a")])
+    assert run.config["optim.learning_rate"] == 0.001
+    assert run.versions["jax"] == "0.10.2" and run.begun == "2026-11-24"
+    assert [r["step"] for r in run.rows] == [0, 1, 2, 3, 4]
+    first, second = runs.read_problems(run, 4)
+    assert first.key == (0, "problem 0") and len(first.samples) == 2
+    assert (first.share_right, second.share_right) == (1.0, 0.5)
+    assert runs.read_problems(run, 3) == []
+
+
+def test_names_are_the_least_that_tells_groups_apart(tmp_path):
+    one = _names(tmp_path / "one", {})
+    assert one == ["powerflow, alpha 4"]
+    by_objective = _names(
+        tmp_path / "objective",
+        {},
+        {"objective": "grpo", "optim": {"learning_rate": 0.1}},
+    )
+    assert by_objective == ["powerflow", "grpo"]
+    by_rate = _names(tmp_path / "rate", {}, {"optim": {"learning_rate": 3e-4}})
+    assert by_rate == ["learning rate 0.001", "learning rate 0.0003"]
+    # What more than three quarters have goes without saying.
+    many = [{"alpha": float(a)} for a in range(1, 6)]
+    usual = _names(tmp_path / "usual", *many, {"alpha": 1.0, "log_z": "group"})
+    assert usual[:2] == ["alpha 1", "alpha 2"] and usual[5] == "alpha 1, log z group"
+
+
+def test_a_label_names_and_merges(tmp_path):
+    for i, alpha in enumerate((4.0, 3.9)):
+        folder = fake_runs.make(tmp_path / str(i), seed=i, alpha=alpha)
+        (folder / "label.txt").write_text("sharp & sure\n")
+    fake_runs.make(tmp_path / "other", alpha=0.5)
+    labelled, other = _groups(tmp_path)
+    assert labelled.name == "sharp & sure" and len(labelled.runs) == 2
+    assert other.name == "powerflow, alpha 0.5"
+    (tmp_path / "other/label.txt").write_text("flat\n")  # none is left to be named
+    assert [g.name for g in _groups(tmp_path)] == ["sharp & sure", "flat"]
+
+
+def test_runs_are_found_below_once_and_unevaluated_ones_are_named(tmp_path):
+    fake_runs.make(tmp_path / "study/deep/a")
+    fake_runs.make(tmp_path / "study/b", answers={}, alpha=2.0)
+    found, skipped = runs.load([str(tmp_path), str(tmp_path / "study/deep")])
+    assert [r.folder.name for r in found] == ["a"] and skipped == ["b"]
+
+
+def test_mistakes_say_what_is_wrong(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in ("empty", "absent"):
+        with pytest.raises(ValueError, match=f"{path} holds no run"):
+            runs.load([str(tmp_path / path)])
+    fake_runs.make(tmp_path / "silent/a", answers={})
+    with pytest.raises(ValueError, match="holds 1 run but no evaluation"):
+        runs.load([str(tmp_path / "silent")])
+    broken = fake_runs.make(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no config of a run"):
+        runs.load([str(broken)])
+
+
+def test_a_group_goes_as_far_as_all_of_its_runs(tmp_path):
+    fake_runs.make(tmp_path / "a", seed=0)
+    early = {k: v for k, v in fake_runs.SEED_1.items() if k == 0}
+    fake_runs.make(tmp_path / "b", seed=1, answers=early)
+    (group,) = _groups(tmp_path)
+    assert group.evaluated == [0]
+    shutil.rmtree(tmp_path / "b")
+    fake_runs.make(tmp_path / "b", seed=1, answers={2: fake_runs.SEED_1[0]})
+    with pytest.raises(ValueError, match="no step that all share"):
+        _groups(tmp_path)
+
+
+def test_a_problem_cut_short_by_a_kill_is_left_out(tmp_path):
+    folder = fake_runs.make(tmp_path / "a")
+    path = folder / "completions/step_000004.jsonl"
+    path.write_text(path.read_text()[:-30])
+    ((run,), _) = runs.load([str(folder)])
+    assert [p.key[0] for p in runs.read_problems(run, 4)] == [0]
+
+
+def test_settings_are_shared_or_differ(tmp_path):
+    fake_runs.make(tmp_path / "a", seed=0)
+    fake_runs.make(tmp_path / "b", seed=1, alpha=0.5, log_z="group")
+    shared, differ = runs.settings(_groups(tmp_path))
+    assert differ == {"alpha": ["4", "0.5"], "log_z": ["not set", "group"]}
+    assert shared["optim.learning_rate"] == "0.001" and "seed" not in shared

@@ -1,0 +1,116 @@
+"""Decoding compiled for TPUs, without one: shapes of Qwen2.5-1.5B, two layers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pfjax.infra import sharding
+from pfjax.model import decode_attention, rope, transformer
+from pfjax.sampler import decode, filters
+
+SLOTS, WIDTH, LANES, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
+CONFIG = transformer.ModelConfig(
+    vocab_size=151_936,
+    embed_dim=1536,
+    num_layers=2,
+    num_heads=12,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_dim=8960,
+    rope=rope.RopeConfig(theta=1e6),
+    norm_eps=1e-6,
+    tied_embeddings=True,
+    qkv_bias=True,
+    max_positions=32_768,
+    stop_ids=(151_643,),
+    dtype="bfloat16",
+)
+SETTINGS = decode.Settings(
+    CONFIG, G, CONFIG.stop_ids, filters.ALL_TOKENS, "tpu", "bfloat16"
+)
+
+
+def _compile(mesh):
+    """The compiled program, and bytes of one layer's keys on a device."""
+    parts = sharding.batch_ways(mesh)
+    split = ("data", "fsdp")
+
+    def array(shape, dtype, *axes):
+        where = NamedSharding(mesh, P(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    int32 = lambda *shape: array((parts * shape[0], *shape[1:]), jnp.int32, split)
+    kv_axis = sharding.spec(mesh, ("kv_heads",), (CONFIG.num_kv_heads,))[0]
+
+    def caches(batch, width):
+        shapes = decode_attention.cache_shapes("tpu", parts * batch, 2, width, 128)
+        one = [array(x, jnp.bfloat16, split, kv_axis) for x in shapes]
+        return [tuple(one)] * CONFIG.num_layers
+
+    params = transformer.abstract_params(CONFIG)
+    where = sharding.tree_shardings(mesh, transformer.logical_axes(CONFIG), params)
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
+        params,
+        where,
+    )
+    weights = decode.weights.lower(CONFIG, params).compile()
+    shapes = jax.eval_shape(lambda p: decode.weights(CONFIG, p), params)
+    draw = decode.Draw(
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            weights.output_shardings,
+        ),
+        jax.eval_shape(lambda: jax.random.key(0)),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    n = PROMPTS * G
+    bools = array((parts * n,), bool, split)
+    queue = decode.Queue(
+        *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(3)), bools
+    )
+    prompts = decode.Prompts(caches(LANES, PROMPT_WIDTH), int32(LANES))
+    slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
+    log_probs = array((parts * n, WIDTH), jnp.float32, split)
+    results = decode.Results(int32(n, WIDTH), log_probs, int32(n), bools)
+    cache = caches(SLOTS, WIDTH)
+    lowered = decode.decode.lower(
+        draw, prompts, queue, slots, cache, results, s=SETTINGS, columns=G
+    )
+    per_device = SLOTS * WIDTH * 128 * 2 * (1 if kv_axis else 2)
+    return lowered.compile(), per_device
+
+
+@pytest.mark.parametrize(
+    "topology, axes",
+    [("v5e:2x2", (4, 1, 1)), ("v6e:2x2", (1, 2, 2)), ("v5p:2x2x1", (1, 1, 4))],
+)
+def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes):
+    mesh = tpu_mesh(topology, *axes)
+    with jax.set_mesh(mesh):
+        compiled, keys = _compile(mesh)
+    memory = compiled.memory_analysis()
+    own = 2 * CONFIG.num_layers * keys
+    assert own <= memory.alias_size_in_bytes < 1.1 * own
+    # Neither a copy of the caches nor the logits of more than a step.
+    assert memory.temp_size_in_bytes < keys
+    text = compiled.as_text()
+    # Prompts and own past, in each layer.
+    kernels = re.findall(r"custom-call\(.*decode_attention", text)
+    assert len(kernels) == 2 * CONFIG.num_layers, len(kernels)
+    moved = re.findall(
+        r"= (\w+)\[([\d,]*)\]\S* (?:all-\w+|reduce-scatter|collective-permute)", text
+    )
+    if mesh.shape["tensor"] == 1:
+        assert not moved
+    # Activations of a step, never weights or caches: at most slots x width of model.
+    for _, shape in moved:
+        size = 1
+        for n in shape.split(","):
+            size *= int(n or 1)
+        assert size <= SLOTS * CONFIG.embed_dim, shape

@@ -1,0 +1,57 @@
+"""Truncation keeps the tokens it says it keeps."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfjax.sampler import filters
+from pfjax.sampler.filters import Truncation
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
+LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5.0
+
+
+@pytest.mark.parametrize(
+    "kwargs, kept",
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [0, 1, 3]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.41}, [1, 3]),  # the fewest whose mass is at least p
+        ({"top_p": 0.69}, [1, 3]),
+        ({"top_p": 0.71}, [0, 1, 3]),
+        ({"min_p": 0.6}, [1, 3]),  # 0.6 x 0.4 = 0.24
+        ({"min_p": 0.2}, [0, 1, 2, 3]),
+        # 0.6 of the mass of the three that top-k leaves: 0.4 / 0.9, 0.7 / 0.9.
+        ({"top_k": 3, "top_p": 0.6}, [1, 3]),
+        ({"top_k": 2, "min_p": 0.9}, [1]),
+    ],
+)
+def test_kept_tokens_by_hand(kwargs, kept):
+    got = filters.truncate(Truncation(**kwargs), LOGITS)[0]
+    assert np.flatnonzero(got > -1e29).tolist() == kept
+    np.testing.assert_array_equal(got[np.array(kept)], LOGITS[0, np.array(kept)])
+
+
+def test_rows_have_thresholds_of_their_own():
+    logits = jnp.stack([LOGITS[0], jnp.zeros(4), -LOGITS[0]])
+    got = filters.truncate(Truncation(top_p=0.5), logits) > -1e29
+    # Equally likely tokens are all kept: none is likelier than another. The last row
+    # has 0.48, 0.24, 0.16, 0.12.
+    np.testing.assert_array_equal(got, [[0, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"top_k": -1}, "top_k must not be negative"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
+        ({"min_p": 1.0}, r"min_p must be in \[0, 1\)"),
+    ],
+)
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Truncation(**kwargs)

@@ -1,0 +1,339 @@
+r"""Grading: boxes, equality, classes, and a worker that cannot hang a run."""
+
+import time
+
+import pytest
+
+from pfjax.tasks import grading
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with grading.Grader() as g:
+        yield g
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        (r"so \boxed{82}", "82", "82"),
+        (r"\boxed{1} no, \boxed{2}", "1", "2"),
+        (r"\boxed{5} or \boxed{4}", "5", "4"),  # adjacent: one, not the set {5, 4}
+        (r"\boxed{5}. Question: 3+4? \boxed{7}", "5", "7"),
+        (r"\boxed{\frac{1}{2}} and }", r"\frac{1}{2}", r"\frac{1}{2}"),
+        (r"{\boxed{{1},2}", "{1},2", "{1},2"),
+        (r"\boxed{3} then \boxed{4", "3", "3"),
+        (r"\boxed{3 then \boxed{4}", "4", "4"),
+        (r"\boxed{x = \boxed{5}}", r"x = \boxed{5}", "5"),
+        # An escaped brace is a character.
+        (r"\boxed{\left\{ 1 \right.} }", r"\left\{ 1 \right.", r"\left\{ 1 \right."),
+        (r"\boxed{a \\} \boxed{b}", r"a \\", "b"),
+        (r"\boxed {6}", "6", "6"),
+        (r"\\boxed{6}", "6", "6"),  # escaped twice, as in JSON
+        (r"\boxed{}", "", ""),
+        ("82", None, None),
+        (r"\boxed 82", None, None),
+        (r"\boxed{5", None, None),
+        (r"\fbox{5}", None, None),
+    ],
+)
+def test_first_and_last_closed_box(text, first, last):
+    assert grading.boxed(text, "first") == first
+    assert grading.boxed(text) == grading.last_boxed(text) == last
+
+
+def test_boxes_that_never_close_take_linear_time():
+    begin = time.monotonic()
+    assert grading.boxed(r"\boxed{" * 20_000) is None
+    assert time.monotonic() - begin < 2
+
+
+RIGHT = [
+    # One number, written differently.
+    ("82", "082"),
+    ("33", "033"),
+    ("27.0", "27"),
+    ("3", "3."),
+    ("5", "+5"),
+    (r"\frac{1}{2}", "0.5"),
+    (r"\frac{1}{2}", "1/2"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac12", r"\dfrac{1}{2}"),
+    (r"1\frac{1}{2}", r"\frac{3}{2}"),
+    (r"1.5 \times 10^{3}", "1500"),
+    ("2^{10}", "1024"),
+    (r"\$5", "5"),
+    ("$5$", "5"),
+    ("2516_{8}", "2516_8"),
+    ("90", r"90^\circ"),
+    # Bare, these golds parse to nothing or to a fragment.
+    (r"\sqrt{51}", r"\sqrt{3}\sqrt{17}"),
+    ("p - q", "-q+p"),
+    (r"3\sqrt{13}", r"\sqrt{117}"),
+    ("6-5i", "6 - 5i"),
+    (r"\text{Evelyn}", "Evelyn"),
+    # Algebra.
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+    ("ab", "ba"),
+    ("x = 5", "5"),
+    ("5", "x = 5"),
+    ("y = 2x - 1", "2x - y - 1 = 0"),
+    (
+        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+        r"\begin{bmatrix} \frac{2}{2} \\ 2 \end{bmatrix}",
+    ),
+    # Words.
+    ("even", r"\text{even}"),
+    ("even", "Even"),
+    (r"\text{True}", "true"),
+    (r"\text{no solution}", r"\text{No solution.}"),
+    (r"\text{non-negative}", "nonnegative"),
+    # Choices.
+    ("A", "(A)"),
+    ("A", r"\text{A}"),
+    ("A", r"\textbf{(A)}"),
+    (r"\text{(C)}", "C"),
+    ("B", r"(\mathbf{B})"),
+    ("E", r"\text{E}"),
+    # A letter can be a number.
+    ("e", "2.718282"),
+    # A base left out is the one that was asked for.
+    ("2516_8", "2516"),
+    ("2516", "2516_8"),
+    ("(2516)_8", "2516_{8}"),
+    ("4AC_{16}", "4AC"),
+    # Lists are unordered; several golds stand in one.
+    ("1,2", "2,1"),
+    (r"\{1,2\}", "2, 1"),
+    ("$1$, $2$", "2, 1"),
+    (r"5 \text{ or } 4", "4, 5"),
+    (r"3 \pm \sqrt{2}", r"3-\sqrt{2}, 3+\sqrt{2}"),
+    ("(1,8,19), (2,7,13)", "(2,7,13), (1,8,19)"),
+    ("(1,2), (3,4)", r"(3,4) \text{ or } (1,2)"),
+    ("2x+2, x^2", "x^2, 2(x+1)"),
+    ("x=1, y=2", "y=2, x=1"),
+    # Tuples.
+    ("(1,2)", r"\left( 1, 2 \right)"),
+    (r"(3, \frac{\pi}{2})", r"(3, \pi/2)"),
+    ("(1,2)", "x=1, y=2"),
+    # Separators of thousands.
+    ("10,080", "10080"),
+    ("10{,}080", "10080"),
+    (r"10,\!080", "10080"),
+    ("11,111,111,100", "11111111100"),
+    ("12345.5", r"12\,345.5"),
+    # Percent, as harnesses for MATH have it.
+    (r"10\%", "10"),
+    ("10", r"10\%"),
+    (r"10\%", "0.1"),
+    # Intervals and inequalities.
+    ("[-2,7]", r"-2 \le x \le 7"),
+    (r"-2 \le x \le 7", "[-2,7]"),
+    ("(-2,7)", "7 > x > -2"),
+    (r"(-\infty, 3]", r"x \le 3"),
+    ("[-2,7]", r"x \in [-2,7]"),
+    (r"(-\infty,0)\cup(1,2)", r"(1,2)\cup(-\infty,0)"),
+    # Six decimals.
+    (r"\frac13", "0.333333"),
+    (r"\pi", "3.141593"),
+]
+
+WRONG = [
+    ("82", "72"),
+    ("5", "no number at all"),
+    ("2", ""),
+    ("3", "-3"),
+    ("5", "the result is 5"),
+    # Fragments of a gold.
+    (r"3\sqrt{13}", "3"),
+    ("6-5i", "5"),
+    (r"\sqrt{51}", r"\sqrt{15}"),
+    ("p - q", "q - p"),
+    # Fragments of an answer that does not parse.
+    ("3", r"\frac{1}{2} & 3"),
+    (r"\frac{1}{2}", r"5 \frac{1}{2} ??"),
+    ("1", "x² + 1"),
+    ("2", r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."),
+    (r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right.", "2"),
+    # Algebra.
+    ("1-1/e", "1+1/e"),
+    (r"1-\frac{1}{e}", r"1+\frac{1}{e}"),
+    ("3*x-1*y+13=0", "3x + 4y + 14=0"),
+    ("y=2x+3", "y=2x+4"),
+    ("4x^2+y^2=1", "x^2+4y^2=1"),
+    (r"\sin x", r"\cos x"),
+    (r"1\frac{1}{2}", r"\frac{1}{2}"),
+    (
+        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+        r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}",
+    ),
+    ("x", "y"),
+    (r"\alpha", "a"),
+    # Words.
+    ("even", "neve"),
+    ("Evelyn", "lynEve"),
+    (r"\text{Evelyn}", "lynEve"),
+    (r"\text{no}", "on"),
+    (r"\text{ab}", "ba"),
+    ("a-b-c", "abc"),
+    (r"\text{Monday}", "Tuesday"),
+    (r"\text{two}", "2"),
+    # Choices, and single letters: case is theirs.
+    (r"\textbf{(A)}", "B"),
+    ("A", "a"),
+    ("x", "X"),
+    # Bases.
+    ("2516_8", "2516_9"),
+    ("2516_8", "2516_{10}"),
+    ("$2516_8$", "2516_9"),
+    ("2516_8", "2517"),
+    ("(2516)_{8}", "(2516)_{9}"),
+    ("A_1", "A_2"),
+    # Lists, tuples, sets, thousands.
+    ("(1,2)", "1,2"),
+    ("1,2", "(1,2)"),
+    ("(1,2)", "(2,1)"),
+    (r"\{1,2\}", "(2,1)"),
+    ("1,2,3", "1,2"),
+    ("1,2", "1,2,3"),
+    ("(1,8,19), (2,7,13)", "(2,7,13), (8,1,19)"),
+    ("x=1,y=2", "x=2,y=1"),
+    ("1,000", "1,0"),
+    ("1,000", "1, 000"),
+    # Percent.
+    ("10", "0.1"),
+    (r"50\%", "5"),
+    # Intervals.
+    ("[1,2)", "(1,2]"),
+    ("[-2,7]", "-2 < x < 7"),
+    ("[-2,7]", r"x \ge -2"),
+    (r"-2 \le x \le 7", r"-2 \le y \le 7"),
+    # Too few decimals.
+    (r"\frac13", "0.333"),
+    (r"2\pi", "6.28"),
+]
+
+KNOWN_LIMITS = [
+    # Right by mistake.
+    (r"5\text{ cm}", r"5\text{ m}", True),
+    ("0.0000001", "0.0000002", True),
+    ("100,200", "100200", True),
+    ("1", "2x + z = 1", True),
+    # Wrong by mistake.
+    ("100,200", "100, 200", False),
+    ("0.5", "0,5", False),
+    ("1", r"\tan 45^\circ", False),
+    ("xyz", "zyx", False),
+    ("5", r"\textbf{(A)}\ 5", False),
+    ("A", "(A) 5", False),
+    ("2516_8", r"2516_{\text{eight}}", False),
+    (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2", False),
+    (r"\pi", "pi", False),
+    ("5", r"\approx 5 &", False),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), RIGHT)
+def test_right(grader, gold, answer):
+    assert grader.is_equal(gold, answer) and grader.timeouts == 0
+
+
+@pytest.mark.parametrize(("gold", "answer"), WRONG)
+def test_wrong(grader, gold, answer):
+    assert not grader.is_equal(gold, answer) and grader.timeouts == 0
+
+
+@pytest.mark.parametrize(("gold", "answer", "today"), KNOWN_LIMITS)
+def test_known_limit(grader, gold, answer, today):
+    assert grader.is_equal(gold, answer) is today
+
+
+def test_golds_of_this_file_equal_themselves(grader):
+    grader.check_golds([gold for gold, _ in RIGHT + WRONG] + ["5", "5"])
+
+
+@pytest.mark.parametrize("gold", ["", " ", "}{"])
+def test_a_gold_that_nothing_equals_is_named(grader, gold):
+    assert grader.is_equal(gold, gold)  # the short cut would hide it
+    with pytest.raises(
+        ValueError, match="1 gold answers.*leave their prompts out"
+    ) as e:
+        grader.check_golds(["5", gold, r"\frac{1}{2}"])
+    assert repr([gold]) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "tolerance", "want"),
+    [
+        ("1", "1.1", 0.1, True),  # 1.1 - 1 > 0.1 in floating point
+        ("7", "7.11", 0.1, False),
+        ("7", "6.9", 0.1, True),
+        (r"\frac13", "0.333", 1e-3, True),
+        (r"\frac13", "0.333", 1e-4, False),
+        (r"\frac13", "x = 0.333", 1e-3, True),
+        ("1,2", "2.05, 0.95", 0.1, True),
+        ("1,2", "2.05, 0.85", 0.1, False),
+        ("1,2", "1", 0.1, False),
+        (r"10\%", "10", 1e-3, True),  # what is equal without it stays equal
+        ("x", "1", 0.1, False),
+        ("5", "1" + "0" * 400, 0.1, False),  # an infinite float
+        (r"5, \pi", "3.1, 5.01", 0.1, True),
+    ],
+)
+def test_numbers_within_a_tolerance(grader, gold, answer, tolerance, want):
+    assert grader.is_equal(gold, answer, tolerance) is want
+    assert grader.timeouts == 0
+
+
+def test_a_verdict_is_remembered_for_its_tolerance_only(grader):
+    assert not grader.is_equal("11", "11.05")
+    assert grader.is_equal("11", "11.05", 0.1)
+    assert not grader.is_equal("11", "11.05", 0.01)
+
+
+def test_the_description_changes_with_what_moves_a_verdict():
+    about = grading.Grader(deadline_seconds=2.0).describe()
+    assert about["grader"] == "math-verify" and about["version"][0].isdigit()
+    assert about["deadline_seconds"] == 2.0
+    assert about["rules"] == grading.RULES_VERSION
+
+
+def test_classes_are_by_meaning(grader):
+    answers = ["0.5", None, r"\frac{1}{2}", "3", "0.5", "1/2"]
+    assert grader.classes(answers) == [0, -1, 0, 1, 0, 0]
+
+
+def test_members_of_a_class_equal_each_other_both_ways(grader):
+    assert grader.is_equal("1", "2x + z = 1") and not grader.is_equal("2x + z = 1", "1")
+    assert grader.classes(["1", "2x + z = 1"]) == [0, 1]
+    assert grader.classes(["2x + z = 1", "1"]) == [0, 1]
+
+
+def test_empty_boxes_are_no_class(grader):
+    assert grader.classes(["", "5", " ", "5.0", ""]) == [-1, 0, -1, 0, -1]
+
+
+def test_arithmetic_without_end_is_cut_off_and_the_next_answer_graded():
+    with grading.Grader(deadline_seconds=3.0) as grader:
+        assert grader.is_equal("4", "2+2")
+        begin = time.monotonic()
+        assert not grader.is_equal("7", "9^{9^{9^9}}+1")
+        assert time.monotonic() - begin < 20
+        assert grader.timeouts == 1
+        assert grader.is_equal("6", "3+3")
+
+
+def test_an_answer_without_end_costs_its_deadline_once():
+    with grading.Grader(deadline_seconds=2.0) as grader:
+        answers = ["5", "9^{9^{9^9}}+1", "6", "7", "9^{9^{9^9}}+1", "5.0"]
+        assert grader.classes(answers) == [0, 1, 2, 3, 1, 0]
+        assert grader.timeouts == 1
+
+
+def test_a_worker_that_died_is_replaced():
+    with grading.Grader() as grader:
+        assert grader.is_equal("6", "3+3")
+        grader._worker.kill()
+        grader._worker.wait()
+        assert grader.is_equal("8", "4+4") and grader.timeouts == 0

@@ -1,0 +1,153 @@
+"""Checkpoints: which are kept, on which mesh they come back, what a checksum notices.
+
+Kills, damage and full disks are in tests/faults_test.py.
+"""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pfjax.infra import sharding
+from pfjax.trainer import checkpoint
+
+IDENTITY = {"alpha": 4.0, "base": "0123"}
+
+
+def _about(step):
+    return {"step": step, "prompts": 8 * step, "identity": IDENTITY}
+
+
+def _state(mesh, scale=1.0):
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {
+        "w": jax.device_put(scale * jnp.arange(32.0).reshape(8, 4), split),
+        "half": jax.device_put(jnp.arange(8, dtype=jnp.bfloat16), split),
+        "step": jax.device_put(jnp.int32(3), sharding.replicated(mesh)),
+    }
+
+
+def _abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path):
+    metric = {1: 0.5, 2: 0.9, 3: 0.1, 4: None, 5: 0.2, 6: None}
+    state = _state(sharding.make_mesh(1, -1, 1))
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        for step, value in metric.items():
+            checkpoints.save(step, state, _about(step), value)
+        checkpoints.wait()
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        assert checkpoints.steps == [2, 5, 6]
+        checkpoints.save(7, state, _about(7), 0.95)
+        checkpoints.save(8, state, _about(8), 0.3)
+        checkpoints.save(9, state, _about(9))
+        checkpoints.wait()
+        assert checkpoints.steps == [7, 8, 9]
+
+
+def test_a_state_comes_back_on_another_mesh(tmp_path):
+    state = _state(sharding.make_mesh(1, 8, 1))
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        assert checkpoints.restore(_abstract(state), IDENTITY) is None
+        checkpoints.save(3, state, _about(3))
+        checkpoints.wait()
+        other = _state(sharding.make_mesh(2, 1, 4), scale=0.0)
+        found, about = checkpoints.restore(_abstract(other), IDENTITY)
+    assert about["prompts"] == 24
+    assert found["w"].sharding == other["w"].sharding != state["w"].sharding
+    for name in state:
+        np.testing.assert_array_equal(found[name], state[name])
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path):
+    state = _state(sharding.make_mesh(1, -1, 1))
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        checkpoints.save(3, state, _about(3))
+        checkpoints.wait()
+        with pytest.raises(checkpoint.OtherRun, match=r"alpha: 4.0 -> 2.0"):
+            checkpoints.restore(_abstract(state), {**IDENTITY, "alpha": 2.0})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
+def test_a_checksum_notices_one_changed_value_and_an_exchange(rng, dtype):
+    x = rng.normal(size=(5, 7, 3)) * 100
+    x = np.asarray(jnp.asarray(x > 0 if dtype == "bool" else x).astype(dtype))
+    want = int(checkpoint.checksum(jnp.asarray(x)))
+    for at in ((0, 0, 0), (4, 6, 2), (2, 3, 1)):
+        y = x.copy()
+        bits = y.view(f"u{y.dtype.itemsize}")
+        bits[at] ^= 1
+        assert int(checkpoint.checksum(jnp.asarray(y))) != want
+    swapped = x[::-1].copy()
+    assert int(checkpoint.checksum(jnp.asarray(swapped))) != want
+
+
+def test_a_checksum_does_not_depend_on_the_mesh(rng):
+    x = rng.normal(size=(16, 8)).astype(np.float32)
+    sums = set()
+    for sizes in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
+        mesh = sharding.make_mesh(*sizes)
+        for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data",))):
+            y = jax.device_put(x, NamedSharding(mesh, spec))
+            sums.add(int(jax.jit(checkpoint.checksum)(y)))
+    assert len(sums) == 1
+    # By hand: bits of 1.0 and 2.0, weights 1 and 3.
+    bits = (0x3F800000 + 3 * 0x40000000) % 2**32
+    assert int(checkpoint.checksum(jnp.array([1.0, 2.0]))) == bits
+
+
+DAMAGE = {
+    "truncated": lambda f: f.write_bytes(f.read_bytes()[: f.stat().st_size // 2]),
+    "emptied": lambda f: f.write_bytes(b""),
+    "changed": lambda f: f.write_bytes(_flipped(f.read_bytes())),
+    "removed": lambda f: f.unlink(),
+}
+
+
+def _flipped(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(tmp_path, damage):
+    mesh = sharding.make_mesh(1, 8, 1)
+    with checkpoint.Checkpoints(epath.Path(tmp_path / "a"), keep_best=1) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, _state(mesh, step), _about(step), 0.1 * step)
+        checkpoints.wait()
+    names = [
+        x.relative_to(tmp_path / "a")
+        for x in (tmp_path / "a/4").rglob("*")
+        if x.is_file() and (x.stat().st_size or damage == "removed")
+    ]
+    assert len(names) > 8
+    passed_over = 0
+    for i, name in enumerate(names):
+        folder = tmp_path / f"run{i}"
+        shutil.copytree(tmp_path / "a", folder)
+        DAMAGE[damage](folder / name)
+        with checkpoint.Checkpoints(epath.Path(folder), keep_best=1) as checkpoints:
+            found, about = checkpoints.restore(_abstract(_state(mesh)), IDENTITY)
+            step = about["step"]
+            # Some files say nothing that is needed; nothing in between is accepted.
+            assert step in (3, 4), name
+            for key, value in _state(mesh, step).items():
+                np.testing.assert_array_equal(found[key], value, err_msg=str(name))
+            passed_over += step == 3
+            # And the run goes on.
+            checkpoints.save(4, _state(mesh, 4), _about(4), 0.4)
+            checkpoints.save(5, _state(mesh, 5), _about(5), 0.5)
+            checkpoints.wait()
+        with checkpoint.Checkpoints(epath.Path(folder), keep_best=1) as checkpoints:
+            _, about = checkpoints.restore(_abstract(_state(mesh)), IDENTITY)
+            assert about["step"] == 5 and checkpoints.steps == [4, 5], name
+    assert passed_over >= 4

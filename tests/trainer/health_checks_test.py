@@ -1,0 +1,116 @@
+"""Symptoms of runs that go wrong; steps that are stuck; signals."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from pfjax.trainer import health_checks, loop, metrics, preemption
+
+LIMITS = {"length_floor": 0.25, "truncated_ceiling": 0.99, "patience": 3}
+
+
+def _history(lengths, cut=0.0):
+    rows = [{"step": 0, "eval/avg@8": 0.5}]
+    return rows + [
+        {"step": i, "completions/mean_length": n, "completions/clipped_ratio": cut}
+        for i, n in enumerate(lengths, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "lengths, is_wrong",
+    [
+        ([100, 110, 90, 60, 24, 24, 24], True),
+        ([100, 110, 90, 60, 24, 26, 24], False),  # once above the floor
+        ([100, 110, 90, 24, 24], False),  # not long enough
+        ([100, 110, 90, 300, 300, 300], False),
+        ([1, 1, 1], False),  # that is the start itself
+    ],
+)
+def test_collapse_of_lengths(lengths, is_wrong):
+    found = health_checks.symptoms(_history(lengths), **LIMITS)
+    assert bool(found) == is_wrong
+    if found:
+        for text in ("up to step 7", "24.0 tokens, 100.0 at the start", "mean_length"):
+            assert text in found[0]
+
+
+def test_truncation_of_all():
+    (found,) = health_checks.symptoms(_history([10, 10, 10], cut=1.0), **LIMITS)
+    assert "100% were cut" in found and "completions/clipped_ratio" in found
+    assert not health_checks.symptoms(_history([10, 10], cut=1.0), **LIMITS)
+    assert not health_checks.symptoms(_history([10, 10, 10], cut=0.9), **LIMITS)
+    rows = _history([10, 10, 10], cut=1.0)
+    rows[-2]["completions/clipped_ratio"] = 0.9
+    assert not health_checks.symptoms(rows, **LIMITS)
+
+
+@pytest.fixture
+def config(enumerable_folder, tmp_path):
+    from configs import smoke
+
+    c = smoke.get_config()
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a b"}\n')
+    with c.unlocked():
+        c.update_from_flattened_dict(
+            {
+                "model": str(enumerable_folder),
+                "data.train": str(file),
+                "data.eval": "",
+                "num_steps": 4,
+                "prompts_per_step": 8,
+                "max_new_tokens": 1,  # which cuts nearly all
+                "row_length": 32,
+                "rows": 1,
+                "mesh.data": 8,
+                "mesh.fsdp": 1,
+                "guards.patience": 2,
+                "guards.truncated_ceiling": 0.5,
+            }
+        )
+    return c
+
+
+@pytest.mark.parametrize("action", ["stop", "warn", "off"])
+def test_a_run_stops_or_warns_as_the_config_says(config, tmp_path, capsys, action):
+    config.guards.action = action
+    if action == "stop":
+        with pytest.raises(
+            health_checks.StoppedByGuard, match="after step 2: responses do not"
+        ):
+            loop.train_and_evaluate(config, str(tmp_path / "run"))
+    else:
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(3 if action == "stop" else 5))
+    assert capsys.readouterr().out.count("warning: responses") == 2 * (action == "warn")
+
+
+def test_a_stuck_step_tells_where_it_stands(capfd):
+    end = threading.Event()
+    others = [threading.Thread(target=end.wait) for _ in range(120)]
+    for thread in others:  # faulthandler shows the youngest hundred
+        thread.start()
+    with health_checks.watch(7, 0.2):
+        time.sleep(0.8)
+    end.set()
+    said = capfd.readouterr().err
+    assert "process 0: step 7 has taken more than 0.2 s" in said
+    assert "Timeout" in said and "in test_a_stuck_step_tells_where_it_stands" in said
+    with health_checks.watch(8, 0.2):
+        pass
+    time.sleep(0.5)
+    assert "step 8" not in capfd.readouterr().err
+
+
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
+    with preemption.Interruption() as told:
+        assert not told.is_asked
+        signal.raise_signal(signal.SIGINT)
+        assert told.is_asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "SIGINT: saving after this step" in capfd.readouterr().err

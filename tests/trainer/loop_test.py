@@ -1,0 +1,402 @@
+"""The whole trainer: where it ends, that it resumes, what it refuses."""
+
+import collections
+import gzip
+import json
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import default, smoke
+from pfjax import objectives
+from pfjax.infra import hardware, sharding
+from pfjax.model import attention, hf, log_probs
+from pfjax.trainer import loop, metrics, setup
+from tests.conftest import (
+    all_responses,
+    length_aware_target,
+    power_target,
+    total_variation,
+)
+
+PROMPT = "a b"
+
+
+@pytest.fixture
+def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
+    """Trains the model whose responses can be listed; a second or so of steps."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT, "answer": "1"}) + "\n")
+    c = default.get_config()
+    c.model = str(enumerable_folder)
+    c.data.train = str(prompts)
+    c.data.eval = ""
+    c.psi_unboxed = 0.0  # nothing here has a box
+    c.prompts_per_step = 8
+    c.samples_per_prompt = 16
+    c.max_new_tokens = 3
+    c.rows = 1
+    c.row_length = 32
+    c.dtype = "float32"
+    c.mesh.data, c.mesh.fsdp = 8, 1
+    c.optim.learning_rate = 3e-3
+    c.optim.log_z_learning_rate = 3e-2
+    c.optim.weight_decay = 0.0
+    c.num_steps = 4
+    c.checkpoint_every = 2
+    c.log_every = 1000
+    c.guards.action = "off"  # its target is cut at 3 tokens nearly always
+    return c
+
+
+def _distribution(folder):
+    """log p and length of every response to the prompt."""
+    responses = all_responses(vocab=4, stop=1, max_tokens=3)
+    scores = log_probs.score(
+        hf.load(folder), [[2, 3, *y] for y in responses], [2] * len(responses)
+    )
+    return np.array([s.sum() for s in scores]), np.array([len(y) for y in responses])
+
+
+@pytest.mark.parametrize(
+    ("objective", "alpha", "log_z", "num_steps"),
+    [
+        ("powerflow", 4.0, "head", 250),
+        ("powerflow", 0.5, "group", 250),
+        ("tb_traj", 2.0, "head", 600),
+        ("tb_token", 2.0, "head", 250),
+        ("rl_traj", 2.0, "head", 600),
+        ("rl_token", 2.0, "head", 250),
+    ],
+)
+def test_training_reaches_the_exact_target(
+    config, tmp_path, objective, alpha, log_z, num_steps
+):
+    config.objective, config.alpha, config.log_z = objective, alpha, log_z
+    config.num_steps = config.checkpoint_every = num_steps
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    base, length = _distribution(config.model)
+    trained, _ = _distribution(tmp_path / "run/hf")
+    assert np.exp(base).sum() == pytest.approx(1, abs=1e-4)
+    assert np.exp(trained).sum() == pytest.approx(1, abs=1e-4)
+    last = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    if objective in ("powerflow", "tb_token"):
+        target, want_log_z = length_aware_target(base, length, alpha)
+    elif objective == "rl_token":
+        # sum p^alpha e^{-mu |y|} = e, as the penalty is a mean over tokens.
+        target, want_log_z = length_aware_target(base - 1 / alpha, length, alpha)
+    else:
+        target, want_log_z = power_target(base, alpha)
+    assert total_variation(np.exp(base), target) > 0.15
+    assert total_variation(np.exp(trained), target) < 0.02
+    assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
+
+
+def test_every_prefix_that_may_stop_gets_its_share(config, tmp_path):
+    """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
+    config.objective, config.alpha = "subtb", 2.0
+    config.num_steps = config.checkpoint_every = 250
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    ended = np.array([y[-1] == 1 for y in all_responses(4, 1, 3)])
+    base = _distribution(config.model)[0][ended]
+    trained = _distribution(tmp_path / "run/hf")[0][ended]
+    target, _ = power_target(base, 2.0)
+    start = np.exp(base) / np.exp(base).sum()
+    assert total_variation(start, target) > 0.15
+    assert total_variation(np.exp(trained) / np.exp(trained).sum(), target) < 0.02
+
+
+@pytest.mark.parametrize(
+    "objective", [k for k, o in objectives.OBJECTIVES.items() if o.reward]
+)
+def test_rivals_train_on_their_rewards(tmp_path, objective):
+    c = smoke.get_config()
+    c.objective = objective
+    c.data.train, c.data.eval = "pfjax/toy/train_answered.jsonl", ""
+    c.num_steps, c.prompts_per_step, c.rows = 3, 8, 8
+    c.updates_per_rollout = 2 if objective in ("empo", "intuitor") else 1
+    loop.train_and_evaluate(c, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["grad_norm"] > 0
+        # Right in half of all cases; sure by at most log 32 + KL(U || p).
+        low, high = (3, 30) if objective == "intuitor" else (0.1, 0.95)
+        assert low < row["reward/mean"] < high and row["reward/std"] > 0
+    assert rows[-1]["rollout/logp_gap_max"] < 1e-4
+
+
+def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
+    config.objective = "grpo"
+    pathlib.Path(config.data.train).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="1 of 1 prompts of .* have no answer"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.objective, config.samples_per_prompt = "ttrl", 1
+    with pytest.raises(ValueError, match="samples_per_prompt must be at least 2"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+
+def _deterministic(folder):
+    rows = metrics.read_jsonl(folder / "metrics.jsonl")
+    timed = ("time/", "perf/")
+    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows]
+
+
+def test_a_continued_run_equals_one_never_stopped_bit_for_bit(config, tmp_path):
+    config.data.eval = config.data.train
+    config.eval_every = 2
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train_and_evaluate(config, str(whole))
+    shorter = config.copy_and_resolve_references()
+    shorter.num_steps = 2
+    loop.train_and_evaluate(shorter, str(parts))
+    loop.train_and_evaluate(config, str(parts))
+    assert _deterministic(parts) == _deterministic(whole)
+    assert [r["step"] for r in _deterministic(whole)] == [0, 1, 2, 3, 4]
+    for file in ("hf/model.safetensors", "completions/step_000004.jsonl"):
+        assert (parts / file).read_bytes() == (whole / file).read_bytes()
+    with pytest.raises(ValueError, match="holds 4 steps already; num_steps=2"):
+        loop.train_and_evaluate(shorter, str(parts))
+
+
+def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
+    config.num_steps = 1
+    config.updates_per_rollout = 3  # of 3, 3 and 2 prompts
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert row["rollout/logp_gap_max"] < 1e-5
+    # Only the first of the three updates is on policy: the mean weight is not 1.
+    # (That its own are exactly 1 is shown in step_test.)
+    assert 0.8 < row["is/w_mean"] != 1.0
+    config.updates_per_rollout = 1
+    loop.train_and_evaluate(config, str(tmp_path / "once"))
+    row = metrics.read_jsonl(tmp_path / "once/metrics.jsonl")[-1]
+    assert row["is/w_mean"] == 1.0
+    assert abs(row["kl/policy_base_per_token"]) < 1e-5
+    assert abs(row["tb/residual_mean"]) < 1e-5
+    assert row["tb/logz_mean"] == pytest.approx(3.0 * row["base/logp_per_token"])
+
+
+def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
+    config.lora.rank, config.lora.alpha = 2, 4.0
+    config.optim.learning_rate = 3e-2
+    config.log_z = "group"
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    # At first the policy is the base exactly; then it moves.
+    assert abs(rows[1]["kl/policy_base_per_token"]) < 1e-6
+    assert abs(rows[-1]["kl/policy_base_per_token"]) > 1e-3
+    assert max(r.get("rollout/logp_gap_max", 0) for r in rows) < 1e-5
+    # What was exported whole is the base with the exported adapters.
+    import peft
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    whole = load(tmp_path / "run/hf")
+    parts = peft.PeftModel.from_pretrained(load(config.model), tmp_path / "run/adapter")
+    tokens = torch.tensor([[2, 3, 2, 0, 3]])
+    with torch.no_grad():
+        a, b, c = (m(tokens).logits for m in (whole, parts, load(config.model)))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert (a - c).abs().max() > 1e-3
+
+
+def test_evaluation_has_sampling_options_of_its_own(config, tmp_path):
+    config.data.eval, config.eval_samples, config.num_steps = config.data.train, 8, 1
+    config.eval_sampling.temperature = 0.0
+    loop.train_and_evaluate(config, str(tmp_path / "greedy"))
+    rows = metrics.read_jsonl(tmp_path / "greedy/metrics.jsonl")
+    assert rows[0]["eval/distinct"] == 1 / 8
+    assert rows[1]["completions/mean_length"] < 3  # training draws as ever
+    config.eval_sampling.temperature = 1.0
+    config.eval_sampling.stop_strings = ("a", "b")
+    loop.train_and_evaluate(config, str(tmp_path / "stops"))
+    path = tmp_path / "stops/completions/step_000000.jsonl"
+    rows = metrics.read_jsonl(path)
+    assert rows and all(r["completion"].strip() == "" for r in rows)
+
+
+def test_a_folder_with_another_config_is_refused_and_says_what_differs(
+    config, tmp_path
+):
+    config.num_steps = 1
+    # A run that failed before its first checkpoint leaves nothing to continue.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {"alpha": 9.0}}')
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.alpha, config.log_every, config.num_steps = 2.0, 7, 2
+    with pytest.raises(ValueError, match=r"alpha: 4.0 -> 2.0") as error:
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert "log_every" not in str(error.value) and "num_steps" not in str(error.value)
+    config.alpha = 4.0
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert len(_deterministic(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.0}, r"--config.alpha=0.0: must be positive"),
+        ({"alpha": -1.0}, r"--config.alpha=-1.0: must be positive"),
+        ({"objective": "powerflw"}, "did you mean 'powerflow'"),
+        (
+            {"remat": "ful"},
+            "--config.remat=ful: must be one of .*; did you mean 'full'",
+        ),
+        ({"attention": "flash"}, "--config.attention=flash: must be one of .*'splash'"),
+        ({"optim.mu_dtype": "float16"}, "--config.optim.mu_dtype=float16: must be one"),
+        ({"base_memory": "host", "lora.rank": 4}, "adapters the base is the policy's"),
+        # Two heads.
+        (
+            {"mesh.data": 1, "mesh.tensor": 8},
+            "heads of size 2 does not divide over 8 devices .--config.mesh.tensor=8",
+        ),
+        ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
+        ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),
+        ({"data.train": "/no/prompts.jsonl"}, "/no/prompts.jsonl does not exist"),
+        ({"row_length": 4}, "row_length=4 is too short for longest prompt 2"),
+        ({"max_new_tokens": 100, "row_length": 200}, "exceeds the model's 64"),
+        ({"data.max_prompt_tokens": 1}, "all are too long"),
+        ({"log_z": "group", "samples_per_prompt": 1}, "must be at least 2, got 1"),
+    ],
+)
+def test_mistakes_are_refused_before_a_folder_is_made(
+    config, tmp_path, changes, message
+):
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
+    config, tmp_path
+):
+    config.checkpoint_every = 1
+    config.optim.clip_norm, config.optim.learning_rate = 1e30, 1e25
+    with pytest.raises(FloatingPointError, match="at step 2; the last checkpoint"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("[0-9]*")] == ["1"]
+    assert [r["step"] for r in _deterministic(tmp_path / "run")] == [0, 1]
+
+
+def test_a_base_that_waits_in_host_memory_changes_nothing(config, tmp_path):
+    config.num_steps = config.checkpoint_every = 2
+    loop.train_and_evaluate(config, str(tmp_path / "device"))
+    config.base_memory = "host"
+    loop.train_and_evaluate(config, str(tmp_path / "host"))
+    assert _deterministic(tmp_path / "host") == _deterministic(tmp_path / "device")
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        run, _ = setup.build(ml_collections.FrozenConfigDict(config), mesh)
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(run.base)}
+        on_devices = jax.tree.leaves(setup.base_on_devices(run))
+    assert kinds == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in on_devices} == {"device"}
+
+
+def test_profile_holds_the_parts_of_the_steps_asked_for(config, tmp_path):
+    config.profile_steps = (2, 4)
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    (trace,) = (tmp_path / "run/profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = collections.Counter(e.get("name") for e in events)
+    # Steps 2 and 3.
+    assert names["rollout"] == names["base_pass"] == names["update"] == 2
+    assert {"step"} <= {n.partition("#")[0] for n in names if n}
+    config.profile_steps = (4, 2)
+    with pytest.raises(ValueError, match="first step to trace and the first after"):
+        loop.train_and_evaluate(config, str(tmp_path / "other"))
+
+
+def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        hardware.CHIPS, "x", hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
+    )
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    for row in rows:
+        parts = [row[f"time/{x}"] for x in ("rollout", "base_pass", "update")]
+        assert 0 < sum(parts) <= row["time/step"]
+        rate = row["num_tokens"] / row["time/step"]
+        assert row["perf/tokens_per_s"] == pytest.approx(rate)
+        assert 0 < row["perf/mfu"] < 1
+    # Everything is compiled in the first step, or nearly: lengths vary.
+    assert rows[0]["time/compile"] > 3 * max(r["time/compile"] for r in rows[1:])
+
+
+def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch):
+    def blind(q, k, v, segment_ids):
+        return attention._plain(q, k, v, 0 * segment_ids)  # sees other segments
+
+    monkeypatch.setitem(attention._BACKENDS, "triton_interpret", blind)
+    config.attention = "triton_interpret"
+    with pytest.raises(
+        RuntimeError, match="triton_interpret attention is wrong on cpu"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    monkeypatch.undo()
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("psi", [0.0, -0.5])
+def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
+    config, tmp_path, rng, psi
+):
+    """Of the base, before the first step: every expectation is a sum over responses."""
+    alpha, lam, samples = 2.0, -0.4, 1000
+    base, length = _distribution(config.model)
+    drawn_from = np.exp(alpha * base - lam * length)
+    responses = all_responses(vocab=4, stop=1, max_tokens=3)
+    chosen = rng.choice(len(base), size=samples, p=drawn_from / drawn_from.sum())
+    target = tmp_path / "target.jsonl"
+    target.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt_id": 0, "alpha": alpha, "log_z": lam,
+                    "prompt_tokens": [2, 3], "completion_tokens": responses[i],
+                }
+            ) + "\n"
+            for i in chosen
+        )
+    )  # fmt: skip
+    config.data.target, config.alpha, config.psi_unboxed = str(target), alpha, psi
+    config.num_steps = config.eval_every = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
+    log_target = alpha * (base + psi * length) - lam * length
+    log_sum = np.log(np.exp(log_target).sum())
+    gap, p = log_target - base, np.exp(log_target - log_sum)
+    # Means of `gap` under both, and the variances of their estimates: the upper one
+    # weights draws from q by p / q.
+    q = drawn_from / drawn_from.sum()
+    for name, mean, variance in (
+        ("elbo", np.exp(base) @ gap, np.exp(base) @ (gap - np.exp(base) @ gap) ** 2),
+        ("eubo", p @ gap, q @ (p / q * (gap - p @ gap)) ** 2),
+    ):
+        assert abs(mean - log_sum) > 0.3
+        error = abs(row[f"eval/{name}"] - mean)
+        assert error < 4 * np.sqrt(variance / samples) < 0.4, name
+
+
+def test_samples_of_another_target_are_refused(config, tmp_path):
+    path = tmp_path / "target.jsonl"
+    config.data.target = str(path)
+    for rows, message in [
+        ([{"alpha": 2.0, "log_z": 0.0}], "target.jsonl:1: alpha is 2.0, expected 4.0"),
+        (
+            [{"alpha": 4.0, "log_z": 0.0}, {"alpha": 4.0, "log_z": -1.0}],
+            "target.jsonl:2: log_z is -1.0, expected 0.0",
+        ),
+        ([{"prompt": "a"}], "pfjax.sample --method=smc --alpha=4"),
+    ]:
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        with pytest.raises(ValueError, match=message):
+            loop.train_and_evaluate(config, str(tmp_path / "run"))

@@ -1,0 +1,86 @@
+"""The optimiser: groups, rates, decay, clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pfjax.trainer import optim
+
+
+def _config(**changes):
+    kwargs = {
+        "learning_rate": 1e-3,
+        "log_z_learning_rate": 1e-1,
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+    }
+    return optim.OptimConfig(**(kwargs | changes))
+
+
+def _params():
+    return {
+        "policy": {"blocks": {"wq": jnp.ones((2, 4)), "attn_norm": jnp.ones((2, 4))}},
+        "log_z": {"out": {"kernel": jnp.ones((10, 1)), "bias": jnp.ones(1)}},
+    }
+
+
+def _updates(config, grads, steps=1):
+    optimizer, params = optim.make_optimizer(config), _params()
+    state = optimizer.init(params)
+    for _ in range(steps):
+        updates, state = optimizer.update(grads, state, params)
+    return updates
+
+
+def test_each_group_has_its_rate_and_log_z_moves_by_it_whatever_its_width():
+    updates = _updates(_config(), jax.tree.map(jnp.ones_like, _params()))
+    np.testing.assert_allclose(updates["policy"]["blocks"]["wq"], -1e-3, rtol=1e-3)
+    np.testing.assert_allclose(updates["log_z"]["out"]["bias"], -1e-1, rtol=1e-3)
+    # Ten inputs of 1: together they move the output by the rate once.
+    np.testing.assert_allclose(
+        updates["log_z"]["out"]["kernel"].sum(), -1e-1, rtol=1e-3
+    )
+
+
+def test_only_matrices_decay():
+    grads = jax.tree.map(jnp.zeros_like, _params())
+    blocks = _updates(_config(weight_decay=0.1), grads)["policy"]["blocks"]
+    np.testing.assert_allclose(blocks["wq"], -1e-4, rtol=1e-5)
+    np.testing.assert_array_equal(blocks["attn_norm"], 0.0)
+
+
+def test_warm_up_reaches_its_peak_and_stays():
+    grads = jax.tree.map(jnp.ones_like, _params())
+    for steps, share in ((1, 0.25), (2, 0.5), (4, 1.0), (6, 1.0)):
+        wq = _updates(_config(warmup_steps=4), grads, steps)["policy"]["blocks"]["wq"]
+        np.testing.assert_allclose(wq, -1e-3 * share, rtol=1e-3)
+
+
+def test_a_large_gradient_of_log_z_does_not_shrink_the_policys():
+    # Adam hides a common factor, so compare two steps of different gradients.
+    small = jax.tree.map(jnp.ones_like, _params())
+    large = {**small, "log_z": jax.tree.map(lambda x: 1e6 * x, small["log_z"])}
+    a, b = (_updates(_config(), g)["policy"] for g in (small, large))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert optax.tree.norm(a) == pytest.approx(1e-3 * 4, rel=1e-2)
+
+
+def test_first_moment_may_be_kept_in_half_and_the_second_is_not():
+    optimizer = optim.make_optimizer(_config(mu_dtype="bfloat16"))
+    (adam,) = (
+        x
+        for x in jax.tree.leaves(
+            optimizer.init(_params()), is_leaf=lambda x: hasattr(x, "mu")
+        )
+        if hasattr(x, "mu") and "policy" in x.mu and jax.tree.leaves(x.mu["policy"])
+    )
+    assert {x.dtype for x in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    grads = jax.tree.map(lambda x: 0.3 * jnp.ones_like(x), _params())
+    half, whole = (
+        _updates(_config(mu_dtype=d), grads, 3) for d in ("bfloat16", "float32")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), half, whole)
