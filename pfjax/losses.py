@@ -5,17 +5,19 @@ trajectory. Its log-probabilities are sums over the response's tokens, under the
 full vocabulary at temperature 1. A token tree gives every state a single parent,
 so the backward policy of the GFlowNet is 1 and does not appear.
 
-All functions take arrays of any common shape `[*n]` (one entry a trajectory) and
+All functions take arrays of any common shape `[*n]` (one entry per trajectory) and
 return the same shape: nothing is reduced; use `masked_mean`. `log_z` may also be
 a scalar. Only `log_pf` and `log_z` receive gradients.
 
-This module needs jax and nothing else, so that it can be imported by, or copied
-into, any trainer.
+Every loss is the square of one residual, `targets.residual`. This module and
+`targets` need jax alone, so that both can be imported by, or copied into, any trainer.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pfjax import targets
 
 
 def trajectory_balance(
@@ -50,7 +52,7 @@ def trajectory_balance(
     Array([2.25], dtype=float32)
     """
     _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z)
-    return (log_z + log_pf - lax.stop_gradient(log_reward)) ** 2
+    return targets.residual(log_pf, lax.stop_gradient(log_reward), log_z) ** 2
 
 
 def length_aware_trajectory_balance(
@@ -68,7 +70,7 @@ def length_aware_trajectory_balance(
     Args:
       log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
       log_reward: `[*n]` log R(q, y), summed over tokens; no gradient.
-      log_z: `[*n]` or scalar log Z'(q) in nats a token; gradient flows.
+      log_z: `[*n]` or scalar log Z'(q) in nats per token; gradient flows.
       length: `[*n]` |y|, tokens of the response with its stop token; entries of
         0 (padding) are divided by 1, so that they stay finite.
 
@@ -87,8 +89,8 @@ def length_aware_trajectory_balance(
     Array([1.], dtype=float32)
     """
     _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z, length=length)
-    tokens = jnp.maximum(length, 1).astype(log_pf.dtype)
-    return (log_z + (log_pf - lax.stop_gradient(log_reward)) / tokens) ** 2
+    log_reward = lax.stop_gradient(log_reward)
+    return targets.residual(log_pf, log_reward, log_z, length) ** 2
 
 
 def powerflow(
@@ -113,10 +115,10 @@ def powerflow(
     Args:
       log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
       log_p_base: `[*n]` log p_0(y|q), the frozen base, summed; no gradient.
-      log_z: `[*n]` or scalar log Z'(q) in nats a token; gradient flows.
+      log_z: `[*n]` or scalar log Z'(q) in nats per token; gradient flows.
       length: `[*n]` |y|, the number of tokens in the two sums; 0 for padding.
       alpha: the power; above 1 sharpens, below 1 flattens; must be positive.
-      psi: `[*n]` or scalar format term in nats a token; no gradient.
+      psi: `[*n]` or scalar format term in nats per token; no gradient.
       weight: `[*n]` or scalar importance weight w; no gradient.
 
     Returns:
@@ -138,7 +140,7 @@ def powerflow(
     psi, weight = jnp.asarray(psi), jnp.asarray(weight)
     _check_shapes(log_pf=log_pf, log_p_base=log_p_base, length=length, psi=psi)
     _check_shapes(log_pf=log_pf, weight=weight)
-    log_reward = alpha * (log_p_base + psi * length)
+    log_reward = targets.Target(alpha).log_reward(log_p_base, length, psi)
     loss = length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
     return lax.stop_gradient(weight) * loss
 
@@ -151,7 +153,7 @@ def importance_weight(
     .. math:: w = \mathrm{clip}(\pi(y|q) / \pi_{old}(y|q),\ low,\ high)
 
     The ratio is a product over all tokens, not a mean: for responses of 1,000
-    tokens a mean drift of 2.5e-4 nats a token already reaches a clamp.
+    tokens a mean drift of 2.5e-4 nats per token already reaches a clamp.
 
     Args:
       log_pf: `[*n]` log pi(y|q) of the policy being trained; no gradient.
@@ -222,7 +224,7 @@ def group_log_z(
     _check_shapes(log_pf=log_pf, log_reward=log_reward, length=length, group=group)
     is_member = (group >= 0) & (group < num_groups)
     index = jnp.where(is_member, group, 0).reshape(-1)
-    per_token = (log_pf - log_reward) / jnp.maximum(length, 1).astype(log_pf.dtype)
+    per_token = targets.residual(log_pf, log_reward, 0.0, length)
     per_token = jnp.where(is_member, per_token, 0.0).reshape(-1)
     total = jnp.zeros(num_groups, per_token.dtype).at[index].add(per_token)
     count = jnp.zeros(num_groups, per_token.dtype)
