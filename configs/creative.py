@@ -12,7 +12,7 @@ from configs import default
 def get_config() -> ml_collections.ConfigDict:
     c = default.get_config()
     c.alpha = 0.5
-    c.psi_unboxed = 0.0
+    c.format_penalty = 0.0
     c.data.train = "prompts.jsonl"
     c.data.eval = ""
     c.data.max_prompt_tokens = 512  # chosen
@@ -21,6 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts_per_step = 32  # chosen
     c.samples_per_prompt = 16  # chosen
     c.optim.learning_rate = 1e-6  # chosen: as for reasoning
-    c.rows = 2  # chosen
-    c.row_length = 2048  # chosen
+    c.microbatch_size = 2  # chosen
+    c.pack_length = 2048  # chosen
     return c

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.optim.learning_rate = 1e-6
     c.optim.weight_decay = 0.1
     c.optim.clip_norm = 1.0
-    c.row_length = 4096
+    c.pack_length = 4096
     c.eval_every = 40
     c.eval_samples = 16
     return c

@@ -25,8 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
     # A rare response far from the target has a gradient of 10, a usual one 0.1.
     c.optim.clip_norm = 0.05
     c.optim.weight_decay = 0.0
-    c.rows = 64
-    c.row_length = 64
+    c.microbatch_size = 64
+    c.pack_length = 64
     c.dtype = "float32"
     c.remat = "none"
     c.eval_every = 25

@@ -21,7 +21,7 @@ def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
     c.eval_samples = 16
     c.checkpoint_every = 200
     c.keep_best = 0
-    c.guards.action = "off"  # collapse is what is looked for
+    c.health_checks.action = "off"  # collapse is what is looked for
     c.update_from_flattened_dict(SETTINGS.get(objective, {}))
     return c.lock()
 

@@ -1,38 +1,87 @@
-"""Trajectories -> rows of a fixed shape, and tokens -> trajectories again."""
+"""The records that cross modules; trajectories -> packed rows, and tokens -> trajectories.
+
+Letters of dimensions: B rows, T tokens per row, N trajectories per row, M micro-batches,
+P prompts, G samples per prompt, S trajectories, R response tokens, D model width, H query
+heads, K key/value heads, C head width, F feed-forward width, V vocabulary, L layers.
+
+Arrays are NumPy on the host and jax.Array on devices; shapes are the same. Fields of a
+NamedTuple are not checked on construction, functions that take them are.
+"""
 
 import bisect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-Array = jax.Array | np.ndarray
+from pfjax.targets import Array
+
+
+class Field(NamedTuple):
+    """How one field of a packed batch is stored: `[*m, B, dim]`."""
+
+    dim: str  # "T", a value per token; or "N", a value per trajectory
+    dtype: str
+    padding: int = 0
 
 
 class PackedBatch(NamedTuple):
     """Trajectories (a prompt and its response) laid end to end in rows.
 
-    `*m` is empty, or the micro-batches. A trajectory never straddles two rows.
+    `*m` is empty, or the micro-batches. A trajectory never straddles two rows. Types and
+    padding of the fields are in `PACKED`.
     """
 
-    tokens: Array  # int32 [*m, B, T]
-    positions: Array  # int32 [*m, B, T], restarted at 0 in each trajectory
-    segment_ids: Array  # int32 [*m, B, T], 0 is padding, 1..N a trajectory
-    is_response: Array  # bool [*m, B, T]
-    length: Array  # int32 [*m, B, N], response tokens, stop token included
-    psi: Array  # float32 [*m, B, N], format term in nats a token
-    prompt_index: Array  # int32 [*m, B, N], which prompt of the step; -1 padding
-    is_real: Array  # bool [*m, B, N]
+    tokens: Any
+    positions: Any  # restarted at 0 in each trajectory
+    segment_ids: Any  # 0 is padding, 1..N a trajectory
+    is_response: Any
+    length: Any  # response tokens, stop token included
+    psi: Any  # format term, in nats per token
+    prompt_index: Any  # which prompt of the step
+    is_real: Any  # whether there is a trajectory
+
+
+# Zeros, shapes and shardings of a packed batch all come from here.
+PACKED = PackedBatch(
+    tokens=Field("T", "int32"),
+    positions=Field("T", "int32"),
+    segment_ids=Field("T", "int32"),
+    is_response=Field("T", "bool"),
+    length=Field("N", "int32"),
+    psi=Field("N", "float32"),
+    prompt_index=Field("N", "int32", padding=-1),
+    is_real=Field("N", "bool"),
+)
+
+
+class PackShape(NamedTuple):
+    """Dimensions of a packed batch, which are fixed: a step compiles once."""
+
+    num_microbatches: int  # M
+    microbatch_size: int  # B
+    pack_length: int  # T
+    max_segments: int  # N
+
+    def of(self, field: Field) -> tuple[int, int, int]:
+        last = self.pack_length if field.dim == "T" else self.max_segments
+        return (self.num_microbatches, self.microbatch_size, last)
+
+
+def empty_batch(shape: PackShape) -> PackedBatch:
+    """A batch of padding, on the host."""
+    return PackedBatch(*(np.full(shape.of(f), f.padding, f.dtype) for f in PACKED))
 
 
 class Placement(NamedTuple):
     """Where `pack` put each of the S trajectories it was given."""
 
     row: np.ndarray  # int [S], index into the M * B rows
-    slot: np.ndarray  # int [S], index into the N slots of the row
+    segment: np.ndarray  # int [S], index into the N trajectories of the row
     start: np.ndarray  # int [S], token of the row where its prompt begins
+    prompt_length: np.ndarray  # int [S]
+    length: np.ndarray  # int [S], tokens of its response
 
 
 class Rollout(NamedTuple):
@@ -43,6 +92,17 @@ class Rollout(NamedTuple):
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
     row_steps: int  # slots times steps computed; tokens / row_steps did work
+
+
+class RolloutBatch(NamedTuple):
+    """The S = P * G trajectories of a step, prompt by prompt, and what they are worth."""
+
+    prompts: list[list[int]]  # P
+    rollout: Rollout
+    responses: list[np.ndarray]  # S, cut to their lengths
+    texts: list[str]  # S
+    psi: np.ndarray  # float32 [S], format term
+    reward: np.ndarray  # float32 [S]; zeros if the objective has none
 
 
 class OldScores(NamedTuple):
@@ -58,48 +118,78 @@ class OldScores(NamedTuple):
     # stopping in the place of each token
 
 
-def max_micro_batches(
-    num_trajectories: int, max_length: int, rows: int, row_length: int
+class Minibatch(NamedTuple):
+    """The trajectories of one update: packed, on the mesh, and scored."""
+
+    batch: PackedBatch
+    old: OldScores
+    num_microbatches: Any  # int32 scalar; the micro-batches after them are padding
+    placement: Placement
+    reward: np.ndarray  # float32 [S]
+
+
+class TrajectoryStats(NamedTuple):
+    """What is known of each trajectory in an update, `[*m, B, N]` or `[S]`.
+
+    Sums run over the response's tokens that enter the loss: all of them, or those whose
+    ratio pi / pi_old is within the clip range (`mask_clipped_tokens`). The objective reads
+    the first part, where gradients flow as said; the loss and the metrics read all.
+    """
+
+    log_pf: Any  # sum of log pi; gradient
+    log_p_base: Any  # sum of log p_0
+    log_z: Any  # per token or per response, as the target has it; gradient
+    num_loss_tokens: Any  # tokens in the sums
+    psi: Any  # format term, in nats per token
+    advantage: Any  # group-normalised reward
+    weight: Any  # importance weight of the sequence
+    log_ratio: Any  # sum of log(pi / pi_old); gradient
+    capped: Any  # sum of min(pi / pi_old, clip_high); gradient
+    floored: Any  # sum of max(pi / pi_old, clip_low); gradient
+    kl: Any  # sum of p_0/pi - log(p_0/pi) - 1; gradient
+    prefix_variance: Any  # of the residuals of prefixes; gradient
+    entropy: Any  # sum over the whole response
+    length: Any  # tokens of the whole response
+    prompt_index: Any
+    loss: Any
+    residual: Any
+
+
+def max_microbatches(
+    num_trajectories: int, max_length: int, microbatch_size: int, pack_length: int
 ) -> int:
     """Micro-batches that always suffice for trajectories of at most `max_length`.
 
     `pack` opens a row only when a trajectory fits none of the open ones, so every
-    closed row holds at least `row_length // max_length` of them.
+    closed row holds at least `pack_length // max_length` of them.
     """
-    per_row = row_length // max_length
-    return -(-num_trajectories // (per_row * rows))
+    per_row = pack_length // max_length
+    return -(-num_trajectories // (per_row * microbatch_size))
 
 
-# Trajectories a row may hold, where they are not all that short.
-_MOST_SLOTS = 128
+# Trajectories per row at most, where they are not all that short.
+_MOST_SEGMENTS = 128
 
 
-def slots_per_row(row_length: int, max_length: int) -> int:
-    """N: trajectories a row may hold. Rows of very short ones end partly empty."""
-    return max(row_length // max_length, min(row_length // 8, _MOST_SLOTS))
+def segments_per_row(pack_length: int, max_length: int) -> int:
+    """N: trajectories per row at most. Rows of very short ones end partly empty."""
+    return max(pack_length // max_length, min(pack_length // 8, _MOST_SEGMENTS))
 
 
 def pack(
     sequences: list[Int[np.ndarray, "_"]],
     prompt_lengths: Int[np.ndarray, "s"],
+    shape: PackShape,
     *,
-    rows: int,
-    row_length: int,
-    slots: int,
-    micro_batches: int,
     psi: Float[np.ndarray, "s"] | None = None,
     prompt_index: Int[np.ndarray, "s"] | None = None,
 ) -> tuple[PackedBatch, Placement, int]:
     """Packs trajectories by best fit, longest first.
 
     Args:
-      sequences: prompt followed by response, token ids, one array a trajectory.
+      sequences: prompt followed by response, token ids, one array per trajectory.
       prompt_lengths: tokens of each that are prompt, at least 1.
-      rows: B, rows a micro-batch.
-      row_length: T.
-      slots: N, the most trajectories a row may hold.
-      micro_batches: M, the size of the result; all of it padding past the third
-        value returned.
+      shape: of the result; all of it is padding past the third value returned.
       psi: format term of each trajectory; 0 when not given.
       prompt_index: prompt of each trajectory; 0 when not given.
 
@@ -109,58 +199,46 @@ def pack(
 
     Raises:
       ValueError: if a trajectory is longer than a row or lacks a prompt or a
-        response, or if all do not fit.
+        response, or if not all of them fit.
     """
     lengths = np.array([len(s) for s in sequences], np.int64)
-    _check(lengths, prompt_lengths, row_length)
-    psi = np.zeros(len(sequences), np.float32) if psi is None else psi
-    if prompt_index is None:
-        prompt_index = np.zeros(len(sequences), np.int32)
-    placement = best_fit(lengths, row_length, slots)
-    used = -(-int(placement.row.max(initial=-1) + 1) // rows)
-    if used > micro_batches:
+    _check(lengths, prompt_lengths, shape.pack_length)
+    row, segment, start = best_fit(lengths, shape.pack_length, shape.max_segments)
+    placement = Placement(row, segment, start, prompt_lengths, lengths - prompt_lengths)
+    used = -(-int(row.max(initial=-1) + 1) // shape.microbatch_size)
+    if used > shape.num_microbatches:
         raise ValueError(
             f"{len(sequences)} trajectories of {lengths.sum()} tokens need {used} "
-            f"micro-batches of {rows} x {row_length} tokens, but only {micro_batches} "
-            "were given; raise row_length or rows"
+            f"micro-batches of {shape.microbatch_size} x {shape.pack_length} tokens, but "
+            f"only {shape.num_microbatches} were given; raise pack_length or "
+            "microbatch_size"
         )
-    bt, bn = (micro_batches * rows, row_length), (micro_batches * rows, slots)
-    batch = PackedBatch(
-        tokens=np.zeros(bt, np.int32),
-        positions=np.zeros(bt, np.int32),
-        segment_ids=np.zeros(bt, np.int32),
-        is_response=np.zeros(bt, bool),
-        length=np.zeros(bn, np.int32),
-        psi=np.zeros(bn, np.float32),
-        prompt_index=np.full(bn, -1, np.int32),
-        is_real=np.zeros(bn, bool),
-    )
+    batch = empty_batch(shape)
     tokens, positions, segment_ids, is_response = (x.ravel() for x in batch[:4])
-    first = placement.row * row_length + placement.start
-    upto = np.arange(row_length, dtype=np.int32)
-    places = zip(first.tolist(), placement.slot.tolist(), strict=True)
-    for sequence, length, (at, slot) in zip(
+    first = row * shape.pack_length + start
+    upto = np.arange(shape.pack_length, dtype=np.int32)
+    places = zip(first.tolist(), segment.tolist(), strict=True)
+    for sequence, length, (at, number) in zip(
         sequences, prompt_lengths, places, strict=True
     ):
         end = at + len(sequence)
         tokens[at:end] = sequence
         positions[at:end] = upto[: len(sequence)]
-        segment_ids[at:end] = slot + 1
+        segment_ids[at:end] = number + 1
         is_response[at + length : end] = True
-    at = (placement.row, placement.slot)
-    batch.length[at] = lengths - prompt_lengths
-    batch.psi[at] = psi
-    batch.prompt_index[at] = prompt_index
+    at = (row // shape.microbatch_size, row % shape.microbatch_size, segment)
+    batch.length[at] = placement.length
     batch.is_real[at] = True
-    split = [x.reshape(micro_batches, rows, -1) for x in batch]
-    return PackedBatch(*split), placement, used
+    batch.prompt_index[at] = 0 if prompt_index is None else prompt_index
+    batch.psi[at] = 0.0 if psi is None else psi
+    return batch, placement, used
 
 
-def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, row_length: int) -> None:
-    if len(lengths) and lengths.max() > row_length:
+def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
+    if len(lengths) and lengths.max() > pack_length:
         i = int(lengths.argmax())
         raise ValueError(
-            f"trajectory {i} has {lengths[i]} tokens but a row holds {row_length}"
+            f"trajectory {i} has {lengths[i]} tokens but a row holds {pack_length}"
         )
     bad = np.flatnonzero((prompt_lengths < 1) | (prompt_lengths >= lengths))
     if len(bad):
@@ -171,9 +249,15 @@ def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, row_length: int) -> 
         )
 
 
-def best_fit(lengths: Int[np.ndarray, "s"], row_length: int, slots: int) -> Placement:
-    """Rows for sequences, the longest first, each where it leaves the least room."""
-    row, slot, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
+def best_fit(
+    lengths: Int[np.ndarray, "s"], pack_length: int, max_segments: int
+) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "s"], Int[np.ndarray, "s"]]:
+    """Places sequences in rows, the longest first, each where it leaves the least room.
+
+    Returns:
+      For each sequence its row, its number in that row, and the token it begins at.
+    """
+    row, segment, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
     # Rows with room, by it: free tokens and the row in one number, which sort as pairs.
     open_rows: list[int] = []
     held: list[int] = []  # trajectories in each row
@@ -181,19 +265,19 @@ def best_fit(lengths: Int[np.ndarray, "s"], row_length: int, slots: int) -> Plac
     for i, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         at = bisect.bisect_left(open_rows, length << 32)
         if at == len(open_rows):
-            free, r = row_length, len(held)
+            free, r = pack_length, len(held)
             held.append(0)
         else:
             free, r = divmod(open_rows.pop(at), 1 << 32)
-        row[i], slot[i], start[i] = r, held[r], row_length - free
+        row[i], segment[i], start[i] = r, held[r], pack_length - free
         held[r] += 1
-        if held[r] < slots:
+        if held[r] < max_segments:
             bisect.insort(open_rows, (free - length) << 32 | r)
-    return Placement(row, slot, start)
+    return row, segment, start
 
 
 def pack_prompts(
-    prompts: list[list[int]], row_length: int
+    prompts: list[list[int]], pack_length: int
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
     """Prompts end to end in as few rows as best fit finds; empty ones take no room.
 
@@ -202,10 +286,10 @@ def pack_prompts(
     """
     some = [i for i, prompt in enumerate(prompts) if prompt]
     lengths = np.array([len(prompts[i]) for i in some], np.int64)
-    placement = best_fit(lengths, row_length, row_length)
-    shape = (int(placement.row.max(initial=0)) + 1, row_length)
+    rows, _, starts = best_fit(lengths, pack_length, pack_length)
+    shape = (int(rows.max(initial=0)) + 1, pack_length)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    for i, row, start in zip(some, placement.row, placement.start, strict=True):
+    for i, row, start in zip(some, rows, starts, strict=True):
         at = (row, slice(start, start + len(prompts[i])))
         tokens[at] = prompts[i]
         positions[at] = np.arange(len(prompts[i]))
@@ -214,18 +298,18 @@ def pack_prompts(
 
 
 def segment_sum(
-    x: Shaped[Array, "b t *d"], segment_ids: Int[Array, "b t"], slots: int
+    x: Shaped[Array, "b t *d"], segment_ids: Int[Array, "b t"], max_segments: int
 ) -> Shaped[Array, "b n *d"]:
     """Sums the tokens of each trajectory, in float32.
 
     Args:
-      x: a value, or a vector, a token. Tokens to be left out must be 0 already.
-      segment_ids: 0 for padding (left out), 1..slots for a trajectory.
-      slots: N.
+      x: a value, or a vector, per token. Tokens to be left out must be 0 already.
+      segment_ids: 0 for padding (left out), 1..N for a trajectory.
+      max_segments: N.
     """
     # A product with the one-hot membership runs on the matrix unit and has a
     # cheap gradient; a scatter does neither on TPU.
-    member = segment_ids[:, :, None] == jnp.arange(1, slots + 1)[None, None, :]
+    member = segment_ids[:, :, None] == jnp.arange(1, max_segments + 1)[None, None, :]
     return jnp.einsum(
         "btn,bt...->bn...",
         member.astype(jnp.float32),
@@ -245,28 +329,27 @@ def prompt_mask(batch: PackedBatch) -> Bool[Array, "b t"]:
     return (batch.segment_ids > 0) & ~batch.is_response
 
 
-def fill_slots(
+def to_segments(
     values: Float[np.ndarray, "s"], placement: Placement, shape: tuple[int, int, int]
 ) -> Float[np.ndarray, "m b n"]:
-    """Values of trajectories where `pack` put them, 0 elsewhere."""
+    """Puts values of trajectories where `pack` put these; 0 elsewhere."""
     out = np.zeros((shape[0] * shape[1], shape[2]), np.float32)
-    out[placement.row, placement.slot] = values
+    out[placement.row, placement.segment] = values
     return out.reshape(shape)
 
 
-def unpack_slots(x: Array, placement: Placement) -> np.ndarray:
-    """`[*m, B, N]` values back in the order of the trajectories, `[S]`."""
+def from_segments(x: Array, placement: Placement) -> np.ndarray:
+    """Brings `[*m, B, N]` values back into the order of the trajectories, `[S]`."""
     x = np.asarray(x)
-    return x.reshape(-1, x.shape[-1])[placement.row, placement.slot]
+    return x.reshape(-1, x.shape[-1])[placement.row, placement.segment]
 
 
-def unpack_responses(
-    x: Array, placement: Placement, prompt_lengths: np.ndarray, lengths: np.ndarray
-) -> list[np.ndarray]:
-    """`[*m, B, T]` values of the response tokens of each trajectory."""
+def unpack_responses(x: Array, placement: Placement) -> list[np.ndarray]:
+    """Takes the values of each trajectory's response tokens out of `[*m, B, T]`."""
     x = np.asarray(x)
     x = x.reshape(-1, x.shape[-1])
-    first = placement.start + prompt_lengths
+    first = placement.start + placement.prompt_length
     return [
-        x[r, s : s + n] for r, s, n in zip(placement.row, first, lengths, strict=True)
+        x[r, s : s + n]
+        for r, s, n in zip(placement.row, first, placement.length, strict=True)
     ]

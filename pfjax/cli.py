@@ -53,7 +53,7 @@ def mistakes_in_one_line() -> Iterator[None]:
 
     try:
         yield
-    except health_checks.StoppedByGuard as stop:
+    except health_checks.Unhealthy as stop:
         sys.exit(f"error: {stop}")
     except (ValueError, FloatingPointError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -40,7 +40,8 @@ class Target:
     beta: float = 0.0  # weight of the reward, in nats
     has_format: bool = True  # whether psi counts
     is_length_aware: bool = True
-    log_sum: float = 0.0  # log of what the target sums to when log Z is right
+    # Taken off log R: what its powers and tilts sum to at the right log Z is e^log_sum.
+    log_sum: float = 0.0
 
     def log_reward(
         self,
@@ -66,8 +67,8 @@ class Target:
     def log_density(
         self, log_p_base: Array, length: Array, log_z: Array | float, **tilt: Any
     ) -> Array:
-        """log R(y) less what log Z takes from it; its exponentials sum to 1 over all
-        responses at the right log Z (to e^log_sum before `log_sum` is taken off).
+        """log R(y) less what log Z takes from it: a log density, as it sums to 1 over all
+        responses at the right log Z.
 
         Args:
           log_p_base, length: as in `log_reward`.

@@ -35,7 +35,7 @@ def main(_: list[str]) -> None:
             distributed.check_alone()
         try:
             loop.train_and_evaluate(cli.CONFIG.value, _WORKDIR.value)
-        except preemption.InterruptedRun as stop:
+        except preemption.Preempted as stop:
             print(stop, file=sys.stderr)
             sys.exit(preemption.EXIT_STATUS)
 

@@ -1,6 +1,6 @@
 r"""Samples of the target, and the bounds that they and the policy's own put on its sum.
 
-With :math:`\tilde p = p_0^\alpha e^{(\alpha\psi - \lambda)|y|}` and samples of both sides,
+With the target's density :math:`\tilde p` (`Target.log_density`) and samples of both sides,
 
 .. math:: E_\pi[\log\tilde p - \log\pi] \le \log\sum_y\tilde p \le
           E_{\tilde p/Z}[\log\tilde p - \log\pi]
@@ -16,6 +16,7 @@ import numpy as np
 from pfjax.model import log_probs, tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
+from pfjax.targets import Target
 from pfjax.tasks import rewards
 from pfjax.tasks.data import TargetSamples
 
@@ -23,25 +24,34 @@ from pfjax.tasks.data import TargetSamples
 def bounds(
     policy: Policy,
     base: Policy,
-    target: TargetSamples,
+    samples: TargetSamples,
+    target: Target,
     tok: Any,
     *,
-    alpha: float,
-    psi_unboxed: float,
+    format_penalty: float,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     seed: int,
 ) -> dict[str, float]:
     """`elbo`, from as many samples of the policy as there are of the target, and `eubo`.
 
-    Where psi is not 0 the target's samples, drawn without it, are weighted by
-    :math:`e^{\\alpha\\psi|y|}` within their prompts.
+    Where psi is not 0 the target's samples, drawn without it, are weighted by what it
+    adds to the log density, within their prompts.
+
+    Args:
+      policy: that was trained.
+      base: its frozen base.
+      samples: of the target without psi, at their `log_z`.
+      target: what is trained toward.
+      tok: its tokenizer.
+      format_penalty: psi of a response without a box.
+      max_new_tokens, stop_ids, seed: of the policy's samples.
     """
-    samples = len(target.responses) // len(target.prompts)
+    num = len(samples.responses) // len(samples.prompts)
     drawn = engine.rollout(
         policy,
-        target.prompts,
-        samples,
+        samples.prompts,
+        num,
         max_new_tokens,
         seed=seed,
         stop_ids=stop_ids,
@@ -49,15 +59,15 @@ def bounds(
     own = [
         y[:n].tolist()
         for y, n in zip(
-            drawn.tokens.reshape(len(target.responses), -1),
+            drawn.tokens.reshape(len(samples.responses), -1),
             drawn.lengths.ravel(),
             strict=True,
         )
     ]
 
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """log target - log pi, and the format term of each sequence; `[P, G]`."""
-        prompts = [p for p in target.prompts for _ in range(samples)]
+        """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
+        prompts = [p for p in samples.prompts for _ in range(num)]
         sequences = [p + y for p, y in zip(prompts, responses, strict=True)]
         starts = [len(p) for p in prompts]
         log_p, log_p_base = (
@@ -68,13 +78,15 @@ def bounds(
         )
         length = np.array([len(y) for y in responses])
         texts = [tokenizer.decode(tok, y) for y in responses]
-        psi = alpha * rewards.format_term(texts, psi_unboxed) * length
-        out = alpha * log_p_base + psi - target.log_z * length - log_p
-        return out.reshape(-1, samples), psi.reshape(-1, samples)
+        psi = rewards.format_term(texts, format_penalty)
+        density = target.log_density(log_p_base, length, samples.log_z, psi=psi)
+        plain = target.log_density(log_p_base, length, samples.log_z)
+        shape = (-1, num)
+        return (density - log_p).reshape(shape), (density - plain).reshape(shape)
 
     lower, _ = gap(own)
-    upper, psi = gap(target.responses)
-    weight = np.exp(psi - psi.max(axis=1, keepdims=True))
+    upper, added = gap(samples.responses)
+    weight = np.exp(added - added.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
     return {
         "elbo": float(lower.mean()),

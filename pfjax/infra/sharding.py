@@ -8,8 +8,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pfjax.batch import Array
-
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of a parameter or an activation -> mesh axes it is split over.
@@ -127,11 +125,14 @@ def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
     Every process passes the same whole arrays and keeps its own part.
     """
 
-    def put(x: Array) -> jax.Array:
-        axes = (None,) * dim + ("batch",) + (None,) * (x.ndim - dim - 1)
-        return jax.device_put(x, NamedSharding(mesh, spec(mesh, axes, x.shape)))
-
+    put = lambda x: jax.device_put(x, of_batch(mesh, x.shape, dim))
     return jax.tree.map(put, tree)
+
+
+def of_batch(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dim: int) -> Any:
+    """The sharding of an array whose dimension `dim` is split as "batch"."""
+    axes = (None,) * dim + ("batch",) + (None,) * (len(shape) - dim - 1)
+    return NamedSharding(mesh, spec(mesh, axes, shape))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

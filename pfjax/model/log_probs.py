@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from pfjax.batch import (
     Array,
     PackedBatch,
-    max_micro_batches,
+    PackShape,
+    max_microbatches,
     pack,
-    slots_per_row,
+    segments_per_row,
     unpack_responses,
 )
 from pfjax.infra import sharding
@@ -361,7 +362,7 @@ def score(
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
 
     Returns:
-      One float32 array a sequence, one value in nats a response token: under the
+      One float32 array per sequence, one value in nats per response token: under the
       full vocabulary, at temperature 1.
 
     Raises:
@@ -381,17 +382,20 @@ def score(
             "positions"
         )
     # Powers of two: few programs to compile for sequences of any length.
-    row_length = max(64, 1 << (longest - 1).bit_length()) if longest else 64
+    pack_length = max(64, 1 << (longest - 1).bit_length()) if longest else 64
+    shape = PackShape(
+        num_microbatches=max_microbatches(
+            max(len(sequences), 1), pack_length, SCORE_ROWS, pack_length
+        ),
+        microbatch_size=SCORE_ROWS,
+        pack_length=pack_length,
+        max_segments=segments_per_row(pack_length, pack_length),
+    )
     starts = np.asarray(prompt_lengths, np.int64)
     batch, placement, used = pack(
         [np.asarray(s, np.int32) for s in sequences],
         starts,
-        rows=SCORE_ROWS,
-        row_length=row_length,
-        slots=slots_per_row(row_length, row_length),
-        micro_batches=max_micro_batches(
-            max(len(sequences), 1), row_length, SCORE_ROWS, row_length
-        ),
+        shape,
     )
     parts = [
         _score(policy.config, policy.params, PackedBatch(*(x[i] for x in batch)))
@@ -400,4 +404,4 @@ def score(
     if not parts:
         return []
     log_p = np.stack([np.asarray(p) for p in parts])
-    return unpack_responses(log_p, placement, starts, lengths - starts)
+    return unpack_responses(log_p, placement)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
+from pfjax.targets import Target
 from pfjax.tasks import benchmarks
 
 _LOG = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def load_prompts(
 
     A row has `prompt` (or `problem`, or `question`): a string, or messages; and
     perhaps `answer`, or `reward_model.ground_truth` as in verl's files. Answers
-    serve evaluation only.
+    serve evaluation, and the objectives that grade responses (`grpo`, `flowrl`).
 
     Args:
       source: a `.jsonl`/`.json`/`.parquet` file, a hub name with an optional
@@ -85,16 +86,22 @@ class TargetSamples(NamedTuple):
 
     prompts: list[list[int]]
     responses: list[list[int]]
-    log_z: float  # lambda, nats a token, that they were drawn with
+    log_z: float  # lambda, nats per token, that they were drawn with
 
 
-def load_target(source: str, alpha: float) -> TargetSamples:
+def load_target(source: str, target: Target) -> TargetSamples:
     """Reads what `python -m pfjax.sample --method=smc` (or `mh`) wrote.
 
     Raises:
-      ValueError: if the samples are none of p^alpha, or of several kinds.
+      ValueError: if the samples are none of the target (but for its format term), or of
+        several kinds.
     """
-    found = dataset_io.read(source)
+    found, alpha = dataset_io.read(source), target.alpha
+    if target.beta:
+        raise ValueError(
+            f"--config.data.target={source}: the target of this objective has a reward, "
+            "which no such samples know"
+        )
     for where, row in found:
         for name, want in (("alpha", alpha), ("log_z", found[0][1].get("log_z"))):
             if row.get(name) is None or row[name] != want:
@@ -109,6 +116,11 @@ def load_target(source: str, alpha: float) -> TargetSamples:
     groups = [by_prompt[q] for q in sorted(by_prompt)]
     if not groups or len({len(g) for g in groups}) != 1:
         raise ValueError(f"{source}: every prompt needs as many samples as the others")
+    if found[0][1]["log_z"] and not target.is_length_aware:
+        raise ValueError(
+            f"{source}: drawn with log_z={found[0][1]['log_z']}, but the target of this "
+            "objective is of whole sequences: draw with --log_z=0"
+        )
     return TargetSamples(
         prompts=[g[0]["prompt_tokens"] for g in groups],
         responses=[r["completion_tokens"] for g in groups for r in g],

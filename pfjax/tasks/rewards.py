@@ -1,15 +1,66 @@
-"""What a response is worth, judged by its text: psi(y), and the rewards of the rivals.
+"""What a response is worth, judged by its text: psi(y), and the rewards of the baselines.
 
 Rewards are float32 `[S]`, the samples of a prompt side by side.
 """
 
+from typing import Any
+
 import numpy as np
 
+from pfjax.batch import Rollout, RolloutBatch
+from pfjax.infra import distributed
+from pfjax.model import tokenizer
+from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
 
 # Rewards that `of_answers` knows; "self_certainty", which is of tokens, comes from
-# `logprobs.self_certainty`.
+# `log_probs.self_certainty`.
 OF_ANSWERS = ("correct", "majority", "cluster")
+
+
+def compute_rewards(
+    indices: list[int],
+    rollout: Rollout,
+    grader: Grader,
+    *,
+    tok: Any,
+    prompts: PromptSet,
+    reward: str,
+    format_penalty: float,
+) -> RolloutBatch:
+    """Puts the responses of a step into text and computes what they are worth.
+
+    Args:
+      indices: of the P prompts in the set.
+      rollout: G responses to each.
+      grader: compares answers.
+      tok: the tokenizer.
+      prompts: the set.
+      reward: a name in `OF_ANSWERS`; others leave zeros.
+      format_penalty: psi of a response without a box.
+    """
+    rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
+    responses = [y[:n] for y, n in zip(rows, rollout.lengths.reshape(-1), strict=True)]
+    texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
+    values = np.zeros(len(texts), np.float32)
+    if reward in OF_ANSWERS:
+        values = of_answers(
+            reward,
+            [last_boxed(text) for text in texts],
+            [prompts.problems[i].gold for i in indices],
+            rollout.tokens.shape[1],
+            grader,
+        )
+        # A grader that runs out of time may do so on one host alone.
+        values = distributed.from_first(values)
+    return RolloutBatch(
+        prompts=[prompts.tokens[i] for i in indices],
+        rollout=rollout,
+        responses=responses,
+        texts=texts,
+        psi=format_term(texts, format_penalty),
+        reward=values,
+    )
 
 
 def format_term(responses: list[str], unboxed: float) -> np.ndarray:
@@ -35,7 +86,7 @@ def of_answers(
     - `majority`: 1 if it is of the class that most samples of the prompt are of, the
       first of those that tie (TTRL, arXiv 2504.16084, voting over classes of equal
       answers rather than strings).
-    - `cluster`: the share of the prompt's samples that are of its class; without an
+    - `cluster`: the fraction of the prompt's samples that are of its class; without an
       answer a sample is a class of its own (EMPO, arXiv 2504.05812).
 
     Args:

@@ -26,8 +26,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
-from pfjax.batch import Array
 from pfjax.infra import distributed
+from pfjax.targets import Array
+from pfjax.trainer import settings
 
 KEEP = 2  # the latest, and the one before should that be damaged
 
@@ -162,7 +163,7 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]]:
         load = self._checkpointer.load_checkpointables
         about = _opened(load(step, {"about": None})["about"])
-        different = differences(about["identity"], identity)
+        different = settings.differences(about["identity"], identity)
         if different:
             shown = "\n  ".join(different)
             raise OtherRun(
@@ -250,16 +251,6 @@ def _opened(sealed: dict[str, str]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines() or [repr(error)]
     return next((x for x in lines if "No space" in x), lines[0])[:500]
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`name: old -> new` of what differs between two flat dictionaries."""
-    absent = "(absent)"
-    return [
-        f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, absent) != new.get(name, absent)
-    ]
 
 
 def _named(tree: Any) -> dict[str, Any]:

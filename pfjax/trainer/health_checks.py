@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 
-class StoppedByGuard(Exception):
+class Unhealthy(Exception):
     """The run was ended since its metrics say that it goes wrong."""
 
 
@@ -25,8 +25,8 @@ def symptoms(
 
     Args:
       history: rows of `metrics.jsonl`.
-      length_floor: share of the mean length of the first `patience` steps.
-      truncated_ceiling: share of responses that are cut at the limit.
+      length_floor: fraction of the mean length of the first `patience` steps.
+      truncated_ceiling: fraction of responses that are cut at the limit.
       patience: steps in a row.
     """
     rows = [r for r in history if "completions/mean_length" in r]
@@ -62,7 +62,7 @@ def watch(step: int, limit_seconds: float) -> Iterator[None]:
         stack = "".join(traceback.format_stack(sys._current_frames()[ours]))
         print(
             f"process {jax.process_index()}: step {step} has taken more than "
-            f"{limit_seconds:g} s (guards.step_seconds); it stands at:\n{stack}",
+            f"{limit_seconds:g} s (health_checks.step_seconds); it stands at:\n{stack}",
             file=sys.stderr,
             flush=True,
         )

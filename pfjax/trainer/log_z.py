@@ -1,4 +1,4 @@
-"""The log Z' head: log Z'(q), in nats a token, from the states of the prompt.
+"""The log Z' head: log Z'(q), in nats per token, from the states of the prompt.
 
 It belongs to training only and is never exported with the policy.
 """
@@ -15,7 +15,7 @@ from pfjax.model.transformer import Params
 class Head(nnx.Module):
     """Two hidden layers as in PowerFlow's trainer, without its dropout.
 
-    The last layer starts at zero, so the output is its bias, which `calibrate_head`
+    The last layer starts at zero, so the output is its bias, which `minibatch.init_log_z`
     sets, and does not depend on the seed. Dropout would give the samples of one
     prompt different log Z' and is left out.
     """
@@ -50,21 +50,11 @@ def apply_head(
     is reported to cost accuracy (FlowRL, issue 3).
     """
     mask = prompt_mask(batch)
-    slots = batch.length.shape[-1]
-    total = segment_sum(jnp.where(mask[..., None], hidden, 0), batch.segment_ids, slots)
-    count = segment_sum(mask.astype(jnp.float32), batch.segment_ids, slots)
+    max_segments = batch.length.shape[-1]
+    total = segment_sum(
+        jnp.where(mask[..., None], hidden, 0), batch.segment_ids, max_segments
+    )
+    count = segment_sum(mask.astype(jnp.float32), batch.segment_ids, max_segments)
     mean = total / jnp.maximum(count, 1.0)[..., None]
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Head(mean.shape[-1], nnx.Rngs(0))))
     return nnx.merge(graphdef, params)(mean)
-
-
-def calibrate_head(params: Params, mean_residual: float) -> Params:
-    """Moves the head's output so that a mean residual it left becomes 0.
-
-    At the start the policy is the base and the mean residual with log Z' = 0 is
-    `(alpha - 1) NLL - alpha mean(psi)`, NLL being the mean over responses of their
-    mean negative log-prob a token. An error of log Z' acts as a reward on length,
-    and at usual learning rates the head would need thousands of steps to undo it.
-    """
-    out = {**params["out"], "bias": params["out"]["bias"] - mean_residual}
-    return {**params, "out": out}

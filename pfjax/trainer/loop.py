@@ -1,5 +1,6 @@
-"""The training loop."""
+"""The training loop: one iteration from top to bottom, and what happens between them."""
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -9,22 +10,21 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from pfjax import objectives
-from pfjax.evaluation import elbo, scores
 from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
-from pfjax.model import hf, lora, transformer
-from pfjax.sampler import engine, filters
-from pfjax.tasks import data, grading
+from pfjax.model import hf, lora
+from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
     health_checks,
-    metrics,
+    logging,
+    model_card,
     preemption,
+    profiling,
+    progress,
     settings,
-    setup,
-    step,
-    updates,
 )
+from pfjax.trainer.setup import Trainer, setup
+from pfjax.trainer.step import TrainState
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -33,179 +33,39 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
     A run found in `workdir` is continued from its latest checkpoint that is undamaged.
 
     Args:
-      config: see `configs/default.py`.
+      config: see `settings.SETTINGS`.
       workdir: the run's folder, local or `gs://`; the same for all processes.
 
     Raises:
       ValueError: for a mistake in the config or its files, before training starts.
       FloatingPointError: if the loss or a gradient is not finite.
-      health_checks.StoppedByGuard: if metrics say that the run goes wrong.
-      preemption.InterruptedRun: if SIGTERM or SIGINT ended it, after a save.
+      health_checks.Unhealthy: if metrics say that the run goes wrong.
+      preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
       OSError: if a file could not be written.
     """
     config = ml_collections.FrozenConfigDict(config)
-    settings.check_config(config)
+    settings.check(config)
     folder = storage.place(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     settings.check_workdir(config, folder)
-    with jax.set_mesh(mesh):
-        run, state = setup.build(config, mesh)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        trainer, state, about = setup(config, mesh)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             settings.write_config(config, folder)
-        with (
-            preemption.Interruption() as told,
-            checkpoint.Checkpoints(
-                folder / "checkpoints", config.keep_best
-            ) as checkpoints,
-            grading.Grader() as grader,
-        ):
-            _loop(run, state, folder, checkpoints, grader, told)
+        run = _Run(config, folder, trainer, about, stack)
+        state = run.train(state)
+        export(config, folder, trainer.policy(state), run.writer.history)
 
 
-def _loop(
-    run: setup.Run,
-    state: step.TrainState,
-    folder: epath.Path,
-    checkpoints: checkpoint.Checkpoints,
-    grader: grading.Grader,
-    told: preemption.Interruption,
-) -> None:
-    config = run.config
-    identity = {
-        **settings.what_decides(json.loads(config.to_json())),
-        "base": run.fingerprint,
-    }
-    start, cursor = 0, 0
-    found = checkpoints.restore(run.programs.state, identity)
-    if found is not None:
-        state, saved = found
-        start, cursor = saved["step"], saved["prompts"]
-    if start > config.num_steps:
-        raise ValueError(
-            f"{folder} holds {start} steps already; num_steps={config.num_steps} must "
-            "not be less"
-        )
-    writer = metrics.Writer(folder, start or -1, config.wandb_project)
-    progress = metrics.Progress(start, config.num_steps, config.log_every)
-    progress.note(setup.describe(run))
-    compilations = compile_cache.Compilations()
-    profiler = metrics.Profiler(folder / "profile", *config.profile_steps)
-    if start:
-        progress.note(f"continuing {folder} after step {start}")
-
-    def evaluate(at: int) -> dict[str, float]:
-        if run.eval is None and run.target is None:
-            return {}
-        begin, values = time.perf_counter(), {}
-        if run.eval is not None:
-            values, found = _evaluate(run, state, grader)
-            if distributed.is_first():
-                dataset_io.write_jsonl(
-                    folder / f"completions/step_{at:06d}.jsonl", found
-                )
-        if run.target is not None:
-            values |= elbo.bounds(
-                setup.policy_of(run, state),
-                transformer.Policy(
-                    run.programs.base_config, setup.base_on_devices(run)
-                ),
-                run.target,
-                run.tok,
-                alpha=config.alpha,
-                psi_unboxed=config.psi_unboxed,
-                max_new_tokens=config.max_new_tokens,
-                stop_ids=run.stop_ids,
-                seed=config.seed,
-            )
-        progress.note(f"step {at}  " + _format_scores(values))
-        values = {f"eval/{k}": v for k, v in values.items()}
-        return values | {"time/eval": time.perf_counter() - begin}
-
-    def is_due(number: int, every: int) -> bool:
-        return number == config.num_steps or number % every == 0
-
-    def save(number: int) -> None:
-        about = {"step": number, "prompts": cursor, "identity": identity}
-        metric = metrics.named(writer.history[-1], config.best_metric)
-        checkpoints.save(number, state, about, metric)
-
-    try:
-        row = writer.history[-1] if start and writer.history else {"step": 0}
-        # An interruption comes before the evaluation of its step.
-        if is_due(start, config.eval_every) and "time/eval" not in row:
-            writer.write(start, row | evaluate(start))
-        for number in range(start + 1, config.num_steps + 1):
-            with (
-                profiler.step(number),
-                health_checks.watch(number, config.guards.step_seconds),
-            ):
-                state, cursor, values = _step(run, state, cursor, number, grader)
-            values["time/compile"], made, found = compilations.take()
-            if number == start + 1:
-                progress.note(
-                    f"compiled {made - found} programs, found {found} compiled before"
-                )
-            progress.update(number, values)
-            writer.write(number, values)
-            wrong = _symptoms(writer.history, config.guards)
-            # Every process has to know what one of them was told.
-            is_told, is_wrong = distributed.any_of((told.is_asked, bool(wrong)))
-            if is_wrong and config.guards.action == "stop":
-                reasons = "; ".join(wrong) or "see the log of the first process"
-                raise health_checks.StoppedByGuard(
-                    f"stopped after step {number}: {reasons}. --config.guards.action="
-                    "warn goes on"
-                )
-            for symptom in wrong:
-                progress.note(f"warning: {symptom}")
-            is_last = number == config.num_steps
-            if is_due(number, config.eval_every) and (is_last or not is_told):
-                writer.write(number, values | evaluate(number))
-                (is_told,) = distributed.any_of((told.is_asked,))
-            if is_told or is_due(number, config.checkpoint_every):
-                save(number)
-            if is_told and not is_last:
-                checkpoints.wait()
-                raise preemption.InterruptedRun(
-                    f"interrupted and saved after step {number}; the same command goes on"
-                )
-    finally:
-        progress.close()
-        writer.close()
-        compilations.close()
-        profiler.close()
-    checkpoints.wait()
-    policy = setup.policy_of(run, state)
-    if config.lora.rank:
-        lora.save_peft(policy, folder / "adapter", config.model)
-    card = metrics.model_card(config.to_dict(), writer.history)
-    hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
-    if distributed.is_first():
-        print(metrics.before_and_after(writer.history, folder))
-
-
-def _symptoms(
-    history: list[dict[str, Any]], config: ml_collections.FrozenConfigDict
-) -> list[str]:
-    """What is wrong now; with `warn`, once in `patience` steps."""
-    if config.action == "off":
-        return []
-    if config.action == "warn" and history[-1]["step"] % config.patience:
-        return []
-    return health_checks.symptoms(
-        history, config.length_floor, config.truncated_ceiling, config.patience
-    )
-
-
-def _step(
-    run: setup.Run,
-    state: step.TrainState,
+def train_iteration(
+    trainer: Trainer,
+    state: TrainState,
     cursor: int,
-    number: int,
+    step: int,
     grader: grading.Grader,
-) -> tuple[step.TrainState, int, dict[str, float]]:
-    """Does step `number`.
+) -> tuple[TrainState, int, dict[str, float]]:
+    """Does one step: rollout, rewards, minibatches, updates, metrics.
 
     Returns:
       The new state, the new data cursor, and the step's metrics.
@@ -213,93 +73,209 @@ def _step(
     Raises:
       FloatingPointError: if the loss or a gradient is not finite.
     """
-    config, clock = run.config, metrics.Clock()
-    chosen, ids, cursor = data.next_prompts(
-        run.train, cursor, config.prompts_per_step, config.seed
-    )
+    clock = profiling.Clock()
+    indices, ids, cursor = trainer.next_prompts(cursor)
+    policy = trainer.policy(state)
     with clock.part("rollout"):
-        rollout = engine.rollout(
-            setup.policy_of(run, state),
-            [run.train.tokens[i] for i in chosen],
-            config.samples_per_prompt,
-            config.max_new_tokens,
-            config.temperature,
-            config.seed,
-            step=number,
-            prompt_ids=ids,
-            stop_ids=run.stop_ids,
-            prompt_width=run.prompt_width,
-            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
-        )
+        rollout = trainer.rollout(policy, indices, ids, step)
     with clock.part("reward"):
-        drawn = updates.judge(run, chosen, rollout, grader)
+        data = trainer.compute_rewards(indices, rollout, grader)
     # Split by prompts: the samples of one stay in one update.
-    by_prompt = np.arange(len(drawn.responses)).reshape(len(chosen), -1)
-    parts = [p.ravel() for p in np.array_split(by_prompt, config.updates_per_rollout)]
+    by_prompt = np.arange(len(data.texts)).reshape(len(indices), -1)
+    groups = np.array_split(by_prompt, trainer.updates_per_rollout)
     with clock.part("base_pass"):
-        base = setup.base_on_devices(run)
-        batches = [
-            updates.pack_and_score(run, state, base, drawn, part, is_first=i == 0)
-            for i, part in enumerate(parts)
+        base = trainer.base()
+        minibatches = [
+            trainer.prepare_minibatch(
+                data, group.ravel(), policy.params, base, is_first=i == 0
+            )
+            for i, group in enumerate(groups)
         ]
-        source = objectives.log_z_of(config.objective, config.log_z)
-        if number == 1 and source == "head":
-            state = updates.calibrate(run, state, batches)
-        jax.block_until_ready([u.old for u in batches])
-        del base  # with base_memory=host, room for the update
-    tables, scalars = [], []
+        if step == 1 and trainer.init_log_z is not None:
+            head = trainer.init_log_z(state.params["log_z"], minibatches)
+            state = state._replace(params={**state.params, "log_z": head})
+        jax.block_until_ready([m.old for m in minibatches])
+        del base, policy  # one in host memory leaves room, the other is given away
+    seen = []
     with clock.part("update"):
-        for update in batches:
-            state, values, table = run.programs.train_step(
-                state, run.frozen, update.batch, update.old, update.num_micro
-            )
-            tables.append(table)
-            scalars.append(values)
+        for minibatch in minibatches:
+            state, *of_update = trainer.train_step(state, minibatch)
+            seen.append(of_update)
+        scalars, stats, log_p = map(list, zip(*seen, strict=True))
         values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {number}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm is the usual cure"
-            )
-    values |= updates.step_metrics(run, batches, tables, drawn)
-    warmed_up = min(1.0, number / max(config.optim.warmup_steps, 1))
-    values["lr"] = config.optim.learning_rate * warmed_up
-    values |= clock.done()
-    values |= metrics.perf_metrics(
-        run.programs.step_config.model,
-        values,
-        np.concatenate([u.prompt_lengths for u in batches]),
-        np.concatenate([u.lengths for u in batches]),
-    )
+    _check_finite(values, step)
     del values["loss"]  # tb/loss
+    values |= trainer.step_metrics(minibatches, stats, log_p, data, step, clock)
     return state, cursor, values
 
 
-def _evaluate(
-    run: setup.Run, state: step.TrainState, grader: grading.Grader
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    config = run.config
-    settings = scores.Settings(
-        samples_per_prompt=config.eval_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.eval_sampling.temperature,
-        stop_ids=run.stop_ids,
-        seed=config.seed,
-        prompt_width=run.prompt_width,
-        truncation=filters.Truncation(
-            top_k=config.eval_sampling.top_k,
-            top_p=config.eval_sampling.top_p,
-            min_p=config.eval_sampling.min_p,
-        ),
-        stop_strings=tuple(config.eval_sampling.stop_strings),
-    )
-    policy, held_out = setup.policy_of(run, state), run.eval
-    return scores.evaluate(
-        policy, run.tok, grader, held_out.problems, held_out.tokens, settings
-    )
+def _check_finite(values: dict[str, float], step: int) -> None:
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}; the last checkpoint is "
+                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
+                "a smaller optim.learning_rate or clip_norm is the usual cure"
+            )
 
 
-def _format_scores(scores: dict[str, float]) -> str:
-    return "  ".join(f"{k} {v:.3f}" for k, v in scores.items() if not k.endswith("_se"))
+class _Run:
+    """The files, processes and signals of a run."""
+
+    def __init__(
+        self,
+        config: ml_collections.FrozenConfigDict,
+        folder: epath.Path,
+        trainer: Trainer,
+        about: str,
+        stack: contextlib.ExitStack,
+    ):
+        self.folder, self.trainer, self.about = folder, trainer, about
+        self.num_steps, self.eval_every = config.num_steps, config.eval_every
+        self.checkpoint_every = config.checkpoint_every
+        self.best_metric, self.log_every = config.best_metric, config.log_every
+        self.health, self.wandb_project = config.health_checks, config.wandb_project
+        self.identity = {
+            **settings.identity(json.loads(config.to_json())),
+            "base": hf.fingerprint(hf.resolve(config.model)),
+        }
+        self.preempted = stack.enter_context(preemption.Preemption())
+        self.checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
+        )
+        self.grader = stack.enter_context(grading.Grader())
+        self.profiler = profiling.Profiler(folder / "profile", *config.profile_steps)
+        stack.callback(self.profiler.close)
+
+    def train(self, state: TrainState) -> TrainState:
+        """Runs all steps that are left.
+
+        Args:
+          state: before the first; given away.
+        """
+        state, start, cursor = self._restore(state)
+        self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
+        self.progress = progress.Progress(start, self.num_steps, self.log_every)
+        self.progress.note(self.about)
+        if start:
+            self.progress.note(f"continuing {self.folder} after step {start}")
+        compilations = compile_cache.Compilations()
+        try:
+            self._evaluate_at_the_start(state, start)
+            for step in range(start + 1, self.num_steps + 1):
+                with (
+                    self.profiler.step(step),
+                    health_checks.watch(step, self.health.step_seconds),
+                ):
+                    state, cursor, values = train_iteration(
+                        self.trainer, state, cursor, step, self.grader
+                    )
+                values["time/compile"], made, found = compilations.take()
+                if step == start + 1:
+                    self.progress.note(
+                        f"compiled {made - found} programs, found {found} compiled before"
+                    )
+                self.progress.update(step, values)
+                self.writer.write(step, values)
+                self._finish_step(state, cursor, step, values)
+        finally:
+            self.progress.close()
+            self.writer.close()
+            compilations.close()
+        self.checkpoints.wait()
+        return state
+
+    def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        found = self.checkpoints.restore(abstract, self.identity)
+        if found is None:
+            return state, 0, 0
+        state, saved = found
+        if saved["step"] > self.num_steps:
+            raise ValueError(
+                f"{self.folder} holds {saved['step']} steps already; "
+                f"num_steps={self.num_steps} must not be less"
+            )
+        return state, saved["step"], saved["prompts"]
+
+    def _finish_step(
+        self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
+    ) -> None:
+        """Looks after the run's health, evaluates, saves, and stops if told to."""
+        wrong = self._symptoms()
+        # Every process has to know what one of them was told.
+        is_preempted, is_wrong = distributed.any_of(
+            (self.preempted.is_asked, bool(wrong))
+        )
+        if is_wrong and self.health.action == "stop":
+            reasons = "; ".join(wrong) or "see the log of the first process"
+            raise health_checks.Unhealthy(
+                f"stopped after step {step}: {reasons}. "
+                "--config.health_checks.action=warn goes on"
+            )
+        for symptom in wrong:
+            self.progress.note(f"warning: {symptom}")
+        is_last = step == self.num_steps
+        if self._is_due(step, self.eval_every) and (is_last or not is_preempted):
+            self.writer.write(step, values | self._evaluate(state, step))
+            (is_preempted,) = distributed.any_of((self.preempted.is_asked,))
+        if is_preempted or self._is_due(step, self.checkpoint_every):
+            about = {"step": step, "prompts": cursor, "identity": self.identity}
+            metric = logging.named(self.writer.history[-1], self.best_metric)
+            self.checkpoints.save(step, state, about, metric)
+        if is_preempted and not is_last:
+            self.checkpoints.wait()
+            raise preemption.Preempted(
+                f"interrupted and saved after step {step}; the same command goes on"
+            )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.num_steps or step % every == 0
+
+    def _evaluate_at_the_start(self, state: TrainState, start: int) -> None:
+        """Evaluates the base; or, of a run that goes on, what it had no time for."""
+        history = self.writer.history
+        row = history[-1] if start and history else {"step": 0}
+        if self._is_due(start, self.eval_every) and "time/eval" not in row:
+            self.writer.write(start, row | self._evaluate(state, start))
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        begin = time.perf_counter()
+        values, rows = self.trainer.evaluate(state, self.grader)
+        if rows and distributed.is_first():
+            path = self.folder / f"completions/step_{step:06d}.jsonl"
+            dataset_io.write_jsonl(path, rows)
+        if not values:
+            return {}
+        shown = (f"{k} {v:.3f}" for k, v in values.items() if not k.endswith("_se"))
+        self.progress.note(f"step {step}  " + "  ".join(shown))
+        values = {f"eval/{k}": v for k, v in values.items()}
+        return values | {"time/eval": time.perf_counter() - begin}
+
+    def _symptoms(self) -> list[str]:
+        """What is wrong now; with `warn`, once in `patience` steps."""
+        health, history = self.health, self.writer.history
+        if health.action == "off":
+            return []
+        if health.action == "warn" and history[-1]["step"] % health.patience:
+            return []
+        return health_checks.symptoms(
+            history, health.length_floor, health.truncated_ceiling, health.patience
+        )
+
+
+def export(
+    config: ml_collections.FrozenConfigDict,
+    folder: epath.Path,
+    policy: Any,
+    history: list[dict[str, Any]],
+) -> None:
+    """Writes what training leaves: adapters, the model, and a table for the person."""
+    if config.lora.rank:
+        lora.save_peft(policy, folder / "adapter", config.model)
+    card = model_card.model_card(config.to_dict(), history)
+    hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
+    if distributed.is_first():
+        print(progress.before_and_after(history, folder))

@@ -1,51 +1,49 @@
 """The optimiser: one optax chain for each group of parameters."""
 
-import dataclasses
-
 import jax
 import optax
 
 from pfjax.model.transformer import Params
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    learning_rate: float
-    log_z_learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    clip_norm: float
-    b1: float = 0.9
-    b2: float = 0.999
-    mu_dtype: str = "float32"  # of the first moment
-
-
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    learning_rate: float,
+    log_z_learning_rate: float,
+    warmup_steps: int,
+    weight_decay: float,
+    clip_norm: float,
+    mu_dtype: str = "float32",
+) -> optax.GradientTransformation:
     """AdamW for `{"policy": ..., "log_z": ...}`, constant rates after a warm-up.
 
     Each group is clipped by its own global norm: the policy's update must not
-    shrink because log Z' is off. The rate of log Z' is about how far, in nats, one
-    update may move it, whatever the width: Adam moves every entry of a matrix alike,
-    so its rate there is divided by the inputs that an output sums over. log Z' is
-    not decayed.
+    shrink because log Z' is off. log Z' is not decayed.
+
+    Args:
+      learning_rate: of the policy.
+      log_z_learning_rate: about how far, in nats, one update may move log Z', whatever
+        the width: Adam moves every entry of a matrix alike, so the rate there is divided
+        by the inputs that an output sums over.
+      warmup_steps: of both rates, linear.
+      weight_decay: of matrices of the policy.
+      clip_norm: of each group's gradient.
+      mu_dtype: of Adam's first moment.
     """
 
     def rate(peak: float) -> optax.Schedule:
         # Step i of the warm-up uses (i + 1) / warmup_steps: no step is lost at 0.
-        warmup = max(config.warmup_steps, 1)
+        warmup = max(warmup_steps, 1)
         return optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
 
     def chain(peak: float, decay: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
+            optax.clip_by_global_norm(clip_norm),
             optax.adamw(
                 rate(peak),
-                b1=config.b1,
-                b2=config.b2,
                 weight_decay=decay,
                 # The second stays float32: a thousandth of it, which an update may
                 # add, is lost in 8 bits.
-                mu_dtype=config.mu_dtype,
+                mu_dtype=mu_dtype,
                 mask=_is_matrix,
             ),
         )
@@ -56,8 +54,8 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         )
     )
     groups = {
-        "policy": chain(config.learning_rate, config.weight_decay),
-        "log_z": optax.chain(chain(config.log_z_learning_rate, 0.0), per_input),
+        "policy": chain(learning_rate, weight_decay),
+        "log_z": optax.chain(chain(log_z_learning_rate, 0.0), per_input),
     }
     return optax.partition(groups, param_labels={"policy": "policy", "log_z": "log_z"})
 

@@ -9,11 +9,11 @@ from types import FrameType
 EXIT_STATUS = 75
 
 
-class InterruptedRun(Exception):
+class Preempted(Exception):
     """The run has saved its state and ended before its last step."""
 
 
-class Interruption:
+class Preemption:
     """A context manager in which the first SIGTERM or SIGINT is only noted.
 
     The second does what it always did: a save that hangs can be stopped.
@@ -24,7 +24,7 @@ class Interruption:
     def __init__(self):
         self.is_asked = False
 
-    def __enter__(self) -> "Interruption":  # noqa: PYI034
+    def __enter__(self) -> "Preemption":  # noqa: PYI034
         self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
         return self
 

@@ -1,106 +1,241 @@
-"""The user's mistakes, found before anything heavy starts; and the run's folder."""
+"""Every setting of a run, declared once: its default, what it means, what it may be, and
+whether a run may be continued with another value.
+
+`configs/default.py` makes the config from here, recipes change what differs, `check`
+refuses values that cannot be meant. A setting that an older run did not know has its
+default there. Values that the paper leaves open are marked "chosen".
+
+The module is light: it is loaded while flags are read, before JAX.
+"""
 
 import difflib
 import importlib.metadata
 import json
 import operator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from pfjax import objectives
-from pfjax.infra import sharding
-from pfjax.model import attention, transformer
-from pfjax.model.transformer import ModelConfig
-from pfjax.trainer import checkpoint
 
-# A run may be continued with these changed: they do not touch what is computed (a
-# mesh does, by rounding only).
-MAY_CHANGE = (
-    "num_steps",
-    "eval_every",
-    "eval_samples",
-    "log_every",
-    "checkpoint_every",
-    "wandb_project",
-    "mesh",
-    "rollout_slots",
-    "eval_sampling",
-    "profile_steps",
-    "keep_best",
-    "best_metric",
-    "guards",
-)
-_POSITIVE = (
-    "alpha",
-    "num_steps",
-    "prompts_per_step",
-    "samples_per_prompt",
-    "max_new_tokens",
-    "temperature",
-    "updates_per_rollout",
-    "rows",
-    "row_length",
-    "eval_every",
-    "eval_samples",
-    "log_every",
-    "checkpoint_every",
-    "guards.patience",
-    "guards.step_seconds",
-)
+def _names(module: str, table: str) -> Callable[[], list[str]]:
+    """The keys of a table of a module that is loaded when they are asked for."""
+    return lambda: list(getattr(importlib.import_module(module), table))
+
+
+class Setting(NamedTuple):
+    default: Any
+    about: str
+    choices: tuple[str, ...] | Callable[[], Iterable[str]] | None = None
+    is_positive: bool = False
+    may_change: bool = False  # when a run is continued: it does not touch its results
+
+
+_DTYPES = ("bfloat16", "float32")
+_BACKENDS = _names("pfjax.model.attention", "BACKENDS")
+
+SETTINGS: dict[str, Setting] = {
+    # What is trained.
+    "model": Setting(
+        "pfjax/toy", "Hugging Face folder or hub id; pfjax/toy is built in"
+    ),
+    "objective": Setting(
+        "powerflow",
+        "a name in pfjax/objectives.py",
+        choices=_names("pfjax.objectives", "OBJECTIVES"),
+    ),
+    "alpha": Setting(4.0, "> 1 sharpens, < 1 flattens", is_positive=True),
+    "format_penalty": Setting(
+        -0.5, r"psi of a response without \boxed{}, nats per token; 0 switches it off"
+    ),
+    "log_z": Setting(
+        "head",
+        "head learns log Z' from the prompt, group averages its samples; rl_traj and "
+        "rl_token always average, subtb and rewards of answers have none",
+        choices=("head", "group"),
+    ),
+    # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
+    "data.train": Setting("pfjax/toy/train.jsonl", "prompts to train on"),
+    "data.eval": Setting("pfjax/toy/eval.jsonl", 'held out; "" for no evaluation'),
+    "data.target": Setting(
+        "",
+        "samples of the target, by pfjax.sample --method=smc: evaluations then bound the "
+        "log of its sum from both sides (eval/elbo, eval/eubo)",
+    ),
+    "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
+    "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
+    # A step: two batch numbers; the rest follows from them.
+    "num_steps": Setting(500, "steps in all", is_positive=True, may_change=True),
+    "prompts_per_step": Setting(32, "chosen", is_positive=True),
+    "samples_per_prompt": Setting(32, "chosen", is_positive=True),
+    "max_new_tokens": Setting(3072, "a response is cut there", is_positive=True),
+    "temperature": Setting(1.0, "of sampling in training", is_positive=True),
+    "rollout_slots": Setting(
+        0, "samples decoded at once; 0: as many as memory holds", may_change=True
+    ),
+    "updates_per_rollout": Setting(
+        1, "minibatches per step; 1 is exactly on policy", is_positive=True
+    ),
+    "seed": Setting(0, "of everything random"),
+    # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or of
+    # tokens (GRPO and its kin).
+    "clip_low": Setting(0.8, "ratios are clipped to [clip_low, clip_high]"),
+    "clip_high": Setting(1.28, "see clip_low"),
+    "mask_clipped_tokens": Setting(
+        False,
+        "the paper's trainer: tokens whose ratio is outside are left out of the sums and "
+        "of the length",
+    ),
+    # Baselines only.
+    "flowrl_beta": Setting(15.0, "of the advantage in FlowRL's target"),
+    "reward_kl": Setting(
+        0.0, "of KL to the base per token: grpo, ttrl, empo, intuitor"
+    ),
+    "optim.learning_rate": Setting(1e-6, "of the policy, constant after the warm-up"),
+    "optim.log_z_learning_rate": Setting(
+        1e-3, "chosen; nats that log Z' may move per step"
+    ),
+    "optim.warmup_steps": Setting(0, "steps of linear warm-up"),
+    "optim.weight_decay": Setting(0.1, "of matrices"),
+    "optim.clip_norm": Setting(1.0, "of the gradient, each group on its own"),
+    "optim.mu_dtype": Setting(
+        "float32",
+        "of Adam's first moment; bfloat16 saves a sixth of the state",
+        choices=_DTYPES,
+    ),
+    # Low-rank adapters instead of all weights; policy and base then share theirs.
+    "lora.rank": Setting(0, "0 trains all weights"),
+    "lora.alpha": Setting(32.0, "chosen; adapters are scaled by alpha / rank"),
+    # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp parts of the
+    # batch.
+    "microbatch_size": Setting(1, "rows per micro-batch and part", is_positive=True),
+    "pack_length": Setting(
+        4096,
+        "tokens per row; at least data.max_prompt_tokens + max_new_tokens",
+        is_positive=True,
+    ),
+    "dtype": Setting(
+        "bfloat16",
+        "of the computation; master weights are float32",
+        choices=_DTYPES,
+    ),
+    "offload_ref": Setting(
+        False, "keep the frozen base in host memory between its passes"
+    ),
+    "attention": Setting(
+        "auto",
+        "back end over packed rows; see pfjax/model/attention.py",
+        choices=lambda: ["auto", *_BACKENDS()],
+    ),
+    "remat": Setting(
+        "full",
+        "rematerialisation in the backward pass: all of a layer (full), all but attention "
+        "(attention), all but products with weights (dots), none",
+        choices=_names("pfjax.model.transformer", "REMAT"),
+    ),
+    # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
+    # only.
+    "mesh.data": Setting(1, "whole copies of the weights", may_change=True),
+    "mesh.fsdp": Setting(-1, "devices that weights are split over", may_change=True),
+    "mesh.tensor": Setting(1, "devices that share each matrix", may_change=True),
+    # Evaluation, at step 0, every eval_every steps, and after the last.
+    "eval_every": Setting(40, "steps", is_positive=True, may_change=True),
+    "eval_samples": Setting(16, "k of avg@k", is_positive=True, may_change=True),
+    "eval_sampling.temperature": Setting(1.0, "0 is greedy", may_change=True),
+    "eval_sampling.top_k": Setting(
+        0, "the k likeliest tokens; 0 for all", may_change=True
+    ),
+    "eval_sampling.top_p": Setting(
+        1.0, "the likeliest tokens that make up this mass", may_change=True
+    ),
+    "eval_sampling.min_p": Setting(
+        0.0, "tokens at least this likely, to the likeliest", may_change=True
+    ),
+    "eval_sampling.stop_strings": Setting(
+        (), "texts that end a response", may_change=True
+    ),
+    # Records.
+    "log_every": Setting(
+        1,
+        "steps between plain lines when nobody watches",
+        is_positive=True,
+        may_change=True,
+    ),
+    "checkpoint_every": Setting(40, "steps", is_positive=True, may_change=True),
+    "keep_best": Setting(
+        1, "checkpoints kept beside the latest two: the best", may_change=True
+    ),
+    "best_metric": Setting(
+        "eval/avg", "the higher the better; named up to the @", may_change=True
+    ),
+    "profile_steps": Setting(
+        (0, 0),
+        "steps traced by JAX's profiler: first, and first after",
+        may_change=True,
+    ),
+    "wandb_project": Setting("", 'needs the extra wandb; "" for none', may_change=True),
+    # What is watched during a run. A loss that is not finite always stops it.
+    "health_checks.action": Setting(
+        "stop",
+        "when one of these has lasted",
+        choices=("stop", "warn", "off"),
+        may_change=True,
+    ),
+    "health_checks.patience": Setting(10, "steps", is_positive=True, may_change=True),
+    "health_checks.length_floor": Setting(
+        0.25, "mean length below this fraction of the start's", may_change=True
+    ),
+    "health_checks.truncated_ceiling": Setting(
+        0.99, "at least this fraction of responses cut", may_change=True
+    ),
+    "health_checks.step_seconds": Setting(
+        3600.0,
+        "after which a stuck step tells where it stands",
+        is_positive=True,
+        may_change=True,
+    ),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A config of all defaults, locked."""
+    config = ml_collections.ConfigDict()
+    for name, setting in SETTINGS.items():
+        *groups, last = name.split(".")
+        at = config
+        for group in groups:
+            if group not in at:
+                at[group] = ml_collections.ConfigDict()
+            at = at[group]
+        at[last] = setting.default
+    return config.lock()
 
 
 _WHY_NOT_GREEDY = (
-    "; training needs draws from the whole distribution, greedy decoding is for "
+    "; training needs samples of the whole distribution, greedy decoding is for "
     "evaluation: --config.eval_sampling.temperature=0"
 )
 
 
-def check_config(c: ml_collections.FrozenConfigDict) -> None:
+def check(c: ml_collections.FrozenConfigDict) -> None:
     """Raises ValueError for values that cannot be meant."""
-    for name in _POSITIVE:
+    for name, setting in SETTINGS.items():
         value = operator.attrgetter(name)(c)
-        if not value > 0:
+        if setting.is_positive and not value > 0:
             why = _WHY_NOT_GREEDY if name == "temperature" else ""
             raise ValueError(f"--config.{name}={value}: must be positive{why}")
-    choices = {
-        "objective": sorted(objectives.OBJECTIVES),
-        "log_z": ["group", "head"],
-        "dtype": ["bfloat16", "float32"],
-        "attention": ["auto", *attention.BACKENDS],
-        "remat": list(transformer.REMAT),
-        "base_memory": ["device", "host"],
-        "optim.mu_dtype": ["bfloat16", "float32"],
-        "guards.action": ["off", "stop", "warn"],
-    }
-    for name, allowed in choices.items():
-        value = operator.attrgetter(name)(c)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
-    source = objectives.log_z_of(c.objective, c.log_z)
-    reward = objectives.OBJECTIVES[c.objective].reward
-    if (source == "group" or reward) and c.samples_per_prompt < 2:
-        raise ValueError(
-            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages "
-            "over the samples of a prompt: samples_per_prompt must be at least 2, got "
-            f"{c.samples_per_prompt}"
-        )
+        if setting.choices is not None:
+            _check_choice(name, value, setting.choices)
     steps = c.profile_steps
     if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
         raise ValueError(
             f"--config.profile_steps={steps}: must be the first step to trace and the "
             "first after it, as in (10, 13)"
         )
-    if c.lora.rank and c.base_memory == "host":
+    if c.lora.rank and c.offload_ref:
         raise ValueError(
-            "--config.base_memory=host: with adapters the base is the policy's own "
+            "--config.offload_ref=True: with adapters the base is the policy's own "
             "weights and has to stay on the devices"
         )
     if c.lora.rank < 0:
@@ -110,15 +245,44 @@ def check_config(c: ml_collections.FrozenConfigDict) -> None:
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
             f"prompts_per_step={c.prompts_per_step}"
         )
+    _check_groups(c)
+
+
+def _check_choice(
+    name: str,
+    value: str,
+    choices: tuple[str, ...] | Callable[[], Iterable[str]],
+) -> None:
+    allowed = sorted(choices() if callable(choices) else choices)
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
+
+
+def _check_groups(c: ml_collections.FrozenConfigDict) -> None:
+    from pfjax import objectives
+
+    is_group = objectives.log_z_of(c.objective, c.log_z) == "group"
+    if c.samples_per_prompt < 2 and (
+        is_group or objectives.OBJECTIVES[c.objective].reward
+    ):
+        raise ValueError(
+            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages "
+            "over the samples of a prompt: samples_per_prompt must be at least 2, got "
+            f"{c.samples_per_prompt}"
+        )
 
 
 def check_answers(
     c: ml_collections.FrozenConfigDict, answers: list[str | None]
 ) -> None:
     """Raises ValueError if the objective grades answers and the prompts have none."""
+    from pfjax.objectives import OBJECTIVES
+
     missing = sum(a is None for a in answers)
-    if objectives.OBJECTIVES[c.objective].reward == "correct" and missing:
-        free = [k for k, o in objectives.OBJECTIVES.items() if o.reward != "correct"]
+    if OBJECTIVES[c.objective].reward == "correct" and missing:
+        free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
         raise ValueError(
             f"--config.objective={c.objective} grades responses, but {missing} of "
             f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
@@ -132,9 +296,9 @@ def check_lengths(
     """Raises ValueError if a trajectory could exceed a row or the model."""
     need = longest_prompt + c.max_new_tokens
     parts = f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens}"
-    if need > c.row_length:
+    if need > c.pack_length:
         raise ValueError(
-            f"--config.row_length={c.row_length} is too short for {parts} = {need}"
+            f"--config.pack_length={c.pack_length} is too short for {parts} = {need}"
         )
     if need > max_positions:
         raise ValueError(
@@ -149,8 +313,8 @@ def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> Non
     has_steps = any((folder / "checkpoints").glob("[0-9]*"))
     if not (path.exists() and has_steps):  # nothing that would be continued
         return
-    old = what_decides(json.loads(path.read_text())["config"])
-    changed = checkpoint.differences(old, what_decides(json.loads(c.to_json())))
+    old = json.loads(path.read_text())["config"]
+    changed = differences(identity(old), identity(json.loads(c.to_json())))
     if changed:
         shown = "\n  ".join(changed)
         raise ValueError(
@@ -159,21 +323,26 @@ def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> Non
         )
 
 
-def what_decides(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config that a continued run must not change, by name."""
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The values, by name, that a continued run must not change.
+
+    Args:
+      config: as in `config.json`.
+    """
     flat = _flatten(config)
-    return {k: v for k, v in flat.items() if k.split(".")[0] not in MAY_CHANGE}
+    free = {name for name, setting in SETTINGS.items() if setting.may_change}
+    return {name: value for name, value in flat.items() if name not in free}
 
 
-def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
-    """Writes `config.json`: every value, and the versions that computed with it."""
-    packages = ("pfjax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-    versions = {p: importlib.metadata.version(p) for p in packages}
-    versions["backend"] = jax.devices()[0].device_kind
-    out = {"config": json.loads(c.to_json()), "versions": versions}
-    tmp = folder / ".config.json.tmp"
-    tmp.write_text(json.dumps(out, indent=2) + "\n")
-    tmp.replace(folder / "config.json")
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` of what differs; a setting that is absent has its default."""
+    out = []
+    for name in sorted(old.keys() | new.keys()):
+        default = SETTINGS[name].default if name in SETTINGS else "(absent)"
+        before, after = old.get(name, default), new.get(name, default)
+        if before != after:
+            out.append(f"{name}: {before} -> {after}")
+    return out
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -186,13 +355,33 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def check_attention(config: ModelConfig, mesh: Mesh) -> None:
+def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
+    """Writes `config.json`: every value, and the versions that computed with it."""
+    import jax
+
+    packages = ("pfjax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {p: importlib.metadata.version(p) for p in packages}
+    versions["backend"] = jax.devices()[0].device_kind
+    out = {"config": json.loads(c.to_json()), "versions": versions}
+    tmp = folder / ".config.json.tmp"
+    tmp.write_text(json.dumps(out, indent=2) + "\n")
+    tmp.replace(folder / "config.json")
+
+
+def check_attention(config: Any, mesh: Any) -> None:
     """Raises RuntimeError if a kernel of these devices does not compute attention.
 
     Kernels are chosen by what is known of devices and versions, and a wrong one would
     train on without a word (JAX before 0.11.2 had one): so each is compared, before
     training, with the plain form on a few rows, forward and backward.
     """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pfjax.infra import sharding
+    from pfjax.model import attention
+
     backend = attention.chosen(config.attention, config.head_dim, config.dtype)
     if backend in ("plain", "chunked"):
         return

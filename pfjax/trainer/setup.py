@@ -1,180 +1,187 @@
-"""Everything a run needs, built from its config."""
+"""Builds what a run needs from its config; below here nothing reads one."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from pfjax import objectives
-from pfjax.batch import OldScores, PackedBatch, max_micro_batches, slots_per_row
+from pfjax.batch import PackShape, max_microbatches, segments_per_row
+from pfjax.evaluation import elbo, scores
 from pfjax.infra import sharding
 from pfjax.model import attention, hf, hf_config, lora, tokenizer, transformer
-from pfjax.sampler import slots
-from pfjax.tasks import data
-from pfjax.trainer import optim, settings, step
+from pfjax.model.transformer import ModelConfig, Params, Policy
+from pfjax.objectives import ObjectiveConfig
+from pfjax.sampler import engine, filters, slots
+from pfjax.tasks import data, rewards
+from pfjax.trainer import diagnostics, minibatch, optim, settings, step
 from pfjax.trainer.log_z import init_head
 
 
-class Programs(NamedTuple):
-    """What devices run in an update, and the shapes it takes."""
+class TrainFns(NamedTuple):
+    """The compiled programs of an update, and the shapes and places of what they take."""
 
-    step_config: step.StepConfig
-    base_config: transformer.ModelConfig
-    optimizer: optax.GradientTransformation
+    model: ModelConfig  # of the policy
+    base_model: ModelConfig
+    objective: ObjectiveConfig
+    shape: PackShape
     state: step.TrainState  # shapes and shardings
-    base: transformer.Params  # shapes and shardings, of the type of the computation
-    rows: int  # B
-    row_slots: int  # N, trajectories a row may hold
-    micro_batches: int  # M that always suffice for an update
+    base: Params  # shapes and shardings, in the type of the computation
+    init_opt_state: Any  # jitted
+    score_base: Any  # jitted
+    score_policy: Any  # jitted
     train_step: Any  # jitted
-    score_step: Any  # jitted
 
 
-class Run(NamedTuple):
-    """What stays the same during a run."""
+class Trainer(NamedTuple):
+    """The parts of an iteration in their order, what a run never changes bound to them."""
 
-    config: ml_collections.FrozenConfigDict
-    mesh: Mesh
-    tok: Any
-    train: data.PromptSet
-    eval: data.PromptSet | None
-    target: data.TargetSamples | None
-    stop_ids: tuple[int, ...]
-    prompt_width: int
-    rollout_plan: slots.Plan
-    programs: Programs
-    base: transformer.Params  # frozen; see `base_on_devices`
-    frozen: transformer.Params  # what the policy shares with it: all of it, or nothing
-    fingerprint: str  # of the base's files
+    next_prompts: Callable  # cursor -> indices, ids, cursor
+    rollout: Callable  # policy, indices, ids, step -> Rollout
+    compute_rewards: Callable  # indices, rollout, grader -> RolloutBatch
+    base: Callable[[], Params]  # the frozen base, on the devices
+    prepare_minibatch: Callable  # see `minibatch`
+    init_log_z: Callable | None  # parameters of the head, minibatches -> parameters
+    train_step: Callable  # state, minibatch -> state, scalars, stats, log-probs
+    step_metrics: Callable  # see `diagnostics`
+    policy: Callable[[step.TrainState], Policy]
+    evaluate: Callable | None  # state, grader -> scores, rows
+    updates_per_rollout: int
 
 
-def programs(
+def train_fns(
     config: ml_collections.FrozenConfigDict,
-    base_config: transformer.ModelConfig,
+    base_model: ModelConfig,
     longest_prompt: int,
     mesh: Mesh | AbstractMesh,
     stop_ids: tuple[int, ...] = (),
-) -> Programs:
+) -> TrainFns:
     """The programs of a config for the devices of `mesh`, which need not be here.
 
     Args:
       config: of the run.
-      base_config: of the checkpoint.
+      base_model: of the checkpoint.
       longest_prompt: in tokens.
       mesh: not current (see `jax.set_mesh`) if its devices are not here.
       stop_ids: tokens that end a response; the checkpoint's when not given.
     """
-    base_config = dataclasses.replace(
-        base_config, dtype=config.dtype, attention=config.attention
+    base_model = dataclasses.replace(
+        base_model, dtype=config.dtype, attention=config.attention
     )
-    axes, shapes = (
-        transformer.logical_axes(base_config),
-        transformer.abstract_params(base_config),
-    )
+    axes = transformer.logical_axes(base_model)
+    shapes = transformer.abstract_params(base_model)
     base = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), config.dtype)
-    policy_config = base_config
+    model = base_model
     if config.lora.rank:
-        policy_config = dataclasses.replace(
-            base_config, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
+        model = dataclasses.replace(
+            base_model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
         )
-        axes = lora.select(transformer.logical_axes(policy_config))
-        shapes = lora.select(transformer.abstract_params(policy_config))
+        axes = lora.select(transformer.logical_axes(model))
+        shapes = lora.select(transformer.abstract_params(model))
     trained = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), "float32")
-    optimizer = optim.make_optimizer(optim.OptimConfig(**config.optim))
-    state = _abstract_state(trained, policy_config, optimizer, mesh)
-    step_config = step.StepConfig(
-        model=policy_config,
-        objective=config.objective,
-        coefficients=objectives.Coefficients(
-            alpha=config.alpha,
-            beta=config.flowrl_beta,
-            kl=config.reward_kl,
-            low=config.importance.low,
-            high=config.importance.high,
-        ),
-        keep_band=config.importance.keep_band,
-        stop_ids=stop_ids or base_config.stop_ids,
-        remat=config.remat,
+    optimizer = optim.make_optimizer(**config.optim)
+    state = _abstract_state(trained, model, optimizer, mesh)
+    objective = ObjectiveConfig(
+        name=config.objective,
+        alpha=config.alpha,
+        beta=config.flowrl_beta,
+        kl=config.reward_kl,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        mask_clipped_tokens=config.mask_clipped_tokens,
     )
-    max_length = longest_prompt + config.max_new_tokens
-    prompts_per_update = -(-config.prompts_per_step // config.updates_per_rollout)
-    rows = config.rows * sharding.batch_ways(mesh)
+    kind = objectives.OBJECTIVES[objective.name]
+    stop_ids = stop_ids or base_model.stop_ids
     everywhere = sharding.replicated(mesh)
-    return Programs(
-        step_config=step_config,
-        base_config=base_config,
-        optimizer=optimizer,
+
+    def jitted(f: Callable, **static: Any) -> Any:
+        return jax.jit(functools.partial(f, **static), out_shardings=everywhere)
+
+    return TrainFns(
+        model=model,
+        base_model=base_model,
+        objective=objective,
+        shape=_pack_shape(config, longest_prompt, mesh),
         state=state,
         base=base,
-        rows=rows,
-        row_slots=slots_per_row(config.row_length, max_length),
-        micro_batches=max_micro_batches(
-            prompts_per_update * config.samples_per_prompt,
-            max_length,
-            rows,
-            config.row_length,
+        init_opt_state=jax.jit(
+            optimizer.init, out_shardings=_shardings(state.opt_state)
+        ),
+        score_base=jitted(
+            step.score_step,
+            model=base_model,
+            stop_ids=stop_ids if kind.has_prefixes else (),
+        ),
+        score_policy=jitted(
+            step.score_step,
+            model=model,
+            with_certainty=kind.reward == "self_certainty",
         ),
         train_step=jax.jit(
-            functools.partial(step.train_step, config=step_config, optimizer=optimizer),
+            functools.partial(
+                step.train_step,
+                optimizer=optimizer,
+                model=model,
+                objective=objective,
+                stop_ids=stop_ids,
+                remat=config.remat,
+            ),
             donate_argnums=0,
-            out_shardings=(_shardings(state), everywhere, everywhere),
-        ),
-        score_step=jax.jit(
-            step.score_step,
-            static_argnames=("config", "stop_ids", "with_certainty"),
-            out_shardings=everywhere,
+            out_shardings=(_shardings(state), everywhere, everywhere, everywhere),
         ),
     )
 
 
-def abstract_batch(
-    made: Programs, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
-) -> tuple[PackedBatch, OldScores, Any]:
-    """Shapes of what an update is given: rows, scores from before, their number."""
-    m, b, t, n = made.micro_batches, made.rows, config.row_length, made.row_slots
-    whole = sharding.replicated(mesh)
-
-    def array(last: int, dtype: str, where: NamedSharding | None = None) -> Any:
-        split = NamedSharding(
-            mesh, sharding.spec(mesh, (None, "batch", None), (m, b, 1))
-        )
-        return jax.ShapeDtypeStruct((m, b, last), dtype, sharding=where or split)
-
-    batch = PackedBatch(
-        tokens=array(t, "int32"),
-        positions=array(t, "int32"),
-        segment_ids=array(t, "int32"),
-        is_response=array(t, "bool"),
-        length=array(n, "int32"),
-        psi=array(n, "float32"),
-        prompt_index=array(n, "int32"),
-        is_real=array(n, "bool"),
+def _pack_shape(
+    config: ml_collections.FrozenConfigDict,
+    longest_prompt: int,
+    mesh: Mesh | AbstractMesh,
+) -> PackShape:
+    """Rows enough for the responses of any update."""
+    max_length = longest_prompt + config.max_new_tokens
+    prompts = -(-config.prompts_per_step // config.updates_per_rollout)
+    rows = config.microbatch_size * sharding.batch_ways(mesh)
+    return PackShape(
+        num_microbatches=max_microbatches(
+            prompts * config.samples_per_prompt, max_length, rows, config.pack_length
+        ),
+        microbatch_size=rows,
+        pack_length=config.pack_length,
+        max_segments=segments_per_row(config.pack_length, max_length),
     )
-    has_old = config.updates_per_rollout > 1
-    objective = objectives.OBJECTIVES[config.objective]
-    source = objectives.log_z_of(config.objective, config.log_z)
-    old = OldScores(
-        log_p_base=array(t, "float32", whole),
-        log_p_old=array(t, "float32", whole) if has_old else None,
-        is_on_policy=jax.ShapeDtypeStruct((m,), bool) if has_old else None,
-        log_z=array(n, "float32", whole) if source == "group" else None,
-        advantage=array(n, "float32") if objective.reward else None,
-        log_stop_base=array(t, "float32", whole) if objective.has_prefixes else None,
+
+
+def abstract_minibatch(
+    fns: TrainFns, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[Any, Any, Any]:
+    """Shapes of what an update is given: packed batch, scores from before, their number."""
+    return minibatch.abstract(
+        fns.shape,
+        mesh,
+        fns.objective,
+        objectives.log_z_of(config.objective, config.log_z),
+        is_only=config.updates_per_rollout == 1,
     )
-    return batch, old, jax.ShapeDtypeStruct((), "int32")
 
 
-def build(
+def setup(
     config: ml_collections.FrozenConfigDict, mesh: Mesh
-) -> tuple[Run, step.TrainState]:
-    """Everything a run needs, cheap and fallible things first."""
+) -> tuple[Trainer, step.TrainState, str]:
+    """Builds everything a run needs, cheap and fallible things first.
+
+    Returns:
+      The parts of an iteration; the first state; and what follows from the config, for
+      the start of the log.
+    """
     source = hf.resolve(config.model)
-    base_config = hf_config.read(source)
+    base_model = hf_config.read(source)
     tok = tokenizer.load(source)
     load = functools.partial(
         data.load_prompts,
@@ -183,67 +190,175 @@ def build(
         suffix=config.data.suffix,
     )
     train = load(config.data.train)
-    held_out = config.data.eval and load(config.data.eval)
+    held_out = load(config.data.eval) if config.data.eval else None
     if held_out:
         data.warn_of_overlap(train, held_out)
-    target = config.data.target or None
-    if target:
-        target = data.load_target(target, config.alpha)
     settings.check_answers(config, [p.gold for p in train.problems])
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
-    settings.check_lengths(config, longest, base_config.max_positions)
-    stop_ids = tokenizer.stop_ids(tok, base_config.stop_ids)
-    made = programs(config, base_config, longest, mesh, stop_ids)
-    settings.check_attention(made.base_config, mesh)
+    settings.check_lengths(config, longest, base_model.max_positions)
+    stop_ids = tokenizer.stop_ids(tok, base_model.stop_ids)
+    fns = train_fns(config, base_model, longest, mesh, stop_ids)
+    target = None
+    if config.data.target:
+        target = data.load_target(config.data.target, fns.objective.target)
+    settings.check_attention(fns.base_model, mesh)
 
     policy = hf.load(source, mesh)
     trained = policy.params
     if config.lora.rank:
-        init = functools.partial(lora.init_params, made.step_config.model)
-        where = _shardings(made.state.params["policy"])
+        init = functools.partial(lora.init_params, fns.model)
+        where = _shardings(fns.state.params["policy"])
         trained = jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
     # A copy, since training gives the buffers of its parameters away.
     base = jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params)
-    if config.base_memory == "host":
+    if config.offload_ref:
         to_host = lambda x: x.sharding.with_memory_kind("pinned_host")
         base = jax.device_put(base, jax.tree.map(to_host, base))
-    state = first_state(made, trained, config.seed, mesh)
-    run = Run(
-        config=config,
-        mesh=mesh,
-        tok=tok,
-        train=train,
-        eval=held_out or None,
-        target=target,
-        stop_ids=stop_ids,
+    state = first_state(fns, trained, config.seed, mesh)
+    plan = slots.make_plan(
+        Policy(fns.model, lora.join(base, trained)),
+        num_prompts=config.prompts_per_step,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
         prompt_width=longest,
-        rollout_plan=slots.make_plan(
-            transformer.Policy(made.step_config.model, lora.join(base, trained)),
-            num_prompts=config.prompts_per_step,
-            samples_per_prompt=config.samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            prompt_width=longest,
-            num_slots=config.rollout_slots or None,
-        ),
-        programs=made,
-        base=base,
-        frozen=base if config.lora.rank else {},
-        fingerprint=hf.fingerprint(source),
+        num_slots=config.rollout_slots or None,
     )
-    return run, state
+    sampling = {"stop_ids": stop_ids, "prompt_width": longest}
+    trainer = Trainer(**_iteration(config, fns, tok, train, base, plan, sampling, mesh))
+    evaluate = _evaluation(config, fns, trainer, tok, held_out, target, sampling)
+    about = _describe(config, fns, mesh, plan, train, held_out)
+    return trainer._replace(evaluate=evaluate), state, about
 
 
-def base_on_devices(run: Run) -> transformer.Params:
-    """The frozen base where programs read it: a copy if it waits in host memory."""
-    if run.config.base_memory == "device":
-        return run.base
-    return jax.device_put(run.base, _shardings(run.programs.base))
+def _iteration(
+    config: ml_collections.FrozenConfigDict,
+    fns: TrainFns,
+    tok: Any,
+    train: data.PromptSet,
+    base: Params,
+    plan: slots.Plan,
+    sampling: dict[str, Any],
+    mesh: Mesh,
+) -> dict[str, Callable]:
+    """The parts of an iteration by their names in `Trainer`."""
+    log_z = objectives.log_z_of(config.objective, config.log_z)
+    frozen = base if config.lora.rank else {}
+    reward = objectives.OBJECTIVES[config.objective].reward
+
+    def rollout(policy: Policy, indices: list[int], ids: list[int], step: int) -> Any:
+        return engine.rollout(
+            policy,
+            [train.tokens[i] for i in indices],
+            config.samples_per_prompt,
+            config.max_new_tokens,
+            config.temperature,
+            config.seed,
+            step=step,
+            prompt_ids=ids,
+            num_slots=plan.slots * plan.parts,
+            **sampling,
+        )
+
+    def base_on_devices() -> Params:
+        # A copy if the base waits in host memory.
+        return (
+            jax.device_put(base, _shardings(fns.base)) if config.offload_ref else base
+        )
+
+    def policy_of(state: step.TrainState) -> Policy:
+        return Policy(fns.model, lora.join(frozen, state.params["policy"]))
+
+    return {
+        "next_prompts": functools.partial(
+            data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
+        ),
+        "rollout": rollout,
+        "compute_rewards": functools.partial(
+            rewards.compute_rewards,
+            tok=tok,
+            prompts=train,
+            reward=reward,
+            format_penalty=config.format_penalty,
+        ),
+        "base": base_on_devices,
+        "prepare_minibatch": functools.partial(
+            minibatch.prepare_minibatch,
+            score_base=fns.score_base,
+            score_policy=fns.score_policy,
+            objective=fns.objective,
+            log_z=log_z,
+            shape=fns.shape,
+            mesh=mesh,
+            is_only=config.updates_per_rollout == 1,
+        ),
+        "init_log_z": functools.partial(minibatch.init_log_z, objective=fns.objective)
+        if log_z == "head"
+        else None,
+        "train_step": lambda state, m: fns.train_step(
+            state, frozen, m.batch, m.old, m.num_microbatches
+        ),
+        "step_metrics": functools.partial(
+            diagnostics.step_metrics,
+            objective=fns.objective,
+            has_log_z=log_z != "none",
+            shape=fns.shape,
+            model=fns.model,
+            learning_rate=lambda step: (
+                config.optim.learning_rate
+                * min(1.0, step / max(config.optim.warmup_steps, 1))
+            ),
+        ),
+        "policy": policy_of,
+        "evaluate": None,
+        "updates_per_rollout": config.updates_per_rollout,
+    }
 
 
-def policy_of(run: Run, state: step.TrainState) -> transformer.Policy:
-    """The policy as it is now."""
-    params = lora.join(run.frozen, state.params["policy"])
-    return transformer.Policy(run.programs.step_config.model, params)
+def _evaluation(
+    config: ml_collections.FrozenConfigDict,
+    fns: TrainFns,
+    trainer: Trainer,
+    tok: Any,
+    held_out: data.PromptSet | None,
+    target: data.TargetSamples | None,
+    sampling: dict[str, Any],
+) -> Callable:
+    """What an evaluation does: (state, grader) -> scores, rows; nothing without prompts
+    held out or samples of the target."""
+    options = config.eval_sampling
+    how = scores.Settings(
+        samples_per_prompt=config.eval_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=options.temperature,
+        seed=config.seed,
+        truncation=filters.Truncation(
+            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p
+        ),
+        stop_strings=tuple(options.stop_strings),
+        **sampling,
+    )
+
+    def evaluate(state: step.TrainState, grader: Any) -> tuple[dict, list]:
+        policy, values, rows = trainer.policy(state), {}, []
+        if held_out is not None:
+            values, rows = scores.evaluate(
+                policy, tok, grader, held_out.problems, held_out.tokens, how
+            )
+        if target is not None:
+            values = values | elbo.bounds(
+                policy,
+                Policy(fns.base_model, trainer.base()),
+                target,
+                fns.objective.target,
+                tok,
+                format_penalty=config.format_penalty,
+                max_new_tokens=config.max_new_tokens,
+                stop_ids=sampling["stop_ids"],
+                seed=config.seed,
+            )
+        return values, rows
+
+    return evaluate
 
 
 def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
@@ -260,15 +375,15 @@ def _shardings(tree: Any) -> Any:
 
 
 def _abstract_state(
-    trained: transformer.Params,
-    config: transformer.ModelConfig,
+    trained: Params,
+    model: ModelConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
 ) -> step.TrainState:
     """Shapes and shardings of all that an update changes."""
     everywhere = sharding.replicated(mesh)
     replicated = lambda tree: placed(tree, jax.tree.map(lambda _: everywhere, tree))
-    head = jax.eval_shape(lambda: init_head(config.embed_dim, jax.random.key(0)))
+    head = jax.eval_shape(lambda: init_head(model.embed_dim, jax.random.key(0)))
     params = {"policy": trained, "log_z": replicated(head)}
     # Each group's chain holds a MaskedNode in place of the other group.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -287,33 +402,40 @@ def _abstract_state(
 
 
 def first_state(
-    made: Programs, trained: transformer.Params, seed: int, mesh: Mesh
+    fns: TrainFns, trained: Params, seed: int, mesh: Mesh
 ) -> step.TrainState:
     """The state before the first update."""
     everywhere = sharding.replicated(mesh)
-    width = made.base_config.embed_dim
-    head = init_head(width, jax.random.key(seed))
+    head = init_head(fns.base_model.embed_dim, jax.random.key(seed))
     params = {"policy": trained, "log_z": jax.device_put(head, everywhere)}
-    init = jax.jit(made.optimizer.init, out_shardings=_shardings(made.state.opt_state))
     start = jax.device_put(jnp.int32(0), everywhere)
-    return step.TrainState(start, params, init(params))
+    return step.TrainState(start, params, fns.init_opt_state(params))
 
 
-def describe(run: Run) -> str:
+def _describe(
+    c: ml_collections.FrozenConfigDict,
+    fns: TrainFns,
+    mesh: Mesh,
+    plan: slots.Plan,
+    train: data.PromptSet,
+    held_out: data.PromptSet | None,
+) -> str:
     """What follows from the two batch numbers, for the start of the log."""
-    c, m, made = run.config, run.programs.step_config.model, run.programs
+    m, shape = fns.model, fns.shape
     responses = c.prompts_per_step * c.samples_per_prompt
-    parameters = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(m)))
-    sizes = " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
+    leaves = jax.tree.leaves(transformer.abstract_params(m))
+    parameters = sum(int(np.prod(x.shape)) for x in leaves)
+    sizes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
+    backend = attention.chosen(m.attention, m.head_dim, m.dtype)
     return (
-        f"{c.model}: {parameters / 1e6:.2f} M parameters on {run.mesh.size} "
+        f"{c.model}: {parameters / 1e6:.2f} M parameters on {mesh.size} "
         f"{jax.devices()[0].platform} device(s), mesh {sizes}\n"
         f"{c.objective}, alpha {c.alpha:g}: {c.prompts_per_step} prompts x "
-        f"{c.samples_per_prompt} samples = {responses} responses a step, "
-        f"{c.updates_per_rollout} update(s) of at most {made.micro_batches} micro-"
-        f"batches of {made.rows} x {c.row_length} tokens\n"
-        f"attention: {attention.chosen(m.attention, m.head_dim, m.dtype)}; layers computed again: {c.remat}\n"
-        f"rollouts: {run.rollout_plan}\n"
-        f"{len(run.train.tokens)} training prompts, "
-        f"{len(run.eval.tokens) if run.eval else 0} for evaluation"
+        f"{c.samples_per_prompt} samples = {responses} responses per step, "
+        f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
+        f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
+        f"attention: {backend}; rematerialisation: {c.remat}\n"
+        f"rollouts: {plan}\n"
+        f"{len(train.tokens)} training prompts, "
+        f"{len(held_out.tokens) if held_out else 0} for evaluation"
     )

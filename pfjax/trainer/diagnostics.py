@@ -1,0 +1,267 @@
+"""What a step looked like, in numbers.
+
+They come from host arrays with one entry per trajectory, so that each can be tested on a
+batch made by hand. Means are over responses unless said otherwise.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pfjax import targets
+from pfjax.batch import (
+    Minibatch,
+    PackShape,
+    Rollout,
+    RolloutBatch,
+    TrajectoryStats,
+    from_segments,
+    unpack_responses,
+)
+from pfjax.infra import hardware
+from pfjax.model import flops
+from pfjax.model.transformer import ModelConfig
+from pfjax.objectives import OBJECTIVES, ObjectiveConfig
+from pfjax.targets import Target
+from pfjax.tasks import grading
+from pfjax.trainer import minibatch, profiling
+
+
+def step_metrics(
+    minibatches: list[Minibatch],
+    stats: list[TrajectoryStats],
+    log_p: list[jax.Array],
+    data: RolloutBatch,
+    step: int,
+    clock: profiling.Clock,
+    *,
+    objective: ObjectiveConfig,
+    has_log_z: bool,
+    shape: PackShape,
+    model: ModelConfig,
+    learning_rate: Callable[[int], float],
+) -> dict[str, float]:
+    """All metrics of one step.
+
+    Args:
+      minibatches: one per update.
+      stats: `[M, B, N]` of each, as the update saw them.
+      log_p: `[M, B, T]` of each, from before it.
+      data: the trajectories of the step.
+      step: its number.
+      clock: that timed its phases; it stops here.
+      objective: what is trained.
+      has_log_z: whether there is a log Z; else that of the group is shown.
+      shape: of a packed batch.
+      model: of the policy.
+      learning_rate: of a step.
+    """
+    r = _in_order(minibatches, stats, has_log_z)
+    # Of the policy that drew: later updates of a step have moved it.
+    drawn = [log_p[0], *(m.old.log_p_old for m in minibatches[1:])]
+    scored: list[np.ndarray] = []
+    for m, values in zip(minibatches, drawn, strict=True):
+        scored += unpack_responses(values, m.placement)
+    has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
+    out = {
+        **balance_metrics(r, (objective.clip_low, objective.clip_high)),
+        **match_metrics(r, objective.target),
+        **completion_metrics(r, data.rollout.finished.reshape(-1), has_box),
+        **repetition_metrics(data.responses),
+        **rollout_metrics(data.rollout, scored),
+        "pack/fill": minibatch.fill(minibatches, shape),
+    }
+    if OBJECTIVES[objective.name].reward:
+        reward = np.concatenate([m.reward for m in minibatches])
+        groups = reward.reshape(len(data.prompts), -1)
+        out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
+    prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
+    lengths = np.concatenate([m.placement.length for m in minibatches])
+    out |= {"lr": learning_rate(step), **clock.done()}
+    out |= perf_metrics(model, out, prompts, lengths)
+    return {k: float(v) for k, v in out.items()}
+
+
+def _in_order(
+    minibatches: list[Minibatch], stats: list[TrajectoryStats], has_log_z: bool
+) -> TrajectoryStats:
+    """The statistics of all updates, `[S]`, in the order sampled."""
+    parts = [
+        jax.tree.map(lambda x, m=m: from_segments(x, m.placement), one)
+        for m, one in zip(minibatches, stats, strict=True)
+    ]
+    r = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    if not has_log_z:
+        means = mean_by_prompt(r.residual, r.prompt_index)
+        r = r._replace(log_z=-means, residual=r.residual - means)
+    return r
+
+
+def balance_metrics(r: TrajectoryStats, clip_range: tuple[float, float]) -> dict:
+    """How far the policy is from the target, and log Z from its prompts."""
+    n = targets.tokens(r.num_loss_tokens)
+    m, m0 = r.log_pf / n, r.log_p_base / n
+    by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
+    at_clamp = np.isclose(r.weight, clip_range[0]) | np.isclose(r.weight, clip_range[1])
+    return {
+        "tb/loss": r.loss.mean(),
+        "tb/residual_mean": r.residual.mean(),
+        "tb/residual_std": r.residual.std(),
+        "tb/residual_p95_abs": np.quantile(np.abs(r.residual), 0.95),
+        "tb/residual_std_within_prompt": np.sqrt(np.mean([x.var() for x in by_prompt])),
+        "tb/logz_mean": r.log_z.mean(),
+        "tb/logz_std": r.log_z.std(),
+        "tb/logz_gap": np.mean([abs(x.mean()) for x in by_prompt]),
+        "policy/logp_per_token": m.mean(),
+        "base/logp_per_token": m0.mean(),
+        "kl/policy_base_per_token": (m - m0).mean(),
+        "is/w_mean": r.weight.mean(),
+        "is/w_at_clamp_frac": at_clamp.mean(),
+        "is/keep_frac": r.num_loss_tokens.sum() / r.length.sum(),
+        "entropy": r.entropy.sum() / r.length.sum(),
+    }
+
+
+def match_metrics(r: TrajectoryStats, target: Target) -> dict:
+    r"""How well the policy matches its target, with log Z the mean over each prompt's
+    samples, so free of the head's error.
+
+    - `tb/corr_logp_target`, `tb/rank_corr`, `tb/slope`: of log pi on the target's log
+      density, within prompts (Pearson, Spearman, least squares), both per token for a
+      length-aware target; 1 at the optimum.
+    - `tb/elbo`: mean log density - log pi of a sequence; at most the log of the target's
+      sum, which it reaches at the optimum; blind to modes that are never sampled. For a
+      length-aware target that is 0, else log Z.
+    - `tb/ess`: effective sample size, as a fraction, of the prompt's samples with weights
+      e^{-residual}; 1 at the optimum.
+    - `tb/inversion_rate`: fraction of a prompt's pairs of different responses that policy
+      and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
+    """
+    n = r.num_loss_tokens
+    tilt = {"psi": r.psi, "reward": r.advantage}
+    log_reward = target.log_reward(r.log_p_base, n, **tilt)
+    residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt)
+    means = mean_by_prompt(residual, r.prompt_index)
+    gap = r.length * (residual - means) if target.is_length_aware else residual
+    residual = residual - means
+    scale = targets.tokens(n) if target.is_length_aware else 1
+    policy, wanted = r.log_pf / scale, log_reward / scale
+    groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
+    weights = [np.exp(residual[g].min() - residual[g]) for g in groups]
+    corr, slope = _regression(policy, wanted, r.prompt_index)
+    inverted = [_inverted(r.log_pf[g], r.log_p_base[g]) for g in groups]
+    pairs = sum(n for _, n in inverted)
+    return {
+        "tb/corr_logp_target": corr,
+        "tb/slope": slope,
+        "tb/rank_corr": _regression(
+            _ranks(policy, groups), _ranks(wanted, groups), r.prompt_index
+        )[0],
+        "tb/elbo": -gap.mean(),
+        "tb/ess": np.mean([w.sum() ** 2 / (len(w) * (w**2).sum()) for w in weights]),
+        "tb/inversion_rate": sum(n for n, _ in inverted) / max(pairs, 1),
+    }
+
+
+def mean_by_prompt(x: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
+    """For each trajectory, the mean over those of its prompt."""
+    _, group = np.unique(prompt_index, return_inverse=True)
+    return (np.bincount(group, x) / np.bincount(group))[group]
+
+
+def _regression(
+    y: np.ndarray, x: np.ndarray, prompt_index: np.ndarray
+) -> tuple[float, float]:
+    """Correlation, and slope of y on x, within prompts; 0 where x or y is constant."""
+    y = y - mean_by_prompt(y, prompt_index)
+    x = x - mean_by_prompt(x, prompt_index)
+    xy, xx, yy = x @ y, x @ x, y @ y
+    tiny = np.finfo(np.float32).tiny
+    return float(xy / max(np.sqrt(xx * yy), tiny)), float(xy / max(xx, tiny))
+
+
+def _ranks(x: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """Ranks within groups; those that tie share their mean rank."""
+    out = np.zeros(len(x))
+    for g in groups:
+        _, inverse, counts = np.unique(x[g], return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        out[g] = (ends - (counts + 1) / 2)[inverse]
+    return out
+
+
+def _inverted(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Pairs that a and b order differently, and pairs that both order."""
+    i, j = np.triu_indices(len(a), 1)
+    products = (a[i] - a[j]) * (b[i] - b[j])
+    return int((products < 0).sum()), int((products != 0).sum())
+
+
+def completion_metrics(
+    r: TrajectoryStats, finished: np.ndarray, has_box: np.ndarray
+) -> dict:
+    """Lengths and form of the responses."""
+    ended = r.length[finished]
+    return {
+        "completions/mean_length": r.length.mean(),
+        "completions/max_length": r.length.max(),
+        "completions/mean_terminated_length": ended.mean() if len(ended) else 0.0,
+        "completions/clipped_ratio": 1.0 - finished.mean(),
+        "completions/boxed_frac": has_box.mean(),
+        "num_tokens": r.length.sum(),
+    }
+
+
+def repetition_metrics(responses: list[np.ndarray], n: int = 4) -> dict:
+    """Fractions of token n-grams that repeat, and of responses that end in a loop."""
+    fractions = [_repeated_ngrams(y, n) for y in responses]
+    return {
+        "repetition/ngram_frac": np.mean(fractions),
+        "repetition/loop_frac": np.mean([_ends_in_loop(y) for y in responses]),
+    }
+
+
+def _repeated_ngrams(y: np.ndarray, n: int) -> float:
+    if len(y) < n:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(y, n)
+    return 1.0 - len(np.unique(grams, axis=0)) / len(grams)
+
+
+def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
+    """Whether the tail is one period of at most `longest` tokens, 4 times over."""
+    for period in range(1, min(longest, len(y) // repeats) + 1):
+        tail = y[-period * repeats :].reshape(repeats, period)
+        if (tail == tail[0]).all():
+            return True
+    return False
+
+
+def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+    """Distance between the sampler's token log-probs and the scorer's, in nats; and
+    the fraction of the sampler's work that produced nothing."""
+    drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
+    gaps = np.concatenate(
+        [np.abs(x - y[: len(x)]) for x, y in zip(scored, drawn, strict=True)]
+    )
+    return {
+        "rollout/logp_gap_mean": gaps.mean(),
+        "rollout/logp_gap_max": gaps.max(),
+        "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.row_steps,
+    }
+
+
+def perf_metrics(
+    model: ModelConfig,
+    times: dict[str, Any],
+    prompt_lengths: np.ndarray,
+    lengths: np.ndarray,
+) -> dict[str, float]:
+    """Response tokens per second of the whole step; and, where the peak of the devices is
+    known, the fraction of it that the base pass and the update reach (see `flops`)."""
+    out = {"perf/tokens_per_s": lengths.sum() / times["time/step"]}
+    work = flops.update_flops(model, prompt_lengths + lengths, prompt_lengths)
+    mfu = hardware.mfu(work, times["time/base_pass"] + times["time/update"])
+    return out if mfu is None else out | {"perf/mfu": mfu}

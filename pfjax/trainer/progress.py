@@ -1,0 +1,75 @@
+"""What a person sees of a run: a bar or lines while it trains, a table at its end."""
+
+import sys
+from typing import Any
+
+from etils import epath
+
+from pfjax.infra import distributed
+
+_SHOWN = {
+    "tb/loss": "loss",
+    "tb/residual_mean": "residual",
+    "completions/mean_length": "length",
+    "entropy": "entropy",
+    "time/step": "s/step",
+}
+
+
+class Progress:
+    """A progress bar when a person watches, plain lines when nobody does."""
+
+    def __init__(self, start: int, total: int, every: int):
+        self._every, self._total, self._bar = every, total, None
+        self._is_quiet = not distributed.is_first()
+        if sys.stderr.isatty() and not self._is_quiet:
+            import rich.progress as rp
+
+            self._bar = rp.Progress(
+                rp.TextColumn("step {task.completed}/{task.total}"),
+                rp.BarColumn(),
+                rp.TextColumn("{task.description}"),
+                rp.TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._bar.start()
+
+    def update(self, step: int, values: dict[str, Any]) -> None:
+        text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif not self._is_quiet and (step % self._every == 0 or step == self._total):
+            print(f"step {step}/{self._total}  {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text)
+        elif not self._is_quiet:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:
+    """The table a run ends with: the first and the last evaluation."""
+    import rich.console
+    import rich.table
+
+    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
+    console = rich.console.Console(width=min(100, rich.console.Console().width))
+    with console.capture() as captured:
+        if evaluated:
+            first, last = evaluated[0], evaluated[-1]
+            table = rich.table.Table(title="What changed on the held-out prompts")
+            for name in ("", f"step {first['step']}", f"step {last['step']}"):
+                table.add_column(name, justify="right" if name else "left")
+            for key in first:
+                if key.startswith("eval/") and not key.endswith("_se"):
+                    table.add_row(key, f"{first[key]:.3f}", f"{last[key]:.3f}")
+            console.print(table)
+        console.print(f"run:   {workdir}", soft_wrap=True)
+        console.print(f"model: {workdir / 'hf'}", soft_wrap=True)
+    return captured.get()
