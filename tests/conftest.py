@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 
 # A test that asks the hub fails at once instead of waiting for a network. Before the
 # imports, which read it.
@@ -24,19 +23,25 @@ import pytest
 jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same program; the workers of one run of pytest share it.
-_IS_FIRST = "PFJAX_TEST_CACHE" not in os.environ
-if _IS_FIRST:
-    os.environ["PFJAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="pfjax-")
-_CACHE = os.environ["PFJAX_TEST_CACHE"]
-jax.config.update("jax_compilation_cache_dir", _CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Many tests compile the same program; workers share it, and the next run finds it.
+_CACHE = pathlib.Path(
+    os.environ.setdefault(
+        "PFJAX_TEST_CACHE",
+        str(pathlib.Path(__file__).parent.parent / ".pytest_cache/compiled"),
+    )
+)
+_CACHE_BYTES = 2**30
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 _hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
 
 
-def pytest_sessionfinish():
-    if _IS_FIRST:
-        shutil.rmtree(_CACHE, ignore_errors=True)
+def pytest_sessionfinish(session):
+    """Empties the cache once the programs of earlier trees have filled it."""
+    is_worker = hasattr(session.config, "workerinput")
+    if not is_worker and _CACHE.exists():
+        if sum(x.stat().st_size for x in _CACHE.iterdir()) > _CACHE_BYTES:
+            shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 # Of the 65,530 maps of memory that Linux gives a process by default.

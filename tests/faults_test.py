@@ -1,7 +1,7 @@
 """Runs that are killed, told to stop, cut off from their disk or from each other.
 
 All of them are processes of `python -m pfjax.train`. A quick selection runs always; the
-whole by `bash launch/test.sh -m faults`.
+rest by `bash launch/test.sh -m slow`.
 """
 
 import json
@@ -172,7 +172,7 @@ def test_killed_runs_end_as_if_never_stopped(whole, tmp_path):
     same(tmp_path / "run", whole)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_twenty_kills_some_during_a_save(whole, tmp_path):
     rng, during_save = random.Random(1), 0
     for i in range(5):
@@ -182,7 +182,7 @@ def test_twenty_kills_some_during_a_save(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_signal_saves_and_ends_with_a_status_of_its_own(whole, tmp_path, number):
     workdir = tmp_path / "run"
@@ -226,7 +226,7 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "damage", ["flipped", pytest.param("truncated", marks=pytest.mark.faults)]
+    "damage", ["flipped", pytest.param("truncated", marks=pytest.mark.slow)]
 )
 def test_a_damaged_checkpoint_is_passed_over(stopped, whole, tmp_path, damage):
     workdir = tmp_path / "run"
@@ -319,7 +319,7 @@ def test_two_processes_train_as_one(halves):
     _same_losses(*halves)
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_two_processes_and_one_read_each_others_checkpoints(halves):
     (one, two), rest = halves, f"--config.num_steps={STEPS}"
     mesh = "--config.mesh.data=2"
@@ -353,7 +353,7 @@ def test_a_killed_process_ends_the_other_and_the_restart_goes_on(tmp_path):
     assert [r["step"] for r in rows(workdir)] == list(range(STEPS + 1))
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
     workdir = tmp_path / "run"
     both = start(workdir, "--config.num_steps=1000", processes=2, devices=1)

@@ -30,7 +30,9 @@ def test_starts_at_minus_the_calibrated_residual(rng):
 def test_sees_every_prompt_token_and_no_response_token(rng, tiny_policy):
     batch, _ = _batch(rng)
     head = init_head(16, jax.random.key(0))
-    head["out"]["kernel"] = jnp.ones_like(head["out"]["kernel"])
+    # Not ones: the outputs of a LayerNorm sum to zero, and so would their gradients.
+    kernel = head["out"]["kernel"]
+    head["out"]["kernel"] = jnp.arange(float(kernel.size)).reshape(kernel.shape)
 
     def total(hidden):
         log_z = apply_head(head, hidden, batch)
@@ -39,5 +41,6 @@ def test_sees_every_prompt_token_and_no_response_token(rng, tiny_policy):
     hidden, _ = transformer.forward_packed(
         *tiny_policy, batch.tokens, batch.positions, batch.segment_ids
     )
-    seen = np.abs(jax.grad(total)(hidden)).sum(-1) > 0
-    np.testing.assert_array_equal(seen, prompt_mask(batch))
+    size = np.abs(jax.grad(total)(hidden)).sum(-1)
+    mask = np.asarray(prompt_mask(batch))
+    assert size[mask].min() > 1e-2 and not size[~mask].any()
