@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from pfjax.batch import (
+    PackShape,
     best_fit,
-    max_micro_batches,
+    from_segments,
+    max_microbatches,
     pack,
     pack_prompts,
     segment_sum,
-    slots_per_row,
+    segments_per_row,
     unpack_responses,
-    unpack_slots,
 )
 
 
@@ -27,7 +28,7 @@ def test_three_trajectories_by_hand():
     # Longest first: 5 opens row 0, 4 opens row 1 (1 left in row 0), 3 fits row 1.
     sequences = [np.arange(10, 13), np.arange(20, 25), np.arange(30, 34)]
     batch, placement, used = pack(
-        sequences, np.array([1, 2, 3]), rows=2, row_length=7, slots=2, micro_batches=2,
+        sequences, np.array([1, 2, 3]), PackShape(2, 2, 7, 2),
         psi=np.array([0.0, -0.5, 0.25], np.float32),
         prompt_index=np.array([7, 8, 9], np.int32),
     )  # fmt: skip
@@ -55,37 +56,30 @@ def test_three_trajectories_by_hand():
 
 def test_every_token_comes_back(rng):
     sequences, prompts = _trajectories(rng, 200, 30)
-    batch, placement, used = pack(
-        sequences, prompts, rows=4, row_length=64, slots=8, micro_batches=16
-    )
+    batch, placement, used = pack(sequences, prompts, PackShape(16, 4, 64, 8))
     lengths = np.array([len(s) for s in sequences]) - prompts
-    back = unpack_responses(batch.tokens, placement, prompts, lengths)
+    back = unpack_responses(batch.tokens, placement)
     for got, sequence in zip(back, sequences, strict=True):
         np.testing.assert_array_equal(got, sequence[2:])
-    np.testing.assert_array_equal(unpack_slots(batch.length, placement), lengths)
+    np.testing.assert_array_equal(from_segments(batch.length, placement), lengths)
     assert (batch.segment_ids > 0).sum() == sum(map(len, sequences))
     assert batch.is_real.sum() == 200 and batch.is_real[:used].sum() == 200
 
 
 def test_stated_number_of_micro_batches_always_suffices(rng):
-    for longest, row_length in ((30, 64), (33, 64), (64, 64), (10, 64)):
+    for longest, pack_length in ((30, 64), (33, 64), (64, 64), (10, 64)):
         sequences, prompts = _trajectories(rng, 97, longest)
         worst = [np.ones(longest, int)] * 97
         for given in (sequences, worst):
-            pack(
-                given, prompts, rows=2, row_length=row_length,
-                slots=slots_per_row(row_length, longest),
-                micro_batches=max_micro_batches(97, longest, 2, row_length),
-            )  # fmt: skip
+            num = max_microbatches(97, longest, 2, pack_length)
+            most = segments_per_row(pack_length, longest)
+            pack(given, prompts, PackShape(num, 2, pack_length, most))
 
 
 def test_long_tailed_lengths_fill_the_rows(rng):
     lengths = np.minimum(rng.geometric(1 / 256, size=2000) + 3, 512)
     sequences = [np.ones(n, int) for n in lengths]
-    _, placement, _ = pack(
-        sequences, np.ones(2000, int), rows=1, row_length=1024, slots=128,
-        micro_batches=1000,
-    )  # fmt: skip
+    _, placement, _ = pack(sequences, np.ones(2000, int), PackShape(1000, 1, 1024, 128))
     assert lengths.sum() / ((placement.row.max() + 1) * 1024) > 0.95
 
 
@@ -100,14 +94,14 @@ def test_segment_sum_leaves_padding_out():
 
 
 def test_mistakes_are_named():
-    kwargs = {"rows": 1, "row_length": 8, "slots": 2, "micro_batches": 1}
+    shape = PackShape(1, 1, 8, 2)
     with pytest.raises(ValueError, match="trajectory 1 has 9 tokens but a row holds 8"):
-        pack([np.ones(2, int), np.ones(9, int)], np.array([1, 1]), **kwargs)
+        pack([np.ones(2, int), np.ones(9, int)], np.array([1, 1]), shape)
     for prompt in (0, 4):
         with pytest.raises(ValueError, match=f"4 tokens of which {prompt} are prompt"):
-            pack([np.ones(4, int)], np.array([prompt]), **kwargs)
+            pack([np.ones(4, int)], np.array([prompt]), shape)
     with pytest.raises(ValueError, match="need 2 micro-batches"):
-        pack([np.ones(8, int)] * 2, np.array([1, 1]), **kwargs)
+        pack([np.ones(8, int)] * 2, np.array([1, 1]), shape)
 
 
 def test_prompts_are_packed_end_to_end_and_empty_ones_take_no_room():
@@ -130,11 +124,10 @@ def test_long_tailed_lengths_fill_nine_tenths(seed):
     responses = np.minimum(3072, rng.lognormal(6.2, 0.9, size=1024).astype(int) + 1)
     sequences = [np.ones(n, np.int32) for n in prompts + responses]
     total = sum(map(len, sequences))
-    most = max_micro_batches(1024, 3372, 8, 4096)
+    most = max_microbatches(1024, 3372, 8, 4096)
     batch, _, used = pack(
-        sequences, prompts, rows=8, row_length=4096,
-        slots=slots_per_row(4096, 3372), micro_batches=most,
-    )  # fmt: skip
+        sequences, prompts, PackShape(most, 8, 4096, segments_per_row(4096, 3372))
+    )
     assert (batch.segment_ids > 0).sum() == total  # none dropped
     assert not batch.is_real[used:].any() and used < most
     assert total / (used * 8 * 4096) > 0.9
@@ -145,8 +138,8 @@ def test_thousands_are_placed_in_milliseconds(rng):
     best = np.inf
     for _ in range(10):
         begin = time.perf_counter()
-        placement = best_fit(lengths, 4096, 128)
+        row, _, _ = best_fit(lengths, 4096, 128)
         best = min(best, time.perf_counter() - begin)
     assert best < 0.02, best  # 3 ms on a quiet machine
     # Nearly no more rows than tokens ask for.
-    assert placement.row.max() + 1 <= 1.03 * lengths.sum() / 4096
+    assert row.max() + 1 <= 1.03 * lengths.sum() / 4096

@@ -1,20 +1,23 @@
 """Every objective by hand; rewards of answers made by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax import objectives
-from pfjax.objectives import Coefficients
+from pfjax import losses, objectives
+from pfjax.batch import TrajectoryStats
+from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import grading, rewards
 
 # Three trajectories: m = -1, -2, -0.5; m0 = -1.5, -2, -1.
-Y = objectives.Trajectories(
+Y = TrajectoryStats(
     log_pf=np.array([-2.0, -2.0, -2.0]),
     log_p_base=np.array([-3.0, -2.0, -4.0]),
     log_z=np.array([-1.0, -1.0, -2.0]),
-    length=np.array([2.0, 1.0, 4.0]),
+    num_loss_tokens=np.array([2.0, 1.0, 4.0]),
     psi=np.array([0.0, 0.0, -0.5]),
     weight=np.array([1.0, 0.8, 1.28]),
     advantage=np.array([1.0, -1.0, 0.5]),
@@ -23,15 +26,20 @@ Y = objectives.Trajectories(
     floored=np.array([2.3, 0.8, 5.2]),
     kl=np.array([0.1, 0.2, 0.4]),
     prefix_variance=np.array([0.0, 0.5, 3.0]),
+    entropy=np.zeros(3),
+    length=np.array([2, 1, 4]),
+    prompt_index=np.array([0, 0, 1]),
+    loss=np.zeros(3),
+    residual=np.zeros(3),
 )
-Y = objectives.Trajectories(*(jnp.asarray(x, jnp.float32) for x in Y))
-C = Coefficients(alpha=4.0, beta=2.0, kl=0.5, low=0.8, high=1.28)
+Y = TrajectoryStats(*(jnp.asarray(x, jnp.float32) for x in Y))
+C = ObjectiveConfig(alpha=4.0, beta=2.0, kl=0.5, clip_low=0.8, clip_high=1.28)
 
 
 def _check(name, residual, loss, c=C):
-    got_loss, got_residual = objectives.OBJECTIVES[name].loss(Y, c)
-    np.testing.assert_allclose(got_residual, residual, rtol=1e-6)
-    np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
+    got = objectives.add_loss(Y, dataclasses.replace(c, name=name))
+    np.testing.assert_allclose(got.residual, residual, rtol=1e-6)
+    np.testing.assert_allclose(got.loss, loss, rtol=1e-6)
 
 
 def test_balance_by_hand():
@@ -44,11 +52,20 @@ def test_balance_by_hand():
     _check("tb_traj", [9.0, 5.0, 12.0], w * [81.0, 25.0, 144.0])
     # log Z' + m - m0 - 2 A: -1-1+1.5-2, -1-2+2+2, -2-0.5+1-1.
     _check("flowrl", [-2.5, 1.0, -2.5], w * [6.25, 1.0, 6.25])
-    # log pi - 4 log p0: 10, 6, 14.
-    _check("subtb", [10.0, 6.0, 14.0], w * [0.0, 1.0, 6.0])
+    # The residual of `tb_traj` (a step has log Z = 0); the loss is of prefixes.
+    _check("subtb", [9.0, 5.0, 12.0], w * [0.0, 1.0, 6.0])
     # Format alone: log Z' + m - m0 - psi: -0.5, -1, -1.
-    c = Coefficients(alpha=1.0)
+    c = ObjectiveConfig(alpha=1.0)
     _check("powerflow", [-0.5, -1.0, -1.0], w * [0.25, 1.0, 1.0], c)
+
+
+def test_the_loss_of_the_public_api_is_the_one_that_is_trained():
+    y = objectives.add_loss(Y, C)
+    loss = losses.powerflow(
+        Y.log_pf, Y.log_p_base, Y.log_z, Y.num_loss_tokens,
+        alpha=C.alpha, psi=Y.psi, weight=Y.weight,
+    )  # fmt: skip
+    np.testing.assert_array_equal(loss, y.loss)
 
 
 def test_policy_gradients_toward_the_power_by_hand():
@@ -75,7 +92,7 @@ def test_one_ratio_a_sequence_by_hand():
 def test_only_what_is_trained_has_a_gradient():
     def total(part, name):
         y = Y._replace(**part)
-        return objectives.OBJECTIVES[name].loss(y, C)[0].sum()
+        return objectives.add_loss(y, dataclasses.replace(C, name=name)).loss.sum()
 
     trained = {k: getattr(Y, k) for k in ("log_pf", "log_z", "capped", "floored", "kl")}
     want = {
@@ -95,13 +112,16 @@ def test_only_what_is_trained_has_a_gradient():
 
 
 def test_the_group_estimate_takes_the_mean_residual_away():
-    prompt_index = jnp.array([0, 0, 1])
-    for name, objective in objectives.OBJECTIVES.items():
+    for name in objectives.OBJECTIVES:
         if objectives.log_z_of(name, "group") != "group":
             continue
-        _, at_zero = objective.loss(Y._replace(log_z=0 * Y.log_z), C)
-        log_z = objectives.group_log_z(at_zero, prompt_index, 2)
-        _, residual = objective.loss(Y._replace(log_z=log_z), C)
+        c = dataclasses.replace(C, name=name)
+        at_zero = objectives.add_loss(Y._replace(log_z=0 * Y.log_z), c).residual
+        zeros = 0 * at_zero
+        log_z = losses.group_log_z(
+            at_zero, zeros, zeros + 1, Y.prompt_index.astype(int), 2
+        )
+        residual = objectives.add_loss(Y._replace(log_z=log_z), c).residual
         np.testing.assert_allclose(residual[:2].mean(), 0.0, atol=1e-5)
         np.testing.assert_allclose(residual[2], 0.0, atol=1e-5)
 

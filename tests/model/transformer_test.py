@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax.batch import pack, response_sum, unpack_responses, unpack_slots
+from pfjax.batch import PackShape, from_segments, pack, response_sum, unpack_responses
 from pfjax.model import hf, log_probs, transformer
 
 
@@ -47,9 +47,7 @@ def test_logits_equal_those_of_transformers(tmp_path, tiny_policy, rng, is_tied)
 def _packed(rng, vocab):
     sequences = [rng.integers(0, vocab, size=n) for n in (9, 14, 5, 11)]
     prompts = np.array([3, 4, 1, 10])
-    batch, placement, used = pack(
-        sequences, prompts, rows=2, row_length=24, slots=3, micro_batches=1
-    )
+    batch, placement, used = pack(sequences, prompts, PackShape(1, 2, 24, 3))
     assert used == 1
     return sequences, prompts, jax.tree.map(lambda x: x[0], batch), placement
 
@@ -111,7 +109,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
     (want, want_sums), want_grads = jax.jit(jax.value_and_grad(alone, has_aux=True))(
         params
     )
-    np.testing.assert_allclose(unpack_slots(sums, placement), want_sums, rtol=1e-5)
+    np.testing.assert_allclose(from_segments(sums, placement), want_sums, rtol=1e-5)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     # Entries of hundreds cancel in some sums: the rounding is that of the largest.
     jax.tree.map(
@@ -121,10 +119,9 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
     )
     # `score` is the same computation behind the public interface.
     scored = log_probs.score(tiny_policy, [y.tolist() for y in sequences], prompts)
-    lengths = np.array([len(y) for y in sequences]) - prompts
     for a, b in zip(
         scored,
-        unpack_responses(log_p, placement, prompts, lengths),
+        unpack_responses(log_p, placement),
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -4,31 +4,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfjax.batch import pack, prompt_mask, unpack_slots
+from pfjax.batch import (
+    Minibatch,
+    OldScores,
+    PackShape,
+    from_segments,
+    pack,
+    prompt_mask,
+)
 from pfjax.model import transformer
-from pfjax.trainer.log_z import apply_head, calibrate_head, init_head
+from pfjax.objectives import ObjectiveConfig
+from pfjax.trainer import minibatch
+from pfjax.trainer.log_z import apply_head, init_head
 
 
 def _batch(rng):
     sequences = [rng.integers(0, 16, size=n) for n in (9, 14, 5, 11)]
     batch, placement, _ = pack(
-        sequences, np.array([3, 4, 2, 6]), rows=2, row_length=24, slots=3,
-        micro_batches=1,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: x[0], batch), placement
+        sequences, np.array([3, 4, 2, 6]), PackShape(1, 2, 24, 3)
+    )
+    return batch, placement
 
 
-def test_starts_at_minus_the_calibrated_residual(rng):
+def _only(batch):
+    return jax.tree.map(lambda x: x[0], batch)
+
+
+def test_starts_where_the_first_mean_residual_is_zero(rng):
     batch, placement = _batch(rng)
     head = init_head(16, jax.random.key(0))
     hidden = jnp.array(rng.normal(size=(2, 24, 16)), jnp.float32)
-    assert (apply_head(head, hidden, batch) == 0).all()
-    log_z = apply_head(calibrate_head(head, 0.75), hidden, batch)
-    np.testing.assert_allclose(unpack_slots(log_z, placement), -0.75)
+    assert (apply_head(head, hidden, _only(batch)) == 0).all()
+    log_p = np.where(batch.is_response, np.float32(-0.25), np.float32(np.nan))
+    m = Minibatch(batch, OldScores(log_p), jnp.int32(1), placement, None)
+    # Responses of 6, 10, 3 and 5 tokens, 6 on average. Of whole sequences at alpha 2 each
+    # leaves (1 - 2) (-0.25) |y|, so 1.5 on average; per token 0.25.
+    for name, want in (("tb_traj", -1.5), ("tb_token", -0.25)):
+        start = minibatch.init_log_z(head, [m, m], ObjectiveConfig(name, alpha=2.0))
+        log_z = apply_head(start, hidden, _only(batch))
+        np.testing.assert_allclose(from_segments(log_z, placement), want, rtol=1e-6)
 
 
 def test_sees_every_prompt_token_and_no_response_token(rng, tiny_policy):
-    batch, _ = _batch(rng)
+    batch = _only(_batch(rng)[0])
     head = init_head(16, jax.random.key(0))
     # Not ones: the outputs of a LayerNorm sum to zero, and so would their gradients.
     kernel = head["out"]["kernel"]

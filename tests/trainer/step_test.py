@@ -9,28 +9,26 @@ import optax
 import pytest
 
 from pfjax import objectives
-from pfjax.batch import OldScores, pack, response_sum, unpack_slots
+from pfjax.batch import OldScores, PackShape, from_segments, pack, response_sum
 from pfjax.infra import sharding
 from pfjax.model import transformer
+from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer import step
 from pfjax.trainer.log_z import init_head
 from tests.conftest import count_compiles
 
 # Not Adam: its first update is the sign of the gradient, which turns the rounding of
 # an entry near 0 into a difference of twice the learning rate.
+SHAPE = {
+    "num_microbatches": 6,
+    "microbatch_size": 2,
+    "pack_length": 32,
+    "max_segments": 4,
+}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 
 
-def _config(tiny_config, **changes):
-    kwargs = {
-        "model": tiny_config,
-        "objective": "powerflow",
-        "coefficients": objectives.Coefficients(alpha=4.0),
-        "keep_band": False,
-        "stop_ids": tiny_config.stop_ids,
-        "remat": "none",
-    }
-    return step.StepConfig(**(kwargs | changes))
+POWERFLOW = ObjectiveConfig("powerflow", alpha=4.0)
 
 
 def _state(policy, seed=3):
@@ -44,13 +42,12 @@ def _state(policy, seed=3):
 
 def _data(rng, count=12, **shape):
     sequences = [rng.integers(0, 16, size=n) for n in rng.integers(6, 25, size=count)]
-    shape = {"rows": 2, "row_length": 32, "slots": 4, "micro_batches": 6} | shape
     batch, placement, used = pack(
         sequences,
         rng.integers(1, 5, size=count),
+        PackShape(**(SHAPE | shape)),
         psi=rng.choice([0.0, -0.5], size=count).astype(np.float32),
         prompt_index=np.arange(count, dtype=np.int32) // 4,
-        **shape,
     )
     return sequences, batch, placement, used
 
@@ -60,16 +57,29 @@ def _base_scores(batch):
     return (-1.0 - 0.1 * (batch.tokens % 7)).astype(np.float32)
 
 
+def _static(model, objective=POWERFLOW):
+    """The static arguments of `loss_fn`."""
+    return {
+        "model": model,
+        "objective": objective,
+        "stop_ids": model.stop_ids,
+        "remat": "none",
+    }
+
+
 @functools.cache
-def _jitted(config):
+def _jitted(model, objective):
     return jax.jit(
-        functools.partial(step.train_step, config=config, optimizer=OPTIMIZER)
+        functools.partial(
+            step.train_step, optimizer=OPTIMIZER, **_static(model, objective)
+        )
     )
 
 
-def _run(policy, batch, used, config=None, old=None):
+def _run(policy, batch, used, objective=POWERFLOW, old=None):
+    """The new state, scalars, statistics, and log-probs of tokens."""
     old = old or OldScores(_base_scores(batch))
-    update = _jitted(config or _config(policy.config))
+    update = _jitted(policy.config, objective)
     return update(_state(policy), {}, batch, old, jnp.int32(used))
 
 
@@ -77,20 +87,35 @@ def _assert_same(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
+def _assert_same_stats(a, b, atol=1e-5):
+    """Sums of exponentials reach thousands: those to a relative error."""
+    large = {"kl": 0, "capped": 0, "floored": 0}
+    for name in large:
+        x, y = getattr(a, name), getattr(b, name)
+        np.testing.assert_allclose(x, y, rtol=1e-4, err_msg=name)
+    _assert_same(a._replace(**large), b._replace(**large), atol=atol)
+
+
 def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy):
     shapes = [
         {},
-        {"rows": 1, "micro_batches": 12},
-        {"rows": 4, "row_length": 64, "slots": 8, "micro_batches": 2},
+        {"microbatch_size": 1, "num_microbatches": 12},
+        {
+            "microbatch_size": 4,
+            "pack_length": 64,
+            "max_segments": 8,
+            "num_microbatches": 2,
+        },
     ]
     results = []
     for shape in shapes:
         _, batch, placement, used = _data(np.random.default_rng(0), **shape)
-        state, scalars, table = _run(tiny_policy, batch, used)
-        rows = [unpack_slots(x, placement) for x in table[:-1]]
-        results.append((state.params, scalars, rows))
-    for other in results[1:]:
-        _assert_same(results[0], other)
+        state, scalars, stats, _ = _run(tiny_policy, batch, used)
+        stats = jax.tree.map(lambda x, p=placement: from_segments(x, p), stats)
+        results.append((state.params, scalars, stats))
+    for *other, stats in results[1:]:
+        _assert_same(results[0][:2], tuple(other))
+        _assert_same_stats(results[0][2], stats)
 
 
 def test_nan_in_padding_changes_nothing(rng, tiny_policy):
@@ -109,10 +134,9 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     """Against the formula, one trajectory at a time, without packing."""
     _, batch, placement, used = _data(rng, count=5)
     state = _state(tiny_policy)
-    config = _config(tiny_policy.config)
     base = _base_scores(batch)
     grads = jax.tree.map(jnp.zeros_like, state.params)
-    loss_fn = functools.partial(step.loss_fn, config=config)
+    loss_fn = functools.partial(step.loss_fn, **_static(tiny_policy.config))
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
     for i in range(used):
         part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base)))
@@ -123,7 +147,7 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
 
     def alone(params):
         losses = []
-        for row, slot in zip(placement.row, placement.slot, strict=True):
+        for row, slot in zip(placement.row, placement.segment, strict=True):
             at = flat.segment_ids[row] == slot + 1
             y, is_response = flat.tokens[row][at], flat.is_response[row][at]
             hidden, _ = transformer.forward_packed(
@@ -152,19 +176,19 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
 
 def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
-    _, _, first = _run(tiny_policy, batch, used)
-    assert (unpack_slots(first.weight, placement) == 1.0).all()
+    _, _, first, log_p = _run(tiny_policy, batch, used)
+    assert (from_segments(first.weight, placement) == 1.0).all()
     # Scores of a policy that gave each token 0.01 nats less or more.
     for drift, low, high in ((-0.01, 1.0, 1.28), (0.01, 0.8, 1.0), (1.0, 0.8, 0.8)):
         old = OldScores(
             _base_scores(batch),
-            first.log_p + drift,
-            np.zeros(len(first.log_p), bool),
+            log_p + drift,
+            np.zeros(len(log_p), bool),
             None,
         )
-        _, _, table = _run(tiny_policy, batch, used, old=old)
-        weight = unpack_slots(table.weight, placement)
-        length = unpack_slots(batch.length, placement)
+        _, _, table, _ = _run(tiny_policy, batch, used, old=old)
+        weight = from_segments(table.weight, placement)
+        length = from_segments(batch.length, placement)
         want = np.clip(np.exp(-drift * length), 0.8, 1.28)
         np.testing.assert_allclose(weight, want, rtol=1e-4)
         assert (weight >= low - 1e-6).all() and (weight <= high + 1e-6).all()
@@ -174,12 +198,12 @@ def test_first_update_is_on_policy_to_the_bit_whatever_was_scored(rng, tiny_poli
     """Of several updates a rollout: the ratio is 1, as if nothing had been scored."""
     _, batch, placement, used = _data(rng)
     want = _run(tiny_policy, batch, used)
-    scored = want[2].log_p + 0.3
+    scored = want[3] + 0.3
     for is_first in (True, False):
         flag = np.full(len(scored), is_first)
         old = OldScores(_base_scores(batch), scored, flag, None)
-        state, scalars, table = _run(tiny_policy, batch, used, old=old)
-        weight = unpack_slots(table.weight, placement)
+        state, scalars, table, _ = _run(tiny_policy, batch, used, old=old)
+        weight = from_segments(table.weight, placement)
         assert (weight == 1.0).all() == is_first
         if is_first:
             _assert_same((state.params, scalars), (want[0].params, want[1]), atol=0)
@@ -189,8 +213,8 @@ def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     log_z = np.full(batch.length.shape, -0.25, np.float32)
     old = OldScores(_base_scores(batch), None, None, log_z)
-    _, scalars, table = _run(tiny_policy, batch, used, old=old)
-    assert (unpack_slots(table.log_z, placement) == -0.25).all()
+    _, scalars, table, _ = _run(tiny_policy, batch, used, old=old)
+    assert (from_segments(table.log_z, placement) == -0.25).all()
     assert scalars["log_z_grad_norm"] == 0
 
 
@@ -207,8 +231,8 @@ SPLITS = [
 @pytest.mark.parametrize("sizes", SPLITS)
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     # 8 rows: as many as the devices that a batch may be split over.
-    _, batch, _, used = _data(rng, count=24, rows=8, micro_batches=3)
-    want_state, want_scalars, want_table = _run(tiny_policy, batch, used)
+    _, batch, _, used = _data(rng, count=24, microbatch_size=8, num_microbatches=3)
+    want_state, want_scalars, want_stats, want_log_p = _run(tiny_policy, batch, used)
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     config = tiny_policy.config
     of_params = sharding.tree_shardings(
@@ -218,18 +242,19 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     with jax.set_mesh(mesh):
         put = sharding.put_batch(mesh, batch, dim=1)
         old = sharding.put_batch(mesh, OldScores(_base_scores(batch)), 1)
-        state, scalars, table = _run(spread, put, used, old=old)
+        state, scalars, stats, log_p = _run(spread, put, used, old=old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
         assert is_split == (sizes[1] * sizes[2] > 1)
         _assert_same(scalars, want_scalars)
-        _assert_same(table, want_table, atol=2e-5)
+        _assert_same_stats(stats, want_stats, atol=2e-5)
+        _assert_same(log_p, want_log_p, atol=2e-5)
         _assert_same(state.params, want_state.params)
 
 
 def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
     update = jax.jit(
         functools.partial(
-            step.train_step, config=_config(tiny_policy.config), optimizer=OPTIMIZER
+            step.train_step, optimizer=OPTIMIZER, **_static(tiny_policy.config)
         ),
         donate_argnums=0,
     )
@@ -238,7 +263,7 @@ def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
         for n in (3, 12, 7):
             _, batch, _, used = _data(rng, count=n)
             old = OldScores(_base_scores(batch))
-            state, _, _ = update(state, {}, batch, old, jnp.int32(used))
+            state, *_ = update(state, {}, batch, old, jnp.int32(used))
     assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
 
 
@@ -246,13 +271,11 @@ def test_the_base_at_alpha_one_stays_where_it_is(rng, tiny_policy):
     """Policy = base, log Z' = 0, no format term: no loss, no gradient, no update."""
     _, batch, _, used = _data(rng)
     batch = batch._replace(psi=np.zeros_like(batch.psi))
-    score = jax.jit(functools.partial(step.score_step, config=tiny_policy.config))
-    log_p = score(tiny_policy.params, batch, jnp.int32(used)).log_p
+    score = jax.jit(functools.partial(step.score_step, model=tiny_policy.config))
+    log_p, _, _ = score(tiny_policy.params, batch, jnp.int32(used))
     old = OldScores(log_p, None, None, np.zeros(batch.length.shape, np.float32))
-    config = _config(
-        tiny_policy.config, coefficients=objectives.Coefficients(alpha=1.0)
-    )
-    _, scalars, table = _run(tiny_policy, batch, used, config, old)
+    alone = ObjectiveConfig("powerflow", alpha=1.0)
+    _, scalars, table, _ = _run(tiny_policy, batch, used, alone, old)
     assert scalars["loss"] < 1e-10
     assert scalars["grad_norm"] < 1e-4
     assert np.abs(table.residual).max() < 1e-5
@@ -279,25 +302,23 @@ def _whole_log_softmax(policy, batch):
 def test_scores_of_stopping_and_certainty_are_those_of_whole_logits(rng, tiny_policy):
     _, batch, _, used = _data(rng)
     score = jax.jit(
-        step.score_step, static_argnames=("config", "stop_ids", "with_certainty")
+        step.score_step, static_argnames=("model", "stop_ids", "with_certainty")
     )
-    got = score(
+    _, log_p_stop, certainty = score(
         tiny_policy.params,
         batch,
         jnp.int32(used),
-        config=tiny_policy.config,
+        model=tiny_policy.config,
         stop_ids=(1, 5),
         with_certainty=True,
     )
     whole = _whole_log_softmax(tiny_policy, batch)
     at = batch.is_response
     stops = np.logaddexp(whole[..., 1], whole[..., 5])
-    np.testing.assert_allclose(got.log_p_stop[at], stops[at], atol=1e-5)
+    np.testing.assert_allclose(log_p_stop[at], stops[at], atol=1e-5)
     # logsumexp(x) - mean(x) = -mean(log p).
-    np.testing.assert_allclose(
-        got.self_certainty[at], -whole.mean(axis=-1)[at], atol=1e-5
-    )
-    assert not np.any(got.log_p_stop[~at]) and not np.any(got.self_certainty[~at])
+    np.testing.assert_allclose(certainty[at], -whole.mean(axis=-1)[at], atol=1e-5)
+    assert not np.any(log_p_stop[~at]) and not np.any(certainty[~at])
 
 
 def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
@@ -305,17 +326,13 @@ def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
     alpha = 2.0
     base_stop = (-2.0 - 0.1 * (batch.tokens % 5)).astype(np.float32)
     base = _base_scores(batch)
-    config = _config(
-        tiny_policy.config,
-        objective="subtb",
-        coefficients=objectives.Coefficients(alpha=alpha),
-    )
     old = OldScores(base, log_stop_base=base_stop)
-    _, _, table = _run(tiny_policy, batch, used, config, old)
-    got = unpack_slots(table.loss, placement)
+    subtb = ObjectiveConfig("subtb", alpha=alpha)
+    _, _, table, _ = _run(tiny_policy, batch, used, subtb, old)
+    got = from_segments(table.loss, placement)
     whole = _whole_log_softmax(tiny_policy, batch)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    for i, (row, slot) in enumerate(zip(placement.row, placement.slot, strict=True)):
+    for i, (row, slot) in enumerate(zip(placement.row, placement.segment, strict=True)):
         at = (flat(batch.segment_ids)[row] == slot + 1) & flat(batch.is_response)[row]
         tokens, p = flat(batch.tokens)[row][at], flat(whole)[row][at]
         p0, p0_stop = flat(base)[row][at], flat(base_stop)[row][at]
@@ -331,32 +348,32 @@ def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
 
 def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
-    _, _, on_policy = _run(tiny_policy, batch, used)
+    *_, log_p = _run(tiny_policy, batch, used)
     # Every third token has drifted out of the band, the others within it.
     out = np.arange(batch.tokens.shape[-1]) % 3 == 0
     drift = np.where(out, 0.5, 0.01).astype(np.float32)
     old = OldScores(
         _base_scores(batch),
-        np.asarray(on_policy.log_p) - drift,
+        np.asarray(log_p) - drift,
         np.zeros(len(batch.tokens), bool),
     )
-    config = _config(tiny_policy.config, keep_band=True)
-    _, _, table = _run(tiny_policy, batch, used, config, old)
+    masked = ObjectiveConfig("powerflow", alpha=4.0, mask_clipped_tokens=True)
+    _, _, table, _ = _run(tiny_policy, batch, used, masked, old)
     kept = np.where(batch.is_response & ~out, 1.0, 0.0)
-    sums = lambda x: unpack_slots(
+    sums = lambda x: from_segments(
         np.stack([response_sum(jnp.asarray(x[i] * kept[i]),
                   jax.tree.map(lambda y, i=i: y[i], batch)) for i in range(len(x))]),
         placement,
     )  # fmt: skip
     n = sums(np.ones_like(kept))
-    got = lambda name: unpack_slots(getattr(table, name), placement)
-    np.testing.assert_allclose(got("kept"), n)
-    np.testing.assert_allclose(got("log_pf"), sums(on_policy.log_p), rtol=1e-5)
+    got = lambda name: from_segments(getattr(table, name), placement)
+    np.testing.assert_allclose(got("num_loss_tokens"), n)
+    np.testing.assert_allclose(got("log_pf"), sums(log_p), rtol=1e-5)
     np.testing.assert_allclose(got("log_p_base"), sums(old.log_p_base), rtol=1e-5)
     np.testing.assert_allclose(got("weight"), np.clip(np.exp(0.01 * n), 0.8, 1.28),
                                rtol=1e-4)  # fmt: skip
     some = np.maximum(n, 1)
-    psi = unpack_slots(batch.psi, placement)
+    psi = from_segments(batch.psi, placement)
     m, m0 = got("log_pf") / some, got("log_p_base") / some
     np.testing.assert_allclose(
         got("residual"), got("log_z") + m - 4 * (m0 + psi), rtol=1e-4, atol=1e-5
@@ -365,19 +382,19 @@ def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
 
 def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
-    _, _, on_policy = _run(tiny_policy, batch, used)
+    *_, log_p = _run(tiny_policy, batch, used)
     drift = np.where(np.arange(batch.tokens.shape[-1]) % 2, 0.5, -0.5)
     old = OldScores(
         _base_scores(batch),
-        (np.asarray(on_policy.log_p) - drift).astype(np.float32),
+        (np.asarray(log_p) - drift).astype(np.float32),
         np.zeros(len(batch.tokens), bool),
         advantage=np.where(batch.is_real, np.sign(batch.psi + 0.1), 0).astype(
             np.float32
         ),
     )
-    config = _config(tiny_policy.config, objective="grpo")
-    _, _, table = _run(tiny_policy, batch, used, config, old)
-    for i, (row, slot) in enumerate(zip(placement.row, placement.slot, strict=True)):
+    grpo = ObjectiveConfig("grpo", alpha=4.0)
+    _, _, table, _ = _run(tiny_policy, batch, used, grpo, old)
+    for i, (row, slot) in enumerate(zip(placement.row, placement.segment, strict=True)):
         segment_ids, is_response, psi = (
             x.reshape(-1, x.shape[-1])[row]
             for x in (batch.segment_ids, batch.is_response, batch.psi)
@@ -385,14 +402,14 @@ def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
         ratio = np.exp(drift[(segment_ids == slot + 1) & is_response])
         a = 1.0 if psi[slot] == 0 else -1.0
         want = -np.mean(np.minimum(ratio * a, np.clip(ratio, 0.8, 1.28) * a))
-        got = unpack_slots(table.loss, placement)[i]
+        got = from_segments(table.loss, placement)[i]
         np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("objective", sorted(objectives.OBJECTIVES))
 def test_nan_in_padding_changes_nothing_for_any_objective(rng, tiny_policy, objective):
     _, batch, _, used = _data(rng, count=4)
-    config = _config(tiny_policy.config, objective=objective)
+    objective = ObjectiveConfig(objective, alpha=4.0)
 
     def run(padding):
         of_tokens = lambda x: np.where(batch.is_response, x, padding).astype(np.float32)
@@ -405,7 +422,7 @@ def test_nan_in_padding_changes_nothing_for_any_objective(rng, tiny_policy, obje
             advantage=of_slots(0.7),
             log_stop_base=of_tokens(-2.0),
         )
-        return _run(tiny_policy, batch, used, config, old)
+        return _run(tiny_policy, batch, used, objective, old)
 
     want, got = run(0.0), run(np.nan)
     assert np.isfinite(want[1]["grad_norm"]) and want[1]["grad_norm"] > 0

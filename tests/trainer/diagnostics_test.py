@@ -1,33 +1,37 @@
-"""Metrics on a batch made by hand; writers that survive a kill."""
-
-import json
+"""Metrics on a batch made by hand."""
 
 import numpy as np
 import pytest
-from etils import epath
 
-from pfjax.batch import Rollout
-from pfjax.trainer import metrics
+from pfjax.batch import Rollout, TrajectoryStats
+from pfjax.targets import Target
+from pfjax.trainer import diagnostics
 
 # Two prompts, two responses each. m = -1, -2, -0.5, -1; m0 = -1.5, -2, -1, -2.
-RECORD = metrics.StepRecord(
-    prompt_index=np.array([0, 0, 1, 1]),
-    length=np.array([2, 1, 4, 2]),
-    finished=np.array([True, True, True, False]),
-    psi=np.array([0.0, 0.0, 0.0, -0.5]),
+RECORD = TrajectoryStats(
     log_pf=np.array([-2.0, -2.0, -2.0, -2.0]),
     log_p_base=np.array([-3.0, -2.0, -4.0, -4.0]),
     log_z=np.array([-1.0, -1.0, -2.0, -2.0]),
+    num_loss_tokens=np.array([2.0, 1.0, 4.0, 2.0]),
+    psi=np.array([0.0, 0.0, 0.0, -0.5]),
+    advantage=np.array([0.5, -0.5, 1.0, -1.0]),
     weight=np.array([1.0, 0.8, 1.28, 1.1]),
+    log_ratio=np.zeros(4),
+    capped=np.zeros(4),
+    floored=np.zeros(4),
+    kl=np.zeros(4),
+    prefix_variance=np.zeros(4),
+    entropy=np.array([1.0, 0.5, 2.0, 1.0]),
+    length=np.array([2, 1, 4, 2]),
+    prompt_index=np.array([0, 0, 1, 1]),
     loss=np.array([1.0, 4.0, 0.0, 9.0]),
     residual=np.array([1.0, -2.0, 0.0, 3.0]),
-    entropy=np.array([1.0, 0.5, 2.0, 1.0]),
-    kept=np.array([2.0, 1.0, 4.0, 2.0]),
 )
+FINISHED = np.array([True, True, True, False])
 
 
 def test_balance_by_hand():
-    got = metrics.balance_metrics(RECORD, (0.8, 1.28))
+    got = diagnostics.balance_metrics(RECORD, (0.8, 1.28))
     want = {
         "tb/loss": 3.5,
         "tb/residual_mean": 0.5,
@@ -49,7 +53,9 @@ def test_balance_by_hand():
 
 
 def test_completions_by_hand():
-    got = metrics.completion_metrics(RECORD, np.array([True, True, True, False]))
+    got = diagnostics.completion_metrics(
+        RECORD, FINISHED, np.array([True, True, True, False])
+    )
     assert got == pytest.approx(
         {
             "completions/mean_length": 2.25,
@@ -65,7 +71,7 @@ def test_completions_by_hand():
 def test_repetition_by_hand():
     # 6 four-grams of which 3 differ; ends in (1 2) four times over.
     loop = np.array([9, 1, 2, 1, 2, 1, 2, 1, 2])
-    got = metrics.repetition_metrics([loop, np.arange(9)])
+    got = diagnostics.repetition_metrics([loop, np.arange(9)])
     assert got["repetition/ngram_frac"] == pytest.approx(0.5 * (1 - 3 / 6))
     assert got["repetition/loop_frac"] == 0.5
 
@@ -79,7 +85,7 @@ def test_gap_between_sampler_and_scorer_by_hand():
         row_steps=8,
     )
     scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -0.5])]
-    got = metrics.rollout_metrics(rollout, scored)
+    got = diagnostics.rollout_metrics(rollout, scored)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.2)
     assert got["rollout/logp_gap_max"] == 0.5
     assert got["rollout/waste"] == pytest.approx(3 / 8)
@@ -88,7 +94,7 @@ def test_gap_between_sampler_and_scorer_by_hand():
 def test_match_by_hand():
     # The target a token, 2 (m0 + psi): -3, -4 | -2, -5; m: -1, -2 | -0.5, -1.
     # Less the means of prompts: x = 0.5, -0.5 | 1.5, -1.5; y = 0.5, -0.5 | 0.25, -0.25.
-    got = metrics.match_metrics(RECORD, alpha=2.0)
+    got = diagnostics.match_metrics(RECORD, Target(2.0))
     xy, xx, yy = 0.5 + 0.75, 0.5 + 4.5, 0.5 + 0.125
     # Residuals m - target = 2, 2 | 1.5, 4; less the means 0, 0 | -1.25, 1.25.
     w = np.exp(-2.5)
@@ -103,23 +109,27 @@ def test_match_by_hand():
     assert got == pytest.approx(want)
     swapped = RECORD._replace(log_pf=np.array([-1.0, -2.0, -3.0, -2.0]))
     # Prompt 0: -1 > -2 against -3 < -2, inverted; prompt 1: the base's are equal.
-    assert metrics.match_metrics(swapped, 2.0)["tb/inversion_rate"] == 1.0
+    assert diagnostics.match_metrics(swapped, Target(2.0))["tb/inversion_rate"] == 1.0
+
+
+def test_match_is_about_the_target_that_is_trained():
+    # Whole sequences, 2 log p0: -6, -4 | -8, -8; residuals log pi - target 4, 2 | 6, 6.
+    got = diagnostics.match_metrics(
+        RECORD, Target(2.0, has_format=False, is_length_aware=False)
+    )
+    # Less the means of prompts: x = -1, 1 | 0, 0 and the policy's are all equal.
+    assert got["tb/slope"] == got["tb/corr_logp_target"] == 0.0
+    # Mean log target - log pi, which bounds log Z.
+    assert got["tb/elbo"] == pytest.approx(-4.5)
+    # Weights e^{1 - 4}, e^{1 - 2} to a common factor: 1 and e^2; and equal ones.
+    w = np.exp(-2.0)
+    assert got["tb/ess"] == pytest.approx((1 + (1 + w) ** 2 / (2 * (1 + w**2))) / 2)
+    # Tilted by a reward, 3 per token: m0 + 3 A = -1.5 + 1.5, -2 - 1.5 | -1 + 3, -2 - 3.
+    got = diagnostics.match_metrics(RECORD, Target(1.0, beta=3.0, has_format=False))
+    x, y = np.array([1.75, -1.75, 3.5, -3.5]), np.array([0.5, -0.5, 0.25, -0.25])
+    assert got["tb/slope"] == pytest.approx(x @ y / (x @ x))
 
 
 def test_ranks_of_ties_are_shared():
-    ranks = metrics._ranks(np.array([3.0, 1.0, 3.0, 2.0]), [np.ones(4, bool)])
+    ranks = diagnostics._ranks(np.array([3.0, 1.0, 3.0, 2.0]), [np.ones(4, bool)])
     np.testing.assert_array_equal(ranks, [2.5, 0.0, 2.5, 1.0])
-
-
-def test_writer_cuts_back_to_the_step_it_continues_from(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": s, "x": s / 2}) + "\n" for s in range(5))
-        + '{"step": 5, "x'  # killed while writing
-    )
-    writer = metrics.Writer(epath.Path(tmp_path), last_step=2)
-    writer.write(3, {"x": np.float32(9)})
-    writer.close()
-    rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")
-    assert [r["step"] for r in rows] == [0, 1, 2, 3]
-    assert rows[-1]["x"] == 9.0 and writer.history == rows
-    assert list(tmp_path.glob("events.out.tfevents*"))
