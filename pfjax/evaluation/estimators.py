@@ -1,4 +1,4 @@
-"""avg@k, pass@k, maj@k and their standard errors, from n samples a problem."""
+"""avg@k, pass@k, maj@k and their standard errors, from n samples per problem."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
     """Standard error of a mean over problems; 0 for fewer than two.
 
-    Problems are what was drawn from a population: more samples a problem do not
+    Problems are what was drawn from a population: more samples per problem do not
     shrink the spread between problems.
     """
     n = len(per_problem)

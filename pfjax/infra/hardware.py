@@ -6,7 +6,7 @@ import jax
 
 
 class Chip(NamedTuple):
-    """One device, as JAX counts them; peaks by the vendors, in units a second."""
+    """One device, as JAX counts them; peaks by the vendors, per second."""
 
     kinds: tuple[str, ...]  # JAX's `device_kind`, or the beginning of it
     flops: float  # dense bfloat16

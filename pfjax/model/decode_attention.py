@@ -29,7 +29,7 @@ def decode_attention(
     columns: int,
     backend: str,
 ) -> Float[Array, "s h c"]:
-    """Attention of one token a slot over its prompt and its own past, itself included.
+    """Attention of one token per slot over its prompt and its own past, itself included.
 
     A prompt's keys and values are stored once, in a lane, and read by all of its
     samples: their queries are laid on a grid of `lanes x columns` cells. The two
@@ -97,7 +97,7 @@ def cache_shapes(
 def write(
     backend: str, cache: KeyValue, new: KeyValue, at: Int[Array, "s"]
 ) -> KeyValue:
-    """Puts the key and value of one token a slot at index `at` of its cache."""
+    """Puts the key and value of one token per slot at index `at` of its cache."""
 
     def put(axis):
         def one(c, x, i):

@@ -38,7 +38,7 @@ def token_log_probs(
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """log p of each target under the full vocabulary at temperature 1, float32.
 
-    Logits exist for `CHUNK` tokens a device at once, forward and backward, and only of
+    Logits exist for `CHUNK` tokens per device at once, forward and backward, and only of
     tokens that are asked for. Under `jax.set_mesh` the vocabulary stays where it is:
     devices pass on the states of a chunk and partial sums, never a part of the head.
 

@@ -110,7 +110,7 @@ class Blocks(nnx.Module):
         }
         ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
         into = nnx.initializers.normal(c.embed_dim**-0.5)
-        # Two additions a layer: keeps the residual stream's scale at the start.
+        # Two additions per layer: keeps the residual stream's scale at the start.
         back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
 
         def param(letters, init):
