@@ -7,16 +7,11 @@ import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from pfjax import objectives
-from pfjax.infra import sharding
 from pfjax.model import attention, transformer
-from pfjax.model.transformer import ModelConfig
 from pfjax.trainer import checkpoint
 
 # A run may be continued with these changed: they do not touch what is computed (a
@@ -184,48 +179,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + name] = value
     return out
-
-
-def check_attention(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises RuntimeError if a kernel of these devices does not compute attention.
-
-    Kernels are chosen by what is known of devices and versions, and a wrong one would
-    train on without a word (JAX before 0.11.2 had one): so each is compared, before
-    training, with the plain form on a few rows, forward and backward.
-    """
-    backend = attention.chosen(config.attention, config.head_dim, config.dtype)
-    if backend in ("plain", "chunked"):
-        return
-    b, t = sharding.batch_ways(mesh), 384
-    keys = jax.random.split(jax.random.key(0), 4)
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    q, k, v = (
-        jax.random.normal(key, (b, t, n, config.head_dim)).astype(config.dtype)
-        for key, n in zip(keys, heads, strict=False)
-    )
-    lengths = (100, 1, 150, 90)  # and padding
-    ids = np.repeat(np.arange(5), (*lengths, t - sum(lengths)))
-    ids = jnp.broadcast_to((ids + 1) % 5, (b, t))
-    weight = jax.random.normal(keys[3], q.shape) * (ids > 0)[..., None, None]
-
-    def run(name):
-        def loss(q, k, v):
-            out = attention.packed_attention(q, k, v, ids, name, max_segments=5)
-            return jnp.sum(weight * out), out * (weight != 0)
-
-        (_, out), gradients = jax.jit(
-            jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        )(q, k, v)
-        return sharding.fetch((out, *gradients))
-
-    for name, got, want in zip(
-        ("output", "d/dq", "d/dk", "d/dv"), run(backend), run("plain"), strict=True
-    ):
-        got, want = got.astype(np.float32), want.astype(np.float32)
-        error = np.abs(got - want).max() / np.abs(want).max()
-        if not error < 0.05:
-            raise RuntimeError(
-                f"{backend} attention is wrong on {jax.devices()[0].device_kind} with "
-                f"jax {jax.__version__}: its {name} is off by {error:.1%}; choose "
-                "--config.attention=chunked"
-            )

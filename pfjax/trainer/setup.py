@@ -13,7 +13,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from pfjax import objectives
 from pfjax.batch import OldScores, PackedBatch, max_micro_batches, slots_per_row
 from pfjax.infra import sharding
-from pfjax.model import attention, hf, hf_config, lora, tokenizer, transformer
+from pfjax.model import (
+    attention,
+    attention_check,
+    hf,
+    hf_config,
+    lora,
+    tokenizer,
+    transformer,
+)
 from pfjax.sampler import slots
 from pfjax.tasks import data
 from pfjax.trainer import optim, settings, step
@@ -194,7 +202,7 @@ def build(
     settings.check_lengths(config, longest, base_config.max_positions)
     stop_ids = tokenizer.stop_ids(tok, base_config.stop_ids)
     made = programs(config, base_config, longest, mesh, stop_ids)
-    settings.check_attention(made.base_config, mesh)
+    attention_check.check(made.base_config, mesh, made.row_slots + 1)
 
     policy = hf.load(source, mesh)
     trained = policy.params
