@@ -52,8 +52,9 @@ def packed_attention(
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
         there is finite and means nothing.
       backend: one of `BACKENDS`, or "auto", see `chosen`.
-      max_segments: of a row, padding included; T when not given. Only "cudnn" asks, as
-        it keeps T numbers a head for each that there might be.
+      max_segments: of a row, padding included; T when not given. Only "cudnn" asks:
+        its backward pass reads T float32 numbers per head for each that there might be,
+        and rematerialisation that keeps attention stores them.
     """
     backend = chosen(backend, q.shape[-1], q.dtype)
     mesh = jax.sharding.get_abstract_mesh()

@@ -317,15 +317,21 @@ def test_rematerialisation_keeps_what_the_kernel_computed(
     params = transformer.abstract_params(config)
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
 
-    def kernels(remat):
-        def loss(params, ids):
-            hidden, _ = transformer.forward_packed(
-                config, params, ids, ids, ids, remat, max_segments=5
-            )
-            return hidden.astype(jnp.float32).sum()
+    def loss(params, ids, remat):
+        hidden, _ = transformer.forward_packed(
+            config, params, ids, ids, ids, remat, max_segments=5
+        )
+        return hidden.astype(jnp.float32).sum()
 
-        traced = jax.jit(jax.grad(loss)).trace(params, ids)
+    def kernels(remat):
+        traced = jax.jit(jax.grad(loss), static_argnums=2).trace(params, ids, remat)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         return len(re.findall(r"custom_call @__(cudnn|gpu)\$", text))
 
     assert (kernels("full"), kernels("attention")) == (full, kept)
+    # The output is a residual of the kernel too, and stored once.
+    stored = jax.eval_shape(
+        lambda p, ids: jax.vjp(lambda p: loss(p, ids, "attention"), p)[1], params, ids
+    )
+    shape = (config.num_layers, *ids.shape, config.num_heads, config.head_dim)
+    assert [x.shape for x in jax.tree.leaves(stored)].count(shape) == 1
