@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from pfjax.batch import Array
@@ -27,6 +28,10 @@ from pfjax.model import chunked_attention
 
 # Kernels read blocks of this many tokens, or of more that divide the row.
 _BLOCK = 128
+# Of the first GPUs whose cuDNN attends over packed rows: Hopper.
+_PACKED_CUDNN = (9, 0)
+# What is known of a GPU that is not at hand is its name.
+_PACKED_CUDNN_KINDS = ("H100", "H200", "H800", "H20", "B200", "B300")
 
 
 def packed_attention(
@@ -47,8 +52,9 @@ def packed_attention(
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
         there is finite and means nothing.
       backend: one of `BACKENDS`, or "auto", see `chosen`.
-      max_segments: of a row, padding included; T when not given. Only "cudnn" asks, as
-        it keeps T numbers a head for each that there might be.
+      max_segments: of a row, padding included; T when not given. Only "cudnn" asks:
+        its backward pass reads T float32 numbers per head for each that there might be,
+        and rematerialisation that keeps attention stores them.
     """
     backend = chosen(backend, q.shape[-1], q.dtype)
     mesh = jax.sharding.get_abstract_mesh()
@@ -73,13 +79,20 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
     if platform == "tpu" and head_dim in (64, 128, 256):
         return "splash"
     if platform == "gpu" and head_dim in (64, 128):
-        # Released versions of JAX computed wrong offsets for it before 0.11.2.
-        is_fixed = jax.__version_info__ >= (0, 11, 2)
-        is_hopper = any(x in kind for x in ("H100", "H200", "GH200", "B200", "B300"))
-        if is_fixed and is_hopper and jnp.dtype(dtype).itemsize == 2:
+        if jnp.dtype(dtype).itemsize == 2 and _has_packed_cudnn(kind):
             return "cudnn"
         return "triton"
     return "chunked"
+
+
+def _has_packed_cudnn(kind: str) -> bool:
+    here = [d for d in jax.devices() if d.device_kind == kind]
+    if not here:
+        return any(x in kind for x in _PACKED_CUDNN_KINDS)
+    # "9.0"; of AMD a name, "gfx942".
+    major, _, minor = getattr(here[0], "compute_capability", "").partition(".")
+    is_number = major.isdigit() and minor.isdigit()
+    return is_number and (int(major), int(minor)) >= _PACKED_CUDNN
 
 
 def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
@@ -90,7 +103,8 @@ def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = c**-0.5 * dot("btkgc,bskc->bkgts", grouped, k)
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, -1e30))
-    return dot("bkgts,bskc->btkgc", weights.astype(v.dtype), v).reshape(q.shape)
+    out = dot("bkgts,bskc->btkgc", weights.astype(v.dtype), v)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _splash(
@@ -141,22 +155,25 @@ def _triton(
 
     q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
     k, v = _for_every_head(q, k, v)
-    # The rest are positions of its arguments: custom_vjp takes them by number.
-    out = kernel.mha(
-        q,
-        k,
-        v,
-        segment_ids,
-        q.shape[-1] ** -0.5,
-        True,
-        kernel.BlockSizes.get_default(),
-        "triton",
-        None,
-        2,
-        None,
-        interpret,
-    )
-    return out[:, :t]
+
+    def attend(q, k, v, segment_ids):
+        # By position: custom_vjp takes what is static by number.
+        return kernel.mha(
+            q,
+            k,
+            v,
+            segment_ids,
+            q.shape[-1] ** -0.5,
+            True,
+            kernel.BlockSizes.get_default(),
+            "triton",
+            None,
+            2,
+            None,
+            interpret,
+        )
+
+    return _with_names(attend)(q, k, v, segment_ids)[:, :t]
 
 
 def _cudnn(
@@ -169,30 +186,36 @@ def _cudnn(
             f"cudnn attention computes in 16 bits, not in {q.dtype}; choose "
             "--config.attention=triton or --config.dtype=bfloat16"
         )
-    # One head of keys a head of queries: with fewer, JAX before 0.11.2 reads keys and
-    # values at the offsets of the queries.
+    # One head of keys per head of queries: with fewer, JAX before 0.11.2 multiplies the
+    # offsets of keys and values by the heads of the queries.
     k, v = _for_every_head(q, k, v)
-    length, offset = segment_extents(segment_ids, max_segments)
-    return cudnn.dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=length,
-        kv_seqlen=length,
-        q_offsets=offset,
-        kv_offsets=offset,
-        scale=q.shape[-1] ** -0.5,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
-        qkv_layout="BTNH",
-    )
+
+    def attend(q, k, v, length, offset):
+        return cudnn.dot_product_attention(
+            q,
+            k,
+            v,
+            q_seqlen=length,
+            kv_seqlen=length,
+            q_offsets=offset,
+            kv_offsets=offset,
+            scale=q.shape[-1] ** -0.5,
+            mask_type=cudnn.MaskType.PADDING_CAUSAL,
+            qkv_layout="BTNH",
+        )
+
+    extents = segment_extents(segment_ids, max_segments)
+    return _with_names(attend)(q, k, v, *extents)
 
 
 def segment_extents(
     segment_ids: Int[Array, "b t"], max_segments: int
 ) -> tuple[Int[Array, "b s"], Int[Array, "b s1"]]:
-    """Lengths of the segments of each row, and where each begins and the last ends.
+    """Lengths of the segments of each row, and where each begins, as cuDNN takes them.
 
-    Padding is a segment too. Entries that are not used are -1.
+    Padding is a segment too. Entries that are not used are -1, the last of the starts
+    always: JAX joins those that are not -1 over all rows, so that one too many in a row
+    would shift those of all later rows.
     """
     t = segment_ids.shape[1]
     is_first = jnp.pad(
@@ -201,12 +224,37 @@ def segment_extents(
         constant_values=True,
     )
     find = functools.partial(jnp.nonzero, size=max_segments, fill_value=t)
-    first = jax.vmap(lambda x: find(x)[0])(is_first)
-    offset = jnp.pad(first, ((0, 0), (0, 1)), constant_values=t).astype(jnp.int32)
-    length = jnp.diff(offset, axis=1)
-    is_used = length > 0
-    before = jnp.pad(is_used, ((0, 0), (1, 0)), constant_values=True)
-    return jnp.where(is_used, length, -1), jnp.where(before, offset, -1)
+    first = jax.vmap(lambda x: find(x)[0])(is_first).astype(jnp.int32)
+    end = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=t)
+    is_used = first < t
+    length, offset = (jnp.where(is_used, x, -1) for x in (end - first, first))
+    return length, jnp.pad(offset, ((0, 0), (0, 1)), constant_values=-1)
+
+
+def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel whose residuals bear the name that rematerialisation knows them by.
+
+    Those of JAX for GPUs give none, so that nothing of them could be kept.
+    """
+
+    @jax.custom_vjp
+    def attend(*args):
+        return kernel(*args)
+
+    def forward(*args):
+        out, backward = jax.vjp(kernel, *args)
+        named = checkpoint_name(out, chunked_attention.SAVED)
+
+        def name(x):
+            if x is out:  # once, not a second copy
+                return named
+            is_given = any(x is y for y in args)
+            return x if is_given else checkpoint_name(x, chunked_attention.SAVED)
+
+        return named, jax.tree.map(name, backward)
+
+    attend.defvjp(forward, lambda backward, d_out: backward(d_out))
+    return attend
 
 
 def _in_blocks(

@@ -16,7 +16,15 @@ from pfjax import objectives
 from pfjax.batch import PackShape, max_microbatches, segments_per_row
 from pfjax.evaluation import elbo, scores
 from pfjax.infra import sharding
-from pfjax.model import attention, hf, hf_config, lora, tokenizer, transformer
+from pfjax.model import (
+    attention,
+    attention_check,
+    hf,
+    hf_config,
+    lora,
+    tokenizer,
+    transformer,
+)
 from pfjax.model.transformer import ModelConfig, Params, Policy
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import engine, filters, slots
@@ -201,7 +209,7 @@ def setup(
     target = None
     if config.data.target:
         target = data.load_target(config.data.target, fns.objective.target)
-    settings.check_attention(fns.base_model, mesh)
+    attention_check.check(fns.base_model, mesh, fns.shape.max_segments + 1)
 
     policy = hf.load(source, mesh)
     trained = policy.params

@@ -3,18 +3,23 @@
 Kernels run in interpreters here; `launch/benchmark.sh` runs them natively.
 """
 
+import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pfjax.batch import pack
 from pfjax.infra import sharding
-from pfjax.model import attention, chunked_attention
+from pfjax.model import attention, chunked_attention, transformer
+from tests.model import cudnn_emulation
 
 NATIVE = {"gpu": ["triton", "cudnn"], "tpu": ["splash"]}
 BACKENDS = [
@@ -23,13 +28,13 @@ BACKENDS = [
     *NATIVE.get(jax.default_backend(), ["splash_interpret", "triton_interpret"]),
     *([] if jax.default_backend() == "gpu" else ["cudnn_emulated"]),
 ]
-B, T, H, K, C = 2, 300, 4, 2, 64  # rows that are no whole number of blocks
+B, T, H, K, C = 3, 300, 4, 2, 64  # rows that are no whole number of blocks
 
 
 @pytest.fixture
 def data(rng):
     """Queries, keys, values, segments, and what to multiply the output by."""
-    lengths = ([150, 3, 97, 40], [129, 128, 30])
+    lengths = ([150, 3, 97, 40], [300], [129, 128, 30])
     segment_ids = np.zeros((B, T), np.int32)
     for row, some in enumerate(lengths):
         used = np.repeat(np.arange(len(some)) + 1, some)
@@ -39,35 +44,12 @@ def data(rng):
     return q, k, v, segment_ids, weight * (segment_ids > 0)[..., None, None]
 
 
-def _emulated(q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, **kwargs):
-    """What cuDNN's packed attention is documented to do, and no more: NaN elsewhere."""
-    assert kwargs["qkv_layout"] == "BTNH" and q.dtype.itemsize == 2
-    assert kwargs["mask_type"].name == "PADDING_CAUSAL"
-    assert q_seqlen is kv_seqlen and q_offsets is kv_offsets
-    assert q_offsets.shape[1] == q_seqlen.shape[1] + 1 and k.shape == q.shape
-    at = jnp.arange(q.shape[1])
-
-    def segment(i):
-        first, end = q_offsets[:, i, None], (q_offsets[:, i] + q_seqlen[:, i])[:, None]
-        return (q_seqlen[:, i, None] > 0) & (at[None] >= first) & (at[None] < end)
-
-    member = jnp.stack([segment(i) for i in range(q_seqlen.shape[1])], axis=-1)
-    same = (member[:, :, None] & member[:, None]).any(-1)
-    mask = same & (at[None, :, None] >= at[None, None])
-    logits = scale * jnp.einsum("bthc,bshc->bhts", q, k).astype(jnp.float32)
-    weights = jax.nn.softmax(logits, where=mask[:, None])
-    out = jnp.einsum("bhts,bshc->bthc", weights.astype(q.dtype), v)
-    return jnp.where(member.any(-1)[..., None, None], out, jnp.nan).astype(q.dtype)
-
-
 @pytest.fixture(params=BACKENDS)
 def run(request, monkeypatch):
     """The back end, and how far its rounding may take it."""
     name = request.param
     if name == "cudnn_emulated":
-        from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-        monkeypatch.setattr(cudnn, "dot_product_attention", _emulated)
+        cudnn_emulation.install(monkeypatch)
         name = "cudnn"
     is_half = name == "cudnn"
     # Natively TPUs and GPUs multiply float32 in fewer bits.
@@ -129,7 +111,7 @@ def test_is_causal_and_keeps_segments_apart(data, run):
         x[0, at] += 1.0
     after = np.asarray(attend(*changed, segment_ids))
     same_segment = segment_ids == segment_ids[0, at]
-    same_segment[1] = False
+    same_segment[1:] = False
     may_see = same_segment & (np.arange(T) >= at)
     is_other = (segment_ids > 0) & ~may_see
     np.testing.assert_array_equal(after[is_other], before[is_other])
@@ -165,7 +147,7 @@ def test_a_row_of_padding_yields_numbers(data, run):
 @pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (2, 2, 2)])
 def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
     """Two key heads on a "tensor" axis of four are repeated, their gradients summed."""
-    *args, weight = (np.concatenate([x, x[::-1]]) for x in data)
+    *args, weight = (np.concatenate([x, x[:1]]) for x in data)
     want = attention.packed_attention(*args, "plain")
     run = functools.partial(attention.packed_attention, backend="plain")
     want_gradients = _gradients(run, *args, weight)
@@ -205,16 +187,55 @@ def test_chunked_skips_blocks_of_other_segments(data, monkeypatch):
     assert np.isfinite(run(q, k, v, segment_ids)[:, 150:]).all()
 
 
-def test_segment_extents():
-    ids = np.array([[1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 3, 3]])
-    length, offset = attention.segment_extents(ids, 4)
-    np.testing.assert_array_equal(length, [[3, 2, 1, -1], [6, -1, -1, -1]])
-    np.testing.assert_array_equal(offset, [[0, 3, 5, 6, -1], [0, 6, -1, -1, -1]])
+def test_segments_of_several_rows_reach_cudnn_in_place():
+    """Behind JAX's conversion to one list over all rows of a device."""
+    ids = np.zeros((3, 32), np.int32)
+    for row, lengths in zip(ids, ((5, 7, 3, 1), (9, 23), (32,)), strict=True):
+        row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    q = np.zeros((*ids.shape, H, C), jnp.bfloat16)
+
+    @jax.jit
+    def extents(ids):
+        length, offset = attention.segment_extents(ids, 5)
+        whole = cudnn._fix_seqlen_offsets(length, length, offset, offset, q, q)
+        return offset, whole[0].ravel(), whole[2].ravel() // (H * C)
+
+    by_row, length, offset = extents(ids)
+    np.testing.assert_array_equal(by_row[0], [0, 5, 12, 15, 16, -1])  # 16: padding
+    starts = [0, 5, 12, 15, 16, 32, 41, 64]
+    lengths = [5, 7, 3, 1, 16, 9, 23, 32]
+    np.testing.assert_array_equal(offset[:8], starts)
+    np.testing.assert_array_equal(length[:8], lengths)
+    # Nothing, at the end.
+    assert (offset[8:] == 3 * 32).all() and (length[8:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["plain", "chunked", "splash", "triton", "cudnn"])
+def test_the_output_has_the_type_of_the_queries(backend, tiny_config, monkeypatch):
+    """Else layers, which are scanned, do not trace."""
+    cudnn_emulation.install(monkeypatch)
+    config = dataclasses.replace(
+        tiny_config, head_dim=64, dtype="bfloat16", attention=backend
+    )
+    params = transformer.abstract_params(config)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    run = functools.partial(transformer.forward_packed, config)
+    hidden, _ = jax.eval_shape(run, params, ids, ids, ids)
+    assert hidden.dtype == jnp.bfloat16
 
 
 def test_cudnn_refuses_float32(data):
     with pytest.raises(ValueError, match="16 bits, not in float32"):
         attention.packed_attention(*data[:4], "cudnn")
+
+
+def _mesh_of(platform, kind):
+    return AbstractMesh(
+        (1, 1, 1),
+        sharding.MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        abstract_device=AbstractDevice(kind, num_cores=1, platform=platform),
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,25 +247,31 @@ def test_cudnn_refuses_float32(data):
         ("gpu", "NVIDIA A100-SXM4-80GB", 128, "triton"),
         ("gpu", "NVIDIA H100 80GB HBM3", 80, "chunked"),
         ("gpu", "NVIDIA H100 80GB HBM3", 128, "cudnn"),
+        ("gpu", "NVIDIA GB200", 128, "cudnn"),
     ],
 )
-def test_back_end_of_the_devices_of_the_mesh(
-    monkeypatch, platform, kind, head_dim, want
-):
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    device = AbstractDevice(kind, num_cores=1, platform=platform)
-    mesh = AbstractMesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        abstract_device=device,
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
+def test_back_end_of_the_devices_of_the_mesh(platform, kind, head_dim, want):
+    with jax.sharding.use_abstract_mesh(_mesh_of(platform, kind)):
         assert attention.chosen("auto", head_dim, "bfloat16") == want
-        if want == "cudnn":  # not for float32, nor where JAX computed it wrongly
+        if want == "cudnn":
             assert attention.chosen("auto", head_dim, "float32") == "triton"
-            monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-            assert attention.chosen("auto", head_dim, "bfloat16") == "triton"
+
+
+@pytest.mark.parametrize(
+    "kind, capability, want",
+    [
+        ("NVIDIA L40S", "8.9", "triton"),
+        ("NVIDIA H20", "9.0", "cudnn"),
+        ("NVIDIA GeForce RTX 5090", "12.0", "cudnn"),
+        ("AMD Instinct MI300X", "gfx942", "triton"),
+    ],
+)
+def test_back_end_of_a_gpu_that_is_here(monkeypatch, kind, capability, want):
+    """By what it can do, not by its name."""
+    device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    with jax.sharding.use_abstract_mesh(_mesh_of("gpu", kind)):
+        assert attention.chosen("auto", 128, "bfloat16") == want
 
 
 def test_packed_rows_have_contiguous_segments(rng):
@@ -268,13 +295,7 @@ def test_triton_kernel_lowers_for_cuda():
         loss = lambda *x: attention.packed_attention(*x, ids, "triton").sum()
         return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    mesh = AbstractMesh(
-        (1, 1, 1),
-        sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        abstract_device=device,
-    )
+    mesh = _mesh_of("gpu", "NVIDIA H100 80GB HBM3")
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     with jax.sharding.use_abstract_mesh(mesh):
         exported = jax.export.export(
@@ -282,3 +303,35 @@ def test_triton_kernel_lowers_for_cuda():
         )(bf16(12), bf16(2), bf16(2), ids)
     # Forward, the preparation of the backward pass, and the backward pass.
     assert exported.mlir_module().count("custom_call @__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.parametrize("backend, full, kept", [("cudnn", 3, 2), ("triton", 4, 3)])
+def test_rematerialisation_keeps_what_the_kernel_computed(
+    backend, full, kept, tiny_config, monkeypatch
+):
+    """Kernels of a layer lowered for CUDA: "full" runs a second forward one."""
+    cudnn_emulation.install(monkeypatch)
+    config = dataclasses.replace(
+        tiny_config, head_dim=64, dtype="bfloat16", attention=backend
+    )
+    params = transformer.abstract_params(config)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+
+    def loss(params, ids, remat):
+        hidden, _ = transformer.forward_packed(
+            config, params, ids, ids, ids, remat, max_segments=5
+        )
+        return hidden.astype(jnp.float32).sum()
+
+    def kernels(remat):
+        traced = jax.jit(jax.grad(loss), static_argnums=2).trace(params, ids, remat)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return len(re.findall(r"custom_call @__(cudnn|gpu)\$", text))
+
+    assert (kernels("full"), kernels("attention")) == (full, kept)
+    # The output is a residual of the kernel too, and stored once.
+    stored = jax.eval_shape(
+        lambda p, ids: jax.vjp(lambda p: loss(p, ids, "attention"), p)[1], params, ids
+    )
+    shape = (config.num_layers, *ids.shape, config.num_heads, config.head_dim)
+    assert [x.shape for x in jax.tree.leaves(stored)].count(shape) == 1

@@ -1,0 +1,92 @@
+"""A comparison, before training, of this machine's attention with the plain form."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pfjax.infra import sharding
+from pfjax.model import attention
+from pfjax.model.transformer import ModelConfig
+
+# Tokens per row: three of the smallest blocks of the kernels.
+_LENGTH = 384
+_TOLERANCE = 0.05  # of the largest number: bfloat16 stays below 0.02
+
+
+def check(config: ModelConfig, mesh: Mesh, max_segments: int) -> None:
+    """Raises RuntimeError if a kernel of these devices does not compute attention.
+
+    Kernels are chosen by what is known of devices and versions, and a wrong one would
+    train on without a word. So each runs as an update and as a prefill will: two rows
+    per device of unequal segments, since some faults begin in the second row.
+
+    Args:
+      config: of the model.
+      mesh: of the run, and current.
+      max_segments: of a row of an update, padding included.
+    """
+    backend = attention.chosen(config.attention, config.head_dim, config.dtype)
+    if backend in ("plain", "chunked"):
+        return
+    most = max_segments - 1
+    # Two tokens each on average.
+    many = tuple(itertools.islice(itertools.cycle((1, 2, 3)), min(most, _LENGTH // 2)))
+    _compare(config, mesh, backend, [(150, 1, 90)[:most], many], max_segments)
+    prompts = [(_LENGTH,), (3,) * (_LENGTH // 3)]
+    _compare(config, mesh, backend, prompts, None)
+
+
+def _compare(
+    config: ModelConfig,
+    mesh: Mesh,
+    backend: str,
+    rows: Sequence[Sequence[int]],
+    max_segments: int | None,
+) -> None:
+    """Compares a back end with the plain form on rows of these lengths, every device
+    the same; forward only without `max_segments`, as a prefill runs."""
+    ids = np.zeros((len(rows), _LENGTH), np.int32)
+    for row, lengths in zip(ids, rows, strict=True):
+        row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    ids = np.tile(ids, (sharding.batch_ways(mesh), 1))
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    q, k, v = (
+        jax.random.normal(key, (*ids.shape, n, config.head_dim)).astype(config.dtype)
+        for key, n in zip(keys, heads, strict=False)
+    )
+    weight = jax.random.normal(keys[3], q.shape) * (ids > 0)[..., None, None]
+
+    def run(name):
+        def loss(q, k, v):
+            out = attention.packed_attention(q, k, v, ids, name, max_segments)
+            return jnp.sum(weight * out), out * (weight != 0)
+
+        if max_segments is None:
+            return sharding.fetch((jax.jit(loss)(q, k, v)[1],))
+        (_, out), gradients = jax.jit(
+            jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        )(q, k, v)
+        return sharding.fetch((out, *gradients))
+
+    where = f"on {jax.devices()[0].device_kind} with jax {jax.__version__}"
+    instead = "choose --config.attention=chunked"
+    try:
+        found = run(backend)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
+        raise RuntimeError(
+            f"{backend} attention does not run {where}; {instead}"
+        ) from e
+    names = ("output", "d/dq", "d/dk", "d/dv")
+    for name, got, want in zip(names, found, run("plain"), strict=False):
+        got, want = got.astype(np.float32), want.astype(np.float32)
+        error = np.abs(got - want).max() / np.abs(want).max()
+        if not error < _TOLERANCE:
+            raise RuntimeError(
+                f"{backend} attention is wrong {where}: its {name} is off by "
+                f"{error:.1%}; {instead}"
+            )

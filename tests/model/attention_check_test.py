@@ -1,0 +1,89 @@
+"""The check before training: what it lets pass, and faults that it must see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfjax.infra import sharding
+from pfjax.model import attention, attention_check
+from pfjax.model.chunked_attention import attend
+from tests.model import cudnn_emulation
+
+MAX_SEGMENTS = 17
+INDEX = np.arange(attention_check._LENGTH)[None]
+
+
+@pytest.fixture
+def check(tiny_config, monkeypatch):
+    """The check on one device, of a back end by name or of a function in its place."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+
+    def run(backend, dtype="float32"):
+        if callable(backend):
+            monkeypatch.setitem(attention._BACKENDS, "triton_interpret", backend)
+            backend = "triton_interpret"
+        config = dataclasses.replace(
+            tiny_config, attention=backend, dtype=dtype, head_dim=64
+        )
+        with jax.set_mesh(mesh):
+            attention_check.check(config, mesh, MAX_SEGMENTS)
+
+    return run
+
+
+def test_passes_attention_that_is_correct(check, monkeypatch):
+    cudnn_emulation.install(monkeypatch)
+    check("cudnn", "bfloat16")
+
+
+def test_refuses_segments_that_shift_from_row_to_row(check, monkeypatch):
+    cudnn_emulation.install(monkeypatch)
+    starts = attention.segment_extents
+
+    def starts_and_last_end(segment_ids, max_segments):
+        length, offset = starts(segment_ids, max_segments)
+        end = jnp.where(length > 0, offset[:, :-1] + length, -1)
+        return length, jnp.concatenate([offset[:, :1], end], axis=1)
+
+    monkeypatch.setattr(attention, "segment_extents", starts_and_last_end)
+    with pytest.raises(RuntimeError, match="cudnn attention is wrong on cpu"):
+        check("cudnn", "bfloat16")
+
+
+def _not_implemented(q, k, v, ids):
+    raise NotImplementedError("not on this card")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda q, k, v, ids: jnp.nan * attend(q, k, v, ids), "its output is off"),
+        # A second row with the segments of the first.
+        (
+            lambda q, k, v, ids: attend(q, k, v, jnp.broadcast_to(ids[:1], ids.shape)),
+            "its output is off",
+        ),
+        # No gradient beyond a few segments.
+        (
+            lambda q, k, v, ids: attend(
+                q,
+                jnp.where((ids > 8)[..., None, None], jax.lax.stop_gradient(k), k),
+                v,
+                ids,
+            ),
+            "its d/dk is off",
+        ),
+        # Long segments in two.
+        (
+            lambda q, k, v, ids: attend(q, k, v, ids + 99 * (INDEX > 300)),
+            "its output is off",
+        ),
+        (_not_implemented, "triton_interpret attention does not run on cpu"),
+    ],
+)
+def test_refuses_what_is_wrong_in_part(check, wrong, message):
+    with pytest.raises(RuntimeError, match=message):
+        check(wrong)
