@@ -19,6 +19,7 @@ def symptoms(
     history: Sequence[dict[str, Any]],
     length_floor: float,
     truncated_ceiling: float,
+    logp_gap: float,
     patience: int,
 ) -> list[str]:
     """What the last steps suffer from, in sentences.
@@ -27,9 +28,19 @@ def symptoms(
       history: rows of `metrics.jsonl`.
       length_floor: fraction of the mean length of the first `patience` steps.
       truncated_ceiling: fraction of responses that are cut at the limit.
+      logp_gap: mean distance, in nats per token, between the log-probs of sampler and
+        scorer; one step is enough.
       patience: steps in a row.
     """
     rows = [r for r in history if "completions/mean_length" in r]
+    gap = rows[-1].get("rollout/logp_gap_mean", 0.0) if rows else 0.0
+    if gap > logp_gap:
+        return [
+            f"sampler and scorer disagree by {gap:.2g} nats per token on average at step "
+            f"{rows[-1]['step']} (rollout/logp_gap_mean, rollout/logp_gap_max): one of them "
+            "does not compute the model. Try --config.attention=chunked and "
+            "--config.dtype=float32"
+        ]
     if len(rows) < patience:
         return []
     length = [r["completions/mean_length"] for r in rows]

@@ -262,7 +262,11 @@ class _Run:
         if health.action == "warn" and history[-1]["step"] % health.patience:
             return []
         return health_checks.symptoms(
-            history, health.length_floor, health.truncated_ceiling, health.patience
+            history,
+            health.length_floor,
+            health.truncated_ceiling,
+            health.logp_gap,
+            health.patience,
         )
 
 

@@ -189,6 +189,11 @@ SETTINGS: dict[str, Setting] = {
     "health_checks.truncated_ceiling": Setting(
         0.99, "at least this fraction of responses cut", may_change=True
     ),
+    "health_checks.logp_gap": Setting(
+        0.05,
+        "mean distance between sampler and scorer, nats per token, in any step",
+        may_change=True,
+    ),
     "health_checks.step_seconds": Setting(
         3600.0,
         "after which a stuck step tells where it stands",

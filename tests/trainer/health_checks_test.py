@@ -8,7 +8,12 @@ import pytest
 
 from pfjax.trainer import health_checks, loop, metrics, preemption
 
-LIMITS = {"length_floor": 0.25, "truncated_ceiling": 0.99, "patience": 3}
+LIMITS = {
+    "length_floor": 0.25,
+    "truncated_ceiling": 0.99,
+    "logp_gap": 0.05,
+    "patience": 3,
+}
 
 
 def _history(lengths, cut=0.0):
@@ -35,6 +40,15 @@ def test_collapse_of_lengths(lengths, is_wrong):
     if found:
         for text in ("up to step 7", "24.0 tokens, 100.0 at the start", "mean_length"):
             assert text in found[0]
+
+
+def test_a_sampler_that_disagrees_with_the_scorer_is_noticed_in_one_step():
+    rows = _history([100])
+    rows[-1]["rollout/logp_gap_mean"] = 0.04
+    assert not health_checks.symptoms(rows, **LIMITS)
+    rows[-1]["rollout/logp_gap_mean"] = 0.06
+    (found,) = health_checks.symptoms(rows, **LIMITS)
+    assert "disagree by 0.06 nats per token" in found and "step 1" in found
 
 
 def test_truncation_of_all():
