@@ -30,7 +30,7 @@ setuptools.setup(
     # "." as the root puts `configs` on the path of an editable install.
     package_dir={"": "."},
     packages=setuptools.find_packages(include=["pfjax", "pfjax.*"]),
-    package_data={"pfjax": ["assets/*/*"]},
+    package_data={"pfjax": ["assets/*/*", "report/*.html", "report/*.mplstyle"]},
     install_requires=[
         *jax(),
         f"flax==0.12.8; {OLD}",

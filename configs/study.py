@@ -1,4 +1,4 @@
-r"""One run of the study on the embedded world: configs/study.py:OBJECTIVE.
+r"""One run of the study on the toy task: configs/study.py:OBJECTIVE.
 
 Hardware: 1 CPU core, 2 GB. Takes about a minute.
 Result: docs/study/README.md

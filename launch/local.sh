@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on this machine: by default sharpens the embedded model (configs/smoke.py).
+# Trains on this machine: by default sharpens the toy model (configs/smoke.py).
 #
 #   bash launch/local.sh [--config=FILE] [--workdir=DIR] [--config.NAME=VALUE ...]
 #   bash launch/local.sh --study [--out=DIR]    every objective, within 40 minutes
@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [[ ${1:-} == --study ]]; then
   # shellcheck disable=SC2119  # no extras
   prepare
-  exec "$PYTHON" -m pfjax.study "--out=$ROOT/runs/study" "${@:2}"
+  exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
 fi
 args=("$@")
 has_config='' has_workdir=''

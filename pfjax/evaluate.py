@@ -5,9 +5,8 @@ be a file as in training. Each leaves two files in --out: NAME.jsonl, a line a r
 NAME.json, its scores with every setting that moves them. The same command goes on where it
 was stopped; --regrade grades the responses there again, without the model.
 
-poem, story and joke (files with a `prompt` a line), and files without answers, are scored
-by diversity, and by the judge of --judge: a command that reads requests from its standard
-input and writes judgements to its output, JSON lines both.
+Prompts without answers (poem, story and joke: files with a `prompt` per line) have lengths
+and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
 
 import os
@@ -39,12 +38,6 @@ _STOP = flags.DEFINE_multi_string(
 _SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same")
 _BOX = flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
 _REGRADE = flags.DEFINE_bool("regrade", False, "grade again what is in --out")
-_EMBEDDER = flags.DEFINE_string(
-    "embedder", "auto", "of semantic diversity: a sentence-transformers model or folder, "
-    "lexical, or auto: one that is installed, else lexical"
-)  # fmt: skip
-_JUDGE = flags.DEFINE_string("judge", "", "command that judges creative responses")
-_RUBRIC = flags.DEFINE_string("rubric", "", "creative or joke; default: as the set")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
 )
@@ -187,9 +180,6 @@ def _score(files, problems, grader) -> None:
     fewer = tuple(2**i for i in range(20) if 2**i < k)
     values = scores.summarise(rows, k, grader, pass_at=fewer, maj_at=fewer)
     about = {"grader": grader.describe() | {"box": _BOX.value}}
-    if all(p.gold is None for p in problems):
-        added, about_creative = _creative(files, rows, k)
-        values, about = values | added, about | about_creative
     files.score(rows, values, about)
     print(
         f"{files.name}: {len(problems)} problems x {k} ({benchmarks.fingerprint(problems)})"
@@ -198,29 +188,6 @@ def _score(files, problems, grader) -> None:
         if not name.endswith("_se"):
             error = values.get(f"{name}_se")
             print(f"  {name:20} {value:9.4f}" + (f" +- {error:.4f}" if error else ""))
-
-
-def _creative(files, rows, k) -> tuple[dict[str, float], dict]:
-    """Diversity of the responses to each prompt; quality, if there is a judge."""
-    from pfjax.evaluation import diversity, judge
-
-    values: dict[str, float] = {}
-    about = {}
-    if k > 1:
-        embed = diversity.load_embedder(_EMBEDDER.value)
-        texts = [r["completion"] for r in rows]
-        groups = [texts[i : i + k] for i in range(0, len(texts), k)]
-        values |= diversity.diversity_scores(groups, embed)
-        about["embedder"] = embed.name
-    if _JUDGE.value:
-        rubric = _RUBRIC.value or ("joke" if files.name == "joke" else "creative")
-        requests = files.path.with_suffix(".requests.jsonl")
-        judgements = files.path.with_suffix(".judgements.jsonl")
-        judge.write_requests(requests, rows, rubric)
-        judge.run_command(_JUDGE.value, requests, judgements)
-        values |= judge.quality(judge.read_judgements(judgements, requests), rows)
-        about["judge"] = {"command": _JUDGE.value, "rubric": rubric}
-    return values, about
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_local_adds_only_what_is_not_given(launch):
 def test_study_is_a_run_of_its_own_door(launch):
     _, asked = launch("local.sh", "--study", "--seeds=1")
     out = f"--out={launch.checkout}/runs/study"
-    assert asked[-1] == f"-m pfjax.study {out} --seeds=1"
+    assert asked[-1] == f"-m examples.study {out} --seeds=1"
 
 
 def test_set_up_runs_once_and_again_when_dependencies_change(launch):

@@ -1,6 +1,5 @@
-"""What groups of runs came to: values, curves, and the problems that moved."""
+"""What groups of runs came to: values, curves, and the problems that changed."""
 
-import collections
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,153 +7,140 @@ from typing import NamedTuple
 import numpy as np
 
 from pfjax.evaluation import estimators
-from pfjax.report import runs
+from pfjax.report.runs import Group, Problem
+
+Pair = tuple[Problem, Problem]  # before, after
 
 
-class Value(NamedTuple):
-    mean: float
-    spread: float | None  # standard deviation over runs; None for one run
+class Metric(NamedTuple):
+    """A column of the table of numbers and, with a title, a picture over steps."""
+
+    key: str  # of evaluations up to the "@" and without a set; or of training steps
+    column: str
+    explained: str
+    places: int = 3  # decimals in the table
+    title: str = ""
+    label: str = ""  # of the axis
+    may_be_log: bool = False  # over a wide positive range
+
+
+_TRAINING = "of training samples"
+METRICS = (
+    Metric("eval/avg", "avg", "Fraction of samples that are correct, mean over problems.",
+           title="Accuracy", label="correct samples (fraction)"),
+    Metric("eval/maj", "maj", "Fraction of problems whose most common answer is correct."),
+    Metric("eval/pass", "pass", "Fraction of problems with a correct one among the samples."),
+    Metric("eval/quality", "quality", "Mean judgement of the responses."),
+    Metric("eval/semantic_diversity", "semantic diversity",
+           "Mean distance between the responses to a prompt."),
+    Metric("eval/length_mean", "length", "Mean tokens per response to held-out prompts.", 1,
+           "Length of responses", "tokens per response", True),
+    Metric("eval/truncated", "truncated", "Fraction of responses cut at max_new_tokens."),
+    Metric("eval/boxed_frac", "boxed", "Fraction of responses with a boxed answer."),
+    Metric("eval/distinct", "distinct", "Fraction of a held-out prompt's responses that differ "
+           "from each other.", 3, "Distinct responses", "distinct responses (fraction)"),
+    Metric("entropy", "entropy", f"Nats per token {_TRAINING}.",
+           3, "Entropy per token", "nats per token", True),
+    Metric("kl/policy_base_per_token", "KL to base", f"Nats per token {_TRAINING}."),
+    Metric("tb/residual_std_within_prompt", "residual std", "Standard deviation of the "
+           f"residual among a prompt's responses, {_TRAINING}: 0 at the optimum. Nats per "
+           "token; of tb_traj, rl_traj and subtb, nats per response.",
+           3, "Residual: distance from the target", "std of the residual (nats)", True),
+)  # fmt: skip
 
 
 class Curve(NamedTuple):
-    """A mean over runs, and the least and the greatest of them."""
+    """A mean over runs, their standard deviation, the least and the greatest of them."""
 
     x: np.ndarray
     mean: np.ndarray
+    spread: np.ndarray | None  # None for one run
     low: np.ndarray
     high: np.ndarray
+    window: int = 1  # steps that one point is the mean of
 
 
-class Moved(NamedTuple):
-    """How many problems; means over runs."""
-
-    gained: float  # wrong -> right by majority
-    lost: float
-    kept: float  # right at both
-    missed: float  # wrong at both
-    rose: float  # the share of right samples did
-    fell: float
-    stayed: float
-
-
-def keys_of(groups: Sequence[runs.Group], name: str) -> list[str]:
-    """Evaluation metrics of this name in any run: `eval/avg@8`, `eval/math500/avg@8`."""
-    pattern = re.compile(rf"eval/(.+/)?{re.escape(name)}(@\d+)?")
+def keys_of(groups: Sequence[Group], name: str) -> list[str]:
+    """Metrics of any run: for `eval/avg` `eval/avg@8` and `eval/math500/avg@8`."""
+    of_any_set = re.escape(name).replace("eval/", "eval/(.+/)?")
+    pattern = re.compile(of_any_set + r"(@\d+)?")
     found = {k for g in groups for run in g.runs for row in run.rows for k in row}
     return sorted(k for k in found if pattern.fullmatch(k))
 
 
-def _table(group: runs.Group, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which all runs know a metric, and its values `[run, step]`."""
+def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
+    """A metric over the steps at which all runs know it; more than `most` of them are
+    averaged in equal windows."""
     known = [
         {r["step"]: r[key] for r in run.rows if key in r and np.isfinite(r[key])}
         for run in group.runs
     ]
     steps = sorted(set.intersection(*(set(k) for k in known)))
-    return np.array(steps), np.array([[k[s] for s in steps] for k in known])
-
-
-def first_and_last(group: runs.Group, key: str) -> tuple[Value, Value] | None:
-    """A metric at the first and the last step at which all runs know it."""
-    steps, values = _table(group, key)
-    if not len(steps):
+    if not steps:
         return None
-
-    def value(x: np.ndarray) -> Value:
-        return Value(float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None)
-
-    return value(values[:, 0]), value(values[:, -1])
-
-
-def window(group: runs.Group, key: str, most: int) -> int:
-    """Steps that one point of a curve is the mean of."""
-    return max(1, -(-len(_table(group, key)[0]) // most))
-
-
-def curve(group: runs.Group, key: str, most: int = 10**9) -> Curve | None:
-    """A metric over steps; more than `most` of them are averaged in equal windows."""
-    steps, values = _table(group, key)
-    if not len(steps):
-        return None
-    starts = np.arange(0, len(steps), window(group, key, most))
+    window = max(1, -(-len(steps) // most))
+    starts = np.arange(0, len(steps), window)
     sizes = np.diff([*starts, len(steps)])
+    values = np.array([[k[s] for s in steps] for k in known])
     values = np.add.reduceat(values, starts, axis=1) / sizes
-    return _over_runs(np.add.reduceat(steps, starts) / sizes, values)
+    return _over_runs(np.add.reduceat(steps, starts) / sizes, values, window)
 
 
-def _over_runs(x: np.ndarray, values: np.ndarray) -> Curve:
-    return Curve(x, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+def _over_runs(x: np.ndarray, values: np.ndarray, window: int = 1) -> Curve:
+    mean, spread = values.mean(axis=0), None
+    if len(values) > 1:
+        spread = values.std(axis=0, ddof=1)
+    return Curve(x, mean, spread, values.min(axis=0), values.max(axis=0), window)
 
 
-def pass_curve(problems: Sequence[Sequence[runs.Problem]]) -> Curve | None:
+def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
     """pass@n over n = 1, 2, 4, ... k; None where answers are not known.
 
     Args:
       problems: those of each run.
     """
-    graded = [[p for p in mine if p.share_right is not None] for mine in problems]
+    graded = [[p for p in mine if p.fraction_correct is not None] for mine in problems]
     if not all(graded):
         return None
     k = min(len(mine[0].samples) for mine in graded)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k})
-    right = [
-        np.array([sum(r["correct"] for r in p.samples) for p in m]) for m in graded
-    ]
-    values = np.array(
-        [
-            [estimators.pass_at_k(c, len(m[0].samples), n).mean() for n in sizes]
-            for c, m in zip(right, graded, strict=True)
-        ]
-    )
-    return _over_runs(np.array(sizes), values)
+    values = []
+    for mine in graded:
+        correct = np.array([sum(r["correct"] for r in p.samples) for p in mine])
+        n = len(mine[0].samples)
+        values.append([estimators.pass_at_k(correct, n, x).mean() for x in sizes])
+    return _over_runs(np.array(sizes), np.array(values))
 
 
-def is_right_by_majority(problem: runs.Problem) -> bool:
-    """Whether the commonest answer is right, or as common as the commonest.
-
-    Right answers are one class. Wrong ones are told apart as text, without the grader:
-    two spellings of one wrong answer do not add up.
-    """
-    votes = collections.Counter(
-        True if r["correct"] else r["answer"]
-        for r in problem.samples
-        if r["answer"] is not None
-    )
-    return votes[True] > 0 and votes[True] == max(votes.values())
-
-
-def pairs(before: Sequence[runs.Problem], after: Sequence[runs.Problem]):
-    """The problems of both evaluations, each as (before, after)."""
+def _pairs(before: list[Problem], after: list[Problem]) -> list[Pair]:
+    """The problems of both evaluations."""
     then = {p.key: p for p in before}
     return [(then[p.key], p) for p in after if p.key in then]
 
 
-def moved(group: runs.Group) -> Moved | None:
-    """Which problems changed from the first evaluation to the last; None where answers
-    are not known."""
+def changes(group: Group) -> tuple[float, float] | None:
+    """How many problems became correct and incorrect by majority from the first
+    evaluation to the last, means over runs; None where answers are not known."""
     counts = []
-    for before, after in zip(group.first, group.last, strict=True):
-        both = [x for x in pairs(before, after) if x[0].share_right is not None]
-        if not both:
+    for first, last in zip(group.first, group.last, strict=True):
+        votes = [
+            (x.is_majority_correct, y.is_majority_correct)
+            for x, y in _pairs(first, last)
+            if x.fraction_correct is not None
+        ]
+        if not votes:
             return None
-        votes = [tuple(map(is_right_by_majority, x)) for x in both]
-        change = np.array([y.share_right - x.share_right for x, y in both])
-        counts.append(
-            [votes.count(v) for v in ((False, True), (True, False), (True, True), (False, False))]
-            + [(change > 0).sum(), (change < 0).sum(), (change == 0).sum()]
-        )  # fmt: skip
-    return Moved(*np.mean(counts, axis=0).tolist())
+        counts.append([votes.count((False, True)), votes.count((True, False))])
+    return tuple(np.mean(counts, axis=0).tolist())
 
 
-def telling(
-    group: runs.Group, changed: int, unchanged: int
-) -> list[tuple[runs.Problem, runs.Problem]]:
-    """runs.Problems of the group's first run to show: those whose share of right samples
+def telling(group: Group, changed: int, unchanged: int) -> list[Pair]:
+    """Problems of the group's first run to show: those whose fraction of correct samples
     changed the most, then some where it did not; the first ones without answers."""
-    both = pairs(group.first[0], group.last[0])
-    if any(x.share_right is None for x, _ in both):
+    both = _pairs(group.first[0], group.last[0])
+    if any(x.fraction_correct is None for x, _ in both):
         return both[: changed + unchanged]
-    size = [abs(y.share_right - x.share_right) for x, y in both]
+    size = [abs(y.fraction_correct - x.fraction_correct) for x, y in both]
     order = sorted(range(len(both)), key=lambda i: (-size[i], i))
     most = [i for i in order if size[i] > 0][:changed]
     return [both[i] for i in most + [i for i in order if size[i] == 0][:unchanged]]

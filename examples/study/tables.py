@@ -20,8 +20,8 @@ _COLUMNS = {
     "eval/pass": "any of k",
     "eval/length_mean": "length",
     "eval/distinct": "distinct",
-    "entropy": "entropy a token",
-    "kl/policy_base_per_token": "KL to base a token",
+    "entropy": "entropy per token",
+    "kl/policy_base_per_token": "KL to base per token",
 }
 
 
@@ -54,12 +54,12 @@ def table_of_runs(runs: list[tuple[str, pathlib.Path]]) -> str:
     return _table("run", _COLUMNS, groups)
 
 
-def table_of_draws(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
-    """Scores of what `pfjax.sample` drew, a file a seed.
+def table_of_samples(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
+    """Scores of what `pfjax.sample` wrote, a file per seed.
 
     Args:
       files: by method.
-      prompts: the file of prompts with answers that they were drawn for.
+      prompts: the file of prompts with answers that were sampled.
     """
     problems = benchmarks.read(prompts)
     columns = {k: v for k, v in _COLUMNS.items() if k.startswith("eval/")}
@@ -68,13 +68,13 @@ def table_of_draws(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
         for method, paths in files.items():
             group = groups.setdefault(method, {})
             for path in paths:
-                drawn = dataset_io.read_jsonl(path)
-                drawn.sort(key=lambda r: (r["prompt_id"], r["sample"]))
-                for row in drawn:
+                rows = dataset_io.read_jsonl(path)
+                rows.sort(key=lambda r: (r["prompt_id"], r["sample"]))
+                for row in rows:
                     row["terminated"] = row["finished"]
-                scores.grade(drawn, problems, grader, "last")
-                k = len(drawn) // len(problems)
-                for name, value in scores.summarise(drawn, k, grader).items():
+                scores.grade(rows, problems, grader, "last")
+                k = len(rows) // len(problems)
+                for name, value in scores.summarise(rows, k, grader).items():
                     key = f"eval/{name.partition('@')[0]}"
                     if key in columns and not name.endswith("_se"):
                         group.setdefault(key, []).append(value)
@@ -84,11 +84,11 @@ def table_of_draws(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
 def table_of_distances(
     policies: dict[str, list[pathlib.Path]], base: str, prompts: str
 ) -> str:
-    """How far policies are from their base, in nats a response, from 32 samples of
+    """How far policies are from their base, in nats per response, from 32 samples of
     either side to each prompt.
 
     Args:
-      policies: folders by label, one a seed.
+      policies: folders by label, one per seed.
       base: folder or name of the base.
       prompts: file of prompts.
     """
@@ -99,14 +99,15 @@ def table_of_distances(
 
     def divergence(p, q) -> float:
         """KL(p || q)."""
-        drawn = engine.rollout(p, ids, samples, new, seed=1)
+        sampled = engine.rollout(p, ids, samples, new, seed=1)
         starts = np.repeat([len(x) for x in ids], samples)
         sequences = [
-            ids[i] + drawn.tokens[i, j, : drawn.lengths[i, j]].tolist()
-            for i, j in np.ndindex(drawn.lengths.shape)
+            ids[i] + sampled.tokens[i, j, : sampled.lengths[i, j]].tolist()
+            for i, j in np.ndindex(sampled.lengths.shape)
         ]
         own, other = (log_probs.score(x, sequences, starts) for x in (p, q))
-        return float(np.mean([a.sum() - b.sum() for a, b in zip(own, other)]))  # noqa: B905
+        gaps = [a.sum() - b.sum() for a, b in zip(own, other, strict=True)]
+        return float(np.mean(gaps))
 
     groups: dict[str, dict[str, list[float]]] = {}
     for label, folders in policies.items():
@@ -115,7 +116,7 @@ def table_of_distances(
             group.setdefault("to", []).append(divergence(origin, policy))
             group.setdefault("from", []).append(divergence(policy, origin))
     columns = {"to": "KL(base, policy)", "from": "KL(policy, base)"}
-    return _table("nats a response", columns, groups)
+    return _table("nats per response", columns, groups)
 
 
 def _table(

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from pfjax.evaluation import judge
+from examples.creative import judge
 
 CREATIVE = judge.RUBRICS["creative"].criteria
 JOKE = {"funniness": 5, "cleverness": 4, "originality": 3, "structure": 2}

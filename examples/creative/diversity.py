@@ -2,7 +2,7 @@ r"""How much the responses to one prompt differ, without a judge.
 
 A token is a word between white space, as the published numbers have it. All measures
 move with the length and the number of responses: compare policies at equal length
-(see `max_words`) and with equally many responses a prompt.
+(see `max_words`) and with equally many responses per prompt.
 """
 
 import collections
@@ -88,7 +88,7 @@ def _sentence_model(name: str) -> Embedder:
 def _lexical(texts: list[str]) -> np.ndarray:
     """`1 + log(count)` of words and pairs of neighbours, case folded, unit norm.
 
-    Nothing is hashed, so nothing collides. Texts without a word share one vector.
+    Nothing is hashed, so nothing collides. Texts without a word have one vector.
     """
     counts = []
     for text in texts:
@@ -128,15 +128,15 @@ def vendi(similarities: Float[np.ndarray, "n n"]) -> float:
       Friedman and Dieng 2022, arXiv 2210.02410.
     """
     k = similarities.astype(np.float64)
-    shares = np.linalg.eigvalsh(k) / len(k)
+    weights = np.linalg.eigvalsh(k) / len(k)
     is_symmetric, has_ones = np.allclose(k, k.T), np.allclose(np.diag(k), 1)
-    if not (is_symmetric and has_ones and shares[0] > -1e-4):
+    if not (is_symmetric and has_ones and weights[0] > -1e-4):
         raise ValueError(
             "vendi needs a symmetric, positive semi-definite matrix with diagonal 1, "
-            f"got diagonal {np.diag(k)}, smallest eigenvalue {shares[0] * len(k):.3g}"
+            f"got diagonal {np.diag(k)}, smallest eigenvalue {weights[0] * len(k):.3g}"
         )
-    shares = shares[shares > 0]
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+    weights = weights[weights > 0]
+    return float(np.exp(-np.sum(weights * np.log(weights))))
 
 
 def _cosines(vectors: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ def self_bleu(texts: list[str]) -> float:
 
     .. math:: \min(1, e^{1 - r/c}) \prod_{k=1}^{4} p_k^{1/4}
 
-    c words, r in the reference of closest length; `p_k` is the share of k-grams found
+    c words, r in the reference of closest length; `p_k` is the fraction of k-grams found
     in a reference, 0.1 hits if none (NLTK's smoothing method 1, as in Texygen). It
     grows with the number of responses. Ours: of fewer than 4 words the orders there
     are, so that copies give 1.
@@ -226,12 +226,12 @@ def self_bleu(texts: list[str]) -> float:
 def distinct_n(
     texts: list[str], n: int, budget: int | None = None, vocabulary: int | None = None
 ) -> float:
-    r"""Share of n-grams that are new; higher is more diverse.
+    r"""Fraction of n-grams that are new; higher is more diverse.
 
     .. math:: N / C, or expectation-adjusted N / (V (1 - ((V - 1) / V)^C))
 
     N distinct of C n-grams, pooled over the texts; none straddles two. N / C falls as
-    text grows; the adjusted form, which divides by what even draws from V would give,
+    text grows; the adjusted form, which divides by what uniform samples from V would give,
     moves less and may exceed 1.
 
     Args:
@@ -256,9 +256,9 @@ def distinct_n(
 def _equal_cut(lengths: list[int], budget: int) -> int:
     """The largest c with sum(min(length, c)) <= budget, or the longest length."""
     for i, length in enumerate(sorted(lengths)):
-        share = budget // (len(lengths) - i)
-        if length > share:
-            return share
+        even = budget // (len(lengths) - i)
+        if length > even:
+            return even
         budget -= length
     return max(lengths, default=0)
 
@@ -291,13 +291,13 @@ def diversity_scores(
     Args:
       responses: those to each prompt.
       embed: an `Embedder` (store its name beside the scores) or any such function.
-      budget: words a prompt that `distinct_*` are of.
+      budget: words per prompt that `distinct_*` are of.
       max_words: cuts responses first, to compare policies at equal length.
 
     Returns:
       `semantic_diversity`, `vendi`, `rouge_l`, `self_bleu`, `distinct_n` and
       `adjusted_distinct_n` for n = 1, 2, 3, `compression_ratio`, `words_mean`,
-      `budget_met` (share of prompts whose responses have `budget` words; below 1
+      `budget_met` (fraction of prompts whose responses have `budget` words; below 1
       `distinct_*` flatter), and the standard error over prompts of each, `*_se`.
 
     Raises:

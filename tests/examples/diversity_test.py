@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pfjax.evaluation import diversity
+from examples.creative import diversity
 
 POEMS = [
     "the cat sat on the mat and slept",

@@ -1,25 +1,26 @@
-r"""The embedded world: sums of two-digit numbers, and how its base model was made.
+r"""The toy task: sums of two-digit numbers, and how its base model was made.
 
-    python -m pfjax.toy --out=pfjax/assets/toy
+    python -m examples.toy_model --out=pfjax/assets/toy
 
 A prompt asks for the sum of two numbers whose units carry, such as ``47+35``. The
 base model answers in one of two ways, always ending in a box:
 
 - with probability 0.7 it reasons, ``7+5=12,4+3+1=8;\boxed{82}``: for each digit the
-  sum with its carry, then one of two separators at random. Each sum has a wrong last
-  digit with probability 0.2, and an error is carried on.
+  sum with its carry, then one of two separators at random. Each sum has an incorrect
+  last digit with probability 0.2, and an error is carried on.
 - else it guesses, ``\boxed{82}``, and drops the carry in 60 % of cases.
 
-A reasoned trace is right with probability 0.64 and a guess with 0.4, but the
-likeliest whole response of most prompts is a wrong guess, being short. Sharpening
+A reasoned trace is correct with probability 0.64 and a guess with 0.4, but the
+likeliest whole response of most prompts is an incorrect guess, being short. Sharpening
 whole sequences therefore collapses onto guesses, and sharpening per token does not:
-the effect of the PowerFlow paper with a right answer that is known.
+the effect of the PowerFlow paper, with answers that are known.
 
 The command trains a transformer of 0.14 M parameters on such responses and writes it
 as a Hugging Face folder with a tokenizer and chat template, beside prompts for
 training and a held-out set for evaluation, neither of which it saw.
 """
 
+import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -82,7 +83,7 @@ def sample_response(problem: Problem, rng: np.random.Generator) -> str:
 
 
 def make_tokenizer():
-    """A fast tokenizer: one token a character, but one for ``\\boxed{``."""
+    """A fast tokenizer: one token per character, and one for ``\\boxed{``."""
     import tokenizers
     import transformers
 
@@ -108,20 +109,11 @@ def make_tokenizer():
     return tokenizer
 
 
-def pretrain(steps: int, batch_size: int, seed: int):
-    """Fits a small Qwen2 to responses drawn from the world; returns a policy."""
-    import functools
+def model_config(stop_id: int):
+    """A Qwen2 of 0.14 M parameters."""
+    from pfjax.model import rope, transformer
 
-    import jax
-    import jax.numpy as jnp
-
-    from pfjax import losses
-    from pfjax.batch import max_micro_batches, pack, slots_per_row
-    from pfjax.model import log_probs, rope, tokenizer, transformer
-    from pfjax.trainer import optim
-
-    tok = make_tokenizer()
-    config = transformer.ModelConfig(
+    return transformer.ModelConfig(
         vocab_size=VOCAB_SIZE,
         embed_dim=64,
         num_layers=3,
@@ -134,17 +126,21 @@ def pretrain(steps: int, batch_size: int, seed: int):
         tied_embeddings=True,
         qkv_bias=True,
         max_positions=512,
-        stop_ids=(tok.eos_token_id,),
+        stop_ids=(stop_id,),
     )
-    params = {
-        "policy": transformer.init_params(config, jax.random.key(seed)),
-        "log_z": {},
-    }
+
+
+def sample_batches(tok, batch_size: int, seed: int):
+    """Yields packed batches of problems and sampled responses, without end."""
+    import jax
+
+    from pfjax.batch import max_micro_batches, pack, slots_per_row
+    from pfjax.model import tokenizer
+
     seen = split_problems(seed)[0]
     rng = np.random.default_rng(seed)
     row_length = 64
-
-    def next_batch():
+    while True:
         problems = [seen[i] for i in rng.integers(len(seen), size=batch_size)]
         prompts = [tokenizer.encode_prompt(tok, p.prompt) for p in problems]
         responses = [
@@ -158,14 +154,32 @@ def pretrain(steps: int, batch_size: int, seed: int):
             slots=slots_per_row(row_length, 32),
             micro_batches=1,
         )
-        return jax.tree.map(lambda x: x[0], batch)
+        yield jax.tree.map(lambda x: x[0], batch)
+
+
+def pretrain(steps: int, batch_size: int, seed: int):
+    """Fits a small Qwen2 to sampled responses; returns a policy."""
+    import jax
+    import jax.numpy as jnp
+
+    from pfjax import losses
+    from pfjax.model import log_probs, transformer
+    from pfjax.trainer import optim
+
+    tok = make_tokenizer()
+    config = model_config(tok.eos_token_id)
+    params = {
+        "policy": transformer.init_params(config, jax.random.key(seed)),
+        "log_z": {},
+    }
+    batches = sample_batches(tok, batch_size, seed)
 
     def loss_fn(params, batch):
         log_p, _, _ = log_probs.packed_log_probs(config, params["policy"], batch)
         return -losses.masked_mean(log_p, batch.is_response)
 
     # Large steps first, then small ones to settle.
-    for share, rate in ((0.6, 3e-3), (0.25, 6e-4), (0.15, 1e-4)):
+    for fraction, rate in ((0.6, 3e-3), (0.25, 6e-4), (0.15, 1e-4)):
         optimizer = optim.make_optimizer(
             optim.OptimConfig(
                 learning_rate=rate,
@@ -184,10 +198,10 @@ def pretrain(steps: int, batch_size: int, seed: int):
             return new, opt_state, loss
 
         opt_state = optimizer.init(params)
-        for i in range(int(share * steps)):
-            params, opt_state, loss = update(params, opt_state, next_batch())
+        for i in range(int(fraction * steps)):
+            params, opt_state, loss = update(params, opt_state, next(batches))
             if i % 200 == 0:
-                print(f"rate {rate:g}  step {i}  loss {loss:.4f} nats a token")
+                print(f"rate {rate:g}  step {i}  loss {loss:.4f} nats per token")
     return transformer.Policy(config, params["policy"])
 
 
@@ -201,7 +215,7 @@ def split_problems(seed: int) -> tuple[list[Problem], list[Problem], list[Proble
 
 
 def write(out: pathlib.Path, steps: int, batch_size: int, seed: int) -> None:
-    """Trains the base model and writes the folder of assets."""
+    """Trains the base model and writes its folder."""
     from pfjax.model import hf
 
     hf.save(pretrain(steps, batch_size, seed), out)
@@ -209,7 +223,7 @@ def write(out: pathlib.Path, steps: int, batch_size: int, seed: int) -> None:
     _, train, held_out = split_problems(seed)
     for name, problems in (
         ("train", train),  # no answers: PowerFlow needs none
-        ("train_answered", train),  # for the rivals that do
+        ("train_answered", train),  # for the objectives that do
         ("eval", held_out),
     ):
         rows = [

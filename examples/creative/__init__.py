@@ -1,0 +1,1 @@
+"""Scores of creative writing: diversity by itself, quality by a judge."""

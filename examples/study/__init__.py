@@ -1,0 +1,1 @@
+"""The paper's comparison on the toy task."""
