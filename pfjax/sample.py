@@ -205,7 +205,7 @@ def _check_method() -> float:
 
 
 def _draw_power(policy, prompts, max_new_tokens, stop_ids):
-    from pfjax.sampler import power
+    from pfjax.sampler import mcmc, smc
 
     shared = {
         "alpha": _ALPHA.value,
@@ -215,10 +215,10 @@ def _draw_power(policy, prompts, max_new_tokens, stop_ids):
     }
     args = (policy, prompts, _SAMPLES.value, max_new_tokens)
     if _METHOD.value == "mh":
-        return power.metropolis_hastings(
+        return mcmc.metropolis_hastings(
             *args, blocks=_BLOCKS.value, steps=_STEPS.value, **shared
         )
-    rollout, log_sum = power.sequential_monte_carlo(
+    rollout, log_sum = smc.sequential_monte_carlo(
         *args, particles=_PARTICLES.value, ramp=_RAMP.value, **shared
     )
     print(

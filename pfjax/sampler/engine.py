@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from pfjax.batch import Rollout
-from pfjax.model.transformer import ModelConfig, Policy
+from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, slots
 from pfjax.sampler.filters import ALL_TOKENS, Truncation
 from pfjax.sampler.scheduler import Finished, Scheduler
@@ -84,9 +84,14 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    prompt_width = prompt_width or int(lengths.max(initial=0))
-    _check(policy.config, lengths, prompt_width, max_new_tokens, temperature)
+    longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
+    prompt_width = prompt_width or longest
+    if longest > prompt_width:
+        raise ValueError(
+            f"a prompt has {longest} tokens, prompt_width is {prompt_width}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
     if stop_strings and decode_text is None:
         raise ValueError("stop_strings need decode_text, which makes text of tokens")
     num_samples = len(prompts) * samples_per_prompt
@@ -132,25 +137,3 @@ def rollout(
         max_total_tokens=max_total_tokens,
         on_finish=on_finish,
     ).to_end()
-
-
-def _check(
-    config: ModelConfig,
-    lengths: np.ndarray,
-    prompt_width: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> None:
-    if not len(lengths) or lengths.min() == 0:
-        raise ValueError(f"prompts must not be empty, got lengths {lengths.tolist()}")
-    if lengths.max() > prompt_width:
-        raise ValueError(
-            f"a prompt has {lengths.max()} tokens, prompt_width is {prompt_width}"
-        )
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if lengths.max() + max_new_tokens > config.max_positions:
-        raise ValueError(
-            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
-            f"the model's {config.max_positions} positions"
-        )

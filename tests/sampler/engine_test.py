@@ -12,7 +12,7 @@ from pfjax.model import hf, log_probs
 from pfjax.sampler import decode, engine, filters, slots
 from pfjax.sampler.scheduler import Scheduler
 from tests.conftest import all_responses, count_compiles, run_on_two_processes
-from tests.sampling import simple_sampler
+from tests.sampler import simple_sampler
 
 PROMPTS = [[2, 3, 4], [5], [6, 7, 8, 9, 10], [3, 3]]
 
