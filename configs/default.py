@@ -3,7 +3,11 @@
 Values that the paper leaves open are marked "chosen".
 """
 
+import dataclasses
+
 import ml_collections
+
+from pfjax.sampler import options
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -84,11 +88,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Evaluation, at step 0, every eval_every steps, and after the last.
     c.eval_every = 40
     c.eval_samples = 16  # k of avg@k
-    c.eval_sampling = ml_collections.ConfigDict()
+    # With every filter of pfjax/sampler/options.py, which explains them; none acts.
+    c.eval_sampling = ml_collections.ConfigDict(dataclasses.asdict(options.NO_FILTERS))
     c.eval_sampling.temperature = 1.0  # 0 is greedy
-    c.eval_sampling.top_k = 0  # the k likeliest tokens; 0 for all
-    c.eval_sampling.top_p = 1.0  # the likeliest tokens that make up this mass
-    c.eval_sampling.min_p = 0.0  # tokens at least this likely, to the likeliest
     c.eval_sampling.stop_strings = ()  # texts that end a response
 
     # Records.

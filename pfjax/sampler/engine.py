@@ -6,7 +6,6 @@ on the devices. The random number behind a token depends on (seed, step, prompt 
 sample, position) only, so that none of them changes what is drawn.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from pfjax.batch import Rollout
 from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, slots
-from pfjax.sampler.filters import ALL_TOKENS, Truncation
+from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.sampler.scheduler import Finished, Scheduler
 
 
@@ -34,7 +33,7 @@ def rollout(
     num_slots: int | None = None,
     cache_dtype: str | None = None,
     backend: str | None = None,
-    truncation: Truncation = ALL_TOKENS,
+    token_filters: TokenFilters = NO_FILTERS,
     stop_strings: tuple[str, ...] = (),
     decode_text: Callable[[list[int]], str] | None = None,
     max_total_tokens: int | None = None,
@@ -62,7 +61,7 @@ def rollout(
       cache_dtype: of keys and values; when not given bfloat16 on accelerators and
         the type of the computation on CPU.
       backend: one of `decode_attention.BACKENDS`; that of the platform when not given.
-      truncation: of the distribution drawn from (not for training).
+      token_filters: of the distribution drawn from (not for training).
       stop_strings: a response ends with the token that completes one of them in its
         text (not for training: no token then stands for the decision to stop).
       decode_text: token ids to text; needed with `stop_strings`.
@@ -114,9 +113,8 @@ def rollout(
         config=policy.config,
         samples_per_prompt=samples_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
-        truncation=dataclasses.replace(truncation, greedy=True)
-        if temperature == 0
-        else truncation,
+        is_greedy=temperature == 0,
+        token_filters=token_filters,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
@@ -137,3 +135,17 @@ def rollout(
         max_total_tokens=max_total_tokens,
         on_finish=on_finish,
     ).to_end()
+
+
+def all_finished(rollout: Rollout) -> list[Finished]:
+    """All responses of a rollout, as `on_finish` receives them."""
+    return [
+        Finished(
+            prompt=q,
+            sample=g,
+            tokens=rollout.tokens[q, g, :n],
+            log_probs=rollout.log_probs[q, g, :n],
+            is_stopped=bool(rollout.finished[q, g]),
+        )
+        for (q, g), n in np.ndenumerate(rollout.lengths)
+    ]

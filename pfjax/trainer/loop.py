@@ -13,7 +13,7 @@ from pfjax import objectives
 from pfjax.evaluation import elbo, scores
 from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
 from pfjax.model import hf, lora, transformer
-from pfjax.sampler import engine, filters
+from pfjax.sampler import engine, options
 from pfjax.tasks import data, grading
 from pfjax.trainer import (
     checkpoint,
@@ -288,11 +288,7 @@ def _evaluate(
         stop_ids=run.stop_ids,
         seed=config.seed,
         prompt_width=run.prompt_width,
-        truncation=filters.Truncation(
-            top_k=config.eval_sampling.top_k,
-            top_p=config.eval_sampling.top_p,
-            min_p=config.eval_sampling.min_p,
-        ),
+        token_filters=options.token_filters(config.eval_sampling),
         stop_strings=tuple(config.eval_sampling.stop_strings),
     )
     policy, held_out = setup.policy_of(run, state), run.eval
