@@ -1,24 +1,95 @@
-"""What the doors that read a config share: flags, and mistakes as one line."""
+"""What entry points share: flags, the model they name, and mistakes as one line."""
 
 import ast
 import contextlib
+import dataclasses
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-flags.mark_flag_as_required("config")
+from pfjax.sampler import options
 
-_WHY_NOT_TRUNCATED = (
+if TYPE_CHECKING:
+    from pfjax.model.transformer import Policy
+
+# Flags belong to the entry point that asks for them, which lists them with --help.
+flags.disclaim_key_flags()
+
+_WHY_NOT_FILTERED = (
     ". Training draws from the whole distribution: the objective assumes that every "
     "response can be drawn, and one that cannot is never balanced. For evaluation set "
     "--config.eval_sampling.NAME"
 )
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Declares --config, and --config.NAME for each of its settings."""
+    config = config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.mark_flag_as_required("config")
+    return config
+
+
+def define_model_flags() -> None:
+    """Declares which model, and how it lies on the devices; see `load`."""
+    flags.DEFINE_string("model", "pfjax/toy", "Hugging Face folder or hub id")
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
+    )
+    flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
+
+
+def define_sampling_flags(
+    *,
+    samples: int,
+    samples_help: str,
+    max_new_tokens: int | None,
+    max_new_tokens_help: str,
+    stop_help: str,
+) -> None:
+    """Declares how responses are drawn: the arguments are what entry points differ in."""
+    flags.DEFINE_integer("samples", samples, samples_help, lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", max_new_tokens, max_new_tokens_help)
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy")
+    for field in dataclasses.fields(options.TokenFilters):
+        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+        define(field.name, field.default, field.metadata["help"])
+    flags.DEFINE_multi_string("stop", [], stop_help)
+    flags.DEFINE_integer("seed", 0, "the same seed draws the same")
+
+
+def token_filters() -> options.TokenFilters:
+    """The filters that the flags of sampling give."""
+    return options.token_filters(flags.FLAGS.flag_values_dict())
+
+
+def find_model() -> tuple[str, Any]:
+    """Where the model of --model lies, and its tokenizer."""
+    from pfjax.model import hf, tokenizer
+
+    source = hf.resolve(flags.FLAGS.model)
+    return source, tokenizer.load(source)
+
+
+@contextlib.contextmanager
+def load(source: str) -> "Iterator[Policy]":
+    """The model on all devices, whose mesh is set meanwhile."""
+    import jax
+
+    from pfjax.infra import compile_cache, sharding
+    from pfjax.model import hf
+
+    compile_cache.use_cache()
+    mesh = sharding.make_mesh(tensor=flags.FLAGS.tensor)
+    on_cpu = jax.devices()[0].platform == "cpu"
+    dtype = flags.FLAGS.dtype or ("float32" if on_cpu else "bfloat16")
+    with jax.set_mesh(mesh):
+        yield hf.load(source, mesh, dtype)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -27,7 +98,8 @@ def parse(argv: list[str]) -> list[str]:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         rest = flags.FLAGS(argv)
-        CONFIG.value.to_dict()  # a config that could not be loaded raises here
+        if "config" in flags.FLAGS:
+            flags.FLAGS.config.to_dict()  # one that could not be loaded raises here
     except flags.Error as error:
         sys.exit(f"error: {error}")
     except AttributeError as error:  # ml_collections: repr of a name and a suggestion
@@ -35,9 +107,9 @@ def parse(argv: list[str]) -> list[str]:
         text = str(ast.literal_eval(text)) if text[:1] in "'\"" else text
         if "get_config" in text:
             sys.exit("error: --config names a file without a function get_config")
-        is_truncation = re.match(r"\W*(top_k|top_p|min_p|stop_strings)\b", text)
-        text = text.replace("\n", ". ") + (_WHY_NOT_TRUNCATED if is_truncation else "")
-        sys.exit("error: --config has no setting " + text)
+        names = "|".join((*options.FILTER_NAMES, "stop_strings"))
+        why = _WHY_NOT_FILTERED if re.match(rf"\W*({names})\b", text) else ""
+        sys.exit("error: --config has no setting " + text.replace("\n", ". ") + why)
     except (OSError, ImportError, SyntaxError) as error:
         sys.exit(f"error: --config cannot be read: {error}")
     if len(rest) > 1:
@@ -55,7 +127,11 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except health_checks.Unhealthy as stop:
         sys.exit(f"error: {stop}")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        # Kinds of RuntimeError, the compiler's or an unwritten method, are no mistakes
+        # of the person's.
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
-        sys.exit(f"error: {error}\n(raised at {where})")
+        sys.exit(f"error: {error} (raised at {where})")

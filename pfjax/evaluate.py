@@ -9,51 +9,39 @@ Prompts without answers (poem, story and joke: files with a `prompt` per line) h
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
 
-import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 
-_MODEL = flags.DEFINE_string("model", "pfjax/toy", "Hugging Face folder or hub id")
+from pfjax import cli
+
+cli.define_model_flags()
+cli.define_sampling_flags(
+    samples=16,
+    samples_help="k of avg@k",
+    max_new_tokens=3072,
+    max_new_tokens_help="a response is cut there",
+    stop_help="text that ends a response; else the style's",
+)
 _BENCHMARK = flags.DEFINE_list(
     "benchmark", None, "sets, comma-separated", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
 _DATA = flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
-_SAMPLES = flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
 _LIMIT = flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
 _STYLE = flags.DEFINE_string(
     "style", "", "how problems are asked: boxed, qwen25-math-cot, power-sampling, minerva, "
     "question, or a text with {question}; default: boxed, and files as they are"
 )  # fmt: skip
-_NEW = flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "the k likeliest tokens; 0 for all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "the likeliest tokens of this mass")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "tokens this likely, to the likeliest")
-_STOP = flags.DEFINE_multi_string(
-    "stop", [], "text that ends a response; else the style's"
-)
-_SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same")
 _BOX = flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
 _REGRADE = flags.DEFINE_bool("regrade", False, "grade again what is in --out")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
-)
-_TENSOR = flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    # transformers says at import that it has no torch, which nothing here wants.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
+    with cli.mistakes_in_one_line():
         _evaluate()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _evaluate() -> None:
@@ -62,7 +50,7 @@ def _evaluate() -> None:
 
     sets = {}
     for name in _BENCHMARK.value:
-        problems = benchmarks.read(name, _DATA.value, _SEED.value)
+        problems = benchmarks.read(name, _DATA.value, flags.FLAGS.seed)
         sets[name] = problems[: _LIMIT.value or None]
     out = pathlib.Path(_OUT.value).expanduser()
     with grading.Grader() as grader:
@@ -79,24 +67,17 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     import jax
 
     from pfjax.evaluation import results, scores
-    from pfjax.infra import compile_cache, sharding
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks
 
-    source = hf.resolve(_MODEL.value)
-    tok = tokenizer.load(source)
-    compile_cache.use_cache()
-    mesh = sharding.make_mesh(tensor=_TENSOR.value)
-    on_cpu = jax.devices()[0].platform == "cpu"
-    dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")
-    with jax.set_mesh(mesh):
-        policy = hf.load(source, mesh, dtype)
+    source, tok = cli.find_model()
+    with cli.load(source) as policy:
         about_model = {
-            "model": _MODEL.value,
+            "model": flags.FLAGS.model,
             "fingerprint": hf.fingerprint(source),
-            "dtype": dtype,
-            "mesh": dict(mesh.shape),
+            "dtype": policy.config.dtype,
+            "mesh": dict(jax.sharding.get_abstract_mesh().shape),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
@@ -152,19 +133,17 @@ def _style(name: str):
 
 def _settings(prompts, stop_ids, style):
     from pfjax.evaluation import scores
-    from pfjax.sampler import filters
 
+    given = flags.FLAGS
     return scores.Settings(
-        samples_per_prompt=_SAMPLES.value,
-        max_new_tokens=_NEW.value,
-        temperature=_TEMPERATURE.value,
+        samples_per_prompt=given.samples,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
         stop_ids=stop_ids,
-        seed=_SEED.value,
+        seed=given.seed,
         prompt_width=max(len(p) for p in prompts),
-        truncation=filters.Truncation(
-            top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value
-        ),
-        stop_strings=tuple(_STOP.value) or style.stop_strings,
+        token_filters=cli.token_filters(),
+        stop_strings=tuple(given.stop) or style.stop_strings,
         box=_BOX.value,
     )
 
@@ -191,4 +170,4 @@ def _score(files, problems, grader) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

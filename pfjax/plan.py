@@ -19,6 +19,7 @@ from absl import app, flags, logging
 
 from pfjax import cli
 
+_CONFIG = cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
 _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
@@ -52,7 +53,7 @@ def main(_: list[str]) -> None:
     from pfjax.planner import aot
     from pfjax.trainer import settings
 
-    config = cli.CONFIG.value
+    config = _CONFIG.value
     with cli.mistakes_in_one_line():
         settings.check_config(config)
         base = hf_config.read(hf.resolve_config(config.model))

@@ -11,152 +11,86 @@ sharpens each token on its own.
 
 import contextlib
 import json
-import os
 import sys
 import time
 
-import numpy as np
 from absl import app, flags, logging
 
-_MODEL = flags.DEFINE_string("model", "pfjax/toy", "Hugging Face folder or hub id")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
-_PROMPTS = flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
-_SUFFIX = flags.DEFINE_string("suffix", "", "added to each prompt")
-_OUT = flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "responses a prompt", lower_bound=1)
-_NEW = flags.DEFINE_integer(
-    "max_new_tokens", None, "of a response; default: 512 or what the model has room for"
+from pfjax import cli
+from pfjax.sampler import options
+
+FLAGS = flags.FLAGS
+cli.define_model_flags()
+cli.define_sampling_flags(
+    samples=1,
+    samples_help="responses per prompt",
+    max_new_tokens=None,
+    max_new_tokens_help="of a response; default: 512 or what the model has room for",
+    stop_help="text that ends a response",
 )
-_TOTAL = flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "the k likeliest tokens; 0 for all")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "the likeliest tokens of this mass")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "tokens this likely, to the likeliest")
-_STOP = flags.DEFINE_multi_string("stop", [], "text that ends a response")
-_SEED = flags.DEFINE_integer("seed", 0, "the same seed draws the same")
-_METHOD = flags.DEFINE_enum(
-    "method", "tokens", ["tokens", "low_temperature", "mh", "smc"], "see above"
-)
-_ALPHA = flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
-_LOG_Z = flags.DEFINE_float("log_z", 0.0, "nats a token; mh and smc")
-_BLOCKS = flags.DEFINE_integer("blocks", 16, "mh: in which responses grow")
-_STEPS = flags.DEFINE_integer("steps", 10, "mh: proposals after each block")
-_PARTICLES = flags.DEFINE_integer("particles", 64, "smc: of a prompt")
-_RAMP = flags.DEFINE_integer("ramp", 100, "smc: tokens over which the power grows")
-_SLOTS = flags.DEFINE_integer(
+flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
+flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
+flags.DEFINE_string("suffix", "", "added to each prompt")
+flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
+flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
+flags.DEFINE_integer(
     "slots", None, "decoded at once; what memory holds when not given", lower_bound=1
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
+flags.DEFINE_enum(
+    "method", "tokens", ["tokens", "low_temperature", "mh", "smc"], "see above"
 )
-_TENSOR = flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
+flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
+flags.DEFINE_float("log_z", 0.0, "nats per token; mh and smc")
+flags.DEFINE_integer("blocks", 16, "mh: in which responses grow")
+flags.DEFINE_integer("steps", 10, "mh: proposals after each block")
+flags.DEFINE_integer("particles", 64, "smc: per prompt")
+flags.DEFINE_integer("ramp", 100, "smc: tokens over which the power grows")
+
+# What shapes the distribution in its own way, or cuts a response from outside.
+_OF_TOKENS = (
+    "temperature",
+    *options.FILTER_NAMES,
+    "stop",
+    "max_total_tokens",
+    "slots",
+)
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    # transformers says at import that it has no torch, which nothing here wants.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
+    with cli.mistakes_in_one_line():
         _sample()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def _sample() -> None:
-    import jax
-
-    from pfjax.infra import compile_cache, sharding
-    from pfjax.model import hf, tokenizer
-    from pfjax.sampler import engine, filters, progress, slots
-
-    if bool(_PROMPT.value) == bool(_PROMPTS.value):
+    """Draws the responses and writes each as soon as it has ended."""
+    if bool(FLAGS.prompt) == bool(FLAGS.prompts):
         raise ValueError("give either --prompt or --prompts")
-    cut = filters.Truncation(top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value)
-    temperature = _check_method()
-    source = hf.resolve(_MODEL.value)
-    tok = tokenizer.load(source)
+    temperature, filters = _check_method(), cli.token_filters()
+    source, tok = cli.find_model()
     texts, prompts = _prompts(tok)
-    compile_cache.use_cache()
-    mesh = sharding.make_mesh(tensor=_TENSOR.value)
-    on_cpu = jax.devices()[0].platform == "cpu"
-    dtype = _DTYPE.value or ("float32" if on_cpu else "bfloat16")
     with contextlib.ExitStack() as stack:
         out = sys.stdout
-        if _OUT.value != "-":
-            out = stack.enter_context(open(_OUT.value, "w", encoding="utf-8"))
-        stack.enter_context(jax.set_mesh(mesh))
-        policy = hf.load(source, mesh, dtype)
+        if FLAGS.out != "-":
+            out = stack.enter_context(open(FLAGS.out, "w", encoding="utf-8"))
+        policy = stack.enter_context(cli.load(source))
         longest = max(len(p) for p in prompts)
-        max_new_tokens = _NEW.value or min(512, policy.config.max_positions - longest)
-        stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
-        total = len(prompts) * _SAMPLES.value
+        max_new_tokens = FLAGS.max_new_tokens
+        max_new_tokens = max_new_tokens or min(
+            512, policy.config.max_positions - longest
+        )
 
-        def write(finished: list[engine.Finished]) -> None:
+        def write(finished: list) -> None:
             for response in finished:
-                row = {
-                    "prompt_id": response.prompt,
-                    "sample": response.sample,
-                    "prompt": texts[response.prompt],
-                    "completion": tokenizer.decode(tok, response.tokens.tolist()),
-                    "tokens": len(response.tokens),
-                    "finished": response.is_stopped,
-                    "log_prob": float(response.log_probs.sum(dtype="float64")),
-                }
-                if _METHOD.value in ("mh", "smc"):  # as --config.data.target takes them
-                    row |= {
-                        "alpha": _ALPHA.value,
-                        "log_z": _LOG_Z.value,
-                        "prompt_tokens": prompts[response.prompt],
-                        "completion_tokens": response.tokens.tolist(),
-                    }
+                row = _row(response, tok, texts, prompts)
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             out.flush()
 
-        begin = time.perf_counter()
-        if _METHOD.value in ("mh", "smc"):
-            print(
-                f"{total} responses to {len(prompts)} prompts by {_METHOD.value}",
-                file=sys.stderr,
-            )
-            rollout = _draw_power(policy, prompts, max_new_tokens, stop_ids)
-            write(_finished(rollout))
+        args = (policy, tok, prompts, max_new_tokens, write)
+        if FLAGS.method in ("mh", "smc"):
+            rollout, seconds = _draw_power(*args)
         else:
-            plan = slots.make_plan(
-                policy,
-                num_prompts=len(prompts),
-                samples_per_prompt=_SAMPLES.value,
-                max_new_tokens=max_new_tokens,
-                prompt_width=longest,
-                num_slots=_SLOTS.value,
-            )
-            print(
-                f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr
-            )
-            bar = stack.enter_context(progress.Progress(total))
-
-            def write_and_count(finished: list[engine.Finished]) -> None:
-                write(finished)
-                bar.add(len(finished), sum(len(r.tokens) for r in finished))
-
-            begin = time.perf_counter()
-            rollout = engine.rollout(
-                policy,
-                prompts,
-                _SAMPLES.value,
-                max_new_tokens,
-                temperature,
-                _SEED.value,
-                stop_ids=stop_ids,
-                num_slots=plan.slots * plan.parts,
-                truncation=cut,
-                stop_strings=tuple(_STOP.value),
-                decode_text=lambda ids: tokenizer.decode(tok, ids),
-                max_total_tokens=_TOTAL.value,
-                on_finish=write_and_count,
-            )
-    seconds = time.perf_counter() - begin
+            rollout, seconds = _draw_tokens(*args, temperature, filters)
     tokens, work = rollout.lengths.sum(), rollout.row_steps
     print(
         f"{tokens} tokens in {seconds:.1f} s, "
@@ -167,95 +101,141 @@ def _sample() -> None:
     )
 
 
-# What shapes the distribution in its own way, or cuts a response from outside.
-_OF_TOKENS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "stop",
-    "max_total_tokens",
-    "slots",
-)
-
-
 def _check_method() -> float:
     """The temperature of sampling.
 
     Raises:
       ValueError: for options that the method does not take.
     """
-    method, alpha = _METHOD.value, _ALPHA.value
+    method, alpha = FLAGS.method, FLAGS.alpha
     if method == "tokens":
         if alpha is not None:
             raise ValueError("--alpha needs --method=low_temperature, mh or smc")
-        return _TEMPERATURE.value
+        return FLAGS.temperature
     if alpha is None or not alpha > 0:
         raise ValueError(f"--method={method} needs a positive --alpha, got {alpha}")
     names = ("temperature",) if method == "low_temperature" else _OF_TOKENS
-    given = [f"--{n}" for n in names if flags.FLAGS[n].present]
+    given = [f"--{n}" for n in names if FLAGS[n].present]
     if given:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
-    if method == "smc" and _SAMPLES.value > _PARTICLES.value:
+    if method == "smc" and FLAGS.samples > FLAGS.particles:
         raise ValueError(
-            f"--samples={_SAMPLES.value} are drawn from --particles={_PARTICLES.value}, "
+            f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
             "which must not be fewer"
         )
     return 1 / alpha
 
 
-def _draw_power(policy, prompts, max_new_tokens, stop_ids):
-    from pfjax.sampler import power
+def _draw_tokens(policy, tok, prompts, max_new_tokens, write, temperature, filters):
+    """Samples token by token; returns a rollout and the seconds it took."""
+    from pfjax.model import tokenizer
+    from pfjax.sampler import engine, progress, slots
 
-    shared = {
-        "alpha": _ALPHA.value,
-        "log_z": _LOG_Z.value,
-        "seed": _SEED.value,
-        "stop_ids": stop_ids,
-    }
-    args = (policy, prompts, _SAMPLES.value, max_new_tokens)
-    if _METHOD.value == "mh":
-        return power.metropolis_hastings(
-            *args, blocks=_BLOCKS.value, steps=_STEPS.value, **shared
-        )
-    rollout, log_sum = power.sequential_monte_carlo(
-        *args, particles=_PARTICLES.value, ramp=_RAMP.value, **shared
+    total = len(prompts) * FLAGS.samples
+    plan = slots.make_plan(
+        policy,
+        num_prompts=len(prompts),
+        samples_per_prompt=FLAGS.samples,
+        max_new_tokens=max_new_tokens,
+        prompt_width=max(len(p) for p in prompts),
+        num_slots=FLAGS.slots,
     )
+    print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
+    with progress.Progress(total) as bar:
+
+        def write_and_count(finished: list[engine.Finished]) -> None:
+            write(finished)
+            bar.add(len(finished), sum(len(r.tokens) for r in finished))
+
+        begin = time.perf_counter()
+        rollout = engine.rollout(
+            policy,
+            prompts,
+            FLAGS.samples,
+            max_new_tokens,
+            temperature,
+            FLAGS.seed,
+            stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
+            num_slots=plan.slots * plan.parts,
+            token_filters=filters,
+            stop_strings=tuple(FLAGS.stop),
+            decode_text=lambda ids: tokenizer.decode(tok, ids),
+            max_total_tokens=FLAGS.max_total_tokens,
+            on_finish=write_and_count,
+        )
+    return rollout, time.perf_counter() - begin
+
+
+def _draw_power(policy, tok, prompts, max_new_tokens, write):
+    """Samples the power distribution; returns a rollout and the seconds it took."""
+    from pfjax.model import tokenizer
+    from pfjax.sampler import engine, mcmc, smc
+
+    total = len(prompts) * FLAGS.samples
     print(
-        "log of the sum of p^alpha e^(-log_z |y|) over all responses, mean over prompts: "
-        f"{log_sum.mean():.3f}",
+        f"{total} responses to {len(prompts)} prompts by {FLAGS.method}",
         file=sys.stderr,
     )
-    return rollout
-
-
-def _finished(rollout) -> list:
-    """All responses of a rollout."""
-    from pfjax.sampler import engine
-
-    return [
-        engine.Finished(
-            prompt=q,
-            sample=g,
-            tokens=rollout.tokens[q, g, : rollout.lengths[q, g]],
-            log_probs=rollout.log_probs[q, g, : rollout.lengths[q, g]],
-            is_stopped=bool(rollout.finished[q, g]),
+    begin = time.perf_counter()
+    args = (policy, prompts, FLAGS.samples, max_new_tokens)
+    kwargs = {
+        "alpha": FLAGS.alpha,
+        "log_z": FLAGS.log_z,
+        "seed": FLAGS.seed,
+        "stop_ids": tokenizer.stop_ids(tok, policy.config.stop_ids),
+    }
+    if FLAGS.method == "mh":
+        rollout = mcmc.metropolis_hastings(
+            *args, blocks=FLAGS.blocks, steps=FLAGS.steps, **kwargs
         )
-        for q, g in np.ndindex(rollout.lengths.shape)
-    ]
+    else:
+        rollout, log_sum = smc.sequential_monte_carlo(
+            *args, particles=FLAGS.particles, ramp=FLAGS.ramp, **kwargs
+        )
+        print(
+            "log of the sum of p^alpha e^(-log_z |y|) over all responses, mean over "
+            f"prompts: {log_sum.mean():.3f}",
+            file=sys.stderr,
+        )
+    write(engine.all_finished(rollout))
+    return rollout, time.perf_counter() - begin
+
+
+def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
+    """What is written of a response."""
+    from pfjax.model import tokenizer
+
+    tokens = response.tokens.tolist()
+    row = {
+        "prompt_id": response.prompt,
+        "sample": response.sample,
+        "prompt": texts[response.prompt],
+        "completion": tokenizer.decode(tok, tokens),
+        "tokens": len(tokens),
+        "finished": response.is_stopped,
+        "log_prob": float(response.log_probs.sum(dtype="float64")),
+    }
+    if FLAGS.method in ("mh", "smc"):  # as --config.data.target takes them
+        row |= {
+            "alpha": FLAGS.alpha,
+            "log_z": FLAGS.log_z,
+            "prompt_tokens": prompts[response.prompt],
+            "completion_tokens": tokens,
+        }
+    return row
 
 
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
     from pfjax.model import tokenizer
     from pfjax.tasks import benchmarks, data
 
-    if _PROMPTS.value:
+    if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
-        found = data.load_prompts(_PROMPTS.value, tok, longest, _SUFFIX.value)
+        found = data.load_prompts(FLAGS.prompts, tok, longest, FLAGS.suffix)
         return [benchmarks.text_of(p) for p in found.problems], found.tokens
-    texts = [text + _SUFFIX.value for text in _PROMPT.value]
+    texts = [text + FLAGS.suffix for text in FLAGS.prompt]
     return texts, [tokenizer.encode_prompt(tok, text) for text in texts]
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse)

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 
 from pfjax import cli
 
+_CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _MULTIHOST = flags.DEFINE_bool(
     "multihost", False, "one of several processes, which find each other"
@@ -34,7 +35,7 @@ def main(_: list[str]) -> None:
         else:
             distributed.check_alone()
         try:
-            loop.train_and_evaluate(cli.CONFIG.value, _WORKDIR.value)
+            loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
         except preemption.Preempted as stop:
             print(stop, file=sys.stderr)
             sys.exit(preemption.EXIT_STATUS)

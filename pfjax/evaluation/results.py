@@ -1,6 +1,7 @@
 """The two files that an evaluation leaves for each set: responses, and scores with every
 setting that moves them. Sampling that was stopped goes on, and grading can be repeated."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any, TextIO
@@ -137,9 +138,7 @@ def describe(
         "samples": settings.samples_per_prompt,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
-        "top_k": settings.truncation.top_k,
-        "top_p": settings.truncation.top_p,
-        "min_p": settings.truncation.min_p,
+        **dataclasses.asdict(settings.token_filters),
         "stop_ids": settings.stop_ids,
         "stop_strings": settings.stop_strings,
         "seed": settings.seed,

@@ -10,7 +10,7 @@ from pfjax.evaluation import estimators
 from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
-from pfjax.sampler.filters import ALL_TOKENS, Truncation
+from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.tasks import grading
 from pfjax.tasks.benchmarks import Problem, text_of
 
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     stop_ids: tuple[int, ...]
     seed: int
     prompt_width: int
-    truncation: Truncation = ALL_TOKENS
+    token_filters: TokenFilters = NO_FILTERS
     stop_strings: tuple[str, ...] = ()  # the text is cut before one
     box: str = "last"  # which box of a response is its answer; or "first"
 
@@ -103,7 +103,7 @@ def sample(
             prompt_ids=todo,
             stop_ids=settings.stop_ids,
             prompt_width=settings.prompt_width,
-            truncation=settings.truncation,
+            token_filters=settings.token_filters,
             stop_strings=settings.stop_strings,
             decode_text=functools.partial(tokenizer.decode, tok),
             on_finish=hand_over,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pfjax.model.transformer import ModelConfig, Params
-from pfjax.sampler import decode, filters, slots
+from pfjax.sampler import decode, options, slots
 
 
 def compile_decode(
@@ -32,7 +32,8 @@ def compile_decode(
         config=config,
         samples_per_prompt=samples_per_prompt,
         stop_ids=config.stop_ids,
-        truncation=filters.ALL_TOKENS,
+        is_greedy=False,
+        token_filters=options.NO_FILTERS,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )

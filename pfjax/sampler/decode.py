@@ -23,6 +23,7 @@ from pfjax.model import attention, decode_attention, log_probs, transformer
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.sampler import filters
+from pfjax.sampler.options import TokenFilters
 
 
 class Settings(NamedTuple):
@@ -31,7 +32,8 @@ class Settings(NamedTuple):
     config: ModelConfig
     samples_per_prompt: int  # G
     stop_ids: tuple[int, ...]
-    truncation: filters.Truncation
+    is_greedy: bool  # the most likely token; filters are then ignored
+    token_filters: TokenFilters
     backend: str  # of `decode_attention.decode_attention`
     cache_dtype: str
 
@@ -327,7 +329,7 @@ def _record(
 def _draw(
     s: Settings, draw: Draw, queue: Queue, slots: Slots, logits: Float[Array, "s v"]
 ) -> Int[Array, "s"]:
-    if s.truncation.greedy:
+    if s.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     g = s.samples_per_prompt
     prompt = jnp.minimum(slots.sample // g, queue.prompt_id.shape[0] - 1)
@@ -338,7 +340,7 @@ def _draw(
             key = jax.random.fold_in(key, number)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
-    logits = filters.truncate(s.truncation, logits / draw.temperature)
+    logits = filters.apply(s.token_filters, logits / draw.temperature)
     numbers = (queue.prompt_id[prompt], slots.sample % g, slots.drawn)
     return jax.vmap(one)(*numbers, logits)
 

@@ -6,16 +6,15 @@ on the devices. The random number behind a token depends on (seed, step, prompt 
 sample, position) only, so that none of them changes what is drawn.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from pfjax.batch import Rollout
-from pfjax.model.transformer import ModelConfig, Policy
+from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, slots
-from pfjax.sampler.filters import ALL_TOKENS, Truncation
+from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.sampler.scheduler import Finished, Scheduler
 
 
@@ -34,7 +33,7 @@ def rollout(
     num_slots: int | None = None,
     cache_dtype: str | None = None,
     backend: str | None = None,
-    truncation: Truncation = ALL_TOKENS,
+    token_filters: TokenFilters = NO_FILTERS,
     stop_strings: tuple[str, ...] = (),
     decode_text: Callable[[list[int]], str] | None = None,
     max_total_tokens: int | None = None,
@@ -62,7 +61,7 @@ def rollout(
       cache_dtype: of keys and values; when not given bfloat16 on accelerators and
         the type of the computation on CPU.
       backend: one of `decode_attention.BACKENDS`; that of the platform when not given.
-      truncation: of the distribution drawn from (not for training).
+      token_filters: of the distribution drawn from (not for training).
       stop_strings: a response ends with the token that completes one of them in its
         text (not for training: no token then stands for the decision to stop).
       decode_text: token ids to text; needed with `stop_strings`.
@@ -84,9 +83,14 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    prompt_width = prompt_width or int(lengths.max(initial=0))
-    _check(policy.config, lengths, prompt_width, max_new_tokens, temperature)
+    longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
+    prompt_width = prompt_width or longest
+    if longest > prompt_width:
+        raise ValueError(
+            f"a prompt has {longest} tokens, prompt_width is {prompt_width}"
+        )
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
     if stop_strings and decode_text is None:
         raise ValueError("stop_strings need decode_text, which makes text of tokens")
     num_samples = len(prompts) * samples_per_prompt
@@ -109,9 +113,8 @@ def rollout(
         config=policy.config,
         samples_per_prompt=samples_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
-        truncation=dataclasses.replace(truncation, greedy=True)
-        if temperature == 0
-        else truncation,
+        is_greedy=temperature == 0,
+        token_filters=token_filters,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
@@ -134,23 +137,15 @@ def rollout(
     ).to_end()
 
 
-def _check(
-    config: ModelConfig,
-    lengths: np.ndarray,
-    prompt_width: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> None:
-    if not len(lengths) or lengths.min() == 0:
-        raise ValueError(f"prompts must not be empty, got lengths {lengths.tolist()}")
-    if lengths.max() > prompt_width:
-        raise ValueError(
-            f"a prompt has {lengths.max()} tokens, prompt_width is {prompt_width}"
+def all_finished(rollout: Rollout) -> list[Finished]:
+    """All responses of a rollout, as `on_finish` receives them."""
+    return [
+        Finished(
+            prompt=q,
+            sample=g,
+            tokens=rollout.tokens[q, g, :n],
+            log_probs=rollout.log_probs[q, g, :n],
+            is_stopped=bool(rollout.finished[q, g]),
         )
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if lengths.max() + max_new_tokens > config.max_positions:
-        raise ValueError(
-            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
-            f"the model's {config.max_positions} positions"
-        )
+        for (q, g), n in np.ndenumerate(rollout.lengths)
+    ]

@@ -1,48 +1,22 @@
-"""Which tokens may be drawn: temperature, top-k, top-p, min-p, greedy.
+"""Filters of tokens where they act: top-k, top-p, min-p.
 
-All but a positive temperature are for evaluation only. A truncated sampler gives some
-responses probability 0; the objectives assume that whatever the policy can say is
-drawn at its own rate, and the balance of what is never drawn is never trained.
+They are for evaluation only. A filtered sampler gives some responses probability 0; the
+objectives assume that whatever the policy can say is drawn at its own rate, and the
+balance of what is never drawn is never trained.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from pfjax.batch import Array
+from pfjax.sampler.options import TokenFilters
 
 # As far below every logit as float32 sampling notices.
 _NEVER = -1e30
 
 
-@dataclasses.dataclass(frozen=True)
-class Truncation:
-    """Filters, applied in this order to the logits divided by the temperature.
-
-    References:
-      top-p: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al., arXiv 2407.01082.
-    """
-
-    greedy: bool = False  # the most likely token; the rest is then ignored
-    top_k: int = 0  # keep the k most likely tokens; 0 for all
-    top_p: float = 1.0  # keep the fewest most likely tokens whose mass is at least p
-    min_p: float = 0.0  # keep tokens at least this likely relative to the likeliest
-
-    def __post_init__(self):
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
-
-
-ALL_TOKENS = Truncation()
-
-
-def truncate(c: Truncation, logits: Float[Array, "s v"]) -> Float[Array, "s v"]:
+def apply(c: TokenFilters, logits: Float[Array, "s v"]) -> Float[Array, "s v"]:
     """Logits with those of the tokens that may not be drawn lowered to -1e30.
 
     Ties at a threshold are all kept. The likeliest token is never dropped.

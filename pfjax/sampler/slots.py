@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, transformer
@@ -157,6 +158,25 @@ def free_bytes(device: jax.Device) -> int:
 
         free = multihost_utils.process_allgather(np.float64(free)).min()
     return int(free)
+
+
+def check_prompts(
+    config: ModelConfig, prompts: list[list[int]], max_new_tokens: int
+) -> Int[np.ndarray, "p"]:
+    """Lengths of prompts.
+
+    Raises:
+      ValueError: if one is empty, or the model has no positions for what follows it.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    if not len(lengths) or not lengths.min():
+        raise ValueError(f"prompts must not be empty, got lengths {lengths.tolist()}")
+    if lengths.max() + max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones exceed "
+            f"the model's {config.max_positions} positions"
+        )
+    return lengths
 
 
 @dataclasses.dataclass(frozen=True)

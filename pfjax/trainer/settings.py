@@ -8,6 +8,7 @@ default there. Values that the paper leaves open are marked "chosen".
 The module is light: it is loaded while flags are read, before JAX.
 """
 
+import dataclasses
 import difflib
 import importlib.metadata
 import json
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 from etils import epath
+
+from pfjax.sampler.options import TokenFilters
 
 
 def _names(module: str, table: str) -> Callable[[], list[str]]:
@@ -143,15 +146,12 @@ SETTINGS: dict[str, Setting] = {
     "eval_every": Setting(40, "steps", is_positive=True, may_change=True),
     "eval_samples": Setting(16, "k of avg@k", is_positive=True, may_change=True),
     "eval_sampling.temperature": Setting(1.0, "0 is greedy", may_change=True),
-    "eval_sampling.top_k": Setting(
-        0, "the k likeliest tokens; 0 for all", may_change=True
-    ),
-    "eval_sampling.top_p": Setting(
-        1.0, "the likeliest tokens that make up this mass", may_change=True
-    ),
-    "eval_sampling.min_p": Setting(
-        0.0, "tokens at least this likely, to the likeliest", may_change=True
-    ),
+    **{
+        f"eval_sampling.{x.name}": Setting(
+            x.default, x.metadata["help"], may_change=True
+        )
+        for x in dataclasses.fields(TokenFilters)
+    },
     "eval_sampling.stop_strings": Setting(
         (), "texts that end a response", may_change=True
     ),

@@ -27,7 +27,7 @@ from pfjax.model import (
 )
 from pfjax.model.transformer import ModelConfig, Params, Policy
 from pfjax.objectives import ObjectiveConfig
-from pfjax.sampler import engine, filters, slots
+from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
 from pfjax.trainer import diagnostics, minibatch, optim, settings, step
 from pfjax.trainer.log_z import init_head
@@ -333,16 +333,13 @@ def _evaluation(
 ) -> Callable:
     """What an evaluation does: (state, grader) -> scores, rows; nothing without prompts
     held out or samples of the target."""
-    options = config.eval_sampling
     how = scores.Settings(
         samples_per_prompt=config.eval_samples,
         max_new_tokens=config.max_new_tokens,
-        temperature=options.temperature,
+        temperature=config.eval_sampling.temperature,
         seed=config.seed,
-        truncation=filters.Truncation(
-            top_k=options.top_k, top_p=options.top_p, min_p=options.min_p
-        ),
-        stop_strings=tuple(options.stop_strings),
+        token_filters=options.token_filters(config.eval_sampling),
+        stop_strings=tuple(config.eval_sampling.stop_strings),
         **sampling,
     )
 

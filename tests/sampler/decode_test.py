@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
-from pfjax.sampler import decode, filters
+from pfjax.sampler import decode, options
 
 SLOTS, WIDTH, LANES, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
@@ -30,7 +30,7 @@ CONFIG = transformer.ModelConfig(
     dtype="bfloat16",
 )
 SETTINGS = decode.Settings(
-    CONFIG, G, CONFIG.stop_ids, filters.ALL_TOKENS, "tpu", "bfloat16"
+    CONFIG, G, CONFIG.stop_ids, False, options.NO_FILTERS, "tpu", "bfloat16"
 )
 
 

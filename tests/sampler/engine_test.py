@@ -9,10 +9,10 @@ import pytest
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model import hf, log_probs
-from pfjax.sampler import decode, engine, filters, slots
+from pfjax.sampler import decode, engine, options, slots
 from pfjax.sampler.scheduler import Scheduler
 from tests.conftest import all_responses, count_compiles, run_on_two_processes
-from tests.sampling import simple_sampler
+from tests.sampler import simple_sampler
 
 PROMPTS = [[2, 3, 4], [5], [6, 7, 8, 9, 10], [3, 3]]
 
@@ -370,10 +370,10 @@ def test_greedy_takes_the_likeliest_token(tiny_policy):
 
 
 def test_truncated_draws_stay_within_and_keep_the_true_log_probs(tiny_policy):
-    only = filters.Truncation(top_k=3)
-    out = _cut(engine.rollout(tiny_policy, [[2, 3]], 64, 2, truncation=only))[0]
-    options = [[2, 3, v] for v in range(16)]
-    log_p = np.array([x[0] for x in log_probs.score(tiny_policy, options, [2] * 16)])
+    only = options.TokenFilters(top_k=3)
+    out = _cut(engine.rollout(tiny_policy, [[2, 3]], 64, 2, token_filters=only))[0]
+    grown = [[2, 3, v] for v in range(16)]
+    log_p = np.array([x[0] for x in log_probs.score(tiny_policy, grown, [2] * 16)])
     best = set(np.argsort(-log_p)[:3].tolist())
     assert {y[0] for y, _ in out} == best
     for y, recorded in out:

@@ -1,11 +1,11 @@
-"""Truncation keeps the tokens it says it keeps."""
+"""Filters keep the tokens they say they keep."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pfjax.sampler import filters
-from pfjax.sampler.filters import Truncation
+from pfjax.sampler.options import TokenFilters
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
 LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5.0
@@ -30,14 +30,14 @@ LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5.0
     ],
 )
 def test_kept_tokens_by_hand(kwargs, kept):
-    got = filters.truncate(Truncation(**kwargs), LOGITS)[0]
+    got = filters.apply(TokenFilters(**kwargs), LOGITS)[0]
     assert np.flatnonzero(got > -1e29).tolist() == kept
     np.testing.assert_array_equal(got[np.array(kept)], LOGITS[0, np.array(kept)])
 
 
 def test_rows_have_thresholds_of_their_own():
     logits = jnp.stack([LOGITS[0], jnp.zeros(4), -LOGITS[0]])
-    got = filters.truncate(Truncation(top_p=0.5), logits) > -1e29
+    got = filters.apply(TokenFilters(top_p=0.5), logits) > -1e29
     # Equally likely tokens are all kept: none is likelier than another. The last row
     # has 0.48, 0.24, 0.16, 0.12.
     np.testing.assert_array_equal(got, [[0, 1, 0, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
@@ -54,4 +54,4 @@ def test_rows_have_thresholds_of_their_own():
 )
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Truncation(**kwargs)
+        TokenFilters(**kwargs)

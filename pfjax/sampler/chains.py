@@ -1,0 +1,301 @@
+"""What Metropolis-Hastings and sequential Monte Carlo share: prompts in caches, one
+token for every chain, and the log density that both weigh responses by.
+
+Every slot of `decode.py` holds one chain (or particle); its cache is kept up to the
+token from which it is drawn again. A response that reaches `max_new_tokens` is cut there,
+and is an outcome like any other.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from pfjax.batch import Array, Rollout
+from pfjax.model.transformer import Policy
+from pfjax.sampler import decode, options, slots
+from pfjax.targets import Target
+
+# r(y) of responses: tokens [s, r], undefined past length [s], to [s]. Traced by jit.
+Reward = Callable[[Array, Array], Array]
+
+
+class Goal(NamedTuple):
+    """What is drawn from, and at which temperature the model proposes it."""
+
+    target: Target
+    log_z: float
+    reward: Reward | None
+    temperature: float
+
+
+class Spec(NamedTuple):
+    """What programs are compiled for, besides shapes. Hashable."""
+
+    settings: decode.Settings  # samples_per_prompt: particles or chains
+    target: Target  # its alpha is traced, see `Run`
+    reward: Reward | None
+    width: int  # of the caches of responses
+    max_new_tokens: int
+
+
+class Prompts(NamedTuple):
+    """Prompts of one shard of the batch."""
+
+    tokens: Int[Array, "p t"]
+    length: Int[Array, "p"]
+    prompt_id: Int[Array, "p"]
+
+
+class Run(NamedTuple):
+    """What the chains of one shard read, and never change."""
+
+    spec: Spec
+    state: decode.Draw
+    alpha: Float[Array, ""]
+    log_z: Float[Array, ""]
+    prompts: Prompts
+    cached: decode.Prompts
+
+
+class Chains(NamedTuple):
+    """One response per slot. Past `length` the content is undefined."""
+
+    tokens: Int[Array, "s r"]
+    log_p: Float[Array, "s r"]
+    log_q: Float[Array, "s r"]  # of the proposal
+    length: Int[Array, "s"]
+    is_stopped: Bool[Array, "s"]
+    cache: Any
+
+
+def make_goal(
+    alpha: float | None,
+    log_z: float,
+    target: Target | None,
+    reward: Reward | None,
+    temperature: float | None,
+) -> Goal:
+    """The target of the arguments of a sampler, and its proposal.
+
+    Raises:
+      ValueError: for a target that cannot be drawn from.
+    """
+    if (alpha is None) == (target is None):
+        raise ValueError("give either alpha or a target")
+    target = target or Target(alpha, has_format=False)
+    if not target.alpha > 0:
+        raise ValueError(f"alpha must be positive, got {target.alpha}")
+    if target.has_format:
+        raise ValueError(
+            "psi needs the text of a response: choose a target with has_format=False, "
+            "and give what psi says of tokens as the reward"
+        )
+    if target.beta and reward is None:
+        raise ValueError(f"a target with beta={target.beta} needs a reward")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(
+            f"the proposal's temperature must be positive, got {temperature}"
+        )
+    return Goal(target, log_z, reward, temperature or 1 / target.alpha)
+
+
+def draw(
+    program: Callable[..., tuple[Array, ...]],
+    policy: Policy,
+    prompts: list[list[int]],
+    chains_per_prompt: int,
+    max_new_tokens: int,
+    goal: Goal,
+    *,
+    seed: int,
+    stop_ids: tuple[int, ...] | None,
+) -> tuple[Rollout, np.ndarray]:
+    """Runs as many prompts at once as memory holds, with one program for all.
+
+    Args:
+      program: jitted; takes the state, (alpha, log Z), prompts and `spec=`, and returns
+        `results`.
+    """
+    lengths = slots.check_prompts(policy.config, prompts, max_new_tokens)
+    plan = slots.make_plan(
+        policy,
+        num_prompts=len(prompts),
+        samples_per_prompt=chains_per_prompt,
+        max_new_tokens=max_new_tokens,
+        prompt_width=int(lengths.max()),
+    )
+    at_once = plan.parts * max(plan.slots // chains_per_prompt, 1)
+    settings = decode.Settings(
+        config=policy.config,
+        samples_per_prompt=chains_per_prompt,
+        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        is_greedy=False,
+        token_filters=options.NO_FILTERS,
+        backend=plan.backend,
+        cache_dtype=plan.cache_dtype,
+    )
+    no_alpha = dataclasses.replace(goal.target, alpha=None)
+    spec = Spec(settings, no_alpha, goal.reward, plan.widths[-1], max_new_tokens)
+    state = decode.Draw(
+        decode.weights(policy.config, policy.params),
+        jax.random.key(seed),
+        np.float32(goal.temperature),
+    )
+    numbers = np.float32(goal.target.alpha), np.float32(goal.log_z)
+    tokens = np.zeros((len(prompts), plan.prompt_width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    groups = []
+    for first in range(0, len(prompts), at_once):
+        ids = np.arange(first, first + at_once, dtype=np.int32)
+        index = np.minimum(ids, len(prompts) - 1)  # the last fills up a group
+        group = Prompts(tokens[index], lengths[index], ids)
+        found = jax.device_get(program(state, numbers, group, spec=spec))
+        groups.append([x[: len(prompts) - first] for x in found])
+    tokens, log_p, length, is_stopped, evidence, steps = (
+        np.concatenate(x) for x in zip(*groups, strict=True)
+    )
+    out = Rollout(tokens, length, log_p, is_stopped, int(steps.sum()))
+    return out, evidence
+
+
+def begin(
+    spec: Spec, state: decode.Draw, numbers: tuple[Array, Array], prompts: Prompts
+) -> tuple[Run, Chains]:
+    """Prompts but their last tokens in caches; empty responses."""
+    s, num = spec.settings, len(prompts.length)
+    count = num * s.samples_per_prompt
+    positions = jnp.broadcast_to(
+        jnp.arange(prompts.tokens.shape[1]), prompts.tokens.shape
+    )
+    is_cached = positions < prompts.length[:, None] - 1
+    cached = decode.prefill_local(
+        state,
+        decode.Prompts(
+            decode.empty_cache(s, num, prompts.tokens.shape[1]),
+            jnp.zeros(num, jnp.int32),
+        ),
+        prompts.tokens,
+        positions,
+        is_cached.astype(jnp.int32),
+        jnp.where(is_cached, jnp.arange(num)[:, None], -1),
+        prompts.length - 1,
+        s=s,
+    )
+    empty = Chains(
+        tokens=jnp.zeros((count, spec.max_new_tokens), jnp.int32),
+        log_p=jnp.zeros((count, spec.max_new_tokens)),
+        log_q=jnp.zeros((count, spec.max_new_tokens)),
+        length=jnp.zeros(count, jnp.int32),
+        is_stopped=jnp.zeros(count, bool),
+        cache=decode.empty_cache(s, count, spec.width),
+    )
+    return Run(spec, state, *numbers, prompts, cached), empty
+
+
+def one_token(
+    run: Run, y: Chains, is_active: Bool[Array, "s"], number: Int[Array, ""] | int
+) -> Chains:
+    """Draws the next token of the active responses; those that end are stopped.
+
+    Args:
+      number: in the random numbers, so that a place that is drawn again is drawn anew.
+    """
+    s, p = run.spec.settings, run.prompts
+    g = s.samples_per_prompt
+    slot = jnp.arange(len(y.length), dtype=jnp.int32)
+    prompt = slot // g
+    # A response at rest runs its own last token again, which changes nothing.
+    at = jnp.minimum(y.length, run.spec.width - 1)
+    of_prompt = jnp.take_along_axis(p.tokens, p.length[:, None] - 1, axis=1)[:, 0]
+    before = jnp.take_along_axis(y.tokens, jnp.maximum(at - 1, 0)[:, None], axis=1)
+    running = decode.Slots(
+        sample=slot,
+        cell=slot,
+        drawn=at,
+        last=jnp.where(at > 0, before[:, 0], of_prompt[prompt]),
+        begun=jnp.zeros(1, jnp.int32),
+        row_steps=jnp.zeros(1, jnp.int32),
+    )
+    logits, cache = decode.forward(s, run.state, run.cached, running, y.cache, g)
+    log_p = jax.nn.log_softmax(logits)
+    log_q = jax.nn.log_softmax(logits / run.state.temperature)
+
+    def sample(prompt_id, member, position, x):
+        key = run.state.key
+        for n in (prompt_id, member, position, number):
+            key = jax.random.fold_in(key, n)
+        return jax.random.categorical(key, x).astype(jnp.int32)
+
+    token = jax.vmap(sample)(p.prompt_id[prompt], slot % g, at, log_q)
+    pick = lambda x: jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+    # At rest: out of bounds.
+    where = (slot, jnp.where(is_active, at, run.spec.max_new_tokens))
+    put = lambda x, new: x.at[where].set(new, mode="drop")
+    stops = jnp.isin(token, jnp.array(s.stop_ids, jnp.int32))
+    return Chains(
+        tokens=put(y.tokens, token),
+        log_p=put(y.log_p, pick(log_p)),
+        log_q=put(y.log_q, pick(log_q)),
+        length=y.length + is_active,
+        is_stopped=y.is_stopped | (stops & is_active),
+        cache=cache,
+    )
+
+
+def is_open(run: Run, y: Chains) -> Bool[Array, "s"]:
+    """Which responses have not ended."""
+    return ~y.is_stopped & (y.length < run.spec.max_new_tokens)
+
+
+def log_density(
+    run: Run, y: Chains, alpha: Float[Array, ""] | None = None
+) -> Float[Array, "s"]:
+    """The target's, of responses as far as they go; the reward counts once they end.
+
+    Args:
+      alpha: in place of the target's.
+    """
+    alpha = run.alpha if alpha is None else alpha
+    target, reward = dataclasses.replace(run.spec.target, alpha=alpha), 0.0
+    if run.spec.reward is not None:
+        reward = run.spec.reward(y.tokens, y.length)
+        reward = jnp.where(is_open(run, y), 0.0, reward)
+    log_p = sum_from(y.log_p, y)
+    return target.log_density(log_p, y.length, run.log_z, reward=reward)
+
+
+def sum_from(x: Float[Array, "s r"], y: Chains, first: Any = 0) -> Float[Array, "s"]:
+    """Sums over the tokens of each response, from `first` on."""
+    place = jnp.arange(x.shape[1])[None]
+    first = jnp.broadcast_to(first, y.length.shape)
+    inside = (place >= first[:, None]) & (place < y.length[:, None])
+    return jnp.where(inside, x, 0.0).sum(axis=1)
+
+
+def uniform(
+    run: Run, name: int, number: Array | int, shape: tuple[int, ...] = ()
+) -> Float[Array, "p *n"]:
+    """Random numbers of each prompt for a purpose, on its own or the `number`-th time."""
+    key = jax.random.fold_in(jax.random.fold_in(run.state.key, name), number)
+    of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(run.prompts.prompt_id)
+    return jax.vmap(lambda k: jax.random.uniform(k, shape))(of_prompt)
+
+
+def results(
+    y: Chains, steps: Int[Array, ""], evidence: Float[Array, "p"], samples: int
+) -> tuple[Array, ...]:
+    """Tokens, log-probs, lengths, ends `[P, G, ...]`; evidence and slot-steps `[P]`."""
+    num = len(evidence)
+    split = lambda x: x.reshape(num, samples, *x.shape[1:])
+    work = jnp.full(num, steps * samples, jnp.int32)
+    return (
+        *(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped)),
+        evidence,
+        work,
+    )

@@ -1,0 +1,47 @@
+"""Options of sampling, declared once: flags, settings and records are made of them.
+
+Needs nothing but Python, as command lines are parsed before jax is configured.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+def _option(default: Any, explained: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": explained})
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFilters:
+    """Which tokens may be drawn, for evaluation only: they are applied in this order to
+    the logits divided by the temperature.
+
+    References:
+      top-p: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al., arXiv 2407.01082.
+    """
+
+    top_k: int = _option(0, "keep the k most likely tokens; 0 for all")
+    top_p: float = _option(
+        1.0, "keep the fewest most likely tokens of at least this mass"
+    )
+    min_p: float = _option(
+        0.0, "keep tokens at least this likely relative to the likeliest"
+    )
+
+    def __post_init__(self):
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
+
+
+NO_FILTERS = TokenFilters()
+FILTER_NAMES = tuple(f.name for f in dataclasses.fields(TokenFilters))
+
+
+def token_filters(values: Mapping[str, Any]) -> TokenFilters:
+    """The filters among other values: flags, or a ConfigDict."""
+    return TokenFilters(**{name: values[name] for name in FILTER_NAMES})

@@ -1,0 +1,86 @@
+"""A target by hand; and one of a person's own, which the samplers draw from."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pfjax.model import hf
+from pfjax.sampler import mcmc, smc
+from pfjax.targets import Target
+from tests.conftest import total_variation
+from tests.sampler import enumerable
+
+LOG_P, LENGTH, LOG_Z = np.array([-3.0, -1.0]), np.array([3, 1]), 0.5
+
+
+@pytest.mark.parametrize(
+    "target, log_reward, log_density",
+    [
+        # 2 x (-3 - 0.5 x 3), 2 x (-1 - 0.5); less 0.5 x 3, 0.5 x 1.
+        (Target(2.0), [-9.0, -3.0], [-10.5, -3.5]),
+        (Target(2.0, has_format=False), [-6.0, -2.0], [-7.5, -2.5]),
+        # 1.5 x 2 x 3, 1.5 x 2 more.
+        (Target(2.0, 1.5, has_format=False), [3.0, 1.0], [1.5, 0.5]),
+        # Of whole sequences: 1.5 x 2 and 0.5 count once.
+        (Target(2.0, 1.5, False, False), [-3.0, 1.0], [-3.5, 0.5]),
+        (Target(2.0, 0.0, False, log_sum=1.0), [-7.0, -3.0], [-8.5, -3.5]),
+    ],
+)
+def test_density_by_hand(target, log_reward, log_density):
+    tilt = {"psi": -0.5, "reward": 2.0}
+    got = target.log_reward(LOG_P, LENGTH, **tilt)
+    np.testing.assert_allclose(got, log_reward)
+    got = target.log_density(LOG_P, LENGTH, LOG_Z, **tilt)
+    np.testing.assert_allclose(got, log_density)
+    # A policy that is the target leaves no residual; one nat more leaves that nat, of
+    # a length-aware target per token.
+    for nats in (0.0, 1.0):
+        residual = target.residual(got + nats, LOG_P, LENGTH, LOG_Z, **tilt)
+        per_token = LENGTH if target.is_length_aware else 1
+        np.testing.assert_allclose(residual, nats / per_token, atol=1e-12)
+
+
+class Tilted(Target):
+    """p_0^alpha e^{beta r}, length-aware, with r once per response."""
+
+    def log_reward(self, log_p_base, length, psi=0.0, reward=0.0):
+        return self.alpha * log_p_base + self.beta * reward
+
+
+def _count_of_2(tokens, length):
+    is_in = jnp.arange(tokens.shape[1])[None] < length[:, None]
+    return ((tokens == 2) & is_in).sum(axis=1).astype(jnp.float32)
+
+
+def _log_z(log_density) -> float:
+    """What makes the sum 1: `log_density` falls as its argument grows."""
+    low, high = -50.0, 50.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        is_above = np.exp(log_density(middle)).sum() > 1
+        low, high = (middle, high) if is_above else (low, middle)
+    return low
+
+
+def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
+    policy, target = hf.load(enumerable_folder), Tilted(0.5, beta=1.5, has_format=False)
+    base = enumerable.base_log_probs(policy).astype(np.float64)
+    count = np.array([y.count(2) for y in enumerable.RESPONSES])
+
+    def log_density(log_z, reward=count):
+        return target.log_density(base, enumerable.LENGTH, log_z, reward=reward)
+
+    log_z = _log_z(log_density)
+    exact = np.exp(log_density(log_z))
+    floor = enumerable.floor(exact)
+    without = lambda log_z: log_density(log_z, reward=0 * count)
+    assert total_variation(exact, np.exp(without(_log_z(without)))) > 5 * floor
+    args = (policy, enumerable.PROMPTS[:1], enumerable.SAMPLES, 3)
+    kwargs = {"target": target, "log_z": log_z, "reward": _count_of_2}
+    chains = mcmc.metropolis_hastings(*args, blocks=2, steps=30, **kwargs)
+    particles, evidence = smc.sequential_monte_carlo(
+        *args, particles=enumerable.SAMPLES, ramp=2, **kwargs
+    )
+    for out in (chains, particles):
+        assert total_variation(enumerable.frequencies(out), exact) < floor
+    np.testing.assert_allclose(evidence, 0.0, atol=0.05)
