@@ -35,12 +35,13 @@ def symptoms(
     rows = [r for r in history if "completions/mean_length" in r]
     gap = rows[-1].get("rollout/logp_gap_mean", 0.0) if rows else 0.0
     if gap > logp_gap:
-        return [
+        text = (
             f"sampler and scorer disagree by {gap:.2g} nats per token on average at step "
             f"{rows[-1]['step']} (rollout/logp_gap_mean, rollout/logp_gap_max): one of them "
             "does not compute the model. Try --config.attention=chunked and "
             "--config.dtype=float32"
-        ]
+        )
+        return [text]
     if len(rows) < patience:
         return []
     length = [r["completions/mean_length"] for r in rows]
