@@ -2,13 +2,16 @@
 
 import collections
 import contextlib
+import io
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
+import traceback
 
 # A test that asks the hub fails at once instead of waiting for a network. Before the
 # imports, which read it.
@@ -18,17 +21,16 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from absl import flags
 
 # The kernels' tests run on a GPU or TPU too (launch/benchmark.sh).
 jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+ROOT = pathlib.Path(__file__).parent.parent
 # Many tests compile the same program; workers share it, and the next run finds it.
 _CACHE = pathlib.Path(
-    os.environ.setdefault(
-        "PFJAX_TEST_CACHE",
-        str(pathlib.Path(__file__).parent.parent / ".pytest_cache/compiled"),
-    )
+    os.environ.setdefault("PFJAX_TEST_CACHE", str(ROOT / ".pytest_cache/compiled"))
 )
 _CACHE_BYTES = 2**30
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
@@ -38,10 +40,10 @@ _hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
 
 def pytest_sessionfinish(session):
     """Empties the cache once the programs of earlier trees have filled it."""
-    is_worker = hasattr(session.config, "workerinput")
-    if not is_worker and _CACHE.exists():
-        if sum(x.stat().st_size for x in _CACHE.iterdir()) > _CACHE_BYTES:
-            shutil.rmtree(_CACHE, ignore_errors=True)
+    if hasattr(session.config, "workerinput") or not _CACHE.exists():
+        return
+    if sum(x.stat().st_size for x in _CACHE.iterdir()) > _CACHE_BYTES:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 # Of the 65,530 maps of memory that Linux gives a process by default.
@@ -63,7 +65,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """A Qwen2 with grouped heads, too small to care."""
     from pfjax.model import rope, transformer
@@ -86,8 +88,16 @@ def tiny_config():
 
 
 @pytest.fixture
-def tiny_policy(tiny_config):
+def tiny_policy(tiny_config, _tiny_params):
     """Random weights, every one of which matters (biases and norms too)."""
+    from pfjax.model import transformer
+
+    # Another tree each time, of the same arrays.
+    return transformer.Policy(tiny_config, jax.tree.map(lambda x: x, _tiny_params))
+
+
+@pytest.fixture(scope="session")
+def _tiny_params(tiny_config):
     from pfjax.model import transformer
 
     params = transformer.init_params(tiny_config, jax.random.key(0))
@@ -97,15 +107,20 @@ def tiny_policy(tiny_config):
         x + 0.3 * jax.random.normal(k, x.shape)
         for x, k in zip(leaves, keys, strict=True)
     ]
-    return transformer.Policy(tiny_config, jax.tree.unflatten(tree, noisy))
+    return jax.tree.unflatten(tree, noisy)
 
 
 @pytest.fixture
-def enumerable_folder(tmp_path) -> pathlib.Path:
+def enumerable_folder(tmp_path, _enumerable_folder) -> pathlib.Path:
     """A Hugging Face folder of a random model over 4 tokens, and its tokenizer.
 
     Token 1 ends a response. Of at most 3 tokens there are 1 + 3 + 9 + 27 responses.
     """
+    return pathlib.Path(shutil.copytree(_enumerable_folder, tmp_path / "enumerable"))
+
+
+@pytest.fixture(scope="session")
+def _enumerable_folder(tmp_path_factory) -> pathlib.Path:
     from pfjax.model import hf, rope, transformer
 
     config = transformer.ModelConfig(
@@ -126,7 +141,7 @@ def enumerable_folder(tmp_path) -> pathlib.Path:
     params = transformer.init_params(config, jax.random.key(8))
     # Sharper than at initialisation, so that base and target are far apart.
     params["head"] = 2.0 * params["head"]
-    folder = tmp_path / "enumerable"
+    folder = tmp_path_factory.mktemp("enumerable")
     hf.save(transformer.Policy(config, params), folder)
     words = ["<pad>", "<eos>", "a", "b"]
     tokenizer = {
@@ -168,6 +183,89 @@ def tpu_mesh(monkeypatch):
         monkeypatch.setenv(name, value)
 
     return aot.tpu_mesh
+
+
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Meshes are of the first device from now on, where none are named."""
+    from pfjax.infra import sharding
+
+    make = sharding.make_mesh
+    first = jax.devices()[:1]
+    patch.setattr(
+        sharding,
+        "make_mesh",
+        lambda *args, **sizes: make(*args, devices=first, **sizes),
+    )
+
+
+def run_command(module: str, *args: object) -> subprocess.CompletedProcess:
+    """Does `python -m module args` in this process, on one device.
+
+    The command finds no flags but those it defines. Flags, environment and settings of
+    JAX are afterwards what they were.
+    """
+    settings = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in settings}
+    environment = dict(os.environ)
+    argv = [module, *map(str, args)]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        _flags_of_its_own(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        use_one_device(patch)
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", argv)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(bool(end.code))
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except Exception:  # noqa: BLE001, what ends the process
+            status = 1
+            traceback.print_exc()
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            for name, value in before.items():
+                jax.config.update(name, value)
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _flags_of_its_own():
+    """Hides the flags of this package, and forgets those defined inside."""
+
+    def take():
+        modules = {k: sys.modules.pop(k) for k in ("pfjax.cli",) if k in sys.modules}
+        vars(sys.modules["pfjax"]).pop("cli", None)
+        found = {name: flags.FLAGS[name] for name in flags.FLAGS if _is_ours(name)}
+        flags.FLAGS.remove_flag_values(found)
+        return modules, found
+
+    import pfjax  # noqa: F401
+
+    modules, found = take()
+    try:
+        yield
+    finally:
+        take()
+        flags.FLAGS.unparse_flags()
+        sys.modules.update(modules)
+        for name, flag in found.items():
+            flags.FLAGS[name] = flag
+
+
+def _is_ours(flag: str) -> bool:
+    # A command names itself by its file; overrides of settings belong to no module.
+    by = flags.FLAGS.find_module_defining_flag(flag) or ""
+    return by.startswith(("pfjax", str(ROOT / "pfjax"))) or flag.startswith("config")
 
 
 def run_on_two_processes(code: str, *args: object) -> None:

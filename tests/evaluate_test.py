@@ -1,22 +1,17 @@
 """python -m pfjax.evaluate, as a person runs it."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from pfjax.evaluation import results
+from tests.conftest import run_command
 
 
 def _run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "pfjax.evaluate", "--max_new_tokens=32", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_command("pfjax.evaluate", "--max_new_tokens=32", *args)
 
 
 def _rows(path):

@@ -1,7 +1,6 @@
 """Runs that are killed, told to stop, cut off from their disk or from each other.
 
-All of them are processes of `python -m pfjax.train`. A quick selection runs always; the
-rest by `bash launch/test.sh -m slow`.
+All of them are processes of `python -m pfjax.train`. Those that train are slow.
 """
 
 import json
@@ -17,7 +16,8 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.conftest import ROOT, run_command
+
 STEPS = 8
 ARGS = [
     "--config=configs/smoke.py",
@@ -72,7 +72,11 @@ def start(workdir, *args, processes=1, devices=1, prefix=(), **env):
     return started if processes > 1 else started[0]
 
 
-def finish(process, timeout=240):
+# Where something hangs; nothing is said of how long it takes.
+PATIENCE = 900
+
+
+def finish(process, timeout=PATIENCE):
     """Exit status and what was said on standard error."""
     try:
         _, errors = process.communicate(timeout=timeout)
@@ -100,7 +104,7 @@ def rows(workdir):
     ]
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -167,6 +171,7 @@ def kill_and_resume(workdir, rng, kills):
     return during_save
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_never_stopped(whole, tmp_path):
     kill_and_resume(tmp_path / "run", random.Random(0), kills=2)
     same(tmp_path / "run", whole)
@@ -181,9 +186,8 @@ def test_twenty_kills_some_during_a_save(whole, tmp_path):
     assert during_save >= 3
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_with_a_status_of_its_own(whole, tmp_path, number):
     workdir = tmp_path / "run"
     process = start(workdir, "--config.checkpoint_every=1000")
@@ -225,9 +229,8 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "damage", ["flipped", pytest.param("truncated", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", list(DAMAGE))
 def test_a_damaged_checkpoint_is_passed_over(stopped, whole, tmp_path, damage):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
@@ -237,6 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, whole, tmp_path, damage):
     assert (workdir / "checkpoints/damaged-4").exists()
 
 
+@pytest.mark.slow
 def test_when_all_are_damaged_nothing_is_begun_anew(stopped, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
@@ -248,6 +252,7 @@ def test_when_all_are_damaged_nothing_is_begun_anew(stopped, tmp_path):
     assert rows(workdir) == before
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_with_the_difference(stopped, tmp_path):
     workdir, model = tmp_path / "run", tmp_path / "model"
     shutil.copytree(stopped, workdir)
@@ -260,6 +265,7 @@ def test_another_base_is_refused_with_the_difference(stopped, tmp_path):
     assert "base: " in errors and f"model: pfjax/toy -> {model}" in errors
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(whole, tmp_path):
     small, out = tmp_path / "small", tmp_path / "out"
     small.mkdir()
@@ -278,7 +284,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(whole, tmp_path
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=2 * PATIENCE,
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
@@ -314,6 +320,7 @@ def halves(tmp_path_factory):
     return one, two
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(halves):
     assert [r["step"] for r in rows(halves[0])] == list(range(5))
     _same_losses(*halves)
@@ -336,14 +343,14 @@ def test_two_processes_and_one_read_each_others_checkpoints(halves):
     assert len(rows(f"{one}-then")) == STEPS + 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_restart_goes_on(tmp_path):
     workdir = tmp_path / "run"
     both = start(workdir, processes=2, devices=1)
     wait_for_step(workdir, 2, both[1])
     both[1].kill()
-    begin = time.monotonic()
-    status, errors = finish(both[0], timeout=150)
-    assert time.monotonic() - begin < 120
+    # Within a minute or so, on a machine that is idle: see tests/infra/distributed_test.py.
+    status, errors = finish(both[0])
     assert status not in (0, 75)
     assert errors.strip()
     both[1].communicate()
@@ -373,22 +380,27 @@ def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):
         PFJAX_PROCESS_ID="1",
         PFJAX_JOIN_SECONDS="5",
     )
-    status, errors = finish(process, timeout=60)
+    status, errors = finish(process)
     assert status != 0
     assert "joining the other processes at localhost:1, for at most 5 s" in errors
     assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_knows_no_others_ends_with_a_message(tmp_path):
-    status, errors = finish(start(tmp_path / "run", "--multihost"), timeout=60)
+    status, errors = finish(start(tmp_path / "run", "--multihost"))
     assert status == 1 and "could not join the other processes" in errors
-    env = {"PFJAX_COORDINATOR": "localhost:1"}
-    status, errors = finish(start(tmp_path / "run", "--multihost", **env), timeout=60)
-    assert status == 1 and "all of these have to be set" in errors
-    assert "PFJAX_PROCESS_ID=None" in errors
 
 
-def test_one_worker_of_a_pod_alone_is_told_so(tmp_path):
-    process = start(tmp_path / "run", TPU_WORKER_HOSTNAMES="10.0.0.1,10.0.0.2")
-    status, errors = finish(process, timeout=60)
-    assert status == 1 and "one of 2 workers of a TPU pod" in errors
+def test_a_variable_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PFJAX_COORDINATOR", "localhost:1")
+    done = run_command(
+        "pfjax.train", *ARGS, f"--workdir={tmp_path / 'run'}", "--multihost"
+    )
+    assert done.returncode == 1 and "all of these have to be set" in done.stderr
+    assert "PFJAX_PROCESS_ID=None" in done.stderr
+
+
+def test_one_worker_of_a_pod_alone_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "10.0.0.1,10.0.0.2")
+    done = run_command("pfjax.train", *ARGS, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1 and "one of 2 workers of a TPU pod" in done.stderr

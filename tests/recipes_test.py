@@ -61,6 +61,7 @@ def _small_model(folder, family):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()

@@ -17,9 +17,11 @@ from pfjax.model import attention, hf, log_probs
 from pfjax.trainer import loop, metrics, setup
 from tests.conftest import (
     all_responses,
+    count_compiles,
     length_aware_target,
     power_target,
     total_variation,
+    use_one_device,
 )
 
 PROMPT = "a b"
@@ -27,11 +29,15 @@ PROMPT = "a b"
 
 @pytest.fixture
 def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
-    """Trains the model whose responses can be listed; a second or so of steps."""
-    prompts = tmp_path / "prompts.jsonl"
+    """Trains the model whose responses can be listed, for 4 steps."""
+    return _config(enumerable_folder, tmp_path)
+
+
+def _config(model, folder) -> ml_collections.ConfigDict:
+    prompts = folder / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT, "answer": "1"}) + "\n")
     c = default.get_config()
-    c.model = str(enumerable_folder)
+    c.model = str(model)
     c.data.train = str(prompts)
     c.data.eval = ""
     c.psi_unboxed = 0.0  # nothing here has a box
@@ -52,6 +58,16 @@ def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
     return c
 
 
+@pytest.fixture(scope="module")
+def whole(_enumerable_folder, tmp_path_factory):
+    """Of a run that several tests look at: its config, with evaluations, and folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    c = _config(_enumerable_folder, folder)
+    c.data.eval, c.eval_every = c.data.train, 2
+    loop.train_and_evaluate(c, str(folder / "run"))
+    return c, folder / "run"
+
+
 def _distribution(folder):
     """log p and length of every response to the prompt."""
     responses = all_responses(vocab=4, stop=1, max_tokens=3)
@@ -61,20 +77,36 @@ def _distribution(folder):
     return np.array([s.sum() for s in scores]), np.array([len(y) for y in responses])
 
 
+@pytest.fixture
+def converging(config, monkeypatch) -> ml_collections.ConfigDict:
+    """Comes within half of what is asked for, with any seed.
+
+    Of 1024 samples a step none that matters is rare: the gradient goes to 0 and its noise
+    with it. One device, as a step on eight takes twice as long and is the same.
+    """
+    use_one_device(monkeypatch)
+    config.mesh.data = 1
+    config.samples_per_prompt = 128
+    config.rows, config.row_length = 64, 64
+    config.optim.learning_rate = 1e-2
+    return config
+
+
 @pytest.mark.parametrize(
     ("objective", "alpha", "log_z", "num_steps"),
     [
-        ("powerflow", 4.0, "head", 250),
-        ("powerflow", 0.5, "group", 250),
-        ("tb_traj", 2.0, "head", 600),
-        ("tb_token", 2.0, "head", 250),
-        ("rl_traj", 2.0, "head", 600),
-        ("rl_token", 2.0, "head", 250),
+        ("powerflow", 4.0, "head", 100),
+        pytest.param("powerflow", 0.5, "group", 200, marks=pytest.mark.slow),
+        pytest.param("tb_traj", 2.0, "head", 200, marks=pytest.mark.slow),
+        pytest.param("tb_token", 2.0, "head", 200, marks=pytest.mark.slow),
+        pytest.param("rl_traj", 2.0, "head", 200, marks=pytest.mark.slow),
+        pytest.param("rl_token", 2.0, "head", 200, marks=pytest.mark.slow),
     ],
 )
 def test_training_reaches_the_exact_target(
-    config, tmp_path, objective, alpha, log_z, num_steps
+    converging, tmp_path, objective, alpha, log_z, num_steps
 ):
+    config = converging
     config.objective, config.alpha, config.log_z = objective, alpha, log_z
     config.num_steps = config.checkpoint_every = num_steps
     loop.train_and_evaluate(config, str(tmp_path / "run"))
@@ -95,10 +127,12 @@ def test_training_reaches_the_exact_target(
     assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
 
 
-def test_every_prefix_that_may_stop_gets_its_share(config, tmp_path):
+@pytest.mark.slow
+def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
+    config = converging
     config.objective, config.alpha = "subtb", 2.0
-    config.num_steps = config.checkpoint_every = 250
+    config.num_steps = config.checkpoint_every = 100
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     ended = np.array([y[-1] == 1 for y in all_responses(4, 1, 3)])
     base = _distribution(config.model)[0][ended]
@@ -110,7 +144,12 @@ def test_every_prefix_that_may_stop_gets_its_share(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "objective", [k for k, o in objectives.OBJECTIVES.items() if o.reward]
+    "objective",
+    [
+        pytest.param(k, marks=() if k == "grpo" else pytest.mark.slow)
+        for k, o in objectives.OBJECTIVES.items()
+        if o.reward
+    ],
 )
 def test_rivals_train_on_their_rewards(tmp_path, objective):
     c = smoke.get_config()
@@ -145,11 +184,8 @@ def _deterministic(folder):
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows]
 
 
-def test_a_continued_run_equals_one_never_stopped_bit_for_bit(config, tmp_path):
-    config.data.eval = config.data.train
-    config.eval_every = 2
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    loop.train_and_evaluate(config, str(whole))
+def test_a_continued_run_equals_one_never_stopped_bit_for_bit(whole, tmp_path):
+    (config, whole), parts = whole, tmp_path / "parts"
     shorter = config.copy_and_resolve_references()
     shorter.num_steps = 2
     loop.train_and_evaluate(shorter, str(parts))
@@ -162,7 +198,7 @@ def test_a_continued_run_equals_one_never_stopped_bit_for_bit(config, tmp_path):
         loop.train_and_evaluate(shorter, str(parts))
 
 
-def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
+def test_first_step_of_the_base_has_no_residual_and_no_gap(whole, config, tmp_path):
     config.num_steps = 1
     config.updates_per_rollout = 3  # of 3, 3 and 2 prompts
     loop.train_and_evaluate(config, str(tmp_path / "run"))
@@ -171,15 +207,14 @@ def test_first_step_of_the_base_has_no_residual_and_no_gap(config, tmp_path):
     # Only the first of the three updates is on policy: the mean weight is not 1.
     # (That its own are exactly 1 is shown in step_test.)
     assert 0.8 < row["is/w_mean"] != 1.0
-    config.updates_per_rollout = 1
-    loop.train_and_evaluate(config, str(tmp_path / "once"))
-    row = metrics.read_jsonl(tmp_path / "once/metrics.jsonl")[-1]
+    row = metrics.read_jsonl(whole[1] / "metrics.jsonl")[1]
     assert row["is/w_mean"] == 1.0
     assert abs(row["kl/policy_base_per_token"]) < 1e-5
     assert abs(row["tb/residual_mean"]) < 1e-5
     assert row["tb/logz_mean"] == pytest.approx(3.0 * row["base/logp_per_token"])
 
 
+@pytest.mark.slow
 def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
     config.lora.rank, config.lora.alpha = 2, 4.0
     config.optim.learning_rate = 3e-2
@@ -285,12 +320,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     assert [r["step"] for r in _deterministic(tmp_path / "run")] == [0, 1]
 
 
-def test_a_base_that_waits_in_host_memory_changes_nothing(config, tmp_path):
-    config.num_steps = config.checkpoint_every = 2
-    loop.train_and_evaluate(config, str(tmp_path / "device"))
+def test_a_base_that_waits_in_host_memory_changes_nothing(whole, tmp_path):
+    config, on_device = whole
+    config = config.copy_and_resolve_references()
     config.base_memory = "host"
     loop.train_and_evaluate(config, str(tmp_path / "host"))
-    assert _deterministic(tmp_path / "host") == _deterministic(tmp_path / "device")
+    assert _deterministic(tmp_path / "host") == _deterministic(on_device)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         run, _ = setup.build(ml_collections.FrozenConfigDict(config), mesh)
@@ -318,7 +353,9 @@ def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
     monkeypatch.setitem(
         hardware.CHIPS, "x", hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
     )
-    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.checkpoint_every = config.num_steps  # a save compiles too
+    with count_compiles() as count:
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
     rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     for row in rows:
         parts = [row[f"time/{x}"] for x in ("rollout", "base_pass", "update")]
@@ -326,8 +363,11 @@ def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
         rate = row["num_tokens"] / row["time/step"]
         assert row["perf/tokens_per_s"] == pytest.approx(rate)
         assert 0 < row["perf/mfu"] < 1
-    # Everything is compiled in the first step, or nearly: lengths vary.
-    assert rows[0]["time/compile"] > 3 * max(r["time/compile"] for r in rows[1:])
+    # What an update takes is compiled once, in the first step.
+    for name in ("train_step", "score_step"):
+        assert sum(n for k, n in count.items() if name in k) == 1, count
+    assert rows[0]["time/compile"] > 0
+    assert [r["time/compile"] for r in rows[1:]] == [0.0, 0.0, 0.0]
 
 
 def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch):

@@ -228,7 +228,17 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("sizes", SPLITS)
+# Every axis split, alone and with the others; the rest is slow.
+SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(s, marks=() if s in SOME_SPLITS else pytest.mark.slow)
+        for s in SPLITS
+    ],
+)
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     # 8 rows: as many as the devices that a batch may be split over.
     _, batch, _, used = _data(rng, count=24, microbatch_size=8, num_microbatches=3)
