@@ -1,7 +1,6 @@
 """python -m pfjax.evaluate, as a person runs it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
