@@ -12,7 +12,7 @@ from pfjax.model import transformer
 from pfjax.model.transformer import ModelConfig
 
 
-def weights_a_token(config: ModelConfig) -> int:
+def weights_per_token(config: ModelConfig) -> int:
     """Weights of the layers that each token is multiplied with."""
     blocks = transformer.abstract_params(config)["blocks"]
     names = [n for n in blocks if n.startswith("w")]  # projections, adapters too
@@ -27,7 +27,7 @@ def forward_flops(
     pairs = (lengths * (lengths + 1) / 2).sum()
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
     head = 2 * config.vocab_size * config.embed_dim * float(predicted.sum())
-    return 2 * weights_a_token(config) * lengths.sum() + attention + head
+    return 2 * weights_per_token(config) * lengths.sum() + attention + head
 
 
 def update_flops(
