@@ -39,7 +39,8 @@ def main(_: list[str]) -> None:
     import jax
 
     from pfjax.model import hf, hf_config
-    from pfjax.planner import aot, plan
+    from pfjax.planner import aot
+    from pfjax.planner import plan as planner
     from pfjax.trainer import settings
 
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
@@ -47,32 +48,28 @@ def main(_: list[str]) -> None:
     with cli.mistakes_in_one_line():
         settings.check_config(config)
         base = hf_config.read(hf.resolve_config(config.model))
-        settings.check_lengths(
-            config, config.data.max_prompt_tokens, base.max_positions
-        )
+        longest = config.data.max_prompt_tokens
+        settings.check_lengths(config, longest, base.max_positions)
         response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
-        make_plan = lambda name, can_compile: plan.make_plan(
-            config, base, name, response, can_compile
-        )
         if _ALL.value:
-            _print_all([make_plan(name, False) for name in TOPOLOGIES])
+            plan_for = lambda x: planner.make_plan(config, base, x, response, False)
+            _print_all([plan_for(x) for x in TOPOLOGIES])
             return
+        can_compile = aot.can_compile(name)
         begin = time.perf_counter()
-        found = make_plan(name, aot.can_compile(name))
+        plan = planner.make_plan(config, base, name, response, can_compile)
         seconds = time.perf_counter() - begin
-        if not found["fits"]:
-            advice = plan.advise(config, base, name, response)
+        if not plan["fits"]:
+            advice = planner.advise(config, base, name, response)
     if _JSON.value:
-        print(json.dumps(found | {"advice": advice}, indent=2))
+        print(json.dumps(plan | {"advice": advice}, indent=2))
     else:
         how = f"compiled in {seconds:.0f} s"
-        if not found["compiled"]:
-            how = "estimated from shapes"
-            how += (
-                "" if aot.can_compile(name) else ": no compiler for these devices here"
-            )
-        _print(found, how, advice)
-    if not found["fits"]:
+        if not plan["compiled"]:
+            why = "" if can_compile else ": no compiler for these devices here"
+            how = "estimated from shapes" + why
+        _print(plan, how, advice)
+    if not plan["fits"]:
         sys.exit(1)
 
 

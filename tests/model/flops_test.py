@@ -12,7 +12,7 @@ from pfjax.model import flops, log_probs, transformer
 
 def test_one_sequence_by_hand(tiny_config):
     # D 16, H C 32, K C 16, F 32: 16 (32 + 16 + 16) + 32 x 16 + 3 x 16 x 32 = 3,072
-    # weights a layer, two layers.
+    # weights per layer, two layers.
     assert flops.weights_per_token(tiny_config) == 6144
     # 10 tokens attend to 55: 4 x 2 layers x 4 heads x 8 wide; 6 logits of 16 words.
     got = flops.forward_flops(tiny_config, np.array([10]), np.array([6]))
@@ -69,7 +69,7 @@ def test_devices_by_name(kind, want):
     assert hardware.chip_of(kind) == (want and hardware.CHIPS[want])
 
 
-def test_mfu_is_a_share_of_the_peak(monkeypatch):
+def test_mfu_is_a_fraction_of_the_peak(monkeypatch):
     assert hardware.mfu(1e12, 1.0) is None  # nobody knows the peak of a CPU
     monkeypatch.setitem(
         hardware.CHIPS, "x", hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
