@@ -134,12 +134,18 @@ def sample_batches(tok, batch_size: int, seed: int):
     """Yields packed batches of problems and sampled responses, without end."""
     import jax
 
-    from pfjax.batch import max_micro_batches, pack, slots_per_row
+    from pfjax.batch import PackShape, max_microbatches, pack, segments_per_row
     from pfjax.model import tokenizer
 
     seen = split_problems(seed)[0]
     rng = np.random.default_rng(seed)
-    row_length = 64
+    pack_length = 64
+    shape = PackShape(
+        num_microbatches=1,
+        microbatch_size=max_microbatches(batch_size, 32, 1, pack_length),
+        pack_length=pack_length,
+        max_segments=segments_per_row(pack_length, 32),
+    )
     while True:
         problems = [seen[i] for i in rng.integers(len(seen), size=batch_size)]
         prompts = [tokenizer.encode_prompt(tok, p.prompt) for p in problems]
@@ -149,10 +155,7 @@ def sample_batches(tok, batch_size: int, seed: int):
         batch, _, _ = pack(
             [np.array(p + r) for p, r in zip(prompts, responses, strict=True)],
             np.array([len(p) for p in prompts]),
-            rows=max_micro_batches(batch_size, 32, 1, row_length),
-            row_length=row_length,
-            slots=slots_per_row(row_length, 32),
-            micro_batches=1,
+            shape,
         )
         yield jax.tree.map(lambda x: x[0], batch)
 
@@ -181,13 +184,11 @@ def pretrain(steps: int, batch_size: int, seed: int):
     # Large steps first, then small ones to settle.
     for fraction, rate in ((0.6, 3e-3), (0.25, 6e-4), (0.15, 1e-4)):
         optimizer = optim.make_optimizer(
-            optim.OptimConfig(
-                learning_rate=rate,
-                log_z_learning_rate=rate,
-                warmup_steps=50,
-                weight_decay=0.0,
-                clip_norm=1.0,
-            )
+            learning_rate=rate,
+            log_z_learning_rate=rate,
+            warmup_steps=50,
+            weight_decay=0.0,
+            clip_norm=1.0,
         )
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))

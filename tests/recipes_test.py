@@ -7,8 +7,9 @@ import pathlib
 import pytest
 import transformers
 
+from pfjax.infra import dataset_io
 from pfjax.model import hf
-from pfjax.trainer import loop, metrics
+from pfjax.trainer import loop
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 SHARED = {"default", "reasoning", "creative", "smoke", "study"}
@@ -66,18 +67,18 @@ def _small_model(folder, family):
 def test_recipe_trains(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert config.alpha == {"l": 2.0, "q": 4.0, "c": 0.5}[name[0]]
-    assert (config.psi_unboxed == 0) == (name[0] == "c")
+    assert (config.format_penalty == 0) == (name[0] == "c")
     family = "llama" if name.startswith("llama") else "qwen2"
     config.model = str(_small_model(tmp_path, family))
     (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "1+2", "answer": "3"}))
     config.data.train = str(tmp_path / "p.jsonl")
     config.data.eval = config.data.eval and config.data.train
     config.num_steps = 2
-    config.max_new_tokens, config.row_length = 8, 128
+    config.max_new_tokens, config.pack_length = 8, 128
     config.prompts_per_step, config.samples_per_prompt = 8, 2
     config.eval_samples = 2
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2]
     card = (tmp_path / "run/hf/README.md").read_text()
     assert f"alpha {config.alpha:g}" in card and "steps: 2" in card

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from pfjax.trainer import metrics
+from pfjax.infra import dataset_io
 from tests.conftest import ROOT, run_command
 
 
@@ -36,7 +36,7 @@ def smoke(tmp_path_factory):
 def test_smoke_run_sharpens_without_shortening(smoke):
     folder, output = smoke
     rows = [
-        r for r in metrics.read_jsonl(folder / "metrics.jsonl") if "eval/avg@8" in r
+        r for r in dataset_io.read_jsonl(folder / "metrics.jsonl") if "eval/avg@8" in r
     ]
     first, last = rows[0], rows[-1]
     assert first["step"] == 0 and first["eval/avg@8"] < 0.70
@@ -54,7 +54,7 @@ def test_run_folder_holds_what_is_promised(smoke):
     saved = json.loads((folder / "config.json").read_text())
     assert saved["config"]["alpha"] == 4.0 and saved["versions"]["jax"]
     assert list(folder.glob("events.out.tfevents*"))
-    row = metrics.read_jsonl(folder / "completions/step_000000.jsonl")[0]
+    row = dataset_io.read_jsonl(folder / "completions/step_000000.jsonl")[0]
     assert {"prompt", "completion", "answer", "gold", "correct"} <= set(row)
     assert (folder / "checkpoints").is_dir()
 
@@ -124,7 +124,7 @@ def test_trajectory_level_matching_collapses(tmp_path):
         "--config.objective=tb_traj",
     )
     assert done.returncode == 0, done.stderr
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     first, last = rows[0], rows[-1]
     assert last["eval/avg@8"] < first["eval/avg@8"]
     assert last["eval/length_mean"] < 0.75 * first["eval/length_mean"]

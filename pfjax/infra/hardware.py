@@ -1,4 +1,4 @@
-"""What devices can do: peaks by their vendors."""
+"""What devices can do: the peaks that their vendors state."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ import jax
 
 
 class Chip(NamedTuple):
-    """One device, as JAX counts them; peaks by the vendors, per second."""
+    """One device, as JAX counts them; all rates are peaks per second."""
 
     kinds: tuple[str, ...]  # JAX's `device_kind`, or the beginning of it
     flops: float  # dense bfloat16
     memory: float  # bytes; of TPUs, what a program may use
     bandwidth: float  # bytes, of that memory
-    links: float  # bytes sent to other devices of its slice or node, all links together
+    links: float  # bytes sent to other devices of its slice or node, over all links
 
 
 GIB = 2**30
@@ -31,14 +31,14 @@ CHIPS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """What is known of a device by its `device_kind`; None when nothing is."""
+    """Finds a chip by JAX's `device_kind`; None when it is not known."""
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     fits = [kind for kind in known if device_kind.startswith(kind)]
     return known[max(fits, key=len)] if fits else None
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """Share of the peak of all devices; None where it is not known."""
+    """Fraction of the peak FLOPs of all devices; None where it is not known."""
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is None:
         return None

@@ -1,7 +1,7 @@
 """FLOPs of a pass over sequences and of an update.
 
 Only matrix products count, each multiplication and each addition as one, of real tokens:
-neither padding nor what is computed again counts. Attention is causal, within a
+neither padding nor rematerialisation counts. Attention is causal, within a
 sequence; the head is applied to responses only.
 """
 
@@ -12,30 +12,30 @@ from pfjax.model import transformer
 from pfjax.model.transformer import ModelConfig
 
 
-def weights_a_token(config: ModelConfig) -> int:
-    """Weights of the layers that each token is multiplied with."""
+def weights_per_token(config: ModelConfig) -> int:
+    """Weights of the layers that each token is multiplied with, adapters included."""
     blocks = transformer.abstract_params(config)["blocks"]
-    names = [n for n in blocks if n.startswith("w")]  # projections, adapters too
+    names = [n for n in blocks if n.startswith("w")]
     return sum(blocks[n].size for n in names)
 
 
 def forward_flops(
     config: ModelConfig, lengths: Int[np.ndarray, "s"], predicted: Int[np.ndarray, "s"]
 ) -> float:
-    """Of a pass over sequences, logits of `predicted` tokens of each included."""
+    """FLOPs of a pass over sequences, with logits of `predicted` tokens of each."""
     lengths = lengths.astype(np.float64)
     pairs = (lengths * (lengths + 1) / 2).sum()
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
     head = 2 * config.vocab_size * config.embed_dim * float(predicted.sum())
-    return 2 * weights_a_token(config) * lengths.sum() + attention + head
+    return 2 * weights_per_token(config) * lengths.sum() + attention + head
 
 
 def update_flops(
     config: ModelConfig, lengths: Int[np.ndarray, "s"], prompts: Int[np.ndarray, "s"]
 ) -> float:
-    """Of the base's log-probs, the policy's, and their gradient, twice as much.
+    """FLOPs of the base's log-probs, the policy's, and their gradient.
 
-    With adapters the gradient of the weights beside them is not computed.
+    The gradient costs twice a pass; with adapters that of frozen weights is spared.
 
     Args:
       config: of the policy.

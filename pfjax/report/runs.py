@@ -16,9 +16,9 @@ from pfjax.infra import dataset_io, storage
 # Settings that do not make another experiment (whole sections by their name): the seed,
 # and what touches speed, memory or records only.
 _SAME_EXPERIMENT = {
-    "seed", "attention", "base_memory", "best_metric", "checkpoint_every", "guards",
-    "keep_best", "log_every", "mesh", "profile_steps", "remat", "rollout_slots",
-    "row_length", "rows", "wandb_project",
+    "seed", "attention", "best_metric", "checkpoint_every", "health_checks", "keep_best",
+    "log_every", "mesh", "microbatch_size", "offload_ref", "pack_length",
+    "profile_steps", "remat", "rollout_slots", "wandb_project",
 }  # fmt: skip
 _NOT_SET = "not set"
 _FIRST = ("objective", "alpha")  # of what makes a name

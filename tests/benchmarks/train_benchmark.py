@@ -36,8 +36,8 @@ class Case(NamedTuple):
     prompt_lengths: tuple[int, int]  # uniform between the two
     mean_response: int  # lengths are geometric, cut at the longest
     max_response: int
-    rows: int
-    row_length: int
+    microbatch_size: int
+    pack_length: int
     dtype: str
     remat: str
 
@@ -54,8 +54,8 @@ _CASE = flags.DEFINE_enum("case", "long_tailed", sorted(CASES), "shapes of the w
 _MODEL = flags.DEFINE_string("model", None, "Hugging Face folder instead of random")
 _ROLLOUTS = flags.DEFINE_string("rollouts", None, "npz of trajectories")
 _LIMIT = flags.DEFINE_integer("limit", None, "use the first trajectories only")
-_ROWS = flags.DEFINE_integer("rows", None, "rows of a micro-batch")
-_LENGTH = flags.DEFINE_integer("row_length", None, "tokens of a row")
+_ROWS = flags.DEFINE_integer("microbatch_size", None, "rows of a micro-batch")
+_LENGTH = flags.DEFINE_integer("pack_length", None, "tokens of a row")
 _REMAT = flags.DEFINE_string("remat", None, "what is computed again")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "back end")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed updates")
@@ -97,34 +97,33 @@ def make_update(
     with config.unlocked():
         config.prompts_per_step, config.samples_per_prompt = len(sequences), 1
         config.max_new_tokens = longest - int(prompts.max())
-        config.rows, config.row_length = case.rows, case.row_length
+        config.microbatch_size, config.pack_length = (
+            case.microbatch_size,
+            case.pack_length,
+        )
         config.dtype, config.remat = case.dtype, case.remat
         config.attention = _ATTENTION.value
         config.optim.learning_rate = 1e-4
     mesh = jax.sharding.get_mesh()
-    made = setup.programs(config, policy.config, int(prompts.max()), mesh)
+    fns = setup.train_fns(config, policy.config, int(prompts.max()), mesh)
     base = jax.tree.map(lambda x: jax.numpy.array(x, case.dtype), policy.params)
     params = jax.tree.map(jax.numpy.copy, policy.params)  # given away
-    state = setup.first_state(made, params, 0, mesh)
+    state = setup.first_state(fns, params, 0, mesh)
 
     def update() -> int:
         nonlocal state
         batch, _, used = pack(
             sequences,
             prompts,
-            rows=made.rows,
-            row_length=case.row_length,
-            slots=slots or made.row_slots,
-            micro_batches=made.micro_batches,
+            fns.shape._replace(max_segments=slots or fns.shape.max_segments),
         )
         batch = sharding.put_batch(mesh, batch, dim=1)
         num = jax.numpy.int32(used)
-        scores = made.score_step(base, batch, num, config=made.base_config)
-        old = OldScores(scores.log_p)
-        state, values, _ = made.train_step(state, {}, batch, old, num)
+        log_p, _, _ = fns.score_base(base, batch, num)
+        state, values, *_ = fns.train_step(state, {}, batch, OldScores(log_p), num)
         if not np.isfinite(float(values["loss"])):
             raise FloatingPointError(f"loss is {values['loss']}")
-        return used * made.rows * case.row_length
+        return used * fns.shape.microbatch_size * case.pack_length
 
     return update
 
@@ -142,7 +141,7 @@ def measure(case: Case) -> dict:
     lengths = np.array([len(s) for s in sequences])
     updates = {"packed": make_update(case, policy, sequences, prompts)}
     if _PADDED.value:
-        alone = case._replace(row_length=int(lengths.max()))
+        alone = case._replace(pack_length=int(lengths.max()))
         updates["padded"] = make_update(alone, policy, sequences, prompts, slots=1)
     first, seconds, computed = {}, collections.defaultdict(list), {}
     for name, update in updates.items():
@@ -165,8 +164,8 @@ def measure(case: Case) -> dict:
         "vocabulary": policy.config.vocab_size,
         "trajectories": len(sequences),
         "tokens": tokens,
-        "rows": case.rows,
-        "row_length": case.row_length,
+        "microbatch_size": case.microbatch_size,
+        "pack_length": case.pack_length,
         "dtype": case.dtype,
         "remat": case.remat,
         "attention": _ATTENTION.value,
@@ -189,7 +188,11 @@ def measure(case: Case) -> dict:
 
 def main(_) -> None:
     case = CASES[_CASE.value]
-    given = {"rows": _ROWS.value, "row_length": _LENGTH.value, "remat": _REMAT.value}
+    given = {
+        "microbatch_size": _ROWS.value,
+        "pack_length": _LENGTH.value,
+        "remat": _REMAT.value,
+    }
     case = case._replace(**{k: v for k, v in given.items() if v is not None})
     with jax.set_mesh(sharding.make_mesh()):
         print(json.dumps(common.rounded(measure(case))), flush=True)

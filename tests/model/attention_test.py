@@ -16,7 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pfjax.batch import pack
+from pfjax.batch import PackShape, pack
 from pfjax.infra import sharding
 from pfjax.model import attention, chunked_attention, transformer
 from tests.model import cudnn_emulation
@@ -277,9 +277,7 @@ def test_back_end_of_a_gpu_that_is_here(monkeypatch, kind, capability, want):
 def test_packed_rows_have_contiguous_segments(rng):
     """What the back ends rely on."""
     sequences = [rng.integers(1, 9, size=n) for n in rng.integers(2, 30, size=50)]
-    batch, _, _ = pack(
-        sequences, np.ones(50, int), rows=2, row_length=64, slots=16, micro_batches=20
-    )
+    batch, _, _ = pack(sequences, np.ones(50, int), PackShape(20, 2, 64, 16))
     ids = batch.segment_ids.reshape(-1, 64)
     changes = (ids[:, 1:] != ids[:, :-1]).sum(1)
     segments = [len(np.unique(row)) for row in ids]

@@ -12,8 +12,8 @@ from pfjax.model import flops, log_probs, transformer
 
 def test_one_sequence_by_hand(tiny_config):
     # D 16, H C 32, K C 16, F 32: 16 (32 + 16 + 16) + 32 x 16 + 3 x 16 x 32 = 3,072
-    # weights a layer, two layers.
-    assert flops.weights_a_token(tiny_config) == 6144
+    # weights per layer, two layers.
+    assert flops.weights_per_token(tiny_config) == 6144
     # 10 tokens attend to 55: 4 x 2 layers x 4 heads x 8 wide; 6 logits of 16 words.
     got = flops.forward_flops(tiny_config, np.array([10]), np.array([6]))
     assert got == 2 * 6144 * 10 + 4 * 2 * 32 * 55 + 2 * 16 * 16 * 6
@@ -25,7 +25,7 @@ def test_adapters_spare_the_gradient_of_what_is_frozen(tiny_config):
     lengths, prompts = np.array([10]), np.array([4])
     whole = flops.update_flops(tiny_config, lengths, prompts)
     adapted = flops.update_flops(config, lengths, prompts)
-    adapters = flops.weights_a_token(config) - 6144
+    adapters = flops.weights_per_token(config) - 6144
     spared = 2 * (6144 * 10 + 16 * 16 * 6)
     assert adapted == whole + 4 * 2 * adapters * 10 - spared
 
@@ -69,7 +69,7 @@ def test_devices_by_name(kind, want):
     assert hardware.chip_of(kind) == (want and hardware.CHIPS[want])
 
 
-def test_mfu_is_a_share_of_the_peak(monkeypatch):
+def test_mfu_is_a_fraction_of_the_peak(monkeypatch):
     assert hardware.mfu(1e12, 1.0) is None  # nobody knows the peak of a CPU
     monkeypatch.setitem(
         hardware.CHIPS, "x", hardware.CHIPS["v5e"]._replace(kinds=("cpu",))

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from pfjax.trainer import health_checks, loop, metrics, preemption
+from pfjax.infra import dataset_io
+from pfjax.trainer import health_checks, loop, preemption
 
 LIMITS = {
     "length_floor": 0.25,
@@ -77,12 +78,12 @@ def config(enumerable_folder, tmp_path):
                 "num_steps": 4,
                 "prompts_per_step": 8,
                 "max_new_tokens": 1,  # which cuts nearly all
-                "row_length": 32,
-                "rows": 1,
+                "pack_length": 32,
+                "microbatch_size": 1,
                 "mesh.data": 8,
                 "mesh.fsdp": 1,
-                "guards.patience": 2,
-                "guards.truncated_ceiling": 0.5,
+                "health_checks.patience": 2,
+                "health_checks.truncated_ceiling": 0.5,
             }
         )
     return c
@@ -90,15 +91,15 @@ def config(enumerable_folder, tmp_path):
 
 @pytest.mark.parametrize("action", ["stop", "warn", "off"])
 def test_a_run_stops_or_warns_as_the_config_says(config, tmp_path, capsys, action):
-    config.guards.action = action
+    config.health_checks.action = action
     if action == "stop":
         with pytest.raises(
-            health_checks.StoppedByGuard, match="after step 2: responses do not"
+            health_checks.Unhealthy, match="after step 2: responses do not"
         ):
             loop.train_and_evaluate(config, str(tmp_path / "run"))
     else:
         loop.train_and_evaluate(config, str(tmp_path / "run"))
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(3 if action == "stop" else 5))
     assert capsys.readouterr().out.count("warning: responses") == 2 * (action == "warn")
 
@@ -121,7 +122,7 @@ def test_a_stuck_step_tells_where_it_stands(capfd):
 
 
 def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
-    with preemption.Interruption() as told:
+    with preemption.Preemption() as told:
         assert not told.is_asked
         signal.raise_signal(signal.SIGINT)
         assert told.is_asked

@@ -12,9 +12,9 @@ import pytest
 
 from configs import default, smoke
 from pfjax import objectives
-from pfjax.infra import hardware, sharding
+from pfjax.infra import dataset_io, hardware, sharding
 from pfjax.model import attention, hf, log_probs
-from pfjax.trainer import loop, metrics, setup
+from pfjax.trainer import loop, setup
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -40,12 +40,12 @@ def _config(model, folder) -> ml_collections.ConfigDict:
     c.model = str(model)
     c.data.train = str(prompts)
     c.data.eval = ""
-    c.psi_unboxed = 0.0  # nothing here has a box
+    c.format_penalty = 0.0  # nothing here has a box
     c.prompts_per_step = 8
     c.samples_per_prompt = 16
     c.max_new_tokens = 3
-    c.rows = 1
-    c.row_length = 32
+    c.microbatch_size = 1
+    c.pack_length = 32
     c.dtype = "float32"
     c.mesh.data, c.mesh.fsdp = 8, 1
     c.optim.learning_rate = 3e-3
@@ -54,7 +54,7 @@ def _config(model, folder) -> ml_collections.ConfigDict:
     c.num_steps = 4
     c.checkpoint_every = 2
     c.log_every = 1000
-    c.guards.action = "off"  # its target is cut at 3 tokens nearly always
+    c.health_checks.action = "off"  # its target is cut at 3 tokens nearly always
     return c
 
 
@@ -87,7 +87,7 @@ def converging(config, monkeypatch) -> ml_collections.ConfigDict:
     use_one_device(monkeypatch)
     config.mesh.data = 1
     config.samples_per_prompt = 128
-    config.rows, config.row_length = 64, 64
+    config.microbatch_size, config.pack_length = 64, 64
     config.optim.learning_rate = 1e-2
     return config
 
@@ -114,7 +114,7 @@ def test_training_reaches_the_exact_target(
     trained, _ = _distribution(tmp_path / "run/hf")
     assert np.exp(base).sum() == pytest.approx(1, abs=1e-4)
     assert np.exp(trained).sum() == pytest.approx(1, abs=1e-4)
-    last = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     if objective in ("powerflow", "tb_token"):
         target, want_log_z = length_aware_target(base, length, alpha)
     elif objective == "rl_token":
@@ -155,10 +155,10 @@ def test_rivals_train_on_their_rewards(tmp_path, objective):
     c = smoke.get_config()
     c.objective = objective
     c.data.train, c.data.eval = "pfjax/toy/train_answered.jsonl", ""
-    c.num_steps, c.prompts_per_step, c.rows = 3, 8, 8
+    c.num_steps, c.prompts_per_step, c.microbatch_size = 3, 8, 8
     c.updates_per_rollout = 2 if objective in ("empo", "intuitor") else 1
     loop.train_and_evaluate(c, str(tmp_path / "run"))
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     assert len(rows) == 3
     for row in rows:
         assert row["grad_norm"] > 0
@@ -179,7 +179,7 @@ def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
 
 
 def _deterministic(folder):
-    rows = metrics.read_jsonl(folder / "metrics.jsonl")
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
     timed = ("time/", "perf/")
     return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows]
 
@@ -202,12 +202,12 @@ def test_first_step_of_the_base_has_no_residual_and_no_gap(whole, config, tmp_pa
     config.num_steps = 1
     config.updates_per_rollout = 3  # of 3, 3 and 2 prompts
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    row = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert row["rollout/logp_gap_max"] < 1e-5
     # Only the first of the three updates is on policy: the mean weight is not 1.
     # (That its own are exactly 1 is shown in step_test.)
     assert 0.8 < row["is/w_mean"] != 1.0
-    row = metrics.read_jsonl(whole[1] / "metrics.jsonl")[1]
+    row = dataset_io.read_jsonl(whole[1] / "metrics.jsonl")[1]
     assert row["is/w_mean"] == 1.0
     assert abs(row["kl/policy_base_per_token"]) < 1e-5
     assert abs(row["tb/residual_mean"]) < 1e-5
@@ -220,7 +220,7 @@ def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
     config.optim.learning_rate = 3e-2
     config.log_z = "group"
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     # At first the policy is the base exactly; then it moves.
     assert abs(rows[1]["kl/policy_base_per_token"]) < 1e-6
     assert abs(rows[-1]["kl/policy_base_per_token"]) > 1e-3
@@ -244,14 +244,14 @@ def test_evaluation_has_sampling_options_of_its_own(config, tmp_path):
     config.data.eval, config.eval_samples, config.num_steps = config.data.train, 8, 1
     config.eval_sampling.temperature = 0.0
     loop.train_and_evaluate(config, str(tmp_path / "greedy"))
-    rows = metrics.read_jsonl(tmp_path / "greedy/metrics.jsonl")
+    rows = dataset_io.read_jsonl(tmp_path / "greedy/metrics.jsonl")
     assert rows[0]["eval/distinct"] == 1 / 8
     assert rows[1]["completions/mean_length"] < 3  # training draws as ever
     config.eval_sampling.temperature = 1.0
     config.eval_sampling.stop_strings = ("a", "b")
     loop.train_and_evaluate(config, str(tmp_path / "stops"))
     path = tmp_path / "stops/completions/step_000000.jsonl"
-    rows = metrics.read_jsonl(path)
+    rows = dataset_io.read_jsonl(path)
     assert rows and all(r["completion"].strip() == "" for r in rows)
 
 
@@ -284,7 +284,7 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ),
         ({"attention": "flash"}, "--config.attention=flash: must be one of .*'splash'"),
         ({"optim.mu_dtype": "float16"}, "--config.optim.mu_dtype=float16: must be one"),
-        ({"base_memory": "host", "lora.rank": 4}, "adapters the base is the policy's"),
+        ({"offload_ref": True, "lora.rank": 4}, "adapters the base is the policy's"),
         # Two heads.
         (
             {"mesh.data": 1, "mesh.tensor": 8},
@@ -293,8 +293,8 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
         ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),
         ({"data.train": "/no/prompts.jsonl"}, "/no/prompts.jsonl does not exist"),
-        ({"row_length": 4}, "row_length=4 is too short for longest prompt 2"),
-        ({"max_new_tokens": 100, "row_length": 200}, "exceeds the model's 64"),
+        ({"pack_length": 4}, "pack_length=4 is too short for longest prompt 2"),
+        ({"max_new_tokens": 100, "pack_length": 200}, "exceeds the model's 64"),
         ({"data.max_prompt_tokens": 1}, "all are too long"),
         ({"log_z": "group", "samples_per_prompt": 1}, "must be at least 2, got 1"),
     ],
@@ -320,18 +320,25 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     assert [r["step"] for r in _deterministic(tmp_path / "run")] == [0, 1]
 
 
-def test_a_base_that_waits_in_host_memory_changes_nothing(whole, tmp_path):
+def test_a_base_that_waits_in_host_memory_changes_nothing(whole, tmp_path, monkeypatch):
     config, on_device = whole
     config = config.copy_and_resolve_references()
-    config.base_memory = "host"
+    config.offload_ref = True
     loop.train_and_evaluate(config, str(tmp_path / "host"))
     assert _deterministic(tmp_path / "host") == _deterministic(on_device)
+    put, kinds = jax.device_put, set()
+
+    def record(x, where):
+        out = put(x, where)
+        kinds.update(y.sharding.memory_kind for y in jax.tree.leaves(out))
+        return out
+
+    monkeypatch.setattr(jax, "device_put", record)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        run, _ = setup.build(ml_collections.FrozenConfigDict(config), mesh)
-        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(run.base)}
-        on_devices = jax.tree.leaves(setup.base_on_devices(run))
-    assert kinds == {"pinned_host"}
+        trainer, _, _ = setup.setup(ml_collections.FrozenConfigDict(config), mesh)
+        assert "pinned_host" in kinds
+        on_devices = jax.tree.leaves(trainer.base())
     assert {x.sharding.memory_kind for x in on_devices} == {"device"}
 
 
@@ -356,7 +363,7 @@ def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
     config.checkpoint_every = config.num_steps  # a save compiles too
     with count_compiles() as count:
         loop.train_and_evaluate(config, str(tmp_path / "run"))
-    rows = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     for row in rows:
         parts = [row[f"time/{x}"] for x in ("rollout", "base_pass", "update")]
         assert 0 < sum(parts) <= row["time/step"]
@@ -407,10 +414,10 @@ def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
             for i in chosen
         )
     )  # fmt: skip
-    config.data.target, config.alpha, config.psi_unboxed = str(target), alpha, psi
+    config.data.target, config.alpha, config.format_penalty = str(target), alpha, psi
     config.num_steps = config.eval_every = 1
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    row = metrics.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
+    row = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
     log_target = alpha * (base + psi * length) - lam * length
     log_sum = np.log(np.exp(log_target).sum())
     gap, p = log_target - base, np.exp(log_target - log_sum)

@@ -17,7 +17,7 @@ def _config(**changes):
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
-    return optim.OptimConfig(**(kwargs | changes))
+    return kwargs | changes
 
 
 def _params():
@@ -28,7 +28,7 @@ def _params():
 
 
 def _updates(config, grads, steps=1):
-    optimizer, params = optim.make_optimizer(config), _params()
+    optimizer, params = optim.make_optimizer(**config), _params()
     state = optimizer.init(params)
     for _ in range(steps):
         updates, state = optimizer.update(grads, state, params)
@@ -69,7 +69,7 @@ def test_a_large_gradient_of_log_z_does_not_shrink_the_policys():
 
 
 def test_first_moment_may_be_kept_in_half_and_the_second_is_not():
-    optimizer = optim.make_optimizer(_config(mu_dtype="bfloat16"))
+    optimizer = optim.make_optimizer(**_config(mu_dtype="bfloat16"))
     (adam,) = (
         x
         for x in jax.tree.leaves(

@@ -1,0 +1,225 @@
+"""The plan of a run: does it fit, and what are the least seconds of a step?
+
+The only module of the planner that reads a config or builds the programs of a run.
+"""
+
+import math
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from pfjax.infra import hardware, sharding
+from pfjax.model import transformer
+from pfjax.model.transformer import ModelConfig
+from pfjax.planner import aot, estimates, hlo, roofline
+from pfjax.sampler import slots
+from pfjax.trainer import setup
+
+
+def make_plan(
+    config: ml_collections.FrozenConfigDict,
+    base_model: ModelConfig,
+    topology: str,
+    response_tokens: int,
+    can_compile: bool,
+) -> dict[str, Any]:
+    """What `python -m pfjax.plan` prints, as a dictionary ready for JSON.
+
+    Args:
+      config: of the run.
+      base_model: of its checkpoint.
+      topology: name of the devices, `v5e:4x4` or `h200:8`.
+      response_tokens: mean length of a response, an assumption.
+      can_compile: whether to compile for the devices, or to estimate.
+
+    Raises:
+      ValueError: if the topology is unknown or sizes do not divide.
+    """
+    chip, devices = aot.parse(topology)
+    make_mesh = aot.tpu_mesh if can_compile else aot.abstract_mesh
+    mesh = make_mesh(topology, **config.mesh)
+    fns = setup.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
+    state = {
+        "parameters": _bytes_of(fns.state.params),
+        "optimizer": _bytes_of(fns.state.opt_state),
+        "base": _bytes_of(fns.base),
+    }
+    waiting = state.pop("base") if config.offload_ref else 0
+    free = int(chip.memory) - sum(state.values())
+    try:
+        with aot.use_mesh(mesh):
+            work = _workload(config, fns, mesh, free, response_tokens)
+            if can_compile:
+                phases, sent = _compile(fns, work, config, mesh)
+            else:
+                phases, sent = estimates.temporaries(work), estimates.sent(work)
+    except (slots.NoRoom, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, slots.NoRoom) and "memory" not in str(error):
+            raise
+        # What does not fit is refused, with no more than by how much: an estimate.
+        small = _changed(config, {"rollout_slots": 1})
+        plan = make_plan(small, base_model, topology, response_tokens, False)
+        return plan | {"fits": False, "error": str(error).splitlines()[0]}
+    phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
+    phases["score"]["base from the host"] = waiting
+    memory = _memory(state, phases, chip)
+    return {
+        "model": config.model,
+        "topology": topology,
+        "devices": devices,
+        "compiled": can_compile,
+        "mesh": work.mesh,
+        "memory_gib": memory,
+        "fits": memory["total"] <= memory["available"],
+        "error": None,
+        **_step(work, sent, chip),
+    }
+
+
+def _workload(
+    config: ml_collections.FrozenConfigDict,
+    fns: setup.TrainFns,
+    mesh: Mesh | AbstractMesh,
+    free: int,
+    response_tokens: int,
+) -> roofline.Workload:
+    """A step of the config on the current mesh, with free bytes beside the state."""
+    model = fns.model
+    sizes = {
+        "num_prompts": config.prompts_per_step,
+        "samples_per_prompt": config.samples_per_prompt,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    plan = slots.plan_for(
+        model,
+        sharding.platform()[0],
+        lambda: free,
+        prompt_width=config.data.max_prompt_tokens,
+        num_slots=config.rollout_slots or None,
+        **sizes,
+    )
+    # A rollout reads a copy of the weights that is whole but for "tensor".
+    axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
+    where = sharding.tree_shardings(mesh, axes, shapes, without=("fsdp",))
+    return roofline.Workload(
+        model=model,
+        mesh=dict(mesh.shape),
+        plan=plan,
+        prompt_tokens=config.data.max_prompt_tokens // 4,
+        response_tokens=response_tokens,
+        micro_batch=config.microbatch_size * config.pack_length,
+        remat=config.remat,
+        weight_bytes=_bytes_of(setup.placed(shapes, where, model.dtype)),
+        param_bytes=_bytes_of(fns.state.params),
+        state_bytes=_bytes_of(fns.state),
+        **sizes,
+    )
+
+
+def _compile(
+    fns: setup.TrainFns,
+    work: roofline.Workload,
+    config: ml_collections.FrozenConfigDict,
+    mesh: Mesh,
+) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
+    """What each phase needs beside the state, and sends, as its program says."""
+    batch = setup.abstract_minibatch(fns, config, mesh)
+    phases, sent = {}, {}
+    for phase, program in aot.compile_phases(fns, batch, work).items():
+        phases[phase] = {"temporaries": aot.temporaries(program)}
+        if phase != "rollout":
+            phases[phase]["rows"] = _bytes_of(batch[:2])
+        found = hlo.collectives(program.as_text(), mesh)
+        sent[phase] = roofline.sent(work, phase, found)
+    return phases, sent
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes of the part of a tree of shapes that one device holds."""
+    part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+def _memory(
+    state: dict[str, int], phases: dict[str, dict[str, int]], chip: hardware.Chip
+) -> dict[str, Any]:
+    """GiB that stay, that each phase adds, and their sum at the peak of the step."""
+    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
+    gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
+    return {
+        "state": gib(state),
+        "phases": {phase: gib(x) for phase, x in phases.items()},
+        "total": peak / hardware.GIB,
+        "available": chip.memory / hardware.GIB,
+    }
+
+
+def _step(
+    work: roofline.Workload, sent: dict[str, list[roofline.Sent]], chip: hardware.Chip
+) -> dict[str, Any]:
+    """The assumed lengths, the least seconds of a step, and what it sends."""
+    phases = roofline.bounds(work, sent, chip)
+    slowest = max(phases, key=lambda phase: phases[phase]["seconds"])
+    seconds = sum(x["seconds"] for x in phases.values())
+    parts, prompts, notes = work.plan.parts, work.num_prompts, []
+    if prompts % parts:
+        idle = 1 - prompts / parts / math.ceil(prompts / parts)
+        notes = [
+            f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of "
+            + "the devices idle in rollouts; prompts_per_step a multiple of mesh.data * "
+            + "mesh.fsdp does not"
+        ]
+    rows = [(phase, x) for phase, rows in sent.items() for x in rows]
+    return {
+        "responses": work.responses,
+        "prompt_tokens": work.prompt_tokens,
+        "response_tokens": work.response_tokens,
+        "rollout_plan": str(work.plan),
+        "micro_batches": work.micro_batches,
+        "phases": phases,
+        "pflop": sum(x["pflop"] for x in phases.values()),
+        "seconds": seconds,
+        "tokens_per_s": work.responses * work.response_tokens / seconds,
+        "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
+        "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
+        "notes": notes,
+    }
+
+
+def advise(
+    config: ml_collections.FrozenConfigDict,
+    base_model: ModelConfig,
+    topology: str,
+    response_tokens: int,
+) -> str:
+    """The smallest change, by estimate, that would make a run fit."""
+    small = {"microbatch_size": 1, "remat": "full"}
+    host = {} if config.lora.rank else {"offload_ref": True}
+    choices = [small, {"optim.mu_dtype": "bfloat16"}, host]
+    choices += [{"mesh.tensor": n} for n in (2, 4, 8)]
+    choices += [{**small, **host, "mesh.tensor": n} for n in (2, 4, 8)]
+    choices += [{**small, "mesh.tensor": n, "lora.rank": 16} for n in (1, 2, 4, 8)]
+    for changes in choices:
+        changed = _changed(config, changes)
+        try:
+            plan = make_plan(changed, base_model, topology, response_tokens, False)
+        except ValueError:  # sizes that do not divide
+            continue
+        if plan["fits"]:
+            flags = " ".join(f"--config.{k}={v}" for k, v in changes.items())
+            peak = plan["memory_gib"]["total"]
+            return f"it would fit with {flags} ({peak:.1f} GiB by estimate)"
+    return "no change of a setting would make it fit: take more or larger devices"
+
+
+def _changed(
+    config: ml_collections.FrozenConfigDict, changes: dict[str, Any]
+) -> ml_collections.FrozenConfigDict:
+    out = ml_collections.ConfigDict(config)
+    with out.unlocked():
+        out.update_from_flattened_dict(changes)
+    return ml_collections.FrozenConfigDict(out)
