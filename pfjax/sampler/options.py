@@ -43,5 +43,5 @@ FILTER_NAMES = tuple(f.name for f in dataclasses.fields(TokenFilters))
 
 
 def token_filters(values: Mapping[str, Any]) -> TokenFilters:
-    """The filters among other values: flags, or a ConfigDict."""
+    """The filters among other values: of flags, or of a config as a dictionary."""
     return TokenFilters(**{name: values[name] for name in FILTER_NAMES})

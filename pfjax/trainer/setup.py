@@ -338,7 +338,7 @@ def _evaluation(
         max_new_tokens=config.max_new_tokens,
         temperature=config.eval_sampling.temperature,
         seed=config.seed,
-        token_filters=options.token_filters(config.eval_sampling),
+        token_filters=options.token_filters(config.eval_sampling.to_dict()),
         stop_strings=tuple(config.eval_sampling.stop_strings),
         **sampling,
     )
