@@ -15,7 +15,7 @@ _RING = {
     "collective-permute": lambda n: 1.0,
 }
 _COMPUTATION = re.compile(
-    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL
+    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}$", re.MULTILINE | re.DOTALL
 )
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_RING)})(-start)?\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
@@ -77,11 +77,11 @@ def _repeats(
         caller = todo.pop()
         times, loops = repeats[caller]
         for line in computations[caller].splitlines():
-            called = dict(_CALLS.findall(line))
-            for how, callees in called.items():
+            called = _CALLS.findall(line)
+            for how, callees in called:
                 trips = 1
                 if how == "body":
-                    names = (called[x].lstrip("%") for x in ("condition", "body"))
+                    names = (dict(called)[x].lstrip("%") for x in ("condition", "body"))
                     trips = _trips(line, *(computations.get(x, "") for x in names))
                 for callee in re.findall(r"[\w.\-]+", callees):
                     if callee not in computations or callee in repeats:

@@ -83,3 +83,17 @@ ENTRY %main (p: f32[4]) -> f32[8] {
     gather, reduce = hlo.collectives(text, mesh)
     assert (gather.kind, gather.axes, gather.sent) == ("all-gather", ("fsdp",), 16)
     assert (reduce.kind, reduce.axes, reduce.sent) == ("all-reduce", ("data",), 12)
+
+
+def test_computations_end_where_the_compiler_ends_them(mesh):
+    """Notes of kernels run over lines of which some begin with a bracket."""
+    text = """
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %k = f32[4]{0} custom-call(%p), backend_config={"notes": {
+"block": 512
+}}, metadata={op_name="kernel"}
+  %c = f32[4]{0} all-reduce(%k), replica_groups={{0,4},{1,5}}, to_apply=%add
+}
+"""
+    (found,) = hlo.collectives(text, mesh)
+    assert (found.kind, found.axes) == ("all-reduce", ("data",))
