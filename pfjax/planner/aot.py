@@ -280,7 +280,7 @@ def plan(
     bound = {name: max(x, key=x.get) for name, x in seconds.items()}
     longest = max(slowest, key=slowest.get)
     total = sum(slowest.values())
-    parts, prompts = found.plan.parts, config.prompts_per_step
+    parts, prompts = found.plan.dp_size, config.prompts_per_step
     if prompts % parts:
         out["notes"].append(
             f"{prompts} prompts over {parts} parts of the batch leave "

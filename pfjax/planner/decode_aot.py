@@ -17,7 +17,7 @@ def compile_decode(
     num_prompts: int,
     samples_per_prompt: int,
     max_new_tokens: int,
-) -> tuple[Any, decode.Draw]:
+) -> tuple[Any, decode.SamplerState]:
     """The loop over tokens of a rollout at the widest caches of its plan.
 
     Args:
@@ -37,17 +37,17 @@ def compile_decode(
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
-    draw = decode.Draw(
+    state = decode.SamplerState(
         _as_compiled(decode.weights, config, params),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
-    parts, prompts = plan.parts, -(-num_prompts // plan.parts)
-    int32 = lambda n: jax.ShapeDtypeStruct((parts * n,), jnp.int32)
+    prompts = -(-num_prompts // plan.dp_size)
+    int32 = lambda n: jax.ShapeDtypeStruct((plan.dp_size * n,), jnp.int32)
     queue = decode.Queue(
         *(int32(prompts) for _ in range(3)),
         *(int32(1) for _ in range(3)),
-        jax.ShapeDtypeStruct((parts * prompts * samples_per_prompt,), bool),
+        jax.ShapeDtypeStruct((plan.dp_size * prompts * samples_per_prompt,), bool),
     )
     prompts, of_slots, cache, results = _as_compiled(
         decode.start,
@@ -55,19 +55,19 @@ def compile_decode(
         s=settings,
         slots=plan.slots,
         width=plan.widths[-1],
-        lanes=plan.lanes,
+        prefix_slots=plan.prefix_slots,
         prompt_width=plan.prompt_width,
         new=max_new_tokens,
     )
     lowered = decode.decode.lower(
-        draw,
+        state,
         prompts,
         queue,
         of_slots,
         cache,
         results,
         s=settings,
-        columns=samples_per_prompt,
+        samples_per_prefix=samples_per_prompt,
     )
     return lowered.compile(), draw
 

@@ -135,7 +135,7 @@ class Traffic:
     def _steps(self) -> float:
         """Tokens that the busiest part of the batch decodes one after the other."""
         plan, config = self.plan, self.config
-        samples = math.ceil(config.prompts_per_step / plan.parts)
+        samples = math.ceil(config.prompts_per_step / plan.dp_size)
         samples *= config.samples_per_prompt
         return max(
             samples * self.response_tokens / plan.slots,
@@ -147,11 +147,11 @@ class Traffic:
         """Bytes that decoding reads of a device's memory."""
         plan, g = self.plan, self.config.samples_per_prompt
         per_token = plan.cache_bytes / (
-            plan.slots * plan.widths[-1] + plan.lanes * plan.prompt_width
+            plan.slots * plan.widths[-1] + plan.prefix_slots * plan.prompt_width
         )
-        busy = self.responses / plan.parts * self.response_tokens / self._steps
+        busy = self.responses / plan.dp_size * self.response_tokens / self._steps
         own = busy * self.response_tokens / 2
-        prompts = min(plan.lanes, math.ceil(busy / g)) * self.prompt_tokens
+        prompts = min(plan.prefix_slots, math.ceil(busy / g)) * self.prompt_tokens
         return self._steps * (weights + per_token * (own + prompts))
 
     def _sent(self, name: str, found: list[hlo.Collective]) -> dict[str, float]:

@@ -227,9 +227,11 @@ def _step(
             config.seed,
             step=number,
             prompt_ids=ids,
-            stop_ids=run.stop_ids,
-            prompt_width=run.prompt_width,
-            num_slots=run.rollout_plan.slots * run.rollout_plan.parts,
+            stop=options.StopConditions(run.stop_ids),
+            capacity=options.Capacity(
+                prompt_width=run.prompt_width,
+                num_slots=run.rollout_plan.slots * run.rollout_plan.dp_size,
+            ),
         )
     with clock.part("reward"):
         drawn = updates.judge(run, chosen, rollout, grader)
