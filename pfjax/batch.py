@@ -91,7 +91,7 @@ class Rollout(NamedTuple):
     lengths: np.ndarray  # int32 [P, G], tokens drawn, stop token included
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
-    row_steps: int  # slots times steps computed; tokens / row_steps did work
+    slot_steps: int  # slots times steps computed; tokens / slot_steps did work
 
 
 class RolloutBatch(NamedTuple):

@@ -52,7 +52,7 @@ def define_sampling_flags(
     max_new_tokens_help: str,
     stop_help: str,
 ) -> None:
-    """Declares how responses are drawn: the arguments are what entry points differ in."""
+    """Declares how responses are drawn; the arguments are what entry points differ in."""
     flags.DEFINE_integer("samples", samples, samples_help, lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", max_new_tokens, max_new_tokens_help)
     flags.DEFINE_float("temperature", 1.0, "0 is greedy")

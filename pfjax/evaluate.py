@@ -1,7 +1,7 @@
 r"""Scores: python -m pfjax.evaluate --model=runs/math/hf --benchmark=math500,aime24 --out=scores
 
 Sets come from the hub, or from --data=DIR with DIR/math500.jsonl and so on; a set may also
-be a file as in training. Each leaves two files in --out: NAME.jsonl, a line a response, and
+be a file as in training. Each leaves two files in --out: NAME.jsonl, one line per response, and
 NAME.json, its scores with every setting that moves them. The same command goes on where it
 was stopped; --regrade grades the responses there again, without the model.
 

@@ -91,7 +91,7 @@ def _sample() -> None:
             rollout, seconds = _draw_power(*args)
         else:
             rollout, seconds = _draw_tokens(*args, temperature, filters)
-    tokens, work = rollout.lengths.sum(), rollout.row_steps
+    tokens, work = rollout.lengths.sum(), rollout.slot_steps
     print(
         f"{tokens} tokens in {seconds:.1f} s, "
         f"{tokens / seconds:.0f} a second, compilation included; "
@@ -155,12 +155,14 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write, temperature, filte
             max_new_tokens,
             temperature,
             FLAGS.seed,
-            stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
-            num_slots=plan.slots * plan.parts,
             token_filters=filters,
-            stop_strings=tuple(FLAGS.stop),
-            decode_text=lambda ids: tokenizer.decode(tok, ids),
-            max_total_tokens=FLAGS.max_total_tokens,
+            stop=options.StopConditions(
+                tokenizer.stop_ids(tok, policy.config.stop_ids),
+                tuple(FLAGS.stop),
+                decode_text=lambda ids: tokenizer.decode(tok, ids),
+                max_total_tokens=FLAGS.max_total_tokens,
+            ),
+            capacity=options.Capacity(num_slots=plan.slots * plan.dp_size),
             on_finish=write_and_count,
         )
     return rollout, time.perf_counter() - begin

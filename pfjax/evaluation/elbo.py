@@ -16,6 +16,7 @@ import numpy as np
 from pfjax.model import log_probs, tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
+from pfjax.sampler.options import StopConditions
 from pfjax.targets import Target
 from pfjax.tasks import rewards
 from pfjax.tasks.data import TargetSamples
@@ -54,7 +55,7 @@ def bounds(
         num,
         max_new_tokens,
         seed=seed,
-        stop_ids=stop_ids,
+        stop=StopConditions(stop_ids),
     )
     own = [
         y[:n].tolist()

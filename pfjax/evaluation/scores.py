@@ -10,7 +10,7 @@ from pfjax.evaluation import estimators
 from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
-from pfjax.sampler.options import NO_FILTERS, TokenFilters
+from pfjax.sampler.options import NO_FILTERS, Capacity, StopConditions, TokenFilters
 from pfjax.tasks import grading
 from pfjax.tasks.benchmarks import Problem, text_of
 
@@ -45,7 +45,7 @@ def evaluate(
     differ by the policy alone.
 
     Returns:
-      Scores, see `summarise`; and one row a response.
+      Scores, see `summarise`; and one row per response.
     """
     found: dict[tuple[int, int], Row] = {}
 
@@ -101,11 +101,13 @@ def sample(
             settings.temperature,
             settings.seed,
             prompt_ids=todo,
-            stop_ids=settings.stop_ids,
-            prompt_width=settings.prompt_width,
             token_filters=settings.token_filters,
-            stop_strings=settings.stop_strings,
-            decode_text=functools.partial(tokenizer.decode, tok),
+            stop=StopConditions(
+                settings.stop_ids,
+                settings.stop_strings,
+                decode_text=functools.partial(tokenizer.decode, tok),
+            ),
+            capacity=Capacity(prompt_width=settings.prompt_width),
             on_finish=hand_over,
         )
 
@@ -131,16 +133,16 @@ def summarise(
     pass_at: tuple[int, ...] = (),
     maj_at: tuple[int, ...] = (),
 ) -> dict[str, float]:
-    """Scores of graded rows that stand in order, k to a prompt.
+    """Scores of graded rows that stand in order, k per prompt.
 
     Args:
       in_order: rows, the k samples of a prompt side by side.
-      k: samples a prompt.
+      k: samples per prompt.
       grader: tells which answers are the same.
       pass_at, maj_at: numbers of samples below k to give pass@n and maj@n for as well.
 
     Returns:
-      `length_mean`, `truncated`, `boxed_frac`, `distinct` (share of a prompt's
+      `length_mean`, `truncated`, `boxed_frac`, `distinct` (fraction of a prompt's
       responses that differ); where answers are known `avg@k`, its standard error over
       problems `avg@k_se`, `maj@k`, `pass@k`, `answer_classes` and `answer_entropy` of a
       problem (nats), `grader_timeouts`.

@@ -24,31 +24,31 @@ def decode_attention(
     own: KeyValue,
     prompts: KeyValue,
     own_length: Int[Array, "s"],
-    prompt_length: Int[Array, "lanes"],
-    cell: Int[Array, "s"],
-    columns: int,
+    prompt_length: Int[Array, "prefix_slots"],
+    grid_index: Int[Array, "s"],
+    samples_per_prefix: int,
     backend: str,
 ) -> Float[Array, "s h c"]:
     """Attention of one token per slot over its prompt and its own past, itself included.
 
-    A prompt's keys and values are stored once, in a lane, and read by all of its
-    samples: their queries are laid on a grid of `lanes x columns` cells. The two
-    parts are merged as one softmax.
+    A prompt's keys and values are stored once, in a prefix slot, and read by all of its
+    samples: their queries are laid on a grid, `prefix_slots x samples_per_prefix`. The
+    two parts are merged as one softmax.
 
     Args:
       q: queries of the newest tokens.
       own: caches of the slots, see `cache_shapes`.
-      prompts: caches of the lanes.
+      prompts: caches of the prefix slots.
       own_length: filled part of `own`.
       prompt_length: filled part of `prompts`; may be 0.
-      cell: which cell of the grid each slot stands on (lane times `columns` plus
-        column), no two on one. A slot past the grid reads garbage.
-      columns: of the grid.
+      grid_index: where each slot stands on the grid (prefix slot times
+        `samples_per_prefix` plus column), no two on one. A slot past the grid reads garbage.
+      samples_per_prefix: width of the grid.
       backend: one of `BACKENDS`.
     """
     s, h, c = q.shape
     num_kv = own[0].shape[1]
-    lanes = prompts[0].shape[0]
+    prefix_slots = prompts[0].shape[0]
     block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
     if backend != "xla":
         heads = (None, "kv_heads", None, None)
@@ -56,16 +56,21 @@ def decode_attention(
             block, (heads, heads, heads, (None,)), Part(heads, heads[:3], heads[:3])
         )
     rows = q.reshape(s, num_kv, h // num_kv, c)
-    slot = jnp.zeros(lanes * columns, jnp.int32)
-    slot = slot.at[cell].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
-    grid = rows[slot].reshape(lanes, columns, num_kv, -1, c)
-    grid = jnp.swapaxes(grid, 1, 2).reshape(lanes, num_kv, -1, c)
+    slot = jnp.zeros(prefix_slots * samples_per_prefix, jnp.int32)
+    slot = slot.at[grid_index].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
+    grid = rows[slot].reshape(prefix_slots, samples_per_prefix, num_kv, -1, c)
+    grid = jnp.swapaxes(grid, 1, 2).reshape(prefix_slots, num_kv, -1, c)
     first = block(grid, *prompts, prompt_length)
-    lane, column = jnp.minimum(cell // columns, lanes - 1), cell % columns
+    prefix_slot, column = (
+        jnp.minimum(grid_index // samples_per_prefix, prefix_slots - 1),
+        grid_index % samples_per_prefix,
+    )
 
     def back(x):
-        x = x.reshape(lanes, num_kv, columns, h // num_kv, *x.shape[3:])
-        return x[lane, :, column]
+        x = x.reshape(
+            prefix_slots, num_kv, samples_per_prefix, h // num_kv, *x.shape[3:]
+        )
+        return x[prefix_slot, :, column]
 
     return (
         merge(jax.tree.map(back, first), block(rows, *own, own_length))
@@ -114,19 +119,19 @@ def write_prompts(
     backend: str,
     cache: KeyValue,
     new: KeyValue,
-    lane: Int[Array, "b t"],
+    prefix_slot: Int[Array, "b t"],
     at: Int[Array, "b t"],
 ) -> KeyValue:
-    """Puts packed prompts' keys and values in their lanes; lane -1 is dropped."""
+    """Puts packed prompts' keys and values in their prefix slots; -1 drops them."""
     keys, values = (x.astype(c.dtype) for x, c in zip(new, cache, strict=True))
-    lane = jnp.where(lane < 0, cache[0].shape[0], lane)
-    index = (lane, slice(None), slice(None), at)
+    prefix_slot = jnp.where(prefix_slot < 0, cache[0].shape[0], prefix_slot)
+    index = (prefix_slot, slice(None), slice(None), at)
     keys = (
         cache[0].at[index].set(keys, mode="drop")
         if backend == "xla"
-        else cache[0].at[lane, :, at].set(keys, mode="drop")
+        else cache[0].at[prefix_slot, :, at].set(keys, mode="drop")
     )
-    return keys, cache[1].at[lane, :, at].set(values, mode="drop")
+    return keys, cache[1].at[prefix_slot, :, at].set(values, mode="drop")
 
 
 def _plain_block(

@@ -126,30 +126,30 @@ def _compile_decode(params: Params, work: Workload) -> Any:
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
-    draw = decode.Draw(
+    state = decode.SamplerState(
         _results(decode.weights, model, params),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
-    prompts = math.ceil(work.num_prompts / plan.parts)
-    array = lambda n, dtype: jax.ShapeDtypeStruct((plan.parts * n,), dtype)
+    prompts = math.ceil(work.num_prompts / plan.dp_size)
+    array = lambda n, dtype: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     queue = decode.Queue(
         *(array(prompts, jnp.int32) for _ in range(3)),
         *(array(1, jnp.int32) for _ in range(3)),
         array(prompts * g, bool),
     )
-    lanes, of_slots, cache, results = _results(
+    prefixes, of_slots, cache, results = _results(
         decode.start,
         queue,
         s=settings,
         slots=plan.slots,
         width=plan.widths[-1],
-        lanes=plan.lanes,
+        prefix_slots=plan.prefix_slots,
         prompt_width=plan.prompt_width,
         new=work.max_new_tokens,
     )
-    args = (draw, lanes, queue, of_slots, cache, results)
-    return decode.decode.lower(*args, s=settings, columns=g).compile()
+    args = (state, prefixes, queue, of_slots, cache, results)
+    return decode.decode.lower(*args, s=settings, samples_per_prefix=g).compile()
 
 
 def _results(f: Any, *args: Any, **kwargs: Any) -> Any:

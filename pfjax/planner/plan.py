@@ -165,7 +165,7 @@ def _step(
     phases = roofline.bounds(work, sent, chip)
     slowest = max(phases, key=lambda phase: phases[phase]["seconds"])
     seconds = sum(x["seconds"] for x in phases.values())
-    parts, prompts, notes = work.plan.parts, work.num_prompts, []
+    parts, prompts, notes = work.plan.dp_size, work.num_prompts, []
     if prompts % parts:
         idle = 1 - prompts / parts / math.ceil(prompts / parts)
         notes = [

@@ -55,7 +55,7 @@ class Workload:
     @property
     def decode_steps(self) -> float:
         """Tokens that the busiest part of the batch decodes one after the other."""
-        samples = math.ceil(self.num_prompts / self.plan.parts)
+        samples = math.ceil(self.num_prompts / self.plan.dp_size)
         samples *= self.samples_per_prompt
         # The longest response is decoded alone at the end.
         longest = min(3 * self.response_tokens, self.max_new_tokens)
@@ -133,9 +133,9 @@ def bounds(
 def _decoded_bytes(w: Workload) -> float:
     """Bytes that decoding reads: at each token the weights and what caches hold."""
     plan = w.plan
-    cached = plan.slots * plan.widths[-1] + plan.lanes * plan.prompt_width
-    busy = w.responses / plan.parts * w.response_tokens / w.decode_steps
+    cached = plan.slots * plan.widths[-1] + plan.prefix_slots * plan.prompt_width
+    busy = w.responses / plan.dp_size * w.response_tokens / w.decode_steps
     # On average a response is half done. Samples of a prompt share its cache.
-    prompts = min(plan.lanes, math.ceil(busy / w.samples_per_prompt))
+    prompts = min(plan.prefix_slots, math.ceil(busy / w.samples_per_prompt))
     tokens = busy * w.response_tokens / 2 + prompts * w.prompt_tokens
     return w.decode_steps * (w.weight_bytes + plan.cache_bytes / cached * tokens)

@@ -55,7 +55,7 @@ class Run(NamedTuple):
     """What the chains of one shard read, and never change."""
 
     spec: Spec
-    state: decode.Draw
+    state: decode.SamplerState
     alpha: Float[Array, ""]
     log_z: Float[Array, ""]
     prompts: Prompts
@@ -129,7 +129,7 @@ def draw(
         max_new_tokens=max_new_tokens,
         prompt_width=int(lengths.max()),
     )
-    at_once = plan.parts * max(plan.slots // chains_per_prompt, 1)
+    at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
     settings = decode.Settings(
         config=policy.config,
         samples_per_prompt=chains_per_prompt,
@@ -141,7 +141,7 @@ def draw(
     )
     no_alpha = dataclasses.replace(goal.target, alpha=None)
     spec = Spec(settings, no_alpha, goal.reward, plan.widths[-1], max_new_tokens)
-    state = decode.Draw(
+    state = decode.SamplerState(
         decode.weights(policy.config, policy.params),
         jax.random.key(seed),
         np.float32(goal.temperature),
@@ -165,7 +165,10 @@ def draw(
 
 
 def begin(
-    spec: Spec, state: decode.Draw, numbers: tuple[Array, Array], prompts: Prompts
+    spec: Spec,
+    state: decode.SamplerState,
+    numbers: tuple[Array, Array],
+    prompts: Prompts,
 ) -> tuple[Run, Chains]:
     """Prompts but their last tokens in caches; empty responses."""
     s, num = spec.settings, len(prompts.length)
@@ -216,11 +219,11 @@ def one_token(
     before = jnp.take_along_axis(y.tokens, jnp.maximum(at - 1, 0)[:, None], axis=1)
     running = decode.Slots(
         sample=slot,
-        cell=slot,
+        grid_index=slot,
         drawn=at,
         last=jnp.where(at > 0, before[:, 0], of_prompt[prompt]),
         begun=jnp.zeros(1, jnp.int32),
-        row_steps=jnp.zeros(1, jnp.int32),
+        slot_steps=jnp.zeros(1, jnp.int32),
     )
     logits, cache = decode.forward(s, run.state, run.cached, running, y.cache, g)
     log_p = jax.nn.log_softmax(logits)

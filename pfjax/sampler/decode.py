@@ -1,9 +1,9 @@
-"""What runs on the devices in a rollout: prefill, decode, resize.
+"""What runs on the devices in a rollout: prefill and decode; `resize.py` has the rest.
 
 Every function below sees one part of the batch (see `sharding.over_batch`): S slots,
-each decoding one sample; a queue of N samples, G of each prompt; lanes, each holding
-the keys and values of one prompt. Its scalars are arrays of one element, so that all
-arrays are split the same way.
+each decoding one sample; a queue of N samples, G of each prompt; prefix slots, each
+holding the keys and values of one prompt. Its scalars are arrays of one element, so that
+all arrays are split the same way.
 
 A prompt's last token is not prefilled: a slot begins by running it, and draws the
 response's first token from what it predicts. All tokens thus come from one place.
@@ -38,7 +38,7 @@ class Settings(NamedTuple):
     cache_dtype: str
 
 
-class Draw(NamedTuple):
+class SamplerState(NamedTuple):
     """What random numbers and probabilities come from, whole on every device."""
 
     weights: Params  # `transformer.unstack`ed
@@ -51,36 +51,34 @@ class Queue(NamedTuple):
 
     prompt_id: Int[Array, "q"]  # in the random numbers
     last_token: Int[Array, "q"]  # of the prompt
-    lane: Int[Array, "q"]
+    prefix_slot: Int[Array, "q"]
     ready: Int[Array, "1"]  # samples whose prompt has been prefilled
-    limit: Int[Array, "1"]  # tokens a sample may have
+    limit: Int[Array, "1"]  # tokens per sample at most
     steps: Int[Array, "1"]  # to decode before the host is asked again
     is_cut: Array  # bool [N], samples to be ended now
 
 
-# Keys and values, a layer an entry. That of the slots holds their prompt's last token
+# Keys and values, one entry per layer. That of the slots holds their prompt's last token
 # and all tokens drawn but the last.
 Cache = list[KeyValue]
 
 
 class Prompts(NamedTuple):
-    """The prompts but their last tokens, one a lane."""
+    """The prompts but their last tokens, one per prefix slot."""
 
     cache: Cache
-    length: Int[Array, "lanes"]
+    length: Int[Array, "prefix_slots"]
 
 
 class Slots(NamedTuple):
     """What is being decoded. An idle slot has sample N."""
 
     sample: Int[Array, "s"]
-    cell: Int[
-        Array, "s"
-    ]  # its place on the grid of `decode_attention.decode_attention`
+    grid_index: Int[Array, "s"]  # its place on the grid of `decode_attention`
     drawn: Int[Array, "s"]  # tokens drawn so far
     last: Int[Array, "s"]  # token to be run next
     begun: Int[Array, "1"]  # samples begun so far
-    row_steps: Int[Array, "1"]  # slots times steps computed so far
+    slot_steps: Int[Array, "1"]  # slots times steps computed so far
 
 
 class Results(NamedTuple):
@@ -96,16 +94,18 @@ def empty_cache(s: Settings, batch: int, width: int) -> Cache:
         s.backend, batch, c.num_kv_heads, width, c.head_dim
     )
     one = lambda shape: jnp.zeros(shape, s.cache_dtype)
-    return _placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
+    return placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
 
 
-def _placed(caches: Cache) -> Cache:
+def placed(caches: Cache) -> Cache:
+    """Caches split over the mesh as their sequences and heads are."""
     place = lambda x: sharding.constrain(x, "batch", "kv_heads", None, None)
     return jax.tree.map(place, caches)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("s", "slots", "width", "lanes", "prompt_width", "new")
+    jax.jit,
+    static_argnames=("s", "slots", "width", "prefix_slots", "prompt_width", "new"),
 )
 def start(
     queue: Queue,
@@ -113,7 +113,7 @@ def start(
     s: Settings,
     slots: int,
     width: int,
-    lanes: int,
+    prefix_slots: int,
     prompt_width: int,
     new: int,
 ) -> tuple[Prompts, Slots, Cache, Results]:
@@ -124,16 +124,18 @@ def start(
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
         empty = Slots(
             sample=jnp.full(slots, n, jnp.int32),
-            cell=jnp.full(slots, lanes * s.samples_per_prompt, jnp.int32),
+            grid_index=jnp.full(slots, prefix_slots * s.samples_per_prompt, jnp.int32),
             drawn=zeros(slots),
             last=zeros(slots),
             begun=zeros(1),
-            row_steps=zeros(1),
+            slot_steps=zeros(1),
         )
         results = Results(
             zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
         )
-        prompts = Prompts(empty_cache(s, lanes, prompt_width), zeros(lanes))
+        prompts = Prompts(
+            empty_cache(s, prefix_slots, prompt_width), zeros(prefix_slots)
+        )
         return prompts, empty, empty_cache(s, slots, width), results
 
     return sharding.over_batch(local, 0)(queue)
@@ -141,36 +143,36 @@ def start(
 
 @functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
 def prefill(
-    draw: Draw,
+    state: SamplerState,
     prompts: Prompts,
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
-    lane: Int[Array, "b t"],
-    length: Int[Array, "lanes"],
+    prefix_slot: Int[Array, "b t"],
+    length: Int[Array, "prefix_slots"],
     *,
     s: Settings,
 ) -> Prompts:
-    """Fills lanes from packed rows of prompts.
+    """Fills prefix slots from packed rows of prompts.
 
     Args:
-      lane: where each token's keys and values go; -1 drops them.
-      length: new lengths of all lanes.
+      prefix_slot: where each token's keys and values go; -1 drops them.
+      length: new lengths of all prefix slots.
     """
 
-    args = (prompts, tokens, positions, segment_ids, lane, length)
-    return sharding.over_batch(functools.partial(prefill_local, s=s), 1)(draw, *args)
+    args = (prompts, tokens, positions, segment_ids, prefix_slot, length)
+    return sharding.over_batch(functools.partial(prefill_local, s=s), 1)(state, *args)
 
 
 @jax.named_scope("rollout")
 def prefill_local(
-    draw: Draw,
+    state: SamplerState,
     prompts: Prompts,
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"],
-    lane: Int[Array, "b t"],
-    length: Int[Array, "lanes"],
+    prefix_slot: Int[Array, "b t"],
+    length: Int[Array, "prefix_slots"],
     *,
     s: Settings,
 ) -> Prompts:
@@ -180,17 +182,21 @@ def prefill_local(
     def attend(q, k, v, layer):
         cache = prompts.cache[layer]
         new.append(
-            decode_attention.write_prompts(s.backend, cache, (k, v), lane, positions)
+            decode_attention.write_prompts(
+                s.backend, cache, (k, v), prefix_slot, positions
+            )
         )
         return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
 
-    transformer.apply_layers(s.config, draw.weights, tokens, positions, attend)
-    return Prompts(_placed(new), length)
+    transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
+    return Prompts(placed(new), length)
 
 
-@functools.partial(jax.jit, static_argnames=("s", "columns"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("s", "samples_per_prefix"), donate_argnames="cache"
+)
 def decode(
-    draw: Draw,
+    state: SamplerState,
     prompts: Prompts,
     queue: Queue,
     slots: Slots,
@@ -198,14 +204,14 @@ def decode(
     results: Results,
     *,
     s: Settings,
-    columns: int,
+    samples_per_prefix: int,
 ) -> tuple[Slots, Cache, Results]:
-    """Draws `queue.steps` tokens a slot, or until nothing is left to draw.
+    """Draws `queue.steps` tokens per slot, or until nothing is left to draw.
 
     A slot whose sample ends takes the next ready one before the following step.
     """
 
-    def local(draw, prompts, queue, slots, cache, results):
+    def local(state, prompts, queue, slots, cache, results):
         n = results.length.shape[0]
 
         def is_busy(carry):
@@ -216,16 +222,16 @@ def decode(
         @jax.named_scope("rollout")
         def body(carry):
             i, slots, cache, results = carry
-            slots = _begin(s, queue, slots, columns)
-            logits, cache = forward(s, draw, prompts, slots, cache, columns)
-            slots, results = _record(s, draw, queue, slots, results, logits)
+            slots = _begin(s, queue, slots, samples_per_prefix)
+            logits, cache = forward(s, state, prompts, slots, cache, samples_per_prefix)
+            slots, results = _record(s, state, queue, slots, results, logits)
             return i + 1, slots, cache, results
 
         start = (jnp.int32(0), _cut(queue, slots), cache, results)
         return lax.while_loop(is_busy, body, start)[1:]
 
     args = (prompts, queue, slots, cache, results)
-    return sharding.over_batch(local, 1)(draw, *args)
+    return sharding.over_batch(local, 1)(state, *args)
 
 
 def _cut(queue: Queue, slots: Slots) -> Slots:
@@ -234,7 +240,7 @@ def _cut(queue: Queue, slots: Slots) -> Slots:
     return slots._replace(sample=jnp.where(is_cut, n, slots.sample))
 
 
-def _begin(s: Settings, queue: Queue, slots: Slots, columns: int) -> Slots:
+def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
     """Idle slots take the next ready samples."""
     n, g = queue.is_cut.shape[0], s.samples_per_prompt
     is_idle = slots.sample >= n
@@ -242,13 +248,15 @@ def _begin(s: Settings, queue: Queue, slots: Slots, columns: int) -> Slots:
     takes = is_idle & (sample < queue.ready)
     sample = jnp.where(takes, sample, slots.sample)
     of_prompt = lambda x: x[jnp.minimum(sample // g, x.shape[0] - 1)]
-    # With fewer columns than samples a prompt nothing is left to begin.
-    cell = of_prompt(queue.lane) * columns + sample % g
+    # On a grid narrower than the samples per prompt nothing is left to begin.
+    grid_index = of_prompt(queue.prefix_slot) * samples_per_prefix + sample % g
     nowhere = jnp.iinfo(jnp.int32).max
-    cell = jnp.where(takes, cell, jnp.where(is_idle, nowhere, slots.cell))
+    grid_index = jnp.where(
+        takes, grid_index, jnp.where(is_idle, nowhere, slots.grid_index)
+    )
     return slots._replace(
         sample=sample,
-        cell=cell,
+        grid_index=grid_index,
         drawn=jnp.where(is_idle, 0, slots.drawn),
         last=jnp.where(takes, of_prompt(queue.last_token), slots.last),
         begun=slots.begun + takes.sum(dtype=jnp.int32),
@@ -257,11 +265,11 @@ def _begin(s: Settings, queue: Queue, slots: Slots, columns: int) -> Slots:
 
 def forward(
     s: Settings,
-    draw: Draw,
+    state: SamplerState,
     prompts: Prompts,
     slots: Slots,
     cache: Cache,
-    columns: int,
+    samples_per_prefix: int,
 ) -> tuple[Float[Array, "s v"], Cache]:
     """Runs the last token of every slot; logits of the next."""
     new = []
@@ -278,25 +286,27 @@ def forward(
             prompts.cache[layer],
             slots.drawn + 1,
             prompts.length,
-            slots.cell,
-            columns,
+            slots.grid_index,
+            samples_per_prefix,
             s.backend,
         )
         return out[:, None]
 
-    lane = jnp.minimum(slots.cell // columns, len(prompts.length) - 1)
-    positions = prompts.length[lane] + slots.drawn
+    prefix_slot = jnp.minimum(
+        slots.grid_index // samples_per_prefix, len(prompts.length) - 1
+    )
+    positions = prompts.length[prefix_slot] + slots.drawn
     hidden = transformer.apply_layers(
-        s.config, draw.weights, slots.last[:, None], positions[:, None], attend
+        s.config, state.weights, slots.last[:, None], positions[:, None], attend
     )
     return log_probs.logits(
-        hidden[:, 0], transformer.head_weight(draw.weights)
-    ), _placed(new)
+        hidden[:, 0], transformer.head_weight(state.weights)
+    ), placed(new)
 
 
 def _record(
     s: Settings,
-    draw: Draw,
+    state: SamplerState,
     queue: Queue,
     slots: Slots,
     results: Results,
@@ -304,7 +314,7 @@ def _record(
 ) -> tuple[Slots, Results]:
     """Draws the next token of every slot; those that end their sample go idle."""
     n = results.length.shape[0]
-    token = _draw(s, draw, queue, slots, logits)
+    token = _draw(s, state, queue, slots, logits)
     log_p, _ = log_probs.log_softmax_at(logits, token)
     at = (slots.sample, slots.drawn)  # an idle slot's sample is out of bounds
     drawn = slots.drawn + 1
@@ -321,13 +331,17 @@ def _record(
         sample=jnp.where(ends, n, slots.sample),
         drawn=drawn,
         last=token,
-        row_steps=slots.row_steps + len(slots.sample),
+        slot_steps=slots.slot_steps + len(slots.sample),
     )
     return slots, results
 
 
 def _draw(
-    s: Settings, draw: Draw, queue: Queue, slots: Slots, logits: Float[Array, "s v"]
+    s: Settings,
+    state: SamplerState,
+    queue: Queue,
+    slots: Slots,
+    logits: Float[Array, "s v"],
 ) -> Int[Array, "s"]:
     if s.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -335,65 +349,14 @@ def _draw(
     prompt = jnp.minimum(slots.sample // g, queue.prompt_id.shape[0] - 1)
 
     def one(prompt_id, sample, position, logits):
-        key = draw.key
+        key = state.key
         for number in (prompt_id, sample, position):
             key = jax.random.fold_in(key, number)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
-    logits = filters.apply(s.token_filters, logits / draw.temperature)
+    logits = filters.apply(s.token_filters, logits / state.temperature)
     numbers = (queue.prompt_id[prompt], slots.sample % g, slots.drawn)
     return jax.vmap(one)(*numbers, logits)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("s", "to_slots", "width", "columns", "to_columns", "is_own"),
-)
-def resize(
-    prompts: Prompts,
-    slots: Slots,
-    cache: Cache,
-    *,
-    s: Settings,
-    to_slots: int,
-    width: int,
-    columns: int,
-    to_columns: int,
-    is_own: bool,
-) -> tuple[Prompts, Slots, Cache]:
-    """Other numbers of slots, of tokens a slot may hold, and of columns of the grid.
-
-    With fewer slots the busy ones, which must fit, move together. Fewer columns, or
-    every slot a copy of its prompt for its own (`is_own`), only after the last sample
-    of the queue has begun.
-    """
-
-    def fit(x: Array, axis: int) -> Array:
-        now = x.shape[axis]
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, max(width - now, 0))
-        return jnp.pad(lax.slice_in_dim(x, 0, min(width, now), axis=axis), padding)
-
-    def local(prompts, slots, cache):
-        if to_slots < len(slots.sample):
-            order = jnp.argsort(slots.sample, stable=True)[:to_slots]  # idle ones last
-            names = ("sample", "cell", "drawn", "last")
-            slots = slots._replace(**{x: getattr(slots, x)[order] for x in names})
-            cache = jax.tree.map(lambda x: x[order], cache)
-        key_axis = 3 if s.backend == "xla" else 2
-        cache = [(fit(k, key_axis), fit(v, 2)) for k, v in cache]
-        lane = jnp.minimum(slots.cell // columns, len(prompts.length) - 1)
-        if is_own:
-            prompts = jax.tree.map(lambda x: x[lane], prompts)
-            slots = slots._replace(cell=jnp.arange(to_slots, dtype=jnp.int32))
-        elif to_columns < columns:
-            earlier = jnp.tri(to_slots, k=-1, dtype=bool)
-            rank = (earlier & (lane[:, None] == lane[None])).sum(axis=1)
-            slots = slots._replace(cell=(lane * to_columns + rank).astype(jnp.int32))
-        prompts = prompts._replace(cache=_placed(prompts.cache))
-        return prompts, slots, _placed(cache)
-
-    return sharding.over_batch(local, 0)(prompts, slots, cache)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -6,6 +6,7 @@ on the devices. The random number behind a token depends on (seed, step, prompt 
 sample, position) only, so that none of them changes what is drawn.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,8 +14,8 @@ import numpy as np
 
 from pfjax.batch import Rollout
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode, slots
-from pfjax.sampler.options import NO_FILTERS, TokenFilters
+from pfjax.sampler import decode, options, slots
+from pfjax.sampler.options import Capacity, StopConditions, TokenFilters
 from pfjax.sampler.scheduler import Finished, Scheduler
 
 
@@ -28,15 +29,9 @@ def rollout(
     *,
     step: int = 0,
     prompt_ids: list[int] | None = None,
-    stop_ids: tuple[int, ...] | None = None,
-    prompt_width: int | None = None,
-    num_slots: int | None = None,
-    cache_dtype: str | None = None,
-    backend: str | None = None,
-    token_filters: TokenFilters = NO_FILTERS,
-    stop_strings: tuple[str, ...] = (),
-    decode_text: Callable[[list[int]], str] | None = None,
-    max_total_tokens: int | None = None,
+    token_filters: TokenFilters = options.NO_FILTERS,
+    stop: StopConditions = options.NO_STOP,
+    capacity: Capacity = options.ANY_CAPACITY,
     on_finish: Callable[[list[Finished]], None] | None = None,
 ) -> Rollout:
     """Draws responses.
@@ -49,29 +44,18 @@ def rollout(
       max_new_tokens: R; a response that has not stopped by then is cut.
       temperature: of sampling; 0 takes the likeliest token (not for training).
         Recorded log-probs are at temperature 1 always.
-      seed: with the same seed, step and prompt ids the draws are the same.
-      step: training step, so that a prompt draws anew when it returns.
+      seed: with the same seed, step and prompt ids the samples are the same.
+      step: training step, so that a prompt is answered anew when it returns.
       prompt_ids: P integers that stand for the prompts in the random numbers;
         their order in the list when not given.
-      stop_ids: tokens that end a response; the config's when not given.
-      prompt_width: room for prompts, so that rollouts of different prompts share
-        compiled programs; what the longest needs when not given.
-      num_slots: samples decoded at once, over all devices; as many as memory holds
-        when not given.
-      cache_dtype: of keys and values; when not given bfloat16 on accelerators and
-        the type of the computation on CPU.
-      backend: one of `decode_attention.BACKENDS`; that of the platform when not given.
       token_filters: of the distribution drawn from (not for training).
-      stop_strings: a response ends with the token that completes one of them in its
-        text (not for training: no token then stands for the decision to stop).
-      decode_text: token ids to text; needed with `stop_strings`.
-      max_total_tokens: of all responses together. Every response is cut at the
-        largest common length that keeps within it.
+      stop: see `StopConditions`.
+      capacity: see `Capacity`.
       on_finish: called with the responses that have ended since the last call, while
         the devices go on (at the end only, with `max_total_tokens`).
 
     Returns:
-      Host arrays; see `types.Rollout`.
+      Host arrays; see `batch.Rollout`.
 
     Raises:
       ValueError: for an empty prompt, a negative temperature, prompts wider than
@@ -84,41 +68,36 @@ def rollout(
     (1, 2, 5)
     """
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
-    prompt_width = prompt_width or longest
+    prompt_width = capacity.prompt_width or longest
     if longest > prompt_width:
         raise ValueError(
             f"a prompt has {longest} tokens, prompt_width is {prompt_width}"
         )
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    if stop_strings and decode_text is None:
-        raise ValueError("stop_strings need decode_text, which makes text of tokens")
     num_samples = len(prompts) * samples_per_prompt
-    if max_total_tokens is not None and max_total_tokens < num_samples:
+    if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
         raise ValueError(
-            f"max_total_tokens={max_total_tokens} is less than one token for each of "
-            f"the {num_samples} responses"
+            f"max_total_tokens={stop.max_total_tokens} is less than one token for each "
+            f"of the {num_samples} responses"
         )
     plan = slots.make_plan(
         policy,
         num_prompts=len(prompts),
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
-        prompt_width=prompt_width,
-        num_slots=num_slots,
-        cache_dtype=cache_dtype,
-        backend=backend,
+        **dataclasses.asdict(capacity) | {"prompt_width": prompt_width},
     )
     settings = decode.Settings(
         config=policy.config,
         samples_per_prompt=samples_per_prompt,
-        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        stop_ids=policy.config.stop_ids if stop.stop_ids is None else stop.stop_ids,
         is_greedy=temperature == 0,
         token_filters=token_filters,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
-    draw = decode.Draw(
+    state = decode.SamplerState(
         decode.weights(policy.config, policy.params),
         jax.random.fold_in(jax.random.key(seed), step),
         np.float32(temperature or 1.0),
@@ -126,14 +105,12 @@ def rollout(
     return Scheduler(
         plan,
         settings,
-        draw,
+        state,
         prompts,
         prompt_ids,
         max_new_tokens,
-        stop_strings=stop_strings,
-        decode_text=decode_text,
-        max_total_tokens=max_total_tokens,
-        on_finish=on_finish,
+        stop,
+        on_finish,
     ).to_end()
 
 

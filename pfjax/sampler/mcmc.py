@@ -75,7 +75,7 @@ def metropolis_hastings(
       stop_ids: tokens that end a response; the config's when not given.
 
     Returns:
-      Host arrays, as `engine.rollout` does; `row_steps` counts all tokens drawn for them.
+      Host arrays, as `engine.rollout` does; `slot_steps` counts all that was drawn.
 
     Raises:
       ValueError: for a target that cannot be drawn from, or prompts that do not fit.
@@ -98,7 +98,7 @@ def metropolis_hastings(
 
 @functools.partial(jax.jit, static_argnames=("spec", "blocks", "steps"))
 def _program(
-    state: decode.Draw,
+    state: decode.SamplerState,
     numbers: tuple[Array, Array],
     prompts: chains.Prompts,
     *,

@@ -4,7 +4,7 @@ Needs nothing but Python, as command lines are parsed before jax is configured.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -45,3 +45,38 @@ FILTER_NAMES = tuple(f.name for f in dataclasses.fields(TokenFilters))
 def token_filters(values: Mapping[str, Any]) -> TokenFilters:
     """The filters among other values: of flags, or of a config as a dictionary."""
     return TokenFilters(**{name: values[name] for name in FILTER_NAMES})
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConditions:
+    """Where responses end, besides at `max_new_tokens`."""
+
+    stop_ids: tuple[int, ...] | None = None  # tokens that end one; None: the config's
+    # A response ends with the token that completes one of these in its text (not for
+    # training: no token then stands for the decision to stop).
+    stop_strings: tuple[str, ...] = ()
+    decode_text: Callable[[list[int]], str] | None = None  # needed with stop_strings
+    # Of all responses together: each is cut at the largest common length that keeps
+    # within it.
+    max_total_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.stop_strings and self.decode_text is None:
+            raise ValueError(
+                "stop_strings need decode_text, which makes text of tokens"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What a rollout takes of the devices, which changes no sample. None: chosen by
+    `slots.make_plan` from the prompts, the memory and the platform."""
+
+    prompt_width: int | None = None  # so that other prompts share compiled programs
+    num_slots: int | None = None  # samples decoded at once, over all devices
+    cache_dtype: str | None = None  # of keys and values: bfloat16 on accelerators, else
+    # the type of the computation
+    backend: str | None = None  # one of `decode_attention.BACKENDS`
+
+
+NO_STOP, ANY_CAPACITY = StopConditions(), Capacity()

@@ -13,7 +13,8 @@ import numpy as np
 
 from pfjax.batch import Rollout, pack_prompts
 from pfjax.infra import sharding
-from pfjax.sampler import decode, limits, slots
+from pfjax.sampler import decode, limits, resize, slots
+from pfjax.sampler.options import StopConditions
 
 # Prompt tokens that one prefill runs at most.
 PREFILL_TOKENS = 4096
@@ -29,7 +30,7 @@ class Finished(NamedTuple):
     is_stopped: bool  # by a stop token or string, rather than cut
 
 
-class _Look(NamedTuple):
+class HostView(NamedTuple):
     """What the host has seen of the slots, for each part of the batch."""
 
     sample: np.ndarray  # [D, S]
@@ -49,22 +50,18 @@ class Scheduler:
         self,
         plan: slots.Plan,
         settings: decode.Settings,
-        draw: decode.Draw,
+        state: decode.SamplerState,
         prompts: list[list[int]],
         prompt_ids: list[int] | None,
         max_new_tokens: int,
-        *,
-        stop_strings: tuple[str, ...],
-        decode_text: Callable[[list[int]], str] | None,
-        max_total_tokens: int | None,
+        stop: StopConditions,
         on_finish: Callable[[list[Finished]], None] | None,
     ):
-        d, g = plan.parts, settings.samples_per_prompt
+        d, g = plan.dp_size, settings.samples_per_prompt
         per_part = -(-len(prompts) // d)
-        self.plan, self.settings, self.draw = plan, settings, draw
+        self.plan, self.settings, self.state = plan, settings, state
         self.num_prompts, self.max_new_tokens = len(prompts), max_new_tokens
-        self.stop_strings, self.decode_text = stop_strings, decode_text
-        self.max_total_tokens, self.on_finish = max_total_tokens, on_finish
+        self.stop, self.on_finish = stop, on_finish
         self.prompts = [prompts[i::d] for i in range(d)]
         self.num_samples = np.array([len(p) * g for p in self.prompts], np.int32)
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -73,29 +70,29 @@ class Scheduler:
         for i, (prompt, number) in enumerate(zip(prompts, ids, strict=True)):
             self.prompt_id[i % d, i // d] = number
             self.last_token[i % d, i // d] = prompt[-1]
-        self.lane = np.zeros((d, per_part), np.int32)
+        self.prefix_slot = np.zeros((d, per_part), np.int32)
         self.num_prefilled = np.zeros(d, np.int32)
-        self.prompt_length = np.zeros((d, plan.lanes), np.int32)
+        self.prompt_length = np.zeros((d, plan.prefix_slots), np.int32)
         self.limit = max_new_tokens
         self.cut = np.zeros((d, per_part * g), np.int32)  # length; 0 for not cut
         self.known = np.zeros_like(self.cut)  # tokens seen of each sample
         self.is_reported = np.zeros(self.cut.shape, bool)
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
-        self.size, self.width, self.columns = plan.slots, plan.widths[0], g
+        self.size, self.width, self.samples_per_prefix = plan.slots, plan.widths[0], g
         self.on_device = decode.start(
             self._queue(),
             s=settings,
             slots=plan.slots,
             width=self.width,
-            lanes=plan.lanes,
+            prefix_slots=plan.prefix_slots,
             prompt_width=plan.prompt_width,
             new=max_new_tokens,
         )
 
     def to_end(self) -> Rollout:
-        nothing = np.zeros((self.plan.parts, self.plan.slots), np.int32)
-        seen = _Look(nothing, nothing, nothing[:, 0], nothing > 0)
+        nothing = np.zeros((self.plan.dp_size, self.plan.slots), np.int32)
+        seen = HostView(nothing, nothing, nothing[:, 0], nothing > 0)
         before = None
         while seen.is_busy.any() or (seen.begun < self.num_samples).any():
             self._admit(seen)
@@ -107,11 +104,12 @@ class Scheduler:
         return self._collect()
 
     def _queue(self) -> decode.Queue:
-        d, g = self.lane.shape[0], self.settings.samples_per_prompt
+        d, g = self.prefix_slot.shape[0], self.settings.samples_per_prompt
         return decode.Queue(
             prompt_id=self.prompt_id.ravel(),
             last_token=self.last_token.ravel(),
-            lane=self.lane.flatten(),  # a copy: it changes while devices read it
+            # A copy: it changes while devices read it.
+            prefix_slot=self.prefix_slot.flatten(),
             ready=self.num_prefilled * np.int32(g),
             limit=np.full(d, self.limit, np.int32),
             steps=np.full(d, self.steps, np.int32),
@@ -121,21 +119,21 @@ class Scheduler:
     def _decode(self) -> tuple[decode.Slots, decode.Results]:
         prompts, of_slots, cache, results = self.on_device
         of_slots, cache, results = decode.decode(
-            self.draw,
+            self.state,
             prompts,
             self._queue(),
             of_slots,
             cache,
             results,
             s=self.settings,
-            columns=self.columns,
+            samples_per_prefix=self.samples_per_prefix,
         )
         self.on_device = (prompts, of_slots, cache, results)
         return of_slots, results
 
-    def _look(self, of_slots: decode.Slots, results: decode.Results) -> _Look:
+    def _look(self, of_slots: decode.Slots, results: decode.Results) -> HostView:
         """Waits for what the devices computed, and works on it."""
-        d = self.plan.parts
+        d = self.plan.dp_size
         small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
         sample, drawn, begun, length = sharding.fetch(small)
         sample, drawn, length = (x.reshape(d, -1) for x in (sample, drawn, length))
@@ -143,43 +141,47 @@ class Scheduler:
         part, slot = np.nonzero(is_busy)
         before, self.known = self.known, np.maximum(self.known, length)
         self.known[part, sample[part, slot]] = drawn[part, slot]
-        if self.stop_strings:
+        if self.stop.stop_strings:
             self._cut_at_strings(before, results)
-        if self.max_total_tokens is not None:
+        if self.stop.max_total_tokens is not None:
             known = np.where(self.cut > 0, self.cut, self.known)
-            self.limit = limits.common_length(known, self.limit, self.max_total_tokens)
+            self.limit = limits.common_length(
+                known, self.limit, self.stop.max_total_tokens
+            )
         elif self.on_finish is not None:
             self._report(self._ended(results))
-        return _Look(sample, drawn, begun, is_busy)
+        return HostView(sample, drawn, begun, is_busy)
 
-    def _admit(self, seen: _Look) -> None:
-        """Prefills waiting prompts, when enough lanes are free to make it worth it."""
-        g, lanes = self.settings.samples_per_prompt, self.plan.lanes
+    def _admit(self, seen: HostView) -> None:
+        """Prefills waiting prompts when enough prefix slots are free to be worth it."""
+        g, prefix_slots = self.settings.samples_per_prompt, self.plan.prefix_slots
         chosen, is_worth_it = [], False
         for part, prompts in enumerate(self.prompts):
             prefilled = int(self.num_prefilled[part])
             waiting = len(prompts) - prefilled
             is_open = np.arange(prefilled) >= seen.begun[part] // g
             is_open[seen.sample[part][seen.is_busy[part]] // g] = True
-            taken = set(self.lane[part, :prefilled][is_open].tolist())
-            free = [x for x in range(lanes) if x not in taken][:waiting]
+            taken = set(self.prefix_slot[part, :prefilled][is_open].tolist())
+            free = [x for x in range(prefix_slots) if x not in taken][:waiting]
             chosen.append(list(enumerate(free, start=prefilled)))
-            is_worth_it |= 0 < min(waiting, max(lanes // 4, 1)) <= len(free)
+            is_worth_it |= 0 < min(waiting, max(prefix_slots // 4, 1)) <= len(free)
         if is_worth_it:
             self._prefill(chosen)
 
     def _prefill(self, chosen: list[list[tuple[int, int]]]) -> None:
-        """Fills lanes: for each part of the batch, numbers of prompts and lanes."""
+        """Fills prefix slots: for each part of the batch, numbers of prompts and of slots."""
         width = self.plan.prompt_width
         packed = []
         for part, pairs in enumerate(chosen):
             prompts = [self.prompts[part][q][:-1] for q, _ in pairs]
-            lanes = np.array([-1, *(lane for _, lane in pairs)], np.int32)
+            prefix_slots = np.array(
+                [-1, *(prefix_slot for _, prefix_slot in pairs)], np.int32
+            )
             tokens, positions, segment_ids = pack_prompts(prompts, width)
-            packed.append((tokens, positions, segment_ids, lanes[segment_ids]))
-            for (q, lane), prompt in zip(pairs, prompts, strict=True):
-                self.lane[part, q] = lane
-                self.prompt_length[part, lane] = len(prompt)
+            packed.append((tokens, positions, segment_ids, prefix_slots[segment_ids]))
+            for (q, prefix_slot), prompt in zip(pairs, prompts, strict=True):
+                self.prefix_slot[part, q] = prefix_slot
+                self.prompt_length[part, prefix_slot] = len(prompt)
             self.num_prefilled[part] += len(pairs)
         num_rows = max(len(tokens) for tokens, *_ in packed)
         # Powers of two: few programs.
@@ -198,7 +200,7 @@ class Scheduler:
         ]
         for i in range(0, num_rows, batch):
             prompts = decode.prefill(
-                self.draw,
+                self.state,
                 self.on_device[0],
                 *(x[:, i : i + batch].reshape(-1, width) for x in args),
                 self.prompt_length.flatten(),
@@ -206,9 +208,13 @@ class Scheduler:
             )
             self.on_device = (prompts, *self.on_device[1:])
 
-    def _resize(self, seen: _Look) -> None:
+    def _resize(self, seen: HostView) -> None:
         """Takes slots away when no sample waits for one; widens the caches in time."""
-        size, columns, is_own = self.size, self.columns, False
+        size, samples_per_prefix, private_prefix = (
+            self.size,
+            self.samples_per_prefix,
+            False,
+        )
         if (seen.begun >= self.num_samples).all():
             busy = seen.is_busy.sum(axis=1).max()
             size = min(x for x in self.plan.ladder if busy <= x <= self.size)
@@ -221,25 +227,25 @@ class Scheduler:
         if (size, width) == (self.size, self.width):
             return
         if size < self.size:
-            # As soon as there are no more slots than lanes, a prompt each.
-            is_own = size <= len(self.on_device[0].length) // self.plan.parts
-            columns = 1 if is_own else min(columns, size)
+            # As soon as there are no more slots than prefix slots, one prompt each.
+            private_prefix = size <= len(self.on_device[0].length) // self.plan.dp_size
+            samples_per_prefix = 1 if private_prefix else min(samples_per_prefix, size)
         prompts, of_slots, cache, results = self.on_device
         self.on_device = (
-            *decode.resize(
+            *resize.resize(
                 prompts,
                 of_slots,
                 cache,
                 s=self.settings,
                 to_slots=size,
                 width=width,
-                columns=self.columns,
-                to_columns=columns,
-                is_own=is_own,
+                samples_per_prefix=self.samples_per_prefix,
+                to_samples_per_prefix=samples_per_prefix,
+                private_prefix=private_prefix,
             ),
             results,
         )
-        self.size, self.width, self.columns = size, width, columns
+        self.size, self.width, self.samples_per_prefix = size, width, samples_per_prefix
 
     def _cut_at_strings(self, checked: np.ndarray, results: decode.Results) -> None:
         tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
@@ -248,8 +254,8 @@ class Scheduler:
             self.cut[at] = limits.stop_string_end(
                 tokens[at][: self.known[at]].tolist(),
                 int(checked[at]),
-                self.stop_strings,
-                self.decode_text,
+                self.stop.stop_strings,
+                self.stop.decode_text,
             )
 
     def _ended(self, results: decode.Results) -> decode.Results:
@@ -271,7 +277,7 @@ class Scheduler:
             upto = ended.length[part, n]
             finished.append(
                 Finished(
-                    prompt=int(n) // g * self.plan.parts + int(part),
+                    prompt=int(n) // g * self.plan.dp_size + int(part),
                     sample=int(n) % g,
                     tokens=ended.tokens[part, n, :upto],
                     log_probs=ended.log_probs[part, n, :upto],
@@ -306,5 +312,5 @@ class Scheduler:
             lengths=by_prompt(ended.length),
             log_probs=by_prompt(ended.log_probs),
             finished=by_prompt(ended.is_stopped),
-            row_steps=int(sharding.fetch(of_slots.row_steps).sum()),
+            slot_steps=int(sharding.fetch(of_slots.slot_steps).sum()),
         )

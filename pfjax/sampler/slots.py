@@ -15,8 +15,8 @@ from pfjax.infra import sharding
 from pfjax.model import decode_attention, transformer
 from pfjax.model.transformer import ModelConfig, Policy
 
-# Share of the free memory that a rollout may take; activations need some.
-_SHARE = 0.85
+# Fraction of the free memory that a rollout may take; activations need some.
+_FRACTION = 0.85
 # Logits, their noise, and their sum, float32.
 _LOGITS_BYTES = 12
 # While a cache grows the old one, half as wide, is still there.
@@ -47,7 +47,7 @@ def cache_bytes(
     *,
     slots: int,
     width: int,
-    lanes: int,
+    prefix_slots: int,
     prompt_width: int,
     tensor: int = 1,
 ) -> int:
@@ -56,10 +56,10 @@ def cache_bytes(
     Args:
       slots: samples decoded at once by one part of the batch.
       width: tokens kept of each.
-      lanes: prompts kept.
+      prefix_slots: prompts kept.
       prompt_width: tokens kept of each prompt.
     """
-    tokens = slots * width + lanes * prompt_width
+    tokens = slots * width + prefix_slots * prompt_width
     return tokens * bytes_per_token(config, cache_dtype, tensor)
 
 
@@ -69,7 +69,7 @@ def weight_bytes(config: ModelConfig) -> int:
     return sum(x.size for x in shapes) * np.dtype(config.dtype).itemsize
 
 
-def num_lanes(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
+def num_prefix_slots(slots: int, num_prompts: int, samples_per_prompt: int) -> int:
     """Prompts kept at once: four times what the slots need, for the stragglers."""
     return min(num_prompts, 4 * math.ceil(slots / samples_per_prompt))
 
@@ -121,12 +121,12 @@ def most_slots(
             cache_dtype,
             slots=slots,
             width=width,
-            lanes=num_lanes(slots, num_prompts, samples_per_prompt),
+            prefix_slots=num_prefix_slots(slots, num_prompts, samples_per_prompt),
             prompt_width=prompt_width,
             tensor=tensor,
         )
         need += slots * config.vocab_size * _LOGITS_BYTES // tensor
-        if need <= _SHARE * free_bytes:
+        if need <= _FRACTION * free_bytes:
             return slots
     raise NoRoom(
         f"one sample of {width} tokens needs {need / 1e9:.2f} GB and "
@@ -181,11 +181,11 @@ def check_prompts(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Shapes of a rollout in each of the parts that the batch is split into."""
+    """Shapes of a rollout in each of the dp_size parts of the batch."""
 
-    parts: int
+    dp_size: int
     slots: int
-    lanes: int
+    prefix_slots: int
     prompt_width: int
     ladder: tuple[int, ...]
     widths: tuple[int, ...]
@@ -195,9 +195,9 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.slots * self.parts} samples at once, caches of "
-            f"{self.cache_bytes / 1e6:.1f} MB a device in {self.cache_dtype} "
-            f"({self.slots} x {self.widths[-1]} response and {self.lanes} x "
+            f"{self.slots * self.dp_size} samples at once, caches of "
+            f"{self.cache_bytes / 1e6:.1f} MB per device in {self.cache_dtype} "
+            f"({self.slots} x {self.widths[-1]} response and {self.prefix_slots} x "
             f"{self.prompt_width} prompt tokens)"
         )
 
@@ -231,14 +231,14 @@ def plan_for(
       memory: tells the bytes that are free on a device; asked without `num_slots`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else sharding.batch_ways(mesh)
+    dp_size = 1 if mesh.empty else sharding.batch_ways(mesh)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
     if backend is None:
         backend = decode_attention.decode_backend(platform, config.head_dim)
     if cache_dtype is None:
         cache_dtype = config.dtype if platform == "cpu" else "bfloat16"
     multiple = decode_attention.WIDTH_MULTIPLE[backend]
-    prompts = math.ceil(num_prompts / parts)
+    prompts = math.ceil(num_prompts / dp_size)
     widths = response_widths(max_new_tokens, backend)
     shape = {
         "prompt_width": math.ceil(prompt_width / multiple) * multiple,
@@ -255,16 +255,18 @@ def plan_for(
             **shape,
         )
     else:
-        slots = min(math.ceil(num_slots / parts), prompts * samples_per_prompt)
-    lanes = num_lanes(slots, prompts, samples_per_prompt)
+        slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
+    prefix_slots = num_prefix_slots(slots, prompts, samples_per_prompt)
     return Plan(
-        parts=parts,
+        dp_size=dp_size,
         slots=slots,
-        lanes=lanes,
+        prefix_slots=prefix_slots,
         prompt_width=shape["prompt_width"],
         ladder=tuple(ladder(slots, backend)),
         widths=tuple(widths),
         cache_dtype=cache_dtype,
         backend=backend,
-        cache_bytes=cache_bytes(config, cache_dtype, slots=slots, lanes=lanes, **shape),
+        cache_bytes=cache_bytes(
+            config, cache_dtype, slots=slots, prefix_slots=prefix_slots, **shape
+        ),
     )

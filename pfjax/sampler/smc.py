@@ -92,7 +92,7 @@ class _Population(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("spec", "samples"))
 def _program(
-    state: decode.Draw,
+    state: decode.SamplerState,
     numbers: tuple[Array, Array],
     prompts: chains.Prompts,
     ramp: Float[Array, ""],
@@ -132,7 +132,7 @@ def _program(
 def _step(
     run: Run, now: _Population, t: Int[Array, ""], alpha: Float[Array, ""]
 ) -> _Population:
-    """Draws the token at index t, weighs all particles, and resamples where they need it.
+    """Draws the token at index t, weighs all particles, and resamples where needed.
 
     Args:
       alpha: the power after it.

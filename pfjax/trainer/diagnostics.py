@@ -249,7 +249,7 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
     return {
         "rollout/logp_gap_mean": gaps.mean(),
         "rollout/logp_gap_max": gaps.max(),
-        "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.row_steps,
+        "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.slot_steps,
     }
 
 

@@ -231,9 +231,14 @@ def setup(
         prompt_width=longest,
         num_slots=config.rollout_slots or None,
     )
-    sampling = {"stop_ids": stop_ids, "prompt_width": longest}
-    trainer = Trainer(**_iteration(config, fns, tok, train, base, plan, sampling, mesh))
-    evaluate = _evaluation(config, fns, trainer, tok, held_out, target, sampling)
+    sampling = {
+        "stop": options.StopConditions(stop_ids),
+        "capacity": options.Capacity(longest, plan.slots * plan.dp_size),
+    }
+    trainer = Trainer(**_iteration(config, fns, tok, train, base, sampling, mesh))
+    evaluate = _evaluation(
+        config, fns, trainer, tok, held_out, target, stop_ids, longest
+    )
     about = _describe(config, fns, mesh, plan, train, held_out)
     return trainer._replace(evaluate=evaluate), state, about
 
@@ -244,7 +249,6 @@ def _iteration(
     tok: Any,
     train: data.PromptSet,
     base: Params,
-    plan: slots.Plan,
     sampling: dict[str, Any],
     mesh: Mesh,
 ) -> dict[str, Callable]:
@@ -263,7 +267,6 @@ def _iteration(
             config.seed,
             step=step,
             prompt_ids=ids,
-            num_slots=plan.slots * plan.parts,
             **sampling,
         )
 
@@ -329,7 +332,8 @@ def _evaluation(
     tok: Any,
     held_out: data.PromptSet | None,
     target: data.TargetSamples | None,
-    sampling: dict[str, Any],
+    stop_ids: tuple[int, ...],
+    prompt_width: int,
 ) -> Callable:
     """What an evaluation does: (state, grader) -> scores, rows; nothing without prompts
     held out or samples of the target."""
@@ -340,7 +344,8 @@ def _evaluation(
         seed=config.seed,
         token_filters=options.token_filters(config.eval_sampling.to_dict()),
         stop_strings=tuple(config.eval_sampling.stop_strings),
-        **sampling,
+        stop_ids=stop_ids,
+        prompt_width=prompt_width,
     )
 
     def evaluate(state: step.TrainState, grader: Any) -> tuple[dict, list]:
@@ -358,7 +363,7 @@ def _evaluation(
                 tok,
                 format_penalty=config.format_penalty,
                 max_new_tokens=config.max_new_tokens,
-                stop_ids=sampling["stop_ids"],
+                stop_ids=stop_ids,
                 seed=config.seed,
             )
         return values, rows

@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from pfjax.batch import Rollout
 from pfjax.model import hf, log_probs, transformer
-from pfjax.sampler import decode, engine, slots
+from pfjax.sampler import decode, engine, options, slots
 from tests.benchmarks import common
 from tests.sampler import simple_sampler
 
@@ -76,9 +76,9 @@ def bytes_a_token(
 
     def counted(draw, prompts, queue, of_slots, cache, results, **kwargs):
         size, width = len(of_slots.sample), cache[0][1].shape[2]
-        before = int(np.sum(of_slots.row_steps))
+        before = int(np.sum(of_slots.slot_steps))
         out = original(draw, prompts, queue, of_slots, cache, results, **kwargs)
-        num = (int(np.sum(out[0].row_steps)) - before) // size
+        num = (int(np.sum(out[0].slot_steps)) - before) // size
         steps[size, width, len(prompts.length)] += num
         return out
 
@@ -99,8 +99,8 @@ def bytes_a_token(
     read = filled + 64 * drawn.sum()
     if plan.backend == "xla":
         read = sum(
-            num * (size * width + lanes * plan.prompt_width)
-            for (size, width, lanes), num in steps.items()
+            num * (size * width + prefix_slots * plan.prompt_width)
+            for (size, width, prefix_slots), num in steps.items()
         )
     weights *= sum(steps.values())
     return (weights + read * kv) / drawn.sum(), (weights + filled * kv) / drawn.sum()
@@ -143,7 +143,11 @@ def measure(case: Case) -> dict:
 
     def ours(seed):
         return engine.rollout(
-            policy, prompts, seed=seed, num_slots=plan.slots, **kwargs
+            policy,
+            prompts,
+            seed=seed,
+            capacity=options.Capacity(num_slots=plan.slots),
+            **kwargs,
         )
 
     def simple(seed):
@@ -166,7 +170,7 @@ def measure(case: Case) -> dict:
             tokens = int(rollout.lengths.sum())
             rates[name].append(tokens / seconds)
             if name == "ours":
-                waste.append(1 - tokens / rollout.row_steps)
+                waste.append(1 - tokens / rollout.slot_steps)
                 steady = seconds
     moved, least = bytes_a_token(lambda: ours(_SEED.value), plan, config, prompts)
     copied = bandwidth()

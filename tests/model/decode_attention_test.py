@@ -18,10 +18,10 @@ BACKENDS = [
 ]
 TOLERANCE = 2e-6 if jax.default_backend() == "cpu" else 2e-2
 S, K, M, C, W = 6, 2, 3, 64, 1024  # two blocks, two splits
-LANES, COLUMNS, PROMPT_WIDTH = 2, 4, 128
+PREFIX_SLOTS, SAMPLES_PER_PREFIX, PROMPT_WIDTH = 2, 4, 128
 OWN_LENGTH = np.array([1, 5, 512, 513, 900, 1024], np.int32)
 PROMPT_LENGTH = np.array([0, 77], np.int32)
-CELL = np.array([3, 1, 0, 5, 4, 7], np.int32)  # three of the first lane
+GRID_INDEX = np.array([3, 1, 0, 5, 4, 7], np.int32)  # three of the first prefix slot
 
 
 @pytest.fixture
@@ -29,17 +29,24 @@ def data(rng):
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     q = draw(S, K * M, C)
     own = draw(S, K, W, C), draw(S, K, W, C)
-    prompts = draw(LANES, K, PROMPT_WIDTH, C), draw(LANES, K, PROMPT_WIDTH, C)
+    prompts = (
+        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, C),
+        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, C),
+    )
     return q, own, prompts
 
 
 def _oracle(q, own, prompts):
     out = np.zeros_like(q)
     for s in range(S):
-        lane = CELL[s] // COLUMNS
+        prefix_slot = GRID_INDEX[s] // SAMPLES_PER_PREFIX
         keys, values = (
             np.concatenate(
-                [p[lane, :, : PROMPT_LENGTH[lane]], o[s, :, : OWN_LENGTH[s]]], axis=1
+                [
+                    p[prefix_slot, :, : PROMPT_LENGTH[prefix_slot]],
+                    o[s, :, : OWN_LENGTH[s]],
+                ],
+                axis=1,
             )
             for p, o in zip(prompts, own, strict=True)
         )
@@ -56,7 +63,9 @@ def _caches(backend, keys, values):
 
 def _attend(backend, q, own, prompts):
     run = functools.partial(
-        decode_attention.decode_attention, columns=COLUMNS, backend=backend
+        decode_attention.decode_attention,
+        samples_per_prefix=SAMPLES_PER_PREFIX,
+        backend=backend,
     )
     return jax.jit(run)(
         q,
@@ -64,7 +73,7 @@ def _attend(backend, q, own, prompts):
         _caches(backend, *prompts),
         OWN_LENGTH,
         PROMPT_LENGTH,
-        CELL,
+        GRID_INDEX,
     )
 
 
@@ -81,8 +90,8 @@ def test_what_is_not_filled_is_not_read(data, backend):
         for s in range(S):
             x[s, :, OWN_LENGTH[s] :] = 1e9
     for x in prompts:
-        for lane in range(LANES):
-            x[lane, :, PROMPT_LENGTH[lane] :] = 1e9
+        for prefix_slot in range(PREFIX_SLOTS):
+            x[prefix_slot, :, PROMPT_LENGTH[prefix_slot] :] = 1e9
     np.testing.assert_array_equal(_attend(backend, q, own, prompts), want)
 
 
@@ -112,16 +121,25 @@ def test_written_keys_and_values_are_read(data, backend):
     as_cache = lambda pair: tuple(map(jnp.asarray, _caches(backend, *pair)))
     own = decode_attention.write(backend, as_cache(own), new, OWN_LENGTH - 1)
     at = np.arange(77)[None]
-    lane = np.ones_like(at)
+    prefix_slot = np.ones_like(at)
     prompts = decode_attention.write_prompts(
-        backend, as_cache(prompts), of_prompt, lane, at
+        backend, as_cache(prompts), of_prompt, prefix_slot, at
     )
     other = tuple(2 * x for x in of_prompt)
-    dropped = decode_attention.write_prompts(backend, prompts, other, 0 * lane - 1, at)
+    dropped = decode_attention.write_prompts(
+        backend, prompts, other, 0 * prefix_slot - 1, at
+    )
     for x, y in zip(prompts, dropped, strict=True):
         np.testing.assert_array_equal(x, y)
     got = decode_attention.decode_attention(
-        q, own, prompts, OWN_LENGTH, PROMPT_LENGTH, CELL, COLUMNS, backend
+        q,
+        own,
+        prompts,
+        OWN_LENGTH,
+        PROMPT_LENGTH,
+        GRID_INDEX,
+        SAMPLES_PER_PREFIX,
+        backend,
     )
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
@@ -140,10 +158,12 @@ def test_gpu_kernel_lowers_for_cuda():
 
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    slots, lanes, columns, heads, kv, c = 64, 8, 16, 12, 2, 128
-    own, prompts = bf16((slots, kv, 1024, c)), bf16((lanes, kv, 512, c))
+    slots, prefix_slots, samples_per_prefix, heads, kv, c = 64, 8, 16, 12, 2, 128
+    own, prompts = bf16((slots, kv, 1024, c)), bf16((prefix_slots, kv, 512, c))
     run = functools.partial(
-        decode_attention.decode_attention, columns=columns, backend="gpu"
+        decode_attention.decode_attention,
+        samples_per_prefix=samples_per_prefix,
+        backend="gpu",
     )
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh(
@@ -158,7 +178,7 @@ def test_gpu_kernel_lowers_for_cuda():
             (own, own),
             (prompts, prompts),
             int32((slots,)),
-            int32((lanes,)),
+            int32((prefix_slots,)),
             int32((slots,)),
         )
     text = exported.mlir_module()

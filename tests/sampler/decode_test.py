@@ -12,7 +12,7 @@ from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
 from pfjax.sampler import decode, options
 
-SLOTS, WIDTH, LANES, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
+SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
     vocab_size=151_936,
     embed_dim=1536,
@@ -60,7 +60,7 @@ def _compile(mesh):
     )
     weights = decode.weights.lower(CONFIG, params).compile()
     shapes = jax.eval_shape(lambda p: decode.weights(CONFIG, p), params)
-    draw = decode.Draw(
+    state = decode.SamplerState(
         jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
@@ -74,13 +74,13 @@ def _compile(mesh):
     queue = decode.Queue(
         *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(3)), bools
     )
-    prompts = decode.Prompts(caches(LANES, PROMPT_WIDTH), int32(LANES))
+    prompts = decode.Prompts(caches(PREFIX_SLOTS, PROMPT_WIDTH), int32(PREFIX_SLOTS))
     slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
     log_probs = array((parts * n, WIDTH), jnp.float32, split)
     results = decode.Results(int32(n, WIDTH), log_probs, int32(n), bools)
     cache = caches(SLOTS, WIDTH)
     lowered = decode.decode.lower(
-        draw, prompts, queue, slots, cache, results, s=SETTINGS, columns=G
+        state, prompts, queue, slots, cache, results, s=SETTINGS, samples_per_prefix=G
     )
     per_device = SLOTS * WIDTH * 128 * 2 * (1 if kv_axis else 2)
     return lowered.compile(), per_device

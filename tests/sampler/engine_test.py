@@ -9,7 +9,8 @@ import pytest
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model import hf, log_probs
-from pfjax.sampler import decode, engine, options, slots
+from pfjax.sampler import decode, engine, slots
+from pfjax.sampler.options import Capacity, StopConditions, TokenFilters
 from pfjax.sampler.scheduler import Scheduler
 from tests.conftest import all_responses, count_compiles, run_on_two_processes
 from tests.sampler import simple_sampler
@@ -55,7 +56,7 @@ def test_stop_token_ends_a_response_and_counts(tiny_policy):
 
 def test_draws_do_not_depend_on_the_company(tiny_policy):
     ids = [40, 41, 42, 43]
-    kwargs = {"seed": 5, "step": 3, "prompt_width": 16}
+    kwargs = {"seed": 5, "step": 3, "capacity": Capacity(prompt_width=16)}
     whole = _cut(engine.rollout(tiny_policy, PROMPTS, 4, 10, prompt_ids=ids, **kwargs))
     order = [2, 0, 3, 1]
     mixed = _cut(
@@ -150,13 +151,15 @@ def _same_draws(a, b):
 
 @pytest.mark.parametrize("num_slots", [1, 7, 32, None])
 def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
-    # Caches of 16, 32 and 40 tokens; fewer lanes than prompts with 1 and 7 slots.
+    # Caches of 16, 32 and 40 tokens; fewer prefix slots than prompts with 1 and 7 slots.
     monkeypatch.setattr(slots, "_NARROWEST", 16)
     prompts = [[2 + i % 5, *range(3, 3 + i)] for i in range(12)]
     kwargs = {"samples_per_prompt": 24, "max_new_tokens": 40, "seed": 3, "step": 2}
     want = simple_sampler.rollout(tiny_policy, prompts, **kwargs)
     assert want.lengths.sum() > 2000 and want.lengths.max() > 32
-    got = engine.rollout(tiny_policy, prompts, num_slots=num_slots, **kwargs)
+    got = engine.rollout(
+        tiny_policy, prompts, capacity=Capacity(num_slots=num_slots), **kwargs
+    )
     _same_draws(got, want)
 
 
@@ -165,7 +168,11 @@ def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
     # 2 key/value heads on a tensor axis of 4 are replicated; 11 prompts fill 8 parts
     # unevenly.
     prompts = [[2 + i % 5, *range(3, 3 + i)] for i in range(11)]
-    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20, "num_slots": 16}
+    kwargs = {
+        "samples_per_prompt": 4,
+        "max_new_tokens": 20,
+        "capacity": Capacity(num_slots=16),
+    }
     alone = engine.rollout(tiny_policy, prompts, **kwargs)
     hf.save(tiny_policy, tmp_path / "m")
     mesh = sharding.make_mesh(*axes)
@@ -176,9 +183,14 @@ def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
 
 @pytest.mark.parametrize("backend", ["tpu_interpret", "gpu_interpret"])
 def test_kernels_draw_the_same(tiny_policy, backend):
-    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20, "num_slots": 8}
-    want = engine.rollout(tiny_policy, PROMPTS, **kwargs)
-    _same_draws(engine.rollout(tiny_policy, PROMPTS, backend=backend, **kwargs), want)
+    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20}
+    want, got = (
+        engine.rollout(
+            tiny_policy, PROMPTS, capacity=Capacity(num_slots=8, backend=x), **kwargs
+        )
+        for x in (None, backend)
+    )
+    _same_draws(got, want)
 
 
 def test_the_devices_are_at_work_while_the_host_looks(tiny_policy, monkeypatch):
@@ -205,11 +217,12 @@ import numpy as np
 from pfjax.infra import sharding
 from pfjax.model import hf
 from pfjax.sampler import engine
+from pfjax.sampler.options import Capacity
 folder, out = args
 mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
 with jax.set_mesh(mesh):
     policy = hf.load(folder, mesh)
-    rollout = engine.rollout(policy, [[2, 3 + i] for i in range(6)], 4, 20, num_slots=8)
+    rollout = engine.rollout(policy, [[2, 3 + i] for i in range(6)], 4, 20, capacity=Capacity(num_slots=8))
 if jax.process_index() == 0:
     np.savez(out, **rollout._asdict())
 """
@@ -224,13 +237,17 @@ def test_slots_are_refilled_and_taken_away(tiny_policy):
     prompts = [[2, 3 + i % 10] for i in range(16)]
     kwargs = {"samples_per_prompt": 64, "max_new_tokens": 100}
     want = simple_sampler.rollout(tiny_policy, prompts, **kwargs)
-    refilled = engine.rollout(tiny_policy, prompts, num_slots=16, **kwargs)
-    fewer = engine.rollout(tiny_policy, prompts, num_slots=1024, **kwargs)
+    refilled = engine.rollout(
+        tiny_policy, prompts, capacity=Capacity(num_slots=16), **kwargs
+    )
+    fewer = engine.rollout(
+        tiny_policy, prompts, capacity=Capacity(num_slots=1024), **kwargs
+    )
     tokens = want.lengths.sum()
-    assert tokens / want.row_steps < 0.25  # waits for the longest
-    assert tokens / refilled.row_steps > 0.9
+    assert tokens / want.slot_steps < 0.25  # waits for the longest
+    assert tokens / refilled.slot_steps > 0.9
     # Begun all at once: looks every 8 steps are rare for 7 tokens a response.
-    assert tokens / fewer.row_steps > 0.3
+    assert tokens / fewer.slot_steps > 0.3
     for got in (refilled, fewer):
         for row, other in zip(_cut(got), _cut(want), strict=True):
             assert [y for y, _ in row] == [y for y, _ in other]
@@ -239,7 +256,12 @@ def test_slots_are_refilled_and_taken_away(tiny_policy):
 def test_programs_are_few_and_serve_every_rollout_of_a_shape(tiny_policy):
     def draw(seed, prompts):
         engine.rollout(
-            tiny_policy, prompts, 8, 40, seed=seed, num_slots=16, prompt_width=16
+            tiny_policy,
+            prompts,
+            8,
+            40,
+            seed=seed,
+            capacity=Capacity(prompt_width=16, num_slots=16),
         )
 
     def ladder_and_widths():
@@ -268,7 +290,11 @@ def test_programs_are_few_and_serve_every_rollout_of_a_shape(tiny_policy):
 
 
 def test_the_cache_is_updated_in_place_and_its_size_is_known(tiny_policy):
-    kwargs = {"samples_per_prompt": 4, "max_new_tokens": 40, "num_slots": 8}
+    kwargs = {
+        "samples_per_prompt": 4,
+        "max_new_tokens": 40,
+        "capacity": Capacity(num_slots=8),
+    }
     seen = []
     original = decode.decode
 
@@ -301,7 +327,12 @@ def test_the_cache_is_updated_in_place_and_its_size_is_known(tiny_policy):
 def test_responses_are_passed_on_as_they_end(tiny_policy):
     calls = []
     out = engine.rollout(
-        tiny_policy, PROMPTS, 16, 40, num_slots=8, on_finish=calls.append
+        tiny_policy,
+        PROMPTS,
+        16,
+        40,
+        capacity=Capacity(num_slots=8),
+        on_finish=calls.append,
     )
     assert len(calls) > 3
     seen = {(f.prompt, f.sample): f for call in calls for f in call}
@@ -318,8 +349,8 @@ def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_sl
     text = lambda ids: "".join(chr(97 + i) for i in ids)
     free = engine.rollout(tiny_policy, PROMPTS, 16, 40, seed=1)
     out = engine.rollout(
-        tiny_policy, PROMPTS, 16, 40, seed=1, num_slots=num_slots,
-        stop_strings=("de", "k"), decode_text=text,
+        tiny_policy, PROMPTS, 16, 40, seed=1, capacity=Capacity(num_slots=num_slots),
+        stop=StopConditions(stop_strings=("de", "k"), decode_text=text),
     )  # fmt: skip
     num_cut = 0
     for at in np.ndindex(*out.lengths.shape):
@@ -332,8 +363,10 @@ def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_sl
         num_cut += want < len(whole)
     assert 5 < num_cut < out.lengths.size
     # Their slots went to others, or away.
-    whole = engine.rollout(tiny_policy, PROMPTS, 16, 40, seed=1, num_slots=num_slots)
-    assert out.row_steps < whole.row_steps
+    whole = engine.rollout(
+        tiny_policy, PROMPTS, 16, 40, seed=1, capacity=Capacity(num_slots=num_slots)
+    )
+    assert out.slot_steps < whole.slot_steps
 
 
 @pytest.mark.parametrize("num_slots, share", [(4, 0.7), (16, 0.3), (64, 0.5)])
@@ -342,8 +375,8 @@ def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots, 
     budget = int(free.lengths.sum() * share)
     calls = []
     out = engine.rollout(
-        tiny_policy, PROMPTS, 16, 40, num_slots=num_slots, max_total_tokens=budget,
-        on_finish=calls.append,
+        tiny_policy, PROMPTS, 16, 40, capacity=Capacity(num_slots=num_slots),
+        stop=StopConditions(max_total_tokens=budget), on_finish=calls.append,
     )  # fmt: skip
     longest = out.lengths.max()
     np.testing.assert_array_equal(out.lengths, np.minimum(free.lengths, longest))
@@ -354,7 +387,9 @@ def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots, 
     assert np.minimum(free.lengths, longest + 1).sum() > budget
     assert sum(len(f.tokens) for call in calls for f in call) == out.lengths.sum()
     with pytest.raises(ValueError, match="less than one token for each of the 64"):
-        engine.rollout(tiny_policy, PROMPTS, 16, 40, max_total_tokens=63)
+        engine.rollout(
+            tiny_policy, PROMPTS, 16, 40, stop=StopConditions(max_total_tokens=63)
+        )
 
 
 def test_greedy_takes_the_likeliest_token(tiny_policy):
@@ -370,7 +405,7 @@ def test_greedy_takes_the_likeliest_token(tiny_policy):
 
 
 def test_truncated_draws_stay_within_and_keep_the_true_log_probs(tiny_policy):
-    only = options.TokenFilters(top_k=3)
+    only = TokenFilters(top_k=3)
     out = _cut(engine.rollout(tiny_policy, [[2, 3]], 64, 2, token_filters=only))[0]
     grown = [[2, 3, v] for v in range(16)]
     log_p = np.array([x[0] for x in log_probs.score(tiny_policy, grown, [2] * 16)])
@@ -384,11 +419,15 @@ def test_mistakes_are_named(tiny_policy):
     for kwargs, message in [
         ({"prompts": [[2], []]}, "must not be empty"),
         ({"temperature": -1.0}, "temperature must not be negative"),
-        ({"stop_strings": ("a",)}, "stop_strings need decode_text"),
-        ({"prompts": [[2] * 17], "prompt_width": 16}, "prompt_width is 16"),
+        (
+            {"prompts": [[2] * 17], "capacity": Capacity(prompt_width=16)},
+            "prompt_width is 16",
+        ),
         ({"max_new_tokens": 128}, "exceed the model's 128 positions"),
     ]:
         with pytest.raises(ValueError, match=message):
             engine.rollout(
                 tiny_policy, **({"prompts": PROMPTS, "max_new_tokens": 8} | kwargs)
             )
+    with pytest.raises(ValueError, match="stop_strings need decode_text"):
+        StopConditions(stop_strings=("a",))

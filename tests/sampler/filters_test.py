@@ -1,10 +1,12 @@
 """Filters keep the tokens they say they keep."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax.sampler import filters
+from pfjax.sampler import filters, options
 from pfjax.sampler.options import TokenFilters
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, not in order.
@@ -55,3 +57,18 @@ def test_rows_have_thresholds_of_their_own():
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         TokenFilters(**kwargs)
+
+
+@pytest.mark.parametrize("name", options.FILTER_NAMES)
+def test_a_filter_is_written_where_it_is_declared_and_where_it_acts(name):
+    root = pathlib.Path(filters.__file__).parents[2]
+    files = [*(root / "pfjax").rglob("*.py"), *(root / "configs").rglob("*.py")]
+    assert {p.name for p in files if name in p.read_text()} == {
+        "options.py",
+        "filters.py",
+    }
+
+
+def test_filters_are_read_from_other_values():
+    values = {"top_k": 2, "top_p": 0.5, "min_p": 0.1, "temperature": 0.7}
+    assert options.token_filters(values) == TokenFilters(2, 0.5, 0.1)

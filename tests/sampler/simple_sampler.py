@@ -95,8 +95,8 @@ def rollout(
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
     )
     tokens, lengths, log_probs, finished = (np.asarray(x) for x in out)
-    row_steps = int(lengths.size * lengths.max())
-    return Rollout(tokens, lengths, log_probs, finished, row_steps)
+    slot_steps = int(lengths.size * lengths.max())
+    return Rollout(tokens, lengths, log_probs, finished, slot_steps)
 
 
 def _check(

@@ -64,5 +64,5 @@ def test_plan_says_what_it_is(tiny_policy):
     )
     # (8 x 48 + 4 x 16) tokens of 256 bytes.
     assert plan.cache_bytes == 448 * 256
-    assert "8 samples at once, caches of 0.1 MB a device in float32" in str(plan)
+    assert "8 samples at once, caches of 0.1 MB per device in float32" in str(plan)
     assert (plan.backend, plan.cache_dtype) == ("xla", "float32")

@@ -82,7 +82,7 @@ def test_gap_between_sampler_and_scorer_by_hand():
         lengths=np.array([[2, 3]]),
         log_probs=np.array([[[-1.0, -2.0, 99.0], [-1.0, -1.0, -1.0]]]),
         finished=np.ones((1, 2), bool),
-        row_steps=8,
+        slot_steps=8,
     )
     scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -0.5])]
     got = diagnostics.rollout_metrics(rollout, scored)
