@@ -120,7 +120,7 @@ def test_a_name_may_hold_what_matplotlib_or_html_would_read():
     groups[0] = groups[0]._replace(name="<script> $x$")
     svg = charts.save(_drawn(groups)["accuracy"].figure, "svg").decode()
     ET.fromstring(svg)
-    assert "&lt;script&gt; $x$" in svg and "learning rate 0.0002" in svg
+    assert "&lt;script&gt; $x$</text>" in svg and "learning rate 0.0002" in svg
 
 
 def test_more_groups_than_colours_get_a_panel_each():

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pfjax.report import page
+from pfjax.report import page, runs
 from tests.report import fake_runs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -125,6 +125,16 @@ def test_values():
     assert page._number(-1.5, 1) == "−1.5"
     assert page._number(951.04, 1) == "951"
     assert page._number(1234.56, 3) == "1234.6"
+
+
+def test_what_only_one_seed_knows_has_no_column(tmp_path):
+    for seed in (0, 1):
+        fake_runs.make(tmp_path / str(seed), seed)
+    groups = runs.group(runs.load([str(tmp_path)])[0])
+    assert "entropy" in [c["title"] for c in page._columns(groups)]
+    for row in groups[0].runs[0].rows:
+        row.pop("entropy", None)
+    assert "entropy" not in [c["title"] for c in page._columns(groups)]
 
 
 def test_without_answers_nothing_is_called_correct(tmp_path):
