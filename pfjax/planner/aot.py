@@ -19,7 +19,7 @@ from pfjax.model import lora
 from pfjax.model.transformer import Params
 from pfjax.planner.roofline import Workload
 from pfjax.sampler import decode, options
-from pfjax.trainer import setup
+from pfjax.trainer import train_fns
 
 # libtpu looks for the TPU of this machine unless told what there is.
 _ENVIRONMENT = {
@@ -93,13 +93,13 @@ def use_mesh(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
 
 
 def compile_phases(
-    fns: setup.TrainFns, batch: tuple[Any, ...], work: Workload
+    fns: train_fns.TrainFns, batch: tuple[Any, ...], work: Workload
 ) -> dict[str, Any]:
     """Compiles the programs of a step for the current mesh, one per phase.
 
     Args:
       fns: programs of the run.
-      batch: shapes of what an update is given, see `setup.abstract_minibatch`.
+      batch: shapes of what an update is given, see `train_fns.abstract_minibatch`.
       work: the step, with the plan of its rollout.
     """
     rows, old, number = batch

@@ -16,7 +16,7 @@ from pfjax.model import transformer
 from pfjax.model.transformer import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
-from pfjax.trainer import setup
+from pfjax.trainer import train_fns
 
 
 def make_plan(
@@ -41,7 +41,7 @@ def make_plan(
     chip, devices = aot.parse(topology)
     make_mesh = aot.tpu_mesh if can_compile else aot.abstract_mesh
     mesh = make_mesh(topology, **config.mesh)
-    fns = setup.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
+    fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
         "parameters": _bytes_of(fns.state.params),
         "optimizer": _bytes_of(fns.state.opt_state),
@@ -81,7 +81,7 @@ def make_plan(
 
 def _workload(
     config: ml_collections.FrozenConfigDict,
-    fns: setup.TrainFns,
+    fns: train_fns.TrainFns,
     mesh: Mesh | AbstractMesh,
     free: int,
     response_tokens: int,
@@ -112,7 +112,7 @@ def _workload(
         response_tokens=response_tokens,
         micro_batch=config.microbatch_size * config.pack_length,
         remat=config.remat,
-        weight_bytes=_bytes_of(setup.placed(shapes, where, model.dtype)),
+        weight_bytes=_bytes_of(train_fns.placed(shapes, where, model.dtype)),
         param_bytes=_bytes_of(fns.state.params),
         state_bytes=_bytes_of(fns.state),
         **sizes,
@@ -120,13 +120,13 @@ def _workload(
 
 
 def _compile(
-    fns: setup.TrainFns,
+    fns: train_fns.TrainFns,
     work: roofline.Workload,
     config: ml_collections.FrozenConfigDict,
     mesh: Mesh,
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
     """What each phase needs beside the state, and sends, as its program says."""
-    batch = setup.abstract_minibatch(fns, config, mesh)
+    batch = train_fns.abstract_minibatch(fns, config, mesh)
     phases, sent = {}, {}
     for phase, program in aot.compile_phases(fns, batch, work).items():
         phases[phase] = {"temporaries": aot.temporaries(program)}

@@ -1,6 +1,5 @@
 """Builds what a run needs from its config; below here nothing reads one."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from pfjax import objectives
-from pfjax.batch import PackShape, max_microbatches, segments_per_row
 from pfjax.evaluation import elbo, scores
-from pfjax.infra import sharding
 from pfjax.model import (
     attention,
     attention_check,
@@ -25,27 +21,11 @@ from pfjax.model import (
     tokenizer,
     transformer,
 )
-from pfjax.model.transformer import ModelConfig, Params, Policy
-from pfjax.objectives import ObjectiveConfig
+from pfjax.model.transformer import Params, Policy
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
-from pfjax.trainer import diagnostics, minibatch, optim, settings, step
-from pfjax.trainer.log_z import init_head
-
-
-class TrainFns(NamedTuple):
-    """The compiled programs of an update, and the shapes and places of what they take."""
-
-    model: ModelConfig  # of the policy
-    base_model: ModelConfig
-    objective: ObjectiveConfig
-    shape: PackShape
-    state: step.TrainState  # shapes and shardings
-    base: Params  # shapes and shardings, in the type of the computation
-    init_opt_state: Any  # jitted
-    score_base: Any  # jitted
-    score_policy: Any  # jitted
-    train_step: Any  # jitted
+from pfjax.trainer import diagnostics, minibatch, settings, step
+from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
 
 class Trainer(NamedTuple):
@@ -62,121 +42,6 @@ class Trainer(NamedTuple):
     policy: Callable[[step.TrainState], Policy]
     evaluate: Callable | None  # state, grader -> scores, rows
     updates_per_rollout: int
-
-
-def train_fns(
-    config: ml_collections.FrozenConfigDict,
-    base_model: ModelConfig,
-    longest_prompt: int,
-    mesh: Mesh | AbstractMesh,
-    stop_ids: tuple[int, ...] = (),
-) -> TrainFns:
-    """The programs of a config for the devices of `mesh`, which need not be here.
-
-    Args:
-      config: of the run.
-      base_model: of the checkpoint.
-      longest_prompt: in tokens.
-      mesh: not current (see `jax.set_mesh`) if its devices are not here.
-      stop_ids: tokens that end a response; the checkpoint's when not given.
-    """
-    base_model = dataclasses.replace(
-        base_model, dtype=config.dtype, attention=config.attention
-    )
-    axes = transformer.logical_axes(base_model)
-    shapes = transformer.abstract_params(base_model)
-    base = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), config.dtype)
-    model = base_model
-    if config.lora.rank:
-        model = dataclasses.replace(
-            base_model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
-        )
-        axes = lora.select(transformer.logical_axes(model))
-        shapes = lora.select(transformer.abstract_params(model))
-    trained = placed(shapes, sharding.tree_shardings(mesh, axes, shapes), "float32")
-    optimizer = optim.make_optimizer(**config.optim)
-    state = _abstract_state(trained, model, optimizer, mesh)
-    objective = ObjectiveConfig(
-        name=config.objective,
-        alpha=config.alpha,
-        beta=config.flowrl_beta,
-        kl=config.reward_kl,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        mask_clipped_tokens=config.mask_clipped_tokens,
-    )
-    kind = objectives.OBJECTIVES[objective.name]
-    stop_ids = stop_ids or base_model.stop_ids
-    everywhere = sharding.replicated(mesh)
-
-    def jitted(f: Callable, **static: Any) -> Any:
-        return jax.jit(functools.partial(f, **static), out_shardings=everywhere)
-
-    return TrainFns(
-        model=model,
-        base_model=base_model,
-        objective=objective,
-        shape=_pack_shape(config, longest_prompt, mesh),
-        state=state,
-        base=base,
-        init_opt_state=jax.jit(
-            optimizer.init, out_shardings=_shardings(state.opt_state)
-        ),
-        score_base=jitted(
-            step.score_step,
-            model=base_model,
-            stop_ids=stop_ids if kind.has_prefixes else (),
-        ),
-        score_policy=jitted(
-            step.score_step,
-            model=model,
-            with_certainty=kind.reward == "self_certainty",
-        ),
-        train_step=jax.jit(
-            functools.partial(
-                step.train_step,
-                optimizer=optimizer,
-                model=model,
-                objective=objective,
-                stop_ids=stop_ids,
-                remat=config.remat,
-            ),
-            donate_argnums=0,
-            out_shardings=(_shardings(state), everywhere, everywhere, everywhere),
-        ),
-    )
-
-
-def _pack_shape(
-    config: ml_collections.FrozenConfigDict,
-    longest_prompt: int,
-    mesh: Mesh | AbstractMesh,
-) -> PackShape:
-    """Rows enough for the responses of any update."""
-    max_length = longest_prompt + config.max_new_tokens
-    prompts = -(-config.prompts_per_step // config.updates_per_rollout)
-    rows = config.microbatch_size * sharding.batch_ways(mesh)
-    return PackShape(
-        num_microbatches=max_microbatches(
-            prompts * config.samples_per_prompt, max_length, rows, config.pack_length
-        ),
-        microbatch_size=rows,
-        pack_length=config.pack_length,
-        max_segments=segments_per_row(config.pack_length, max_length),
-    )
-
-
-def abstract_minibatch(
-    fns: TrainFns, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
-) -> tuple[Any, Any, Any]:
-    """Shapes of what an update is given: packed batch, scores from before, their number."""
-    return minibatch.abstract(
-        fns.shape,
-        mesh,
-        fns.objective,
-        objectives.log_z_of(config.objective, config.log_z),
-        is_only=config.updates_per_rollout == 1,
-    )
 
 
 def setup(
@@ -215,7 +80,7 @@ def setup(
     trained = policy.params
     if config.lora.rank:
         init = functools.partial(lora.init_params, fns.model)
-        where = _shardings(fns.state.params["policy"])
+        where = shardings_of(fns.state.params["policy"])
         trained = jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
     # A copy, since training gives the buffers of its parameters away.
     base = jax.tree.map(lambda x: jnp.array(x, config.dtype), policy.params)
@@ -273,7 +138,7 @@ def _iteration(
     def base_on_devices() -> Params:
         # A copy if the base waits in host memory.
         return (
-            jax.device_put(base, _shardings(fns.base)) if config.offload_ref else base
+            jax.device_put(base, shardings_of(fns.base)) if config.offload_ref else base
         )
 
     def policy_of(state: step.TrainState) -> Policy:
@@ -369,57 +234,6 @@ def _evaluation(
         return values, rows
 
     return evaluate
-
-
-def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
-    """Shapes with the places that arrays of them shall have."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def _abstract_state(
-    trained: Params,
-    model: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | AbstractMesh,
-) -> step.TrainState:
-    """Shapes and shardings of all that an update changes."""
-    everywhere = sharding.replicated(mesh)
-    replicated = lambda tree: placed(tree, jax.tree.map(lambda _: everywhere, tree))
-    head = jax.eval_shape(lambda: init_head(model.embed_dim, jax.random.key(0)))
-    params = {"policy": trained, "log_z": replicated(head)}
-    # Each group's chain holds a MaskedNode in place of the other group.
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    # Left to itself jit would put the moments on one device.
-    moments = jax.eval_shape(optimizer.init, params)
-    where = optax.tree.map_params(
-        optimizer,
-        lambda x, s: x if is_masked(x) else s,
-        moments,
-        _shardings(params),
-        transform_non_params=lambda _: everywhere,
-        is_leaf=is_masked,
-    )
-    start = replicated(jax.ShapeDtypeStruct((), jnp.int32))
-    return step.TrainState(start, params, placed(moments, where))
-
-
-def first_state(
-    fns: TrainFns, trained: Params, seed: int, mesh: Mesh
-) -> step.TrainState:
-    """The state before the first update."""
-    everywhere = sharding.replicated(mesh)
-    head = init_head(fns.base_model.embed_dim, jax.random.key(seed))
-    params = {"policy": trained, "log_z": jax.device_put(head, everywhere)}
-    start = jax.device_put(jnp.int32(0), everywhere)
-    return step.TrainState(start, params, fns.init_opt_state(params))
 
 
 def _describe(

@@ -26,7 +26,7 @@ from configs import default
 from pfjax.batch import OldScores, pack
 from pfjax.infra import hardware, sharding
 from pfjax.model import flops, hf, transformer
-from pfjax.trainer import setup
+from pfjax.trainer import train_fns
 from tests.benchmarks import common
 
 
@@ -105,10 +105,10 @@ def make_update(
         config.attention = _ATTENTION.value
         config.optim.learning_rate = 1e-4
     mesh = jax.sharding.get_mesh()
-    fns = setup.train_fns(config, policy.config, int(prompts.max()), mesh)
+    fns = train_fns.train_fns(config, policy.config, int(prompts.max()), mesh)
     base = jax.tree.map(lambda x: jax.numpy.array(x, case.dtype), policy.params)
     params = jax.tree.map(jax.numpy.copy, policy.params)  # given away
-    state = setup.first_state(fns, params, 0, mesh)
+    state = train_fns.first_state(fns, params, 0, mesh)
 
     def update() -> int:
         nonlocal state

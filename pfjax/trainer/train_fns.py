@@ -1,0 +1,202 @@
+"""The compiled programs of an update, for devices that need not be here."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from pfjax import objectives
+from pfjax.batch import PackShape, max_microbatches, segments_per_row
+from pfjax.infra import sharding
+from pfjax.model import lora, transformer
+from pfjax.model.transformer import ModelConfig, Params
+from pfjax.objectives import ObjectiveConfig
+from pfjax.trainer import minibatch, optim, step
+from pfjax.trainer.log_z import init_head
+
+
+class TrainFns(NamedTuple):
+    """The compiled programs of an update, and the shapes and places of what they take."""
+
+    model: ModelConfig  # of the policy
+    base_model: ModelConfig
+    objective: ObjectiveConfig
+    shape: PackShape
+    state: step.TrainState  # shapes and shardings
+    base: Params  # shapes and shardings, in the type of the computation
+    init_opt_state: Any  # jitted
+    score_base: Any  # jitted
+    score_policy: Any  # jitted
+    train_step: Any  # jitted
+
+
+def train_fns(
+    config: ml_collections.FrozenConfigDict,
+    base_model: ModelConfig,
+    longest_prompt: int,
+    mesh: Mesh | AbstractMesh,
+    stop_ids: tuple[int, ...] = (),
+) -> TrainFns:
+    """The programs of a config for the devices of `mesh`, which need not be here.
+
+    Args:
+      config: of the run.
+      base_model: of the checkpoint.
+      longest_prompt: in tokens.
+      mesh: not current (see `jax.set_mesh`) if its devices are not here.
+      stop_ids: tokens that end a response; the checkpoint's when not given.
+    """
+    base_model = dataclasses.replace(
+        base_model, dtype=config.dtype, attention=config.attention
+    )
+    axes = transformer.logical_axes(base_model)
+    shapes = transformer.abstract_params(base_model)
+    base = placed(shapes, sharding.treeshardings_of(mesh, axes, shapes), config.dtype)
+    model = base_model
+    if config.lora.rank:
+        model = dataclasses.replace(
+            base_model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
+        )
+        axes = lora.select(transformer.logical_axes(model))
+        shapes = lora.select(transformer.abstract_params(model))
+    trained = placed(shapes, sharding.treeshardings_of(mesh, axes, shapes), "float32")
+    optimizer = optim.make_optimizer(**config.optim)
+    state = _abstract_state(trained, model, optimizer, mesh)
+    objective = ObjectiveConfig(
+        name=config.objective,
+        alpha=config.alpha,
+        beta=config.flowrl_beta,
+        kl=config.reward_kl,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        mask_clipped_tokens=config.mask_clipped_tokens,
+    )
+    kind = objectives.OBJECTIVES[objective.name]
+    stop_ids = stop_ids or base_model.stop_ids
+    everywhere = sharding.replicated(mesh)
+
+    def jitted(f: Callable, **static: Any) -> Any:
+        return jax.jit(functools.partial(f, **static), out_shardings=everywhere)
+
+    return TrainFns(
+        model=model,
+        base_model=base_model,
+        objective=objective,
+        shape=_pack_shape(config, longest_prompt, mesh),
+        state=state,
+        base=base,
+        init_opt_state=jax.jit(
+            optimizer.init, out_shardings=shardings_of(state.opt_state)
+        ),
+        score_base=jitted(
+            step.score_step,
+            model=base_model,
+            stop_ids=stop_ids if kind.has_prefixes else (),
+        ),
+        score_policy=jitted(
+            step.score_step,
+            model=model,
+            with_certainty=kind.reward == "self_certainty",
+        ),
+        train_step=jax.jit(
+            functools.partial(
+                step.train_step,
+                optimizer=optimizer,
+                model=model,
+                objective=objective,
+                stop_ids=stop_ids,
+                remat=config.remat,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings_of(state), everywhere, everywhere, everywhere),
+        ),
+    )
+
+
+def _pack_shape(
+    config: ml_collections.FrozenConfigDict,
+    longest_prompt: int,
+    mesh: Mesh | AbstractMesh,
+) -> PackShape:
+    """Rows enough for the responses of any update."""
+    max_length = longest_prompt + config.max_new_tokens
+    prompts = -(-config.prompts_per_step // config.updates_per_rollout)
+    rows = config.microbatch_size * sharding.batch_ways(mesh)
+    return PackShape(
+        num_microbatches=max_microbatches(
+            prompts * config.samples_per_prompt, max_length, rows, config.pack_length
+        ),
+        microbatch_size=rows,
+        pack_length=config.pack_length,
+        max_segments=segments_per_row(config.pack_length, max_length),
+    )
+
+
+def abstract_minibatch(
+    fns: TrainFns, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
+) -> tuple[Any, Any, Any]:
+    """Shapes of what an update is given: packed batch, scores from before, their number."""
+    return minibatch.abstract(
+        fns.shape,
+        mesh,
+        fns.objective,
+        objectives.log_z_of(config.objective, config.log_z),
+        is_only=config.updates_per_rollout == 1,
+    )
+
+
+def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
+    """Shapes with the places that arrays of them shall have."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+
+
+def shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def _abstract_state(
+    trained: Params,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+) -> step.TrainState:
+    """Shapes and shardings of all that an update changes."""
+    everywhere = sharding.replicated(mesh)
+    replicated = lambda tree: placed(tree, jax.tree.map(lambda _: everywhere, tree))
+    head = jax.eval_shape(lambda: init_head(model.embed_dim, jax.random.key(0)))
+    params = {"policy": trained, "log_z": replicated(head)}
+    # Each group's chain holds a MaskedNode in place of the other group.
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    # Left to itself jit would put the moments on one device.
+    moments = jax.eval_shape(optimizer.init, params)
+    where = optax.tree.map_params(
+        optimizer,
+        lambda x, s: x if is_masked(x) else s,
+        moments,
+        shardings_of(params),
+        transform_non_params=lambda _: everywhere,
+        is_leaf=is_masked,
+    )
+    start = replicated(jax.ShapeDtypeStruct((), jnp.int32))
+    return step.TrainState(start, params, placed(moments, where))
+
+
+def first_state(
+    fns: TrainFns, trained: Params, seed: int, mesh: Mesh
+) -> step.TrainState:
+    """The state before the first update."""
+    everywhere = sharding.replicated(mesh)
+    head = init_head(fns.base_model.embed_dim, jax.random.key(seed))
+    params = {"policy": trained, "log_z": jax.device_put(head, everywhere)}
+    start = jax.device_put(jnp.int32(0), everywhere)
+    return step.TrainState(start, params, fns.init_opt_state(params))
