@@ -32,6 +32,7 @@ class ObjectiveConfig:
 
     name: str = "powerflow"
     alpha: float = 4.0  # of the target
+    log_z: str = "head"  # "head" or "group", where the objective leaves the choice
     beta: float = 15.0  # of the advantage in the target of `flowrl`
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
@@ -39,9 +40,19 @@ class ObjectiveConfig:
     mask_clipped_tokens: bool = False  # leave tokens out whose ratio is outside
 
     @property
+    def kind(self) -> "Objective":
+        return OBJECTIVES[self.name]
+
+    @property
     def target(self) -> Target:
         """What is trained toward; that of PowerFlow where a reward alone is trained."""
-        return OBJECTIVES[self.name].target(self)
+        return self.kind.target(self)
+
+    @property
+    def log_z_source(self) -> str:
+        """Where log Z comes from: "head", "group" or "none"."""
+        wanted = self.kind.log_z
+        return self.log_z if wanted == "any" else wanted
 
 
 _Loss = Callable[[TrajectoryStats, ObjectiveConfig], Float[Array, "*n"]]
@@ -70,7 +81,7 @@ def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
         reward=y.advantage,
     )
     y = y._replace(residual=residual)
-    return y._replace(loss=OBJECTIVES[c.name].loss(y, c))
+    return y._replace(loss=c.kind.loss(y, c))
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
@@ -187,9 +198,3 @@ OBJECTIVES: dict[str, Objective] = {
     "empo": Objective(empo, log_z="none", reward="cluster"),
     "intuitor": Objective(grpo, log_z="none", reward="self_certainty"),
 }
-
-
-def log_z_of(name: str, chosen: str) -> str:
-    """Tells where log Z comes from: "head", "group" or "none"; `chosen` is the config's."""
-    wanted = OBJECTIVES[name].log_z
-    return chosen if wanted == "any" else wanted

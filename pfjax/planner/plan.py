@@ -126,7 +126,7 @@ def _compile(
     mesh: Mesh,
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
     """What each phase needs beside the state, and sends, as its program says."""
-    batch = train_fns.abstract_minibatch(fns, config, mesh)
+    batch = train_fns.abstract_minibatch(fns, mesh)
     phases, sent = {}, {}
     for phase, program in aot.compile_phases(fns, batch, work).items():
         phases[phase] = {"temporaries": aot.temporaries(program)}

@@ -23,7 +23,7 @@ from pfjax.batch import (
 from pfjax.infra import hardware
 from pfjax.model import flops
 from pfjax.model.transformer import ModelConfig
-from pfjax.objectives import OBJECTIVES, ObjectiveConfig
+from pfjax.objectives import ObjectiveConfig
 from pfjax.targets import Target
 from pfjax.tasks import grading
 from pfjax.trainer import minibatch, profiling
@@ -38,7 +38,6 @@ def step_metrics(
     clock: profiling.Clock,
     *,
     objective: ObjectiveConfig,
-    has_log_z: bool,
     shape: PackShape,
     model: ModelConfig,
     learning_rate: Callable[[int], float],
@@ -53,12 +52,11 @@ def step_metrics(
       step: its number.
       clock: that timed its phases; it stops here.
       objective: what is trained.
-      has_log_z: whether there is a log Z; else that of the group is shown.
       shape: of a packed batch.
       model: of the policy.
       learning_rate: of a step.
     """
-    r = _in_order(minibatches, stats, has_log_z)
+    r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that drew: later updates of a step have moved it.
     drawn = [log_p[0], *(m.old.log_p_old for m in minibatches[1:])]
     scored: list[np.ndarray] = []
@@ -73,7 +71,7 @@ def step_metrics(
         **rollout_metrics(data.rollout, scored),
         "pack/fill": minibatch.fill(minibatches, shape),
     }
-    if OBJECTIVES[objective.name].reward:
+    if objective.kind.reward:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
@@ -87,7 +85,8 @@ def step_metrics(
 def _in_order(
     minibatches: list[Minibatch], stats: list[TrajectoryStats], has_log_z: bool
 ) -> TrajectoryStats:
-    """The statistics of all updates, `[S]`, in the order sampled."""
+    """The statistics of all updates, `[S]`, in the order sampled; without a log Z, that of
+    each prompt's samples is shown."""
     parts = [
         jax.tree.map(lambda x, m=m: from_segments(x, m.placement), one)
         for m, one in zip(minibatches, stats, strict=True)

@@ -266,12 +266,10 @@ def _check_choice(
 
 
 def _check_groups(c: ml_collections.FrozenConfigDict) -> None:
-    from pfjax import objectives
+    from pfjax.objectives import OBJECTIVES, ObjectiveConfig
 
-    is_group = objectives.log_z_of(c.objective, c.log_z) == "group"
-    if c.samples_per_prompt < 2 and (
-        is_group or objectives.OBJECTIVES[c.objective].reward
-    ):
+    is_group = ObjectiveConfig(c.objective, log_z=c.log_z).log_z_source == "group"
+    if c.samples_per_prompt < 2 and (is_group or OBJECTIVES[c.objective].reward):
         raise ValueError(
             f"--config.objective={c.objective} with --config.log_z={c.log_z} averages "
             "over the samples of a prompt: samples_per_prompt must be at least 2, got "

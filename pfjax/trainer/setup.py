@@ -10,7 +10,6 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from pfjax import objectives
 from pfjax.evaluation import elbo, scores
 from pfjax.model import (
     attention,
@@ -100,7 +99,7 @@ def setup(
         "stop": options.StopConditions(stop_ids),
         "capacity": options.Capacity(longest, plan.slots * plan.dp_size),
     }
-    trainer = Trainer(**_iteration(config, fns, tok, train, base, sampling, mesh))
+    trainer = _iteration(config, fns, tok, train, base, sampling, mesh)
     evaluate = _evaluation(
         config, fns, trainer, tok, held_out, target, stop_ids, longest
     )
@@ -116,11 +115,11 @@ def _iteration(
     base: Params,
     sampling: dict[str, Any],
     mesh: Mesh,
-) -> dict[str, Callable]:
-    """The parts of an iteration by their names in `Trainer`."""
-    log_z = objectives.log_z_of(config.objective, config.log_z)
+) -> Trainer:
+    """Binds what a run never changes; `evaluate` is left out."""
     frozen = base if config.lora.rank else {}
-    reward = objectives.OBJECTIVES[config.objective].reward
+    is_head = fns.objective.log_z_source == "head"
+    rate, warmup = config.optim.learning_rate, max(config.optim.warmup_steps, 1)
 
     def rollout(policy: Policy, indices: list[int], ids: list[int], step: int) -> Any:
         return engine.rollout(
@@ -141,53 +140,40 @@ def _iteration(
             jax.device_put(base, shardings_of(fns.base)) if config.offload_ref else base
         )
 
-    def policy_of(state: step.TrainState) -> Policy:
-        return Policy(fns.model, lora.join(frozen, state.params["policy"]))
-
-    return {
-        "next_prompts": functools.partial(
+    bind = functools.partial
+    return Trainer(
+        next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
-        "rollout": rollout,
-        "compute_rewards": functools.partial(
+        rollout=rollout,
+        compute_rewards=bind(
             rewards.compute_rewards,
             tok=tok,
             prompts=train,
-            reward=reward,
+            reward=fns.objective.kind.reward,
             format_penalty=config.format_penalty,
         ),
-        "base": base_on_devices,
-        "prepare_minibatch": functools.partial(
-            minibatch.prepare_minibatch,
-            score_base=fns.score_base,
-            score_policy=fns.score_policy,
-            objective=fns.objective,
-            log_z=log_z,
-            shape=fns.shape,
-            mesh=mesh,
-            is_only=config.updates_per_rollout == 1,
-        ),
-        "init_log_z": functools.partial(minibatch.init_log_z, objective=fns.objective)
-        if log_z == "head"
+        base=base_on_devices,
+        prepare_minibatch=bind(minibatch.prepare_minibatch, fns=fns, mesh=mesh),
+        init_log_z=bind(minibatch.init_log_z, objective=fns.objective)
+        if is_head
         else None,
-        "train_step": lambda state, m: fns.train_step(
+        train_step=lambda state, m: fns.train_step(
             state, frozen, m.batch, m.old, m.num_microbatches
         ),
-        "step_metrics": functools.partial(
+        step_metrics=bind(
             diagnostics.step_metrics,
             objective=fns.objective,
-            has_log_z=log_z != "none",
             shape=fns.shape,
             model=fns.model,
-            learning_rate=lambda step: (
-                config.optim.learning_rate
-                * min(1.0, step / max(config.optim.warmup_steps, 1))
-            ),
+            learning_rate=lambda step: rate * min(1.0, step / warmup),
         ),
-        "policy": policy_of,
-        "evaluate": None,
-        "updates_per_rollout": config.updates_per_rollout,
-    }
+        policy=lambda state: Policy(
+            fns.model, lora.join(frozen, state.params["policy"])
+        ),
+        evaluate=None,
+        updates_per_rollout=config.updates_per_rollout,
+    )
 
 
 def _evaluation(

@@ -48,12 +48,11 @@ def loss_fn(
     """
     policy = lora.join(frozen, params["policy"])
     log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, remat)
-    kind = objectives.OBJECTIVES[objective.name]
     log_p_stop = None
-    if kind.has_prefixes:
+    if objective.kind.has_prefixes:
         log_p_stop = log_probs.stop_log_probs(policy, hidden, log_p, batch, stop_ids)
     log_z = old.log_z
-    if kind.log_z == "none":
+    if objective.log_z_source == "none":
         log_z = jnp.zeros(batch.length.shape)
     elif log_z is None:
         log_z = apply_head(params["log_z"], hidden, batch)
@@ -91,7 +90,8 @@ def _sum_over_tokens(
     kl = jnp.exp(log_inverse) - log_inverse - 1  # never negative
     variance = zero
     if log_p_stop is not None:
-        reward = lambda log_p_base: c.target.log_reward(log_p_base, 0)
+        one = jnp.ones_like(log_p)  # the sums are of single tokens
+        reward = lambda log_p_base: c.target.log_reward(log_p_base, one)
         variance = _prefix_variance(
             batch,
             log_p - reward(log_p_base),

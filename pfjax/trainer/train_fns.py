@@ -11,13 +11,20 @@ import ml_collections
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from pfjax import objectives
-from pfjax.batch import PackShape, max_microbatches, segments_per_row
+from pfjax.batch import (
+    PACKED,
+    Field,
+    OldScores,
+    PackedBatch,
+    PackShape,
+    max_microbatches,
+    segments_per_row,
+)
 from pfjax.infra import sharding
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
-from pfjax.trainer import minibatch, optim, step
+from pfjax.trainer import optim, step
 from pfjax.trainer.log_z import init_head
 
 
@@ -27,6 +34,7 @@ class TrainFns(NamedTuple):
     model: ModelConfig  # of the policy
     base_model: ModelConfig
     objective: ObjectiveConfig
+    num_updates: int  # per step
     shape: PackShape
     state: step.TrainState  # shapes and shardings
     base: Params  # shapes and shardings, in the type of the computation
@@ -55,67 +63,66 @@ def train_fns(
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
-    axes = transformer.logical_axes(base_model)
-    shapes = transformer.abstract_params(base_model)
-    base = placed(shapes, sharding.treeshardings_of(mesh, axes, shapes), config.dtype)
-    model = base_model
+    model, select = base_model, lambda tree: tree
     if config.lora.rank:
+        select = lora.select
         model = dataclasses.replace(
             base_model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
         )
-        axes = lora.select(transformer.logical_axes(model))
-        shapes = lora.select(transformer.abstract_params(model))
-    trained = placed(shapes, sharding.treeshardings_of(mesh, axes, shapes), "float32")
+    trained = select(_abstract_params(model, mesh, "float32"))
     optimizer = optim.make_optimizer(**config.optim)
     state = _abstract_state(trained, model, optimizer, mesh)
-    objective = ObjectiveConfig(
-        name=config.objective,
-        alpha=config.alpha,
-        beta=config.flowrl_beta,
-        kl=config.reward_kl,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        mask_clipped_tokens=config.mask_clipped_tokens,
-    )
-    kind = objectives.OBJECTIVES[objective.name]
-    stop_ids = stop_ids or base_model.stop_ids
-    everywhere = sharding.replicated(mesh)
+    objective, stop_ids = _objective(config), stop_ids or base_model.stop_ids
+    whole = sharding.replicated(mesh)
 
-    def jitted(f: Callable, **static: Any) -> Any:
-        return jax.jit(functools.partial(f, **static), out_shardings=everywhere)
+    def jitted(f: Callable, out_shardings: Any, donate: Any = None, **static: Any):
+        f = functools.partial(f, **static)
+        return jax.jit(f, out_shardings=out_shardings, donate_argnums=donate)
 
     return TrainFns(
         model=model,
         base_model=base_model,
         objective=objective,
+        num_updates=config.updates_per_rollout,
         shape=_pack_shape(config, longest_prompt, mesh),
         state=state,
-        base=base,
-        init_opt_state=jax.jit(
-            optimizer.init, out_shardings=shardings_of(state.opt_state)
-        ),
+        base=_abstract_params(base_model, mesh, config.dtype),
+        init_opt_state=jitted(optimizer.init, shardings_of(state.opt_state)),
         score_base=jitted(
             step.score_step,
+            whole,
             model=base_model,
-            stop_ids=stop_ids if kind.has_prefixes else (),
+            stop_ids=stop_ids if objective.kind.has_prefixes else (),
         ),
         score_policy=jitted(
             step.score_step,
+            whole,
             model=model,
-            with_certainty=kind.reward == "self_certainty",
+            with_certainty=objective.kind.reward == "self_certainty",
         ),
-        train_step=jax.jit(
-            functools.partial(
-                step.train_step,
-                optimizer=optimizer,
-                model=model,
-                objective=objective,
-                stop_ids=stop_ids,
-                remat=config.remat,
-            ),
-            donate_argnums=0,
-            out_shardings=(shardings_of(state), everywhere, everywhere, everywhere),
+        train_step=jitted(
+            step.train_step,
+            (shardings_of(state), whole, whole, whole),
+            donate=0,
+            optimizer=optimizer,
+            model=model,
+            objective=objective,
+            stop_ids=stop_ids,
+            remat=config.remat,
         ),
+    )
+
+
+def _objective(config: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
+    return ObjectiveConfig(
+        name=config.objective,
+        alpha=config.alpha,
+        log_z=config.log_z,
+        beta=config.flowrl_beta,
+        kl=config.reward_kl,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        mask_clipped_tokens=config.mask_clipped_tokens,
     )
 
 
@@ -139,16 +146,42 @@ def _pack_shape(
 
 
 def abstract_minibatch(
-    fns: TrainFns, config: ml_collections.FrozenConfigDict, mesh: Mesh | AbstractMesh
-) -> tuple[Any, Any, Any]:
-    """Shapes of what an update is given: packed batch, scores from before, their number."""
-    return minibatch.abstract(
-        fns.shape,
-        mesh,
-        fns.objective,
-        objectives.log_z_of(config.objective, config.log_z),
-        is_only=config.updates_per_rollout == 1,
-    )
+    fns: TrainFns, mesh: Mesh | AbstractMesh
+) -> tuple[PackedBatch, OldScores, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of what an update is given: packed batch, scores from
+    before, number of micro-batches."""
+    whole = sharding.replicated(mesh)
+
+    def array(field: Field, where: Any = None) -> jax.ShapeDtypeStruct:
+        dims = fns.shape.of(field)
+        split = sharding.of_batch(mesh, dims, dim=1)
+        return jax.ShapeDtypeStruct(dims, field.dtype, sharding=where or split)
+
+    of_token, of_segment = Field("T", "float32"), Field("N", "float32")
+    kind, flags = fns.objective.kind, (fns.shape.num_microbatches,)
+    old = OldScores(array(of_token, whole))
+    if fns.num_updates > 1:
+        old = old._replace(
+            log_p_old=array(of_token, whole),
+            is_on_policy=jax.ShapeDtypeStruct(flags, bool),
+        )
+    if fns.objective.log_z_source == "group":
+        old = old._replace(log_z=array(of_segment, whole))
+    if kind.reward:
+        old = old._replace(advantage=array(of_segment))
+    if kind.has_prefixes:
+        old = old._replace(log_stop_base=array(of_token, whole))
+    batch = PackedBatch(*(array(f) for f in PACKED))
+    return batch, old, jax.ShapeDtypeStruct((), "int32")
+
+
+def _abstract_params(
+    model: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str
+) -> Params:
+    """Shapes and shardings of a model's parameters."""
+    axes = transformer.logical_axes(model)
+    shapes = transformer.abstract_params(model)
+    return placed(shapes, sharding.tree_shardings(mesh, axes, shapes), dtype)
 
 
 def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
