@@ -87,10 +87,10 @@ def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
 
 
 def _over_runs(x: np.ndarray, values: np.ndarray, window: int = 1) -> Curve:
-    mean, spread = values.mean(axis=0), None
-    if len(values) > 1:
-        spread = values.std(axis=0, ddof=1)
-    return Curve(x, mean, spread, values.min(axis=0), values.max(axis=0), window)
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+    return Curve(
+        x, values.mean(axis=0), spread, values.min(axis=0), values.max(axis=0), window
+    )
 
 
 def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:

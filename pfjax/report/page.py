@@ -15,15 +15,12 @@ _TEMPLATE = pathlib.Path(__file__).with_name("template.html")
 
 
 def write(paths: Sequence[str], out: str, command: str = "") -> str:
-    """Writes index.html and a PNG per picture into the folder `out`.
+    """Writes index.html and a PNG per picture; returns a line that says so.
 
     Args:
       paths: folders of runs, see `runs.load`.
       out: folder, local or `gs://`.
       command: what made the page, for its head.
-
-    Returns:
-      A line that says what was written.
     """
     found, skipped = runs.load(paths)
     groups = runs.group(found)

@@ -75,10 +75,11 @@ def test_what_cannot_be_scored_is_said(tmp_path):
         creative.score_folder(tmp_path, "lexical", "", "")
     _write_set(tmp_path, "poem", ["a b", "c d", "e f"])
     about = json.loads((tmp_path / "poem.json").read_text())
-    about["settings"]["items"] = 2
-    (tmp_path / "poem.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="holds 3 responses, not 2 x 2"):
-        creative.score_folder(tmp_path, "lexical", "", "")
+    for items in (1, 2):
+        about["settings"]["items"] = items
+        (tmp_path / "poem.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=f"holds 3 responses, not {items} x 2"):
+            creative.score_folder(tmp_path, "lexical", "", "")
 
 
 @pytest.mark.slow  # samples a model in a process of its own
