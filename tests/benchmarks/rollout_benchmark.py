@@ -20,7 +20,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests.sampling import simple_sampler
+from tests.sampler import simple_sampler
 
 from pfjax.batch import Rollout
 from pfjax.model import hf, log_probs, transformer

@@ -205,6 +205,7 @@ print(size, (peak() - before) / size)
     assert float(ratio) < 1.5
 
 
+@pytest.mark.slow
 def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
     """A model in many files onto 2 processes of 4 devices, and out of them again."""
     out = tmp_path / "out"
