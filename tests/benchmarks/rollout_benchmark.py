@@ -20,12 +20,11 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from tests.sampler import simple_sampler
-
 from pfjax.batch import Rollout
 from pfjax.model import hf, log_probs, transformer
 from pfjax.sampler import decode, engine, slots
 from tests.benchmarks import common
+from tests.sampler import simple_sampler
 
 Case = collections.namedtuple(
     "Case", "model dtype prompts samples prompt_lengths max_new_tokens slots stops"
