@@ -81,14 +81,14 @@ def _distribution(folder):
 def converging(config, monkeypatch) -> ml_collections.ConfigDict:
     """Comes within half of what is asked for, with any seed.
 
-    Of 1024 samples a step none that matters is rare, and one that is cannot kick: its
-    gradient is clipped. One device, as a step on eight takes twice as long and is the same.
+    Of 1024 samples a step none that matters is rare. One device, as a step on eight takes
+    twice as long and is the same.
     """
     use_one_device(monkeypatch)
     config.mesh.data = 1
     config.samples_per_prompt = 128
     config.rows, config.row_length = 64, 64
-    config.optim.learning_rate, config.optim.clip_norm = 1e-2, 0.05
+    config.optim.learning_rate = 1e-2
     return config
 
 
@@ -109,6 +109,8 @@ def test_training_reaches_the_exact_target(
     config = converging
     config.objective, config.alpha, config.log_z = objective, alpha, log_z
     config.num_steps = config.checkpoint_every = num_steps
+    if alpha > 2:  # a rare response is far from its target, and must not kick
+        config.optim.clip_norm = 0.05
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
     trained, _ = _distribution(tmp_path / "run/hf")
