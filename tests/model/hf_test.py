@@ -159,6 +159,7 @@ def test_files_are_those_of_the_library_and_keep_the_base_type(tmp_path, tiny_po
         assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
     """500 M parameters in bfloat16, in a process of their own."""
     config = {
@@ -205,6 +206,7 @@ print(size, (peak() - before) / size)
     assert float(ratio) < 1.5
 
 
+@pytest.mark.slow
 def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
     """A model in many files onto 2 processes of 4 devices, and out of them again."""
     out = tmp_path / "out"

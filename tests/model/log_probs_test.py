@@ -43,8 +43,18 @@ def _gradients(f, hidden, head, targets, where):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
 
 
-@pytest.mark.parametrize("chunk", [1, 9, 512])  # single, a ragged end, all at once
-@pytest.mark.parametrize("tile", [1, 7, 12, 4096])  # of 24 words; 7 leaves a rest
+# Chunks: single, a ragged end, all at once. Tiles of 24 words: 7 leaves a rest.
+TILINGS = [(c, t) for c in (1, 9, 512) for t in (1, 7, 12, 4096)]
+SOME_TILINGS = [(1, 1), (9, 7), (512, 4096)]
+
+
+@pytest.mark.parametrize(
+    "chunk, tile",
+    [
+        pytest.param(*x, marks=() if x in SOME_TILINGS else pytest.mark.slow)
+        for x in TILINGS
+    ],
+)
 def test_values_and_gradients_equal_those_of_the_whole_softmax(
     data, monkeypatch, chunk, tile
 ):
@@ -74,7 +84,15 @@ def test_what_is_not_asked_for_is_neither_computed_nor_needed(data, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 1, 4), (1, 4, 2)]
+    "sizes",
+    [
+        (8, 1, 1),
+        (2, 2, 2),
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ((1, 8, 1), (1, 1, 8), (2, 1, 4), (1, 4, 2))
+        ),
+    ],
 )
 def test_meshes_share_the_vocabulary_and_agree(data, sizes, monkeypatch):
     monkeypatch.setattr(log_probs, "CHUNK", 3)
@@ -141,6 +159,7 @@ def test_temporaries_do_not_grow_with_tokens_times_vocabulary():
     assert growth[0] < 20 * 4 * d * 32_768 / 8, temp
 
 
+@pytest.mark.slow
 def test_the_head_stays_where_it_is_on_a_tpu(tpu_mesh):
     tokens, vocab, d = 8192, 151_936, 1536
     compiled = _compile(tpu_mesh("v5e:4x4", 1, 8, 2), tokens, vocab, d)

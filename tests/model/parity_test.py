@@ -207,6 +207,7 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("qwen3", "qk_norm", False),
     ],
 )
+@pytest.mark.slow
 def test_a_field_read_wrongly_would_fail_the_comparison(made, name, field, value):
     folder, tokens, positions, want = made(name)
     policy = hf.load(folder)

@@ -88,7 +88,11 @@ def _compile(mesh):
 
 @pytest.mark.parametrize(
     "topology, axes",
-    [("v5e:2x2", (4, 1, 1)), ("v6e:2x2", (1, 2, 2)), ("v5p:2x2x1", (1, 1, 4))],
+    [
+        pytest.param("v5e:2x2", (4, 1, 1), marks=pytest.mark.slow),
+        ("v6e:2x2", (1, 2, 2)),
+        pytest.param("v5p:2x2x1", (1, 1, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes):
     mesh = tpu_mesh(topology, *axes)

@@ -88,6 +88,7 @@ def test_draws_depend_on_seed_step_and_prompt_id(tiny_policy, change):
     assert sum(same) < len(same) / 2
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_draw(tmp_path, tiny_policy):
     alone = engine.rollout(tiny_policy, PROMPTS, 8, 20)
     hf.save(tiny_policy, tmp_path / "m")
@@ -100,7 +101,9 @@ def test_a_mesh_changes_no_draw(tmp_path, tiny_policy):
             np.testing.assert_allclose(a[1], b[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "temperature", [1.0, pytest.param(0.7, marks=pytest.mark.slow)]
+)
 def test_frequencies_are_those_of_the_model(enumerable_folder, temperature):
     policy = hf.load(enumerable_folder)
     prompt, draws = [2, 3], 20_000
@@ -149,7 +152,15 @@ def _same_draws(a, b):
     np.testing.assert_array_equal(a.finished, b.finished)
 
 
-@pytest.mark.parametrize("num_slots", [1, 7, 32, None])
+@pytest.mark.parametrize(
+    "num_slots",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        7,
+        pytest.param(32, marks=pytest.mark.slow),
+        None,
+    ],
+)
 def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
     # Caches of 16, 32 and 40 tokens; fewer prefix slots than prompts with 1 and 7 slots.
     monkeypatch.setattr(slots, "_NARROWEST", 16)
@@ -163,7 +174,14 @@ def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
     _same_draws(got, want)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param((8, 1, 1), marks=pytest.mark.slow),
+        (1, 2, 4),
+        pytest.param((2, 2, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
     # 2 key/value heads on a tensor axis of 4 are replicated; 11 prompts fill 8 parts
     # unevenly.
@@ -181,6 +199,7 @@ def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
     _same_draws(alone, spread)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tpu_interpret", "gpu_interpret"])
 def test_kernels_draw_the_same(tiny_policy, backend):
     kwargs = {"samples_per_prompt": 4, "max_new_tokens": 20}
@@ -210,6 +229,7 @@ def test_the_devices_are_at_work_while_the_host_looks(tiny_policy, monkeypatch):
             assert before.count("decode") == before.count("look") + 2
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_does(tmp_path, tiny_policy):
     hf.save(tiny_policy, tmp_path / "m")
     code = """
@@ -369,7 +389,14 @@ def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_sl
     assert out.slot_steps < whole.slot_steps
 
 
-@pytest.mark.parametrize("num_slots, share", [(4, 0.7), (16, 0.3), (64, 0.5)])
+@pytest.mark.parametrize(
+    "num_slots, share",
+    [
+        (4, 0.7),
+        pytest.param(16, 0.3, marks=pytest.mark.slow),
+        pytest.param(64, 0.5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_cuts_all_at_the_largest_common_length(tiny_policy, num_slots, share):
     free = engine.rollout(tiny_policy, PROMPTS, 16, 40)
     budget = int(free.lengths.sum() * share)

@@ -89,7 +89,9 @@ def config(enumerable_folder, tmp_path):
     return c
 
 
-@pytest.mark.parametrize("action", ["stop", "warn", "off"])
+@pytest.mark.parametrize(
+    "action", ["stop", "warn", pytest.param("off", marks=pytest.mark.slow)]
+)
 def test_a_run_stops_or_warns_as_the_config_says(config, tmp_path, capsys, action):
     config.health_checks.action = action
     if action == "stop":

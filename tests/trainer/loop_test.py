@@ -81,8 +81,8 @@ def _distribution(folder):
 def converging(config, monkeypatch) -> ml_collections.ConfigDict:
     """Comes within half of what is asked for, with any seed.
 
-    Of 1024 samples a step none that matters is rare: the gradient goes to 0 and its noise
-    with it. One device, as a step on eight takes twice as long and is the same.
+    Of 1024 samples a step none that matters is rare. One device, as a step on eight takes
+    twice as long and is the same.
     """
     use_one_device(monkeypatch)
     config.mesh.data = 1
@@ -109,6 +109,8 @@ def test_training_reaches_the_exact_target(
     config = converging
     config.objective, config.alpha, config.log_z = objective, alpha, log_z
     config.num_steps = config.checkpoint_every = num_steps
+    if alpha > 2:  # a rare response is far from its target, and must not kick
+        config.optim.clip_norm = 0.05
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
     trained, _ = _distribution(tmp_path / "run/hf")
@@ -151,11 +153,12 @@ def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
         if o.reward
     ],
 )
-def test_rivals_train_on_their_rewards(tmp_path, objective):
+def test_rivals_train_on_their_rewards(tmp_path, monkeypatch, objective):
+    use_one_device(monkeypatch)
     c = smoke.get_config()
     c.objective = objective
     c.data.train, c.data.eval = "pfjax/toy/train_answered.jsonl", ""
-    c.num_steps, c.prompts_per_step, c.microbatch_size = 3, 8, 8
+    c.num_steps, c.prompts_per_step, c.microbatch_size = 3, 8, 64
     c.updates_per_rollout = 2 if objective in ("empo", "intuitor") else 1
     loop.train_and_evaluate(c, str(tmp_path / "run"))
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
