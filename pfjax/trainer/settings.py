@@ -32,13 +32,19 @@ class Setting(NamedTuple):
     about: str
     choices: tuple[str, ...] | Callable[[], Iterable[str]] | None = None
     is_positive: bool = False
-    may_change: bool = False  # when a run is continued: it does not touch its results
+    may_change: bool = False  # when a run is continued
 
 
 _DTYPES = ("bfloat16", "float32")
 _BACKENDS = _names("pfjax.model.attention", "BACKENDS")
 
-SETTINGS: dict[str, Setting] = {
+
+def _positive(default: float, about: str) -> Setting:
+    return Setting(default, about, is_positive=True)
+
+
+# What decides the results of a run: a run is continued with these as they were.
+_DECIDING: dict[str, Setting] = {
     # What is trained.
     "model": Setting(
         "pfjax/toy", "Hugging Face folder or hub id; pfjax/toy is built in"
@@ -48,7 +54,7 @@ SETTINGS: dict[str, Setting] = {
         "a name in pfjax/objectives.py",
         choices=_names("pfjax.objectives", "OBJECTIVES"),
     ),
-    "alpha": Setting(4.0, "> 1 sharpens, < 1 flattens", is_positive=True),
+    "alpha": _positive(4.0, "> 1 sharpens, < 1 flattens"),
     "format_penalty": Setting(
         -0.5, r"psi of a response without \boxed{}, nats per token; 0 switches it off"
     ),
@@ -69,17 +75,11 @@ SETTINGS: dict[str, Setting] = {
     "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
     "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
     # A step: two batch numbers; the rest follows from them.
-    "num_steps": Setting(500, "steps in all", is_positive=True, may_change=True),
-    "prompts_per_step": Setting(32, "chosen", is_positive=True),
-    "samples_per_prompt": Setting(32, "chosen", is_positive=True),
-    "max_new_tokens": Setting(3072, "a response is cut there", is_positive=True),
-    "temperature": Setting(1.0, "of sampling in training", is_positive=True),
-    "rollout_slots": Setting(
-        0, "samples decoded at once; 0: as many as memory holds", may_change=True
-    ),
-    "updates_per_rollout": Setting(
-        1, "minibatches per step; 1 is exactly on policy", is_positive=True
-    ),
+    "prompts_per_step": _positive(32, "chosen"),
+    "samples_per_prompt": _positive(32, "chosen"),
+    "max_new_tokens": _positive(3072, "a response is cut there"),
+    "temperature": _positive(1.0, "of sampling in training"),
+    "updates_per_rollout": _positive(1, "minibatches per step; 1 is exactly on policy"),
     "seed": Setting(0, "of everything random"),
     # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or of
     # tokens (GRPO and its kin).
@@ -112,11 +112,9 @@ SETTINGS: dict[str, Setting] = {
     "lora.alpha": Setting(32.0, "chosen; adapters are scaled by alpha / rank"),
     # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp parts of the
     # batch.
-    "microbatch_size": Setting(1, "rows per micro-batch and part", is_positive=True),
-    "pack_length": Setting(
-        4096,
-        "tokens per row; at least data.max_prompt_tokens + max_new_tokens",
-        is_positive=True,
+    "microbatch_size": _positive(1, "rows per micro-batch and part"),
+    "pack_length": _positive(
+        4096, "tokens per row; at least data.max_prompt_tokens + max_new_tokens"
     ),
     "dtype": Setting(
         "bfloat16",
@@ -137,70 +135,55 @@ SETTINGS: dict[str, Setting] = {
         "(attention), all but products with weights (dots), none",
         choices=_names("pfjax.model.transformer", "REMAT"),
     ),
+}
+
+# What a run may be continued with another value of.
+_FREE: dict[str, Setting] = {
+    "num_steps": _positive(500, "steps in all"),
+    "rollout_slots": Setting(0, "samples decoded at once; 0: as many as memory holds"),
     # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
     # only.
-    "mesh.data": Setting(1, "whole copies of the weights", may_change=True),
-    "mesh.fsdp": Setting(-1, "devices that weights are split over", may_change=True),
-    "mesh.tensor": Setting(1, "devices that share each matrix", may_change=True),
+    "mesh.data": Setting(1, "whole copies of the weights"),
+    "mesh.fsdp": Setting(-1, "devices that weights are split over"),
+    "mesh.tensor": Setting(1, "devices that share each matrix"),
     # Evaluation, at step 0, every eval_every steps, and after the last.
-    "eval_every": Setting(40, "steps", is_positive=True, may_change=True),
-    "eval_samples": Setting(16, "k of avg@k", is_positive=True, may_change=True),
-    "eval_sampling.temperature": Setting(1.0, "0 is greedy", may_change=True),
+    "eval_every": _positive(40, "steps"),
+    "eval_samples": _positive(16, "k of avg@k"),
+    "eval_sampling.temperature": Setting(1.0, "0 is greedy"),
     **{
-        f"eval_sampling.{x.name}": Setting(
-            x.default, x.metadata["help"], may_change=True
-        )
+        f"eval_sampling.{x.name}": Setting(x.default, x.metadata["help"])
         for x in dataclasses.fields(TokenFilters)
     },
-    "eval_sampling.stop_strings": Setting(
-        (), "texts that end a response", may_change=True
-    ),
+    "eval_sampling.stop_strings": Setting((), "texts that end a response"),
     # Records.
-    "log_every": Setting(
-        1,
-        "steps between plain lines when nobody watches",
-        is_positive=True,
-        may_change=True,
-    ),
-    "checkpoint_every": Setting(40, "steps", is_positive=True, may_change=True),
-    "keep_best": Setting(
-        1, "checkpoints kept beside the latest two: the best", may_change=True
-    ),
-    "best_metric": Setting(
-        "eval/avg", "the higher the better; named up to the @", may_change=True
-    ),
+    "log_every": _positive(1, "steps between plain lines when nobody watches"),
+    "checkpoint_every": _positive(40, "steps"),
+    "keep_best": Setting(1, "checkpoints kept beside the latest two: the best"),
+    "best_metric": Setting("eval/avg", "the higher the better; named up to the @"),
     "profile_steps": Setting(
-        (0, 0),
-        "steps traced by JAX's profiler: first, and first after",
-        may_change=True,
+        (0, 0), "steps traced by JAX's profiler: first, and first after"
     ),
-    "wandb_project": Setting("", 'needs the extra wandb; "" for none', may_change=True),
+    "wandb_project": Setting("", 'needs the extra wandb; "" for none'),
     # What is watched during a run. A loss that is not finite always stops it.
     "health_checks.action": Setting(
-        "stop",
-        "when one of these has lasted",
-        choices=("stop", "warn", "off"),
-        may_change=True,
+        "stop", "when one of these has lasted", choices=("stop", "warn", "off")
     ),
-    "health_checks.patience": Setting(10, "steps", is_positive=True, may_change=True),
+    "health_checks.patience": _positive(10, "steps"),
     "health_checks.length_floor": Setting(
-        0.25, "mean length below this fraction of the start's", may_change=True
+        0.25, "mean length below this fraction of the start's"
     ),
     "health_checks.truncated_ceiling": Setting(
-        0.99, "at least this fraction of responses cut", may_change=True
+        0.99, "at least this fraction of responses cut"
     ),
     "health_checks.logp_gap": Setting(
-        0.05,
-        "mean distance between sampler and scorer, nats per token, in any step",
-        may_change=True,
+        0.05, "mean distance between sampler and scorer, nats per token, in any step"
     ),
-    "health_checks.step_seconds": Setting(
-        3600.0,
-        "after which a stuck step tells where it stands",
-        is_positive=True,
-        may_change=True,
+    "health_checks.step_seconds": _positive(
+        3600.0, "after which a stuck step tells where it stands"
     ),
 }
+
+SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
 
 
 def default_config() -> ml_collections.ConfigDict:
