@@ -18,19 +18,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pfjax.targets import Array
 
 
-class Field(NamedTuple):
-    """How one field of a packed batch is stored: `[*m, B, dim]`."""
-
-    dim: str  # "T", a value per token; or "N", a value per trajectory
-    dtype: str
-    padding: int = 0
-
-
 class PackedBatch(NamedTuple):
-    """Trajectories (a prompt and its response) laid end to end in rows.
+    """Trajectories (a prompt and its response) laid end to end in rows, and their scores.
 
-    `*m` is empty, or the micro-batches. A trajectory never straddles two rows. Types and
-    padding of the fields are in `PACKED`.
+    `*m` is empty, or the micro-batches. A trajectory never straddles two rows. Shapes,
+    types and padding of the fields are in `PACKED`. The scores are what is known before
+    the policy is updated; None where not asked for.
     """
 
     tokens: Any
@@ -41,19 +34,35 @@ class PackedBatch(NamedTuple):
     psi: Any  # format term, in nats per token
     prompt_index: Any  # which prompt of the step
     is_real: Any  # whether there is a trajectory
+    log_p_base: Any = None  # token log-probs of the frozen base
+    log_p_old: Any = None  # those of the policy that sampled
+    is_on_policy: Any = (
+        None  # the policy is the one that sampled: log_p_old is not read.
+    )
+    # None: it always is, and log_p_old is None
+    log_z: Any = None  # group estimate; None: use the head
+    advantage: Any = None  # group-normalised reward
+    log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
 
 
-# Zeros, shapes and shardings of a packed batch all come from here.
+# Dimensions, type and padding of each field: zeros, shapes and shardings come from here.
 PACKED = PackedBatch(
-    tokens=Field("T", "int32"),
-    positions=Field("T", "int32"),
-    segment_ids=Field("T", "int32"),
-    is_response=Field("T", "bool"),
-    length=Field("N", "int32"),
-    psi=Field("N", "float32"),
-    prompt_index=Field("N", "int32", padding=-1),
-    is_real=Field("N", "bool"),
+    tokens=("mbt", "int32", 0),
+    positions=("mbt", "int32", 0),
+    segment_ids=("mbt", "int32", 0),
+    is_response=("mbt", "bool", 0),
+    length=("mbn", "int32", 0),
+    psi=("mbn", "float32", 0),
+    prompt_index=("mbn", "int32", -1),
+    is_real=("mbn", "bool", 0),
+    log_p_base=("mbt", "float32", 0),
+    log_p_old=("mbt", "float32", 0),
+    is_on_policy=("m", "bool", 0),
+    log_z=("mbn", "float32", 0),
+    advantage=("mbn", "float32", 0),
+    log_stop_base=("mbt", "float32", 0),
 )
+SCORES = PackedBatch._fields[8:]
 
 
 class PackShape(NamedTuple):
@@ -64,14 +73,22 @@ class PackShape(NamedTuple):
     pack_length: int  # T
     max_segments: int  # N
 
-    def of(self, field: Field) -> tuple[int, int, int]:
-        last = self.pack_length if field.dim == "T" else self.max_segments
-        return (self.num_microbatches, self.microbatch_size, last)
+    def of(self, dims: str) -> tuple[int, ...]:
+        """Sizes of dimensions by their letters."""
+        sizes = dict(zip("mbtn", self, strict=True))
+        return tuple(sizes[x] for x in dims)
 
 
 def empty_batch(shape: PackShape) -> PackedBatch:
-    """A batch of padding, on the host."""
-    return PackedBatch(*(np.full(shape.of(f), f.padding, f.dtype) for f in PACKED))
+    """A batch of padding without scores, on the host."""
+    fields = zip(PackedBatch._fields, PACKED, strict=True)
+    return PackedBatch(
+        **{
+            name: np.full(shape.of(dims), padding, dtype)
+            for name, (dims, dtype, padding) in fields
+            if name not in SCORES
+        }
+    )
 
 
 class Placement(NamedTuple):
@@ -105,24 +122,10 @@ class RolloutBatch(NamedTuple):
     reward: np.ndarray  # float32 [S]; zeros if the objective has none
 
 
-class OldScores(NamedTuple):
-    """What is known of a packed batch before the policy is updated on it."""
-
-    log_p_base: Array  # float32 [*m, B, T] token log-probs of the frozen base
-    log_p_old: Array | None = None  # the same of the policy that drew it
-    is_on_policy: Array | None = None  # bool [*m], the policy is the one that drew:
-    # log_p_old is not read. None: it always is, and log_p_old is None
-    log_z: Array | None = None  # float32 [*m, B, N] group estimate; None: use the head
-    advantage: Array | None = None  # float32 [*m, B, N] group-normalised reward
-    log_stop_base: Array | None = None  # float32 [*m, B, T] the base's log-prob of
-    # stopping in the place of each token
-
-
 class Minibatch(NamedTuple):
     """The trajectories of one update: packed, on the mesh, and scored."""
 
     batch: PackedBatch
-    old: OldScores
     num_microbatches: Any  # int32 scalar; the micro-batches after them are padding
     placement: Placement
     reward: np.ndarray  # float32 [S]

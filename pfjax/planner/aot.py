@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from pfjax.batch import SCORES
 from pfjax.infra import hardware, sharding
 from pfjax.model import lora
 from pfjax.model.transformer import Params
@@ -102,11 +103,12 @@ def compile_phases(
       batch: shapes of what an update is given, see `train_fns.abstract_minibatch`.
       work: the step, with the plan of its rollout.
     """
-    rows, old, number = batch
+    scored, number = batch
+    rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}
     policy = lora.join(frozen, fns.state.params["policy"])
     score = fns.score_base.lower(fns.base, rows, number)
-    update = fns.train_step.lower(fns.state, frozen, rows, old, number)
+    update = fns.train_step.lower(fns.state, frozen, scored, number)
     return {
         "rollout": _compile_decode(policy, work),
         "score": score.compile(),

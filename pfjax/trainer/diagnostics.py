@@ -58,7 +58,7 @@ def step_metrics(
     """
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that drew: later updates of a step have moved it.
-    drawn = [log_p[0], *(m.old.log_p_old for m in minibatches[1:])]
+    drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
     scored: list[np.ndarray] = []
     for m, values in zip(minibatches, drawn, strict=True):
         scored += unpack_responses(values, m.placement)

@@ -94,7 +94,7 @@ def train_iteration(
         if step == 1 and trainer.init_log_z is not None:
             head = trainer.init_log_z(state.params["log_z"], minibatches)
             state = state._replace(params={**state.params, "log_z": head})
-        jax.block_until_ready([m.old for m in minibatches])
+        jax.block_until_ready([m.batch for m in minibatches])
         del base, policy  # one in host memory leaves room, the other is given away
     seen = []
     with clock.part("update"):

@@ -9,7 +9,6 @@ from pfjax import losses
 from pfjax.batch import (
     Array,
     Minibatch,
-    OldScores,
     PackedBatch,
     PackShape,
     RolloutBatch,
@@ -73,24 +72,24 @@ def prepare_minibatch(
         normalized = rewards.group_normalized(reward, samples)
         segments = to_segments(normalized, placement, host.length.shape)
         advantage = sharding.put_batch(mesh, segments, dim=1)
-    old = OldScores(log_p_base, advantage=advantage, log_stop_base=log_stop_base)
+    batch = batch._replace(
+        log_p_base=log_p_base, advantage=advantage, log_stop_base=log_stop_base
+    )
     if is_group:
-        old = old._replace(
-            log_z=_group_log_z(fns, batch, old, log_p, len(data.prompts))
-        )
+        batch = batch._replace(log_z=_group_log_z(fns, batch, log_p, len(data.prompts)))
     if fns.num_updates > 1:  # one program for all updates
-        old = old._replace(
+        batch = batch._replace(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
             is_on_policy=jnp.full(fns.shape.num_microbatches, is_first),
         )
-    return Minibatch(batch, old, num_microbatches, placement, reward)
+    return Minibatch(batch, num_microbatches, placement, reward)
 
 
 def _group_log_z(
-    fns: TrainFns, batch: PackedBatch, old: OldScores, log_p: Array, num_prompts: int
+    fns: TrainFns, batch: PackedBatch, log_p: Array, num_prompts: int
 ) -> Array:
     """log Z of each trajectory `[M, B, N]` from the samples of its prompt."""
-    residual = _residual_without_log_z(fns.objective, batch, old, log_p)
+    residual = _residual_without_log_z(fns.objective, batch, log_p)
     return losses.group_log_z(
         residual,
         jnp.zeros_like(residual),
@@ -101,17 +100,17 @@ def _group_log_z(
 
 
 def _residual_without_log_z(
-    objective: ObjectiveConfig, batch: PackedBatch, old: OldScores, log_p: Array
+    objective: ObjectiveConfig, batch: PackedBatch, log_p: Array
 ) -> Array:
     """Residuals `[M, B, N]` of the target at log Z = 0."""
     sums = jax.vmap(response_sum)
     return objective.target.residual(
         sums(log_p, batch),
-        sums(old.log_p_base, batch),
+        sums(batch.log_p_base, batch),
         batch.length,
         0.0,
         psi=batch.psi,
-        reward=0.0 if old.advantage is None else old.advantage,
+        reward=0.0 if batch.advantage is None else batch.advantage,
     )
 
 
@@ -131,8 +130,8 @@ def init_log_z(
     total = count = 0.0
     for m in minibatches:
         # The policy is still the base: its log-probs are the base's.
-        log_p = m.old.log_p_base
-        residual = _residual_without_log_z(objective, m.batch, m.old, log_p)
+        log_p = m.batch.log_p_base
+        residual = _residual_without_log_z(objective, m.batch, log_p)
         total += float(jnp.where(m.batch.is_real, residual, 0.0).sum())
         count += float(m.batch.is_real.sum())
     out = {**params["out"], "bias": params["out"]["bias"] - total / count}

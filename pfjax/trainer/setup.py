@@ -159,7 +159,7 @@ def _iteration(
         if is_head
         else None,
         train_step=lambda state, m: fns.train_step(
-            state, frozen, m.batch, m.old, m.num_microbatches
+            state, frozen, m.batch, m.num_microbatches
         ),
         step_metrics=bind(
             diagnostics.step_metrics,

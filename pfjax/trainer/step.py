@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax import losses, objectives
-from pfjax.batch import Array, OldScores, PackedBatch, TrajectoryStats, response_sum
+from pfjax.batch import Array, PackedBatch, TrajectoryStats, response_sum
 from pfjax.model import log_probs, lora, transformer
 from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer.log_z import apply_head
@@ -33,7 +33,6 @@ def loss_fn(
     params: transformer.Params,
     frozen: transformer.Params,
     batch: PackedBatch,
-    old: OldScores,
     num_trajectories: Float[Array, ""],
     *,
     model: transformer.ModelConfig,
@@ -51,12 +50,12 @@ def loss_fn(
     log_p_stop = None
     if objective.kind.has_prefixes:
         log_p_stop = log_probs.stop_log_probs(policy, hidden, log_p, batch, stop_ids)
-    log_z = old.log_z
+    log_z = batch.log_z
     if objective.log_z_source == "none":
         log_z = jnp.zeros(batch.length.shape)
     elif log_z is None:
         log_z = apply_head(params["log_z"], hidden, batch)
-    y = _sum_over_tokens(batch, old, log_p, log_p_stop, entropy, log_z, objective)
+    y = _sum_over_tokens(batch, log_p, log_p_stop, entropy, log_z, objective)
     # Padding is set to 0 before the loss: masking after it would let a NaN through
     # in the gradient, as 0 * NaN.
     y = jax.tree.map(lambda x: jnp.where(batch.is_real, x, 0), y)
@@ -67,7 +66,6 @@ def loss_fn(
 
 def _sum_over_tokens(
     batch: PackedBatch,
-    old: OldScores,
     log_p: Array,
     log_p_stop: Array | None,
     entropy: Array,
@@ -78,14 +76,14 @@ def _sum_over_tokens(
     zero = jnp.zeros(batch.length.shape)
     of_response = lambda x: jnp.where(batch.is_response, x, 0.0)
     log_p_old = lax.stop_gradient(log_p)  # on policy: the ratio is 1 by definition
-    if old.log_p_old is not None:
-        log_p_old = jnp.where(old.is_on_policy, log_p_old, old.log_p_old)
+    if batch.log_p_old is not None:
+        log_p_old = jnp.where(batch.is_on_policy, log_p_old, batch.log_p_old)
     log_ratio = log_p - of_response(log_p_old)
     ratio, in_loss = jnp.exp(log_ratio), batch.is_response
     if c.mask_clipped_tokens:
         in_loss &= (ratio >= c.clip_low) & (ratio <= c.clip_high)
     total = lambda x: response_sum(jnp.where(in_loss, x, 0.0), batch)
-    log_p_base = of_response(old.log_p_base)
+    log_p_base = of_response(batch.log_p_base)
     log_inverse = log_p_base - log_p
     kl = jnp.exp(log_inverse) - log_inverse - 1  # never negative
     variance = zero
@@ -95,7 +93,7 @@ def _sum_over_tokens(
         variance = _prefix_variance(
             batch,
             log_p - reward(log_p_base),
-            log_p_stop - reward(of_response(old.log_stop_base)),
+            log_p_stop - reward(of_response(batch.log_stop_base)),
         )
     return TrajectoryStats(
         log_pf=total(log_p),
@@ -103,7 +101,7 @@ def _sum_over_tokens(
         log_z=log_z,
         num_loss_tokens=total(jnp.ones_like(log_p)),
         psi=batch.psi,
-        advantage=zero if old.advantage is None else old.advantage,
+        advantage=zero if batch.advantage is None else batch.advantage,
         weight=losses.importance_weight(
             total(log_ratio), zero, low=c.clip_low, high=c.clip_high
         ),
@@ -137,7 +135,6 @@ def train_step(
     state: TrainState,
     frozen: transformer.Params,
     batch: PackedBatch,
-    old: OldScores,
     num_microbatches: Int[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
@@ -148,8 +145,7 @@ def train_step(
     Args:
       state: donated when jitted.
       frozen: parameters of the policy that are not trained; empty but for LoRA.
-      batch: `[M, B, ...]`.
-      old: `[M, B, ...]` scores from before the update.
+      batch: `[M, B, ...]`, with the scores that the objective reads.
       num_microbatches: to go through, the rest being padding.
       optimizer: static; takes params `{"policy", "log_z"}`.
       **static: `model`, `objective`, `stop_ids` and `remat` of `loss_fn`.
@@ -164,9 +160,9 @@ def train_step(
     @jax.named_scope("update")
     def microbatch(i, carry):
         loss, grads, seen = carry
-        part = jax.tree.map(lambda x: x[i], (batch, old))
+        part = jax.tree.map(lambda x: x[i], batch)
         (part_loss, part_seen), part_grads = grad_fn(
-            state.params, frozen, *part, num_trajectories, **static
+            state.params, frozen, part, num_trajectories, **static
         )
         grads = jax.tree.map(jnp.add, grads, part_grads)
         seen = jax.tree.map(lambda all_, x: all_.at[i].set(x), seen, part_seen)

@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from pfjax.batch import (
     PACKED,
-    Field,
-    OldScores,
+    SCORES,
     PackedBatch,
     PackShape,
     max_microbatches,
@@ -147,32 +146,27 @@ def _pack_shape(
 
 def abstract_minibatch(
     fns: TrainFns, mesh: Mesh | AbstractMesh
-) -> tuple[PackedBatch, OldScores, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of what an update is given: packed batch, scores from
-    before, number of micro-batches."""
-    whole = sharding.replicated(mesh)
-
-    def array(field: Field, where: Any = None) -> jax.ShapeDtypeStruct:
-        dims = fns.shape.of(field)
-        split = sharding.of_batch(mesh, dims, dim=1)
-        return jax.ShapeDtypeStruct(dims, field.dtype, sharding=where or split)
-
-    of_token, of_segment = Field("T", "float32"), Field("N", "float32")
-    kind, flags = fns.objective.kind, (fns.shape.num_microbatches,)
-    old = OldScores(array(of_token, whole))
-    if fns.num_updates > 1:
-        old = old._replace(
-            log_p_old=array(of_token, whole),
-            is_on_policy=jax.ShapeDtypeStruct(flags, bool),
-        )
-    if fns.objective.log_z_source == "group":
-        old = old._replace(log_z=array(of_segment, whole))
-    if kind.reward:
-        old = old._replace(advantage=array(of_segment))
-    if kind.has_prefixes:
-        old = old._replace(log_stop_base=array(of_token, whole))
-    batch = PackedBatch(*(array(f) for f in PACKED))
-    return batch, old, jax.ShapeDtypeStruct((), "int32")
+) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of what an update is given: a packed batch and its scores, and
+    the number of micro-batches."""
+    kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
+    is_scored = {
+        "log_p_base": True,
+        "log_p_old": fns.num_updates > 1,
+        "is_on_policy": fns.num_updates > 1,
+        "log_z": is_group,
+        "advantage": bool(kind.reward),
+        "log_stop_base": kind.has_prefixes,
+    }
+    fields = {}
+    for name, (dims, dtype, _) in PACKED._asdict().items():
+        shape = fns.shape.of(dims)
+        where = sharding.replicated(mesh)  # as programs return scores
+        if name not in SCORES or name == "advantage":
+            where = sharding.of_batch(mesh, shape, dim=1)
+        if is_scored.get(name, True):
+            fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+    return PackedBatch(**fields), jax.ShapeDtypeStruct((), "int32")
 
 
 def _abstract_params(

@@ -23,7 +23,7 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from configs import default
-from pfjax.batch import OldScores, pack
+from pfjax.batch import pack
 from pfjax.infra import hardware, sharding
 from pfjax.model import flops, hf, transformer
 from pfjax.trainer import train_fns
@@ -120,7 +120,8 @@ def make_update(
         batch = sharding.put_batch(mesh, batch, dim=1)
         num = jax.numpy.int32(used)
         log_p, _, _ = fns.score_base(base, batch, num)
-        state, values, *_ = fns.train_step(state, {}, batch, OldScores(log_p), num)
+        batch = batch._replace(log_p_base=log_p)
+        state, values, *_ = fns.train_step(state, {}, batch, num)
         if not np.isfinite(float(values["loss"])):
             raise FloatingPointError(f"loss is {values['loss']}")
         return used * fns.shape.microbatch_size * case.pack_length

@@ -6,7 +6,6 @@ import numpy as np
 
 from pfjax.batch import (
     Minibatch,
-    OldScores,
     PackShape,
     from_segments,
     pack,
@@ -36,7 +35,7 @@ def test_starts_where_the_first_mean_residual_is_zero(rng):
     hidden = jnp.array(rng.normal(size=(2, 24, 16)), jnp.float32)
     assert (apply_head(head, hidden, _only(batch)) == 0).all()
     log_p = np.where(batch.is_response, np.float32(-0.25), np.float32(np.nan))
-    m = Minibatch(batch, OldScores(log_p), jnp.int32(1), placement, None)
+    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None)
     # Responses of 6, 10, 3 and 5 tokens, 6 on average. Of whole sequences at alpha 2 each
     # leaves (1 - 2) (-0.25) |y|, so 1.5 on average; per token 0.25.
     for name, want in (("tb_traj", -1.5), ("tb_token", -0.25)):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pfjax import objectives
-from pfjax.batch import OldScores, PackShape, from_segments, pack, response_sum
+from pfjax.batch import SCORES, PackShape, from_segments, pack, response_sum
 from pfjax.infra import sharding
 from pfjax.model import transformer
 from pfjax.objectives import ObjectiveConfig
@@ -76,11 +76,16 @@ def _jitted(model, objective):
     )
 
 
+def _scores(*values, **more):
+    """Scores of a batch by name."""
+    return dict(zip(SCORES, values, strict=False)) | more
+
+
 def _run(policy, batch, used, objective=POWERFLOW, old=None):
     """The new state, scalars, statistics, and log-probs of tokens."""
-    old = old or OldScores(_base_scores(batch))
+    batch = batch._replace(**(old or _scores(_base_scores(batch))))
     update = _jitted(policy.config, objective)
-    return update(_state(policy), {}, batch, old, jnp.int32(used))
+    return update(_state(policy), {}, batch, jnp.int32(used))
 
 
 def _assert_same(a, b, atol=1e-5):
@@ -121,7 +126,7 @@ def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy):
 def test_nan_in_padding_changes_nothing(rng, tiny_policy):
     _, batch, _, used = _data(rng)
     want = _run(tiny_policy, batch, used)
-    old = OldScores(
+    old = _scores(
         np.where(batch.is_response, _base_scores(batch), np.nan), None, None, None
     )
     padded = batch._replace(psi=np.where(batch.is_real, batch.psi, np.nan))
@@ -139,8 +144,9 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     loss_fn = functools.partial(step.loss_fn, **_static(tiny_policy.config))
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True))
     for i in range(used):
-        part = jax.tree.map(lambda x, i=i: x[i], (batch, OldScores(base)))
-        one, _ = grad_fn(state.params, {}, *part, jnp.float32(5))
+        part = batch._replace(log_p_base=base)
+        part = jax.tree.map(lambda x, i=i: x[i], part)
+        one, _ = grad_fn(state.params, {}, part, jnp.float32(5))
         grads = jax.tree.map(jnp.add, grads, one)
 
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
@@ -180,7 +186,7 @@ def test_importance_weight_is_one_on_policy_and_clipped_off_it(rng, tiny_policy)
     assert (from_segments(first.weight, placement) == 1.0).all()
     # Scores of a policy that gave each token 0.01 nats less or more.
     for drift, low, high in ((-0.01, 1.0, 1.28), (0.01, 0.8, 1.0), (1.0, 0.8, 0.8)):
-        old = OldScores(
+        old = _scores(
             _base_scores(batch),
             log_p + drift,
             np.zeros(len(log_p), bool),
@@ -201,7 +207,7 @@ def test_first_update_is_on_policy_to_the_bit_whatever_was_scored(rng, tiny_poli
     scored = want[3] + 0.3
     for is_first in (True, False):
         flag = np.full(len(scored), is_first)
-        old = OldScores(_base_scores(batch), scored, flag, None)
+        old = _scores(_base_scores(batch), scored, flag, None)
         state, scalars, table, _ = _run(tiny_policy, batch, used, old=old)
         weight = from_segments(table.weight, placement)
         assert (weight == 1.0).all() == is_first
@@ -212,7 +218,7 @@ def test_first_update_is_on_policy_to_the_bit_whatever_was_scored(rng, tiny_poli
 def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     log_z = np.full(batch.length.shape, -0.25, np.float32)
-    old = OldScores(_base_scores(batch), None, None, log_z)
+    old = _scores(_base_scores(batch), None, None, log_z)
     _, scalars, table, _ = _run(tiny_policy, batch, used, old=old)
     assert (from_segments(table.log_z, placement) == -0.25).all()
     assert scalars["log_z_grad_norm"] == 0
@@ -251,7 +257,7 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     spread = transformer.Policy(config, jax.device_put(tiny_policy.params, of_params))
     with jax.set_mesh(mesh):
         put = sharding.put_batch(mesh, batch, dim=1)
-        old = sharding.put_batch(mesh, OldScores(_base_scores(batch)), 1)
+        old = sharding.put_batch(mesh, _scores(_base_scores(batch)), 1)
         state, scalars, stats, log_p = _run(spread, put, used, old=old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
         assert is_split == (sizes[1] * sizes[2] > 1)
@@ -272,8 +278,8 @@ def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
     with count_compiles() as count:
         for n in (3, 12, 7):
             _, batch, _, used = _data(rng, count=n)
-            old = OldScores(_base_scores(batch))
-            state, *_ = update(state, {}, batch, old, jnp.int32(used))
+            batch = batch._replace(log_p_base=_base_scores(batch))
+            state, *_ = update(state, {}, batch, jnp.int32(used))
     assert sum(v for k, v in count.items() if "train_step" in k) == 1, count
 
 
@@ -283,7 +289,7 @@ def test_the_base_at_alpha_one_stays_where_it_is(rng, tiny_policy):
     batch = batch._replace(psi=np.zeros_like(batch.psi))
     score = jax.jit(functools.partial(step.score_step, model=tiny_policy.config))
     log_p, _, _ = score(tiny_policy.params, batch, jnp.int32(used))
-    old = OldScores(log_p, None, None, np.zeros(batch.length.shape, np.float32))
+    old = _scores(log_p, None, None, np.zeros(batch.length.shape, np.float32))
     alone = ObjectiveConfig("powerflow", alpha=1.0)
     _, scalars, table, _ = _run(tiny_policy, batch, used, alone, old)
     assert scalars["loss"] < 1e-10
@@ -336,7 +342,7 @@ def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
     alpha = 2.0
     base_stop = (-2.0 - 0.1 * (batch.tokens % 5)).astype(np.float32)
     base = _base_scores(batch)
-    old = OldScores(base, log_stop_base=base_stop)
+    old = _scores(base, log_stop_base=base_stop)
     subtb = ObjectiveConfig("subtb", alpha=alpha)
     _, _, table, _ = _run(tiny_policy, batch, used, subtb, old)
     got = from_segments(table.loss, placement)
@@ -362,7 +368,7 @@ def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
     # Every third token has drifted out of the band, the others within it.
     out = np.arange(batch.tokens.shape[-1]) % 3 == 0
     drift = np.where(out, 0.5, 0.01).astype(np.float32)
-    old = OldScores(
+    old = _scores(
         _base_scores(batch),
         np.asarray(log_p) - drift,
         np.zeros(len(batch.tokens), bool),
@@ -379,7 +385,7 @@ def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
     got = lambda name: from_segments(getattr(table, name), placement)
     np.testing.assert_allclose(got("num_loss_tokens"), n)
     np.testing.assert_allclose(got("log_pf"), sums(log_p), rtol=1e-5)
-    np.testing.assert_allclose(got("log_p_base"), sums(old.log_p_base), rtol=1e-5)
+    np.testing.assert_allclose(got("log_p_base"), sums(old["log_p_base"]), rtol=1e-5)
     np.testing.assert_allclose(got("weight"), np.clip(np.exp(0.01 * n), 0.8, 1.28),
                                rtol=1e-4)  # fmt: skip
     some = np.maximum(n, 1)
@@ -394,7 +400,7 @@ def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     *_, log_p = _run(tiny_policy, batch, used)
     drift = np.where(np.arange(batch.tokens.shape[-1]) % 2, 0.5, -0.5)
-    old = OldScores(
+    old = _scores(
         _base_scores(batch),
         (np.asarray(log_p) - drift).astype(np.float32),
         np.zeros(len(batch.tokens), bool),
@@ -434,7 +440,7 @@ def test_nan_in_padding_changes_nothing_for_any_objective(rng, tiny_policy, obje
     def run(padding):
         of_tokens = lambda x: np.where(batch.is_response, x, padding).astype(np.float32)
         of_slots = lambda x: np.where(batch.is_real, x, padding).astype(np.float32)
-        old = OldScores(
+        old = _scores(
             of_tokens(_base_scores(batch)),
             of_tokens(-1.5),
             np.zeros(len(batch.tokens), bool),
