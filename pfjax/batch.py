@@ -35,9 +35,9 @@ class PackedBatch(NamedTuple):
     prompt_index: Any  # which prompt of the step
     is_real: Any  # whether there is a trajectory
     log_p_base: Any = None  # token log-probs of the frozen base
-    log_p_old: Any = None  # those of the policy that sampled
+    log_p_old: Any = None  # those of the behaviour policy
     is_on_policy: Any = (
-        None  # the policy is the one that sampled: log_p_old is not read.
+        None  # the policy is the behaviour policy: log_p_old is not read.
     )
     # None: it always is, and log_p_old is None
     log_z: Any = None  # group estimate; None: use the head
@@ -108,11 +108,13 @@ class Rollout(NamedTuple):
     lengths: np.ndarray  # int32 [P, G], tokens drawn, stop token included
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
-    slot_steps: int  # slots times steps computed; tokens / slot_steps did work
+    slot_steps: (
+        int  # slots times steps computed; tokens / slot_steps is the useful fraction
+    )
 
 
 class RolloutBatch(NamedTuple):
-    """The S = P * G trajectories of a step, prompt by prompt, and what they are worth."""
+    """The S = P * G trajectories of a step, prompt by prompt, and their rewards."""
 
     prompts: list[list[int]]  # P
     rollout: Rollout
@@ -132,11 +134,11 @@ class Minibatch(NamedTuple):
 
 
 class TrajectoryStats(NamedTuple):
-    """What is known of each trajectory in an update, `[*m, B, N]` or `[S]`.
+    """Per-trajectory statistics of an update, `[*m, B, N]` or `[S]`.
 
     Sums run over the response's tokens that enter the loss: all of them, or those whose
-    ratio pi / pi_old is within the clip range (`mask_clipped_tokens`). The objective reads
-    the first part, where gradients flow as said; the loss and the metrics read all.
+    ratio pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read
+    the fields up to `prefix_variance`, where gradients flow as said; metrics read all.
     """
 
     log_pf: Any  # sum of log pi; gradient

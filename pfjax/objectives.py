@@ -28,7 +28,7 @@ from pfjax.targets import Array, Target, tokens
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which objective, and its constants. Hashable: static where programs are compiled."""
+    """Names the objective and holds its constants. Hashable: a static argument."""
 
     name: str = "powerflow"
     alpha: float = 4.0  # of the target
@@ -45,7 +45,7 @@ class ObjectiveConfig:
 
     @property
     def target(self) -> Target:
-        """What is trained toward; that of PowerFlow where a reward alone is trained."""
+        """The target of training; PowerFlow's for reward-only objectives."""
         return self.kind.target(self)
 
     @property
@@ -104,7 +104,7 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
 
 
 def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""Lets the residual be the cost of a response.
+    r"""Policy gradient with the residual as the cost of a response.
 
     .. math:: w\,\mathrm{sg}[\text{residual}]\,\log\pi
 
@@ -121,7 +121,7 @@ def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"
 
 
 def subtb(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""Balances every stretch of a response, where every prefix may stop.
+    r"""Balances every sub-trajectory of a response, where every prefix may stop.
 
     With u_t the residual log pi - alpha log p_0 of the first t tokens followed by a stop,
 
@@ -151,7 +151,7 @@ def grpo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
 
 
 def empo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""As `grpo`, with one ratio per sequence, the geometric mean of its tokens'.
+    r"""Clips like `grpo`, with one ratio per sequence, the geometric mean of its tokens'.
 
     .. math:: -\min(s A,\ \mathrm{clip}(s, low, high) A),\quad
               s = (\pi/\pi_{old})^{1/|y|}
@@ -167,8 +167,8 @@ def empo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
 def _surrogate(
     y: TrajectoryStats, c: ObjectiveConfig, capped: Array, floored: Array
 ) -> Float[Array, "*n"]:
-    """The worse of the plain and the clipped ratio: from above where the advantage is
-    positive, from below where it is negative."""
+    """PPO's pessimistic clipped surrogate, and the KL penalty: ratios are capped where the
+    advantage is positive, floored where it is negative."""
     gain = y.advantage * jnp.where(y.advantage >= 0, capped, floored)
     return c.kl * y.kl / tokens(y.num_loss_tokens) - gain
 

@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
 def _print(plan: dict, how: str, advice: str | None) -> None:
     sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
     head = f"{plan['model']} on {plan['topology']}: {plan['devices']} devices"
-    print(f"{head}, mesh {sizes}\n({how})\n\nGiB a device")
+    print(f"{head}, mesh {sizes}\n({how})\n\nGiB per device")
     memory = plan["memory_gib"]
     for name, x in memory["state"].items():
         print(f"  {name:<12}{x:8.2f}")

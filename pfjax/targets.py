@@ -13,7 +13,7 @@ normalised in one of two ways:
 
 This is the only place that writes a target. Losses are squares of `residual`, the match
 metrics, the bounds of `evaluation.elbo` and the samplers of the power distribution read
-`log_density`: a new target needs a change here and nowhere else.
+`log_density`: a new target is written here and named in `objectives.OBJECTIVES`.
 
 It needs jax alone, and takes NumPy arrays as well as jax's.
 """
@@ -40,7 +40,7 @@ class Target:
     beta: float = 0.0  # weight of the reward, in nats
     has_format: bool = True  # whether psi counts
     is_length_aware: bool = True
-    # Taken off log R: what its powers and tilts sum to at the right log Z is e^log_sum.
+    # Subtracted from log R: the log of the sum, before it, at the optimal log Z.
     log_sum: float = 0.0
 
     def log_reward(
@@ -67,8 +67,7 @@ class Target:
     def log_density(
         self, log_p_base: Array, length: Array, log_z: Array | float, **tilt: Any
     ) -> Array:
-        """log R(y) less what log Z takes from it: a log density, as it sums to 1 over all
-        responses at the right log Z.
+        """Log density at `log_z`: it sums to 1 over all responses at the optimal log Z.
 
         Args:
           log_p_base, length: as in `log_reward`.
@@ -86,11 +85,11 @@ class Target:
         log_z: Array | float,
         **tilt: Any,
     ) -> Array:
-        """What balance squares: 0 for every response when policy and target agree.
+        """Residual of the balance condition: 0 for every response at the optimum.
 
         It is in nats per token for a length-aware target, per response otherwise, and
-        linear in log Z with slope 1. So the mean residual that log Z = 0 leaves is minus
-        the log Z that takes it away: this starts the head, and is the group estimate.
+        linear in log Z with slope 1. So minus the mean residual at log Z = 0 is the
+        group estimate of log Z, and where the head starts.
 
         Args:
           log_pf: `[*n]` log pi(y), summed over the same tokens as `log_p_base`.
@@ -115,5 +114,5 @@ def residual(
 
 
 def tokens(length: Array) -> Array:
-    """`length`, with 1 for 0: what means over tokens are divided by."""
+    """Replaces 0 by 1 in `length`, for means over tokens."""
     return length + (length == 0)

@@ -1,7 +1,7 @@
 r"""Trains: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke
 
 Any value of the config can be changed: --config.alpha=0.5. With --multihost this is one
-of several processes. Exit status 75: told to stop, has saved, the same command goes on.
+of several processes. Exit status 75: told to stop, has saved; the same command continues.
 """
 
 import sys

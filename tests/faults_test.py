@@ -197,7 +197,7 @@ def test_a_signal_saves_and_ends_with_a_status_of_its_own(whole, tmp_path, numbe
     status, errors = finish(process)
     assert status == 75, errors
     assert f"{number.name}: saving after this step" in errors
-    assert "the same command goes on" in errors
+    assert "the same command continues" in errors
     assert len(list((workdir / "checkpoints").glob("[0-9]*"))) == 1
     run(workdir)
     same(workdir, whole)

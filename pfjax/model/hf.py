@@ -20,7 +20,7 @@ from pfjax.infra import sharding, storage
 from pfjax.model import hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
-EMBEDDED = "pfjax/toy"  # loads the assets of this package, see pfjax/toy.py
+EMBEDDED = "pfjax/toy"  # loads the assets of this package, see examples/toy_model.py
 
 
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]

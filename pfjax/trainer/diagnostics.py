@@ -1,4 +1,4 @@
-"""What a step looked like, in numbers.
+"""Metrics of one step.
 
 They come from host arrays with one entry per trajectory, so that each can be tested on a
 batch made by hand. Means are over responses unless said otherwise.
@@ -57,7 +57,7 @@ def step_metrics(
       learning_rate: of a step.
     """
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
-    # Of the policy that drew: later updates of a step have moved it.
+    # Of the policy that sampled: later updates of a step have moved it.
     drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
     scored: list[np.ndarray] = []
     for m, values in zip(minibatches, drawn, strict=True):
@@ -99,7 +99,7 @@ def _in_order(
 
 
 def balance_metrics(r: TrajectoryStats, clip_range: tuple[float, float]) -> dict:
-    """How far the policy is from the target, and log Z from its prompts."""
+    """Statistics of the residual, and the gap of log Z to each prompt's own estimate."""
     n = targets.tokens(r.num_loss_tokens)
     m, m0 = r.log_pf / n, r.log_p_base / n
     by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
@@ -130,11 +130,11 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
     - `tb/corr_logp_target`, `tb/rank_corr`, `tb/slope`: of log pi on the target's log
       density, within prompts (Pearson, Spearman, least squares), both per token for a
       length-aware target; 1 at the optimum.
-    - `tb/elbo`: mean log density - log pi of a sequence; at most the log of the target's
-      sum, which it reaches at the optimum; blind to modes that are never sampled. For a
-      length-aware target that is 0, else log Z.
+    - `tb/elbo`: mean log density - log pi of a sequence; blind to modes that are never
+      sampled. Of whole sequences it bounds log Z from below. For a length-aware target it
+      is taken at the group estimate of log Z': 0 at the optimum, of either sign before.
     - `tb/ess`: effective sample size, as a fraction, of the prompt's samples with weights
-      e^{-residual}; 1 at the optimum.
+      e^{-residual}, per token for a length-aware target; 1 at the optimum.
     - `tb/inversion_rate`: fraction of a prompt's pairs of different responses that policy
       and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
     """

@@ -95,7 +95,7 @@ def train_iteration(
             head = trainer.init_log_z(state.params["log_z"], minibatches)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
-        del base, policy  # one in host memory leaves room, the other is given away
+        del base, policy  # an offloaded base leaves room, the policy is donated
     seen = []
     with clock.part("update"):
         for minibatch in minibatches:
@@ -151,7 +151,7 @@ class _Run:
         """Runs all steps that are left.
 
         Args:
-          state: before the first; given away.
+          state: before the first; donated.
         """
         state, start, cursor = self._restore(state)
         self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
@@ -203,9 +203,9 @@ class _Run:
     def _finish_step(
         self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
     ) -> None:
-        """Looks after the run's health, evaluates, saves, and stops if told to."""
+        """Checks health, evaluates, saves, and stops when preempted."""
         wrong = self._symptoms()
-        # Every process has to know what one of them was told.
+        # All processes must agree on a signal that one of them received.
         is_preempted, is_wrong = distributed.any_of(
             (self.preempted.is_asked, bool(wrong))
         )
@@ -213,7 +213,7 @@ class _Run:
             reasons = "; ".join(wrong) or "see the log of the first process"
             raise health_checks.Unhealthy(
                 f"stopped after step {step}: {reasons}. "
-                "--config.health_checks.action=warn goes on"
+                "--config.health_checks.action=warn continues"
             )
         for symptom in wrong:
             self.progress.note(f"warning: {symptom}")
@@ -228,14 +228,14 @@ class _Run:
         if is_preempted and not is_last:
             self.checkpoints.wait()
             raise preemption.Preempted(
-                f"interrupted and saved after step {step}; the same command goes on"
+                f"interrupted and saved after step {step}; the same command continues"
             )
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or step % every == 0
 
     def _evaluate_at_the_start(self, state: TrainState, start: int) -> None:
-        """Evaluates the base; or, of a run that goes on, what it had no time for."""
+        """Evaluates the base; or does the evaluation that a resumed run missed."""
         history = self.writer.history
         row = history[-1] if start and history else {"step": 0}
         if self._is_due(start, self.eval_every) and "time/eval" not in row:
@@ -276,7 +276,7 @@ def export(
     policy: Any,
     history: list[dict[str, Any]],
 ) -> None:
-    """Writes what training leaves: adapters, the model, and a table for the person."""
+    """Writes adapters and the model, and prints the table of before and after."""
     if config.lora.rank:
         lora.save_peft(policy, folder / "adapter", config.model)
     card = model_card.model_card(config.to_dict(), history)

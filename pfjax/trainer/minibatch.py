@@ -62,10 +62,10 @@ def prepare_minibatch(
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
     reward, log_p, advantage = data.reward[indices], None, None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
-    is_sure = kind.reward == "self_certainty"
-    if is_group or is_sure or not is_first:
+    needs_certainty = kind.reward == "self_certainty"
+    if is_group or needs_certainty or not is_first:
         log_p, _, certainty = fns.score_policy(policy, batch, num_microbatches)
-    if is_sure:
+    if needs_certainty:
         sums = jax.vmap(response_sum)(certainty, batch)
         reward = from_segments(sums, placement) / placement.length
     if kind.reward:

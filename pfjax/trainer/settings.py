@@ -2,7 +2,7 @@
 whether a run may be continued with another value.
 
 `configs/default.py` makes the config from here, recipes change what differs, `check`
-refuses values that cannot be meant. A setting that an older run did not know has its
+refuses invalid values. A setting that an older run did not know has its
 default there. Values that the paper leaves open are marked "chosen".
 
 The module is light: it is loaded while flags are read, before JAX.
@@ -43,7 +43,7 @@ def _positive(default: float, about: str) -> Setting:
     return Setting(default, about, is_positive=True)
 
 
-# What decides the results of a run: a run is continued with these as they were.
+# Fixed when a run is continued, so that it ends with the same bits.
 _DECIDING: dict[str, Setting] = {
     # What is trained.
     "model": Setting(
@@ -75,8 +75,8 @@ _DECIDING: dict[str, Setting] = {
     "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
     "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
     # A step: two batch numbers; the rest follows from them.
-    "prompts_per_step": _positive(32, "chosen"),
-    "samples_per_prompt": _positive(32, "chosen"),
+    "prompts_per_step": _positive(32, "prompts per rollout (chosen)"),
+    "samples_per_prompt": _positive(32, "samples of each (chosen)"),
     "max_new_tokens": _positive(3072, "a response is cut there"),
     "temperature": _positive(1.0, "of sampling in training"),
     "updates_per_rollout": _positive(1, "minibatches per step; 1 is exactly on policy"),
@@ -110,9 +110,8 @@ _DECIDING: dict[str, Setting] = {
     # Low-rank adapters instead of all weights; policy and base then share theirs.
     "lora.rank": Setting(0, "0 trains all weights"),
     "lora.alpha": Setting(32.0, "chosen; adapters are scaled by alpha / rank"),
-    # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp parts of the
-    # batch.
-    "microbatch_size": _positive(1, "rows per micro-batch and part"),
+    # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp shards.
+    "microbatch_size": _positive(1, "rows per micro-batch on each data-parallel shard"),
     "pack_length": _positive(
         4096, "tokens per row; at least data.max_prompt_tokens + max_new_tokens"
     ),
@@ -147,7 +146,7 @@ _FREE: dict[str, Setting] = {
     "mesh.fsdp": Setting(-1, "devices that weights are split over"),
     "mesh.tensor": Setting(1, "devices that share each matrix"),
     # Evaluation, at step 0, every eval_every steps, and after the last.
-    "eval_every": _positive(40, "steps"),
+    "eval_every": _positive(40, "steps between evaluations"),
     "eval_samples": _positive(16, "k of avg@k"),
     "eval_sampling.temperature": Setting(1.0, "0 is greedy"),
     **{
@@ -156,10 +155,10 @@ _FREE: dict[str, Setting] = {
     },
     "eval_sampling.stop_strings": Setting((), "texts that end a response"),
     # Records.
-    "log_every": _positive(1, "steps between plain lines when nobody watches"),
-    "checkpoint_every": _positive(40, "steps"),
+    "log_every": _positive(1, "steps between lines when stderr is no terminal"),
+    "checkpoint_every": _positive(40, "steps between checkpoints"),
     "keep_best": Setting(1, "checkpoints kept beside the latest two: the best"),
-    "best_metric": Setting("eval/avg", "the higher the better; named up to the @"),
+    "best_metric": Setting("eval/avg", "metric to maximise, without its @k"),
     "profile_steps": Setting(
         (0, 0), "steps traced by JAX's profiler: first, and first after"
     ),
@@ -168,7 +167,7 @@ _FREE: dict[str, Setting] = {
     "health_checks.action": Setting(
         "stop", "when one of these has lasted", choices=("stop", "warn", "off")
     ),
-    "health_checks.patience": _positive(10, "steps"),
+    "health_checks.patience": _positive(10, "steps that a symptom must last"),
     "health_checks.length_floor": Setting(
         0.25, "mean length below this fraction of the start's"
     ),
@@ -176,10 +175,10 @@ _FREE: dict[str, Setting] = {
         0.99, "at least this fraction of responses cut"
     ),
     "health_checks.logp_gap": Setting(
-        0.05, "mean distance between sampler and scorer, nats per token, in any step"
+        0.05, "mean |log-prob gap| of sampler and scorer, nats per token, in any step"
     ),
     "health_checks.step_seconds": _positive(
-        3600.0, "after which a stuck step tells where it stands"
+        3600.0, "seconds after which a stuck step prints its stacks"
     ),
 }
 
@@ -207,7 +206,7 @@ _WHY_NOT_GREEDY = (
 
 
 def check(c: ml_collections.FrozenConfigDict) -> None:
-    """Raises ValueError for values that cannot be meant."""
+    """Raises ValueError for invalid values."""
     for name, setting in SETTINGS.items():
         value = operator.attrgetter(name)(c)
         if setting.is_positive and not value > 0:

@@ -1,4 +1,4 @@
-"""Builds what a run needs from its config; below here nothing reads one."""
+"""Builds what a run needs from its config; what it builds reads none."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_f
 
 
 class Trainer(NamedTuple):
-    """The parts of an iteration in their order, what a run never changes bound to them."""
+    """Functions of one iteration in call order, what a run never changes bound."""
 
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, indices, ids, step -> Rollout
@@ -230,7 +230,7 @@ def _describe(
     train: data.PromptSet,
     held_out: data.PromptSet | None,
 ) -> str:
-    """What follows from the two batch numbers, for the start of the log."""
+    """Describes the run and what follows from the batch numbers, for the log."""
     m, shape = fns.model, fns.shape
     responses = c.prompts_per_step * c.samples_per_prompt
     leaves = jax.tree.leaves(transformer.abstract_params(m))

@@ -40,10 +40,10 @@ def loss_fn(
     stop_ids: tuple[int, ...],
     remat: str,
 ) -> tuple[Float[Array, ""], tuple[TrajectoryStats, Array]]:
-    """The part of one micro-batch in the mean loss over all trajectories.
+    """Computes a micro-batch's contribution to the mean loss over all trajectories.
 
     Returns:
-      It; and, without gradient, the statistics `[B, N]` and token log-probs `[B, T]`.
+      The contribution; and, without gradient, the statistics `[B, N]` and token log-probs `[B, T]`.
     """
     policy = lora.join(frozen, params["policy"])
     log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, remat)
@@ -72,7 +72,7 @@ def _sum_over_tokens(
     log_z: Array,
     c: ObjectiveConfig,
 ) -> TrajectoryStats:
-    """Tokens -> trajectories; `loss` and `residual` are left at 0."""
+    """Sums token values per response; `loss` and `residual` are left at 0."""
     zero = jnp.zeros(batch.length.shape)
     of_response = lambda x: jnp.where(batch.is_response, x, 0.0)
     log_p_old = lax.stop_gradient(log_p)  # on policy: the ratio is 1 by definition
@@ -144,7 +144,7 @@ def train_step(
 
     Args:
       state: donated when jitted.
-      frozen: parameters of the policy that are not trained; empty but for LoRA.
+      frozen: parameters of the policy that are not trained; empty without LoRA.
       batch: `[M, B, ...]`, with the scores that the objective reads.
       num_microbatches: to go through, the rest being padding.
       optimizer: static; takes params `{"policy", "log_z"}`.

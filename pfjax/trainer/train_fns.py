@@ -1,4 +1,4 @@
-"""The compiled programs of an update, for devices that need not be here."""
+"""Jitted functions of an update, for the devices of any mesh, present or abstract."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from pfjax.trainer.log_z import init_head
 
 
 class TrainFns(NamedTuple):
-    """The compiled programs of an update, and the shapes and places of what they take."""
+    """Jitted functions of an update, and shapes and shardings of what they take."""
 
     model: ModelConfig  # of the policy
     base_model: ModelConfig
@@ -50,13 +50,13 @@ def train_fns(
     mesh: Mesh | AbstractMesh,
     stop_ids: tuple[int, ...] = (),
 ) -> TrainFns:
-    """The programs of a config for the devices of `mesh`, which need not be here.
+    """Builds them from a config for the devices of `mesh`, which may be absent.
 
     Args:
       config: of the run.
       base_model: of the checkpoint.
       longest_prompt: in tokens.
-      mesh: not current (see `jax.set_mesh`) if its devices are not here.
+      mesh: must not be current (see `jax.set_mesh`) if its devices are absent.
       stop_ids: tokens that end a response; the checkpoint's when not given.
     """
     base_model = dataclasses.replace(
@@ -130,7 +130,7 @@ def _pack_shape(
     longest_prompt: int,
     mesh: Mesh | AbstractMesh,
 ) -> PackShape:
-    """Rows enough for the responses of any update."""
+    """A shape that fits the responses of any update."""
     max_length = longest_prompt + config.max_new_tokens
     prompts = -(-config.prompts_per_step // config.updates_per_rollout)
     rows = config.microbatch_size * sharding.batch_ways(mesh)
@@ -179,7 +179,7 @@ def _abstract_params(
 
 
 def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
-    """Shapes with the places that arrays of them shall have."""
+    """Adds shardings, and perhaps a type, to a tree of shapes."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
         shapes,
