@@ -68,7 +68,7 @@ def token_filters() -> options.TokenFilters:
     return options.token_filters(flags.FLAGS.flag_values_dict())
 
 
-def find_model() -> tuple[str, Any]:
+def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
     from pfjax.model import hf, tokenizer
 
@@ -77,7 +77,7 @@ def find_model() -> tuple[str, Any]:
 
 
 @contextlib.contextmanager
-def load(source: str) -> "Iterator[Policy]":
+def load(source: os.PathLike) -> "Iterator[Policy]":
     """The model on all devices, whose mesh is set meanwhile."""
     import jax
 

@@ -263,9 +263,11 @@ def _flags_of_its_own():
 
 
 def _is_ours(flag: str) -> bool:
-    # A command names itself by its file; overrides of settings belong to no module.
+    # A command names itself by its file, functions that are checked by what checks them;
+    # overrides of settings belong to no module.
     by = flags.FLAGS.find_module_defining_flag(flag) or ""
-    return by.startswith(("pfjax", str(ROOT / "pfjax"))) or flag.startswith("config")
+    ours = ("pfjax", str(ROOT / "pfjax"), "jaxtyping")
+    return by.startswith(ours) or flag.startswith("config")
 
 
 def run_on_two_processes(code: str, *args: object) -> None:
