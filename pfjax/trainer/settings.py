@@ -39,7 +39,7 @@ _DTYPES = ("bfloat16", "float32")
 _BACKENDS = _names("pfjax.model.attention", "BACKENDS")
 
 
-def _positive(default: float, about: str) -> Setting:
+def _positive(default: Any, about: str) -> Setting:
     return Setting(default, about, is_positive=True)
 
 

@@ -74,6 +74,7 @@ def test_samples_are_graded(tmp_path):
     assert cells == ["smc", "0.750", "0.750", "1.000", "3.500", "0.750"]
 
 
+@pytest.mark.slow
 def test_distances_are_zero_to_itself_and_positive_else(tmp_path):
     base = hf.load("pfjax/toy")
     params = {**base.params, "final_norm": base.params["final_norm"] * 0.4}

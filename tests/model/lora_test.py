@@ -1,6 +1,7 @@
 """Adapters: start at the base, merge into it, and mean the same to peft."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -27,12 +28,17 @@ def adapted(tiny_policy):
 TOKENS = np.array([[3, 5, 7, 2, 9, 11, 4, 8]])
 
 
-def _logits(policy):
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config, params):
     positions = np.arange(TOKENS.shape[1])[None]
     hidden, _ = transformer.forward_packed(
-        *policy, TOKENS, positions, np.ones_like(TOKENS)
+        config, params, TOKENS, positions, np.ones_like(TOKENS)
     )
-    return np.asarray(log_probs.logits(hidden, transformer.head_weight(policy.params)))
+    return log_probs.logits(hidden, transformer.head_weight(params))
+
+
+def _logits(policy):
+    return np.asarray(_forward(*policy))
 
 
 def test_adapters_start_at_the_base(tiny_policy):
