@@ -398,7 +398,7 @@ def score(
         shape,
     )
     parts = [
-        _score(policy.config, policy.params, PackedBatch(*(x[i] for x in batch)))
+        _score(policy.config, policy.params, jax.tree.map(lambda x, i=i: x[i], batch))
         for i in range(used)
     ]
     if not parts:
