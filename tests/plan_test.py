@@ -26,8 +26,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def _config(name, **changes):
     config = importlib.import_module(f"configs.{name}").get_config()
-    with config.unlocked():
-        config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(changes)
     return ml_collections.FrozenConfigDict(config)
 
 
@@ -129,11 +128,11 @@ def test_7b_compiles_and_fits(tpu_mesh, topology, changes):
 
 
 def test_estimates_follow_the_settings():
-    small = {"rows": 1, "remat": "full"}
+    small = {"microbatch_size": 1, "remat": "full"}
     total = {}
     for name, changes in {
         "small": small,
-        "rows": {**small, "rows": 8},
+        "rows": {**small, "microbatch_size": 8},
         "dots": {**small, "remat": "dots"},
         "half": {**small, "optim.mu_dtype": "bfloat16"},
         "host": {**small, "offload_ref": True},

@@ -131,7 +131,7 @@ def _compile(
     for phase, program in aot.compile_phases(fns, batch, work).items():
         phases[phase] = {"temporaries": aot.temporaries(program)}
         if phase != "rollout":
-            phases[phase]["rows"] = _bytes_of(batch[:2])
+            phases[phase]["rows"] = _bytes_of(batch[0])
         found = hlo.collectives(program.as_text(), mesh)
         sent[phase] = roofline.sent(work, phase, found)
     return phases, sent
@@ -219,7 +219,6 @@ def advise(
 def _changed(
     config: ml_collections.FrozenConfigDict, changes: dict[str, Any]
 ) -> ml_collections.FrozenConfigDict:
-    out = ml_collections.ConfigDict(config)
-    with out.unlocked():
-        out.update_from_flattened_dict(changes)
+    out = ml_collections.ConfigDict(config).lock()
+    out.update_from_flattened_dict(changes)
     return ml_collections.FrozenConfigDict(out)
