@@ -397,10 +397,8 @@ def score(
         starts,
         shape,
     )
-    parts = [
-        _score(policy.config, policy.params, jax.tree.map(lambda x, i=i: x[i], batch))
-        for i in range(used)
-    ]
+    part = lambda i: jax.tree.map(lambda x: x[i], batch)
+    parts = [_score(policy.config, policy.params, part(i)) for i in range(used)]
     if not parts:
         return []
     log_p = np.stack([np.asarray(p) for p in parts])
