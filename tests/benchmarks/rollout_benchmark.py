@@ -129,9 +129,9 @@ def measure(case: Case) -> dict:
     kwargs = {
         "samples_per_prompt": case.samples,
         "max_new_tokens": case.max_new_tokens,
-        # Past the vocabulary: nothing stops.
-        "stop_ids": config.stop_ids if case.stops else (config.vocab_size,),
     }
+    # Past the vocabulary: nothing stops.
+    stop_ids = config.stop_ids if case.stops else (config.vocab_size,)
     plan = slots.make_plan(
         policy,
         num_prompts=case.prompts,
@@ -146,12 +146,15 @@ def measure(case: Case) -> dict:
             policy,
             prompts,
             seed=seed,
+            stop=options.StopConditions(stop_ids=stop_ids),
             capacity=options.Capacity(num_slots=plan.slots),
             **kwargs,
         )
 
     def simple(seed):
-        return simple_sampler.rollout(policy, prompts, seed=seed, **kwargs)
+        return simple_sampler.rollout(
+            policy, prompts, seed=seed, stop_ids=stop_ids, **kwargs
+        )
 
     samplers = {"ours": ours} | ({"simple": simple} if _SIMPLE.value else {})
     first, rates, waste = {}, collections.defaultdict(list), []
