@@ -239,6 +239,27 @@ def pack(
     return batch, placement, used
 
 
+# Each is a program of its own.
+_SEGMENT_SIZES = (8, 32)
+
+
+def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
+    """Drops trajectories per row that no row holds, down to the least of a few sizes.
+
+    For attention that pays for each that there might be (`attention.pays_for_segments`).
+    """
+    most = int(placement.segment.max(initial=0)) + 1
+    size = next((n for n in _SEGMENT_SIZES if most <= n), None)
+    fields = zip(batch._asdict().items(), PACKED, strict=True)
+    return batch._replace(
+        **{
+            name: x[..., :size]
+            for (name, x), (dims, *_) in fields
+            if dims.endswith("n") and x is not None
+        }
+    )
+
+
 def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
     if len(lengths) and lengths.max() > pack_length:
         i = int(lengths.argmax())

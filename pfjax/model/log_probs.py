@@ -16,10 +16,11 @@ from pfjax.batch import (
     max_microbatches,
     pack,
     segments_per_row,
+    trim_segments,
     unpack_responses,
 )
 from pfjax.infra import sharding
-from pfjax.model import transformer
+from pfjax.model import attention, transformer
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
@@ -397,6 +398,9 @@ def score(
         starts,
         shape,
     )
+    c = policy.config
+    if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
+        batch = trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
     parts = [_score(policy.config, policy.params, part(i)) for i in range(used)]
     if not parts:

@@ -19,7 +19,7 @@ def symptoms(
     history: Sequence[dict[str, Any]],
     length_floor: float,
     truncated_ceiling: float,
-    logp_gap: float,
+    rollout_kl: float,
     patience: int,
 ) -> list[str]:
     """What the last steps suffer from, in sentences.
@@ -28,17 +28,18 @@ def symptoms(
       history: rows of `metrics.jsonl`.
       length_floor: fraction of the mean length of the first `patience` steps.
       truncated_ceiling: fraction of responses that are cut at the limit.
-      logp_gap: mean distance, in nats per token, between the log-probs of sampler and
-        scorer; one step is enough.
+      rollout_kl: divergence of the sampler from the scorer, in nats per token; one step is
+        enough. Rounding stays far below: the layers of Qwen2.5-1.5B in bfloat16, with random
+        weights, differ by 0.09 on average but diverge by 0.004.
       patience: steps in a row.
     """
     rows = [r for r in history if "completions/mean_length" in r]
-    gap = rows[-1].get("rollout/logp_gap_mean", 0.0) if rows else 0.0
-    if gap > logp_gap:
+    kl = rows[-1].get("rollout/kl", 0.0) if rows else 0.0
+    if kl > rollout_kl:
         text = (
-            f"sampler and scorer disagree by {gap:.2g} nats per token on average at step "
-            f"{rows[-1]['step']} (rollout/logp_gap_mean, rollout/logp_gap_max): one of them "
-            "does not compute the model. Try --config.attention=chunked and "
+            f"the sampler diverges from the scorer by {kl:.2g} nats per token at step "
+            f"{rows[-1]['step']} (rollout/kl), more than rounding does: one of them does "
+            "not compute the model. Try --config.attention=chunked and "
             "--config.dtype=float32"
         )
         return [text]

@@ -265,7 +265,7 @@ class _Run:
             history,
             health.length_floor,
             health.truncated_ceiling,
-            health.logp_gap,
+            health.rollout_kl,
             health.patience,
         )
 

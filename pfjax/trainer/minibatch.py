@@ -16,8 +16,10 @@ from pfjax.batch import (
     pack,
     response_sum,
     to_segments,
+    trim_segments,
 )
 from pfjax.infra import sharding
+from pfjax.model import attention
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
@@ -57,6 +59,9 @@ def prepare_minibatch(
         psi=data.psi[indices],
         prompt_index=prompt_index.astype(np.int32),
     )
+    model = fns.base_model
+    if attention.pays_for_segments(model.attention, model.head_dim, model.dtype):
+        host = trim_segments(host, placement)
     batch = sharding.put_batch(mesh, host, dim=1)
     num_microbatches = jnp.int32(used)
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)

@@ -174,8 +174,8 @@ _FREE: dict[str, Setting] = {
     "health_checks.truncated_ceiling": Setting(
         0.99, "at least this fraction of responses cut"
     ),
-    "health_checks.logp_gap": Setting(
-        0.05, "mean |log-prob gap| of sampler and scorer, nats per token, in any step"
+    "health_checks.rollout_kl": Setting(
+        0.05, "KL divergence of sampler from scorer, nats per token, in any step"
     ),
     "health_checks.step_seconds": _positive(
         3600.0, "seconds after which a stuck step prints its stacks"
@@ -344,8 +344,12 @@ def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None
     """Writes `config.json`: every value, and the versions that computed with it."""
     import jax
 
-    packages = ("pfjax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-    versions = {p: importlib.metadata.version(p) for p in packages}
+    import pfjax
+
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    # Its own is known without being installed.
+    versions = {"pfjax": pfjax.__version__}
+    versions |= {p: importlib.metadata.version(p) for p in packages}
     versions["backend"] = jax.devices()[0].device_kind
     out = {"config": json.loads(c.to_json()), "versions": versions}
     tmp = folder / ".config.json.tmp"

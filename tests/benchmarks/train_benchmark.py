@@ -23,9 +23,9 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from configs import default
-from pfjax.batch import pack
+from pfjax.batch import pack, trim_segments
 from pfjax.infra import hardware, sharding
-from pfjax.model import flops, hf, transformer
+from pfjax.model import attention, flops, hf, transformer
 from pfjax.trainer import train_fns
 from tests.benchmarks import common
 
@@ -109,14 +109,18 @@ def make_update(
     base = jax.tree.map(lambda x: jax.numpy.array(x, case.dtype), policy.params)
     params = jax.tree.map(jax.numpy.copy, policy.params)  # given away
     state = train_fns.first_state(fns, params, 0, mesh)
+    c = fns.base_model
+    is_trimmed = attention.pays_for_segments(c.attention, c.head_dim, c.dtype)
 
     def update() -> int:
         nonlocal state
-        batch, _, used = pack(
+        batch, placement, used = pack(
             sequences,
             prompts,
             fns.shape._replace(max_segments=slots or fns.shape.max_segments),
         )
+        if is_trimmed:
+            batch = trim_segments(batch, placement)
         batch = sharding.put_batch(mesh, batch, dim=1)
         num = jax.numpy.int32(used)
         log_p, _, _ = fns.score_base(base, batch, num)

@@ -53,7 +53,7 @@ def run(request, monkeypatch):
         name = "cudnn"
     is_half = name == "cudnn"
     # Natively TPUs and GPUs multiply float32 in fewer bits.
-    native = jax.default_backend() != "cpu" and name != "plain"
+    native = jax.default_backend() != "cpu"
     tolerance = 3e-2 if is_half or native else 5e-6
 
     def attend(q, k, v, segment_ids):

@@ -84,8 +84,9 @@ def test_gap_between_sampler_and_scorer_by_hand():
         finished=np.ones((1, 2), bool),
         slot_steps=8,
     )
-    scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -0.5])]
+    scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -1.5])]
     got = diagnostics.rollout_metrics(rollout, scored)
+    assert got["rollout/kl"] == pytest.approx((0.5 + 0.5) / 5)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.2)
     assert got["rollout/logp_gap_max"] == 0.5
     assert got["rollout/waste"] == pytest.approx(3 / 8)
