@@ -15,6 +15,7 @@ from pfjax.batch import (
     pack_prompts,
     segment_sum,
     segments_per_row,
+    trim_segments,
     unpack_responses,
 )
 
@@ -52,6 +53,18 @@ def test_three_trajectories_by_hand():
     assert not batch.is_real[1].any() and not batch.segment_ids[1].any()
     np.testing.assert_array_equal(placement.row, [1, 0, 1])
     np.testing.assert_array_equal(placement.start, [4, 0, 0])
+
+
+@pytest.mark.parametrize("most, size", [(1, 8), (8, 8), (9, 32), (33, 64)])
+def test_room_for_segments_shrinks_to_the_least_size_that_holds_them(most, size, rng):
+    sequences = [rng.integers(1, 9, size=3) for _ in range(most)]
+    batch, placement, _ = pack(sequences, np.ones(most, int), PackShape(2, 2, 256, 64))
+    trimmed = trim_segments(batch._replace(log_z=batch.psi + 1.0), placement)
+    for x in (trimmed.length, trimmed.psi, trimmed.is_real, trimmed.log_z):
+        assert x.shape == (2, 2, size)
+    assert trimmed.is_real.sum() == most and trimmed.advantage is None
+    assert trimmed.tokens is batch.tokens
+    np.testing.assert_array_equal(from_segments(trimmed.length, placement), 2)
 
 
 def test_every_token_comes_back(rng):

@@ -241,33 +241,39 @@ def run_command(module: str, *args: object) -> subprocess.CompletedProcess:
 @contextlib.contextmanager
 def _flags_of_its_own():
     """Hides the flags of this package, and forgets those defined inside."""
+    import pfjax
 
-    def take():
-        modules = {k: sys.modules.pop(k) for k in ("pfjax.cli",) if k in sys.modules}
-        vars(sys.modules["pfjax"]).pop("cli", None)
-        found = {name: flags.FLAGS[name] for name in flags.FLAGS if _is_ours(name)}
-        flags.FLAGS.remove_flag_values(found)
-        return modules, found
+    def forget_module():
+        vars(pfjax).pop("cli", None)
+        return sys.modules.pop("pfjax.cli", None)
 
-    import pfjax  # noqa: F401
-
-    modules, found = take()
+    module = forget_module()
+    hidden = {name: flags.FLAGS[name] for name in flags.FLAGS if _is_ours(name)}
+    flags.FLAGS.remove_flag_values(hidden)
+    others = set(flags.FLAGS)
     try:
         yield
     finally:
-        take()
+        forget_module()
+        flags.FLAGS.remove_flag_values(
+            {x for x in set(flags.FLAGS) - others if not _module(x).startswith("absl")}
+        )
         flags.FLAGS.unparse_flags()
-        sys.modules.update(modules)
-        for name, flag in found.items():
+        if module:
+            sys.modules["pfjax.cli"] = module
+        for name, flag in hidden.items():
             flags.FLAGS[name] = flag
 
 
 def _is_ours(flag: str) -> bool:
     # A command names itself by its file, functions that are checked by what checks them;
     # overrides of settings belong to no module.
-    by = flags.FLAGS.find_module_defining_flag(flag) or ""
     ours = ("pfjax", str(ROOT / "pfjax"), "jaxtyping")
-    return by.startswith(ours) or flag.startswith("config")
+    return _module(flag).startswith(ours) or flag.startswith("config")
+
+
+def _module(flag: str) -> str:
+    return flags.FLAGS.find_module_defining_flag(flag) or ""
 
 
 def run_on_two_processes(code: str, *args: object) -> None:

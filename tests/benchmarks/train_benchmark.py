@@ -17,6 +17,7 @@ import time
 from typing import NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 from absl import app, flags
 
@@ -105,6 +106,7 @@ def make_update(
         config.attention = _ATTENTION.value
         config.optim.learning_rate = 1e-4
     mesh = jax.sharding.get_mesh()
+    config = ml_collections.FrozenConfigDict(config)
     fns = train_fns.train_fns(config, policy.config, int(prompts.max()), mesh)
     base = jax.tree.map(lambda x: jax.numpy.array(x, case.dtype), policy.params)
     params = jax.tree.map(jax.numpy.copy, policy.params)  # given away

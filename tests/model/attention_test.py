@@ -322,8 +322,10 @@ def test_rematerialisation_keeps_what_the_kernel_computed(
         return hidden.astype(jnp.float32).sum()
 
     def kernels(remat):
-        traced = jax.jit(jax.grad(loss), static_argnums=2).trace(params, ids, remat)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        run = jax.jit(jax.grad(loss), static_argnums=2)
+        with jax.sharding.use_abstract_mesh(_mesh_of("gpu", "NVIDIA H100 80GB HBM3")):
+            traced = run.trace(params, ids, remat)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
         return len(re.findall(r"custom_call @__(cudnn|gpu)\$", text))
 
     assert (kernels("full"), kernels("attention")) == (full, kept)

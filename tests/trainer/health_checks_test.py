@@ -130,6 +130,15 @@ def test_a_stuck_step_tells_where_it_stands(capfd):
     assert "step 8" not in capfd.readouterr().err
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts, as it does not in what a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
     with preemption.Preemption() as told:
         assert not told.is_asked
