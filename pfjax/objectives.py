@@ -189,9 +189,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "subtb": Objective(subtb, _sequence_target, log_z="none", has_prefixes=True),
     "flowrl": Objective(
-        balance,
-        lambda c: Target(1.0, beta=c.beta, has_format=False),
-        reward="correct",
+        balance, lambda c: Target(1.0, beta=c.beta, has_format=False), reward="correct"
     ),
     "grpo": Objective(grpo, log_z="none", reward="correct"),
     "ttrl": Objective(grpo, log_z="none", reward="majority"),

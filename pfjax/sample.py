@@ -47,13 +47,7 @@ flags.DEFINE_integer("particles", 64, "smc: per prompt")
 flags.DEFINE_integer("ramp", 100, "smc: tokens over which the power grows")
 
 # What shapes the distribution in its own way, or cuts a response from outside.
-_OF_TOKENS = (
-    "temperature",
-    *options.FILTER_NAMES,
-    "stop",
-    "max_total_tokens",
-    "slots",
-)
+_OF_TOKENS = ("temperature", *options.FILTER_NAMES, "stop", "max_total_tokens", "slots")
 
 
 def main(_: list[str]) -> None:

@@ -161,11 +161,7 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
     def parts(*args):
         specs = (whole,) * num_whole + (split,) * (len(args) - num_whole)
         return jax.shard_map(
-            f,
-            in_specs=specs,
-            out_specs=split,
-            axis_names=names,
-            check_vma=False,
+            f, in_specs=specs, out_specs=split, axis_names=names, check_vma=False
         )(*args)
 
     return parts

@@ -94,9 +94,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def load(
-    path_or_hub_id: str | os.PathLike,
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
+    path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Policy:
     """Loads a policy from a folder in Hugging Face format, a hub id, or "pfjax/toy".
 

@@ -394,9 +394,7 @@ def score(
     )
     starts = np.asarray(prompt_lengths, np.int64)
     batch, placement, used = pack(
-        [np.asarray(s, np.int32) for s in sequences],
-        starts,
-        shape,
+        [np.asarray(s, np.int32) for s in sequences], starts, shape
     )
     c = policy.config
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):

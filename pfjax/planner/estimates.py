@@ -56,10 +56,7 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     tokens = w.micro_batches * w.micro_batch
     estimated = {
         "rollout": {"tensor": w.decode_steps * w.plan.slots * summed},
-        "score": {
-            "fsdp": gathered * fraction["fsdp"],
-            "tensor": tokens * summed,
-        },
+        "score": {"fsdp": gathered * fraction["fsdp"], "tensor": tokens * summed},
         "update": {
             "fsdp": (2 + 2) * gathered * fraction["fsdp"],
             "tensor": 3 * tokens * summed,

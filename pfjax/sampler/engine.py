@@ -103,14 +103,7 @@ def rollout(
         np.float32(temperature or 1.0),
     )
     return Scheduler(
-        plan,
-        settings,
-        state,
-        prompts,
-        prompt_ids,
-        max_new_tokens,
-        stop,
-        on_finish,
+        plan, settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
     ).to_end()
 
 

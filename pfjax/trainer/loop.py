@@ -59,11 +59,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def train_iteration(
-    trainer: Trainer,
-    state: TrainState,
-    cursor: int,
-    step: int,
-    grader: grading.Grader,
+    trainer: Trainer, state: TrainState, cursor: int, step: int, grader: grading.Grader
 ) -> tuple[TrainState, int, dict[str, float]]:
     """Does one step: rollout, rewards, minibatches, updates, metrics.
 

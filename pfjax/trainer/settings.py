@@ -116,9 +116,7 @@ _DECIDING: dict[str, Setting] = {
         4096, "tokens per row; at least data.max_prompt_tokens + max_new_tokens"
     ),
     "dtype": Setting(
-        "bfloat16",
-        "of the computation; master weights are float32",
-        choices=_DTYPES,
+        "bfloat16", "of the computation; master weights are float32", choices=_DTYPES
     ),
     "offload_ref": Setting(
         False, "keep the frozen base in host memory between its passes"
@@ -236,9 +234,7 @@ def check(c: ml_collections.FrozenConfigDict) -> None:
 
 
 def _check_choice(
-    name: str,
-    value: str,
-    choices: tuple[str, ...] | Callable[[], Iterable[str]],
+    name: str, value: str, choices: tuple[str, ...] | Callable[[], Iterable[str]]
 ) -> None:
     allowed = sorted(choices() if callable(choices) else choices)
     if value not in allowed:
