@@ -166,6 +166,7 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
     """Samples the power distribution; returns a rollout and the seconds it took."""
     from pfjax.model import tokenizer
     from pfjax.sampler import engine, mcmc, smc
+    from pfjax.targets import Target
 
     total = len(prompts) * FLAGS.samples
     print(
@@ -173,9 +174,9 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
         file=sys.stderr,
     )
     begin = time.perf_counter()
-    args = (policy, prompts, FLAGS.samples, max_new_tokens)
+    target = Target(FLAGS.alpha, has_format=False)
+    args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     kwargs = {
-        "alpha": FLAGS.alpha,
         "log_z": FLAGS.log_z,
         "seed": FLAGS.seed,
         "stop_ids": tokenizer.stop_ids(tok, policy.config.stop_ids),
