@@ -46,6 +46,13 @@ def pytest_sessionfinish(session):
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Most tests compile for longer than they compute: a third of the time of all."""
+    is_long = item.get_closest_marker("long_running") is not None
+    jax.config.update("jax_disable_most_optimizations", not is_long)
+
+
 # Of the 65,530 maps of memory that Linux gives a process by default.
 _MANY_MAPS = 25_000
 

@@ -93,6 +93,7 @@ def converging(config, monkeypatch) -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.long_running
 @pytest.mark.parametrize(
     ("objective", "alpha", "log_z", "num_steps"),
     [
@@ -136,6 +137,7 @@ def test_training_reaches_the_exact_target(
 
 
 @pytest.mark.slow
+@pytest.mark.long_running
 def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
     config = converging
