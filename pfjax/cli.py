@@ -44,22 +44,12 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
 
 
-def define_sampling_flags(
-    *,
-    samples: int,
-    samples_help: str,
-    max_new_tokens: int | None,
-    max_new_tokens_help: str,
-    stop_help: str,
-) -> None:
-    """Declares how responses are drawn; the arguments are what entry points differ in."""
-    flags.DEFINE_integer("samples", samples, samples_help, lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", max_new_tokens, max_new_tokens_help)
+def define_sampling_flags() -> None:
+    """Declares how responses are drawn, in what entry points do not differ in."""
     flags.DEFINE_float("temperature", 1.0, "0 is greedy")
     for field in dataclasses.fields(options.TokenFilters):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
-    flags.DEFINE_multi_string("stop", [], stop_help)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same")
 
 

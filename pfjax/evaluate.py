@@ -17,12 +17,11 @@ from absl import app, flags, logging
 from pfjax import cli
 
 cli.define_model_flags()
-cli.define_sampling_flags(
-    samples=16,
-    samples_help="k of avg@k",
-    max_new_tokens=3072,
-    max_new_tokens_help="a response is cut there",
-    stop_help="text that ends a response; else the style's",
+cli.define_sampling_flags()
+_K = flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
+_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "text that ends a response; else the style's"
 )
 _BENCHMARK = flags.DEFINE_list(
     "benchmark", None, "sets, comma-separated", required=True
@@ -38,13 +37,9 @@ _BOX = flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the ans
 _REGRADE = flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 
 
+@cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    with cli.mistakes_in_one_line():
-        _evaluate()
-
-
-def _evaluate() -> None:
     from pfjax.evaluation import results
     from pfjax.tasks import benchmarks, grading
 
@@ -55,7 +50,7 @@ def _evaluate() -> None:
     out = pathlib.Path(_OUT.value).expanduser()
     with grading.Grader() as grader:
         for problems in sets.values():
-            benchmarks.check_golds(problems, grader)
+            grader.check_golds([p.gold for p in problems])
         if not _REGRADE.value:
             _sample(sets, out)
         for name, problems in sets.items():
@@ -81,25 +76,26 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
-        stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
         for name, problems in sets.items():
-            style = _style(name)
+            style, k = _style(name), _K.value
+            asked = [benchmarks.prompt_of(p, style) for p in problems]
             prompts = [
-                tokenizer.encode_prompt(
-                    tok, benchmarks.prompt_of(p, style), is_raw=style.is_raw
-                )
-                for p in problems
+                tokenizer.encode_prompt(tok, x, is_raw=style.is_raw) for x in asked
             ]
-            settings = _settings(prompts, stop_ids, style)
-            files = results.Record(out, name)
-            done = files.begin(
-                {
-                    **about_model,
-                    **results.describe(name, problems, style, settings),
-                    "first_prompt": tok.decode(prompts[0]),
-                }
+            settings = scores.Settings(
+                samples_per_prompt=k,
+                max_new_tokens=_MAX_NEW.value,
+                temperature=flags.FLAGS.temperature,
+                stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
+                seed=flags.FLAGS.seed,
+                prompt_width=max(len(p) for p in prompts),
+                token_filters=cli.token_filters(),
+                stop_strings=tuple(_STOP.value) or style.stop_strings,
             )
-            k = settings.samples_per_prompt
+            files = results.Record(out, name)
+            about = results.describe(name, problems, style, settings)
+            first = {"first_prompt": tok.decode(prompts[0])}
+            done = files.begin(about_model | about | first)
             before = f", {len(done)} done before" if done else ""
             print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
             with progress.Progress(len(prompts) * k, len(done) * k) as bar:
@@ -117,10 +113,8 @@ def _style(name: str):
     from pfjax.tasks import benchmarks
 
     known = benchmarks.BENCHMARKS.get(name)
-    chosen = _STYLE.value
-    if known is None or known.is_creative:
-        chosen = chosen or "question"
-    chosen = chosen or "boxed"
+    is_graded = known is not None and not known.is_creative
+    chosen = _STYLE.value or ("boxed" if is_graded else "question")
     if chosen in benchmarks.STYLES:
         return benchmarks.STYLES[chosen]
     if "{question}" not in chosen:
@@ -129,23 +123,6 @@ def _style(name: str):
             "with {question} in it"
         )
     return benchmarks.Style(chosen)
-
-
-def _settings(prompts, stop_ids, style):
-    from pfjax.evaluation import scores
-
-    given = flags.FLAGS
-    return scores.Settings(
-        samples_per_prompt=given.samples,
-        max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        stop_ids=stop_ids,
-        seed=given.seed,
-        prompt_width=max(len(p) for p in prompts),
-        token_filters=cli.token_filters(),
-        stop_strings=tuple(given.stop) or style.stop_strings,
-        box=_BOX.value,
-    )
 
 
 def _score(files, problems, grader) -> None:
@@ -158,11 +135,9 @@ def _score(files, problems, grader) -> None:
     k = len(rows) // len(problems)
     fewer = tuple(2**i for i in range(20) if 2**i < k)
     values = scores.summarise(rows, k, grader, pass_at=fewer, maj_at=fewer)
-    about = {"grader": grader.describe() | {"box": _BOX.value}}
-    files.score(rows, values, about)
-    print(
-        f"{files.name}: {len(problems)} problems x {k} ({benchmarks.fingerprint(problems)})"
-    )
+    files.score(rows, values, {"grader": grader.describe() | {"box": _BOX.value}})
+    version = benchmarks.fingerprint(problems)
+    print(f"{files.name}: {len(problems)} problems x {k} ({version})")
     for name, value in values.items():
         if not name.endswith("_se"):
             error = values.get(f"{name}_se")

@@ -33,6 +33,7 @@ TOPOLOGIES = (
 )  # fmt: skip
 
 
+@cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if _ALL.value == bool(_TOPOLOGY.value):
@@ -45,30 +46,26 @@ def main(_: list[str]) -> None:
     from pfjax.trainer import settings
 
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
-    config, name, advice = _CONFIG.value, _TOPOLOGY.value, None
-    with cli.mistakes_in_one_line():
-        settings.check(config)
-        base = hf_config.read(hf.resolve_config(config.model))
-        longest = config.data.max_prompt_tokens
-        settings.check_lengths(config, longest, base.max_positions)
-        response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
-        if _ALL.value:
-            plan_for = lambda x: planner.make_plan(config, base, x, response, False)
-            _print_all([plan_for(x) for x in TOPOLOGIES])
-            return
-        can_compile = aot.can_compile(name)
-        begin = time.perf_counter()
-        plan = planner.make_plan(config, base, name, response, can_compile)
-        seconds = time.perf_counter() - begin
-        if not plan["fits"]:
-            advice = planner.advise(config, base, name, response)
+    config, name = _CONFIG.value, _TOPOLOGY.value
+    settings.check(config)
+    base = hf_config.read(hf.resolve_config(config.model))
+    settings.check_lengths(config, config.data.max_prompt_tokens, base.max_positions)
+    response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
+    plan_for = lambda x, can: planner.make_plan(config, base, x, response, can)
+    if _ALL.value:
+        _print_all([plan_for(x, False) for x in TOPOLOGIES])
+        return
+    can_compile = aot.can_compile(name)
+    begin = time.perf_counter()
+    plan = plan_for(name, can_compile)
+    how = f"compiled in {time.perf_counter() - begin:.0f} s"
+    advice = None if plan["fits"] else planner.advise(config, base, name, response)
+    if not plan["compiled"]:
+        why = "" if can_compile else ": no compiler for these devices here"
+        how = "estimated from shapes" + why
     if _JSON.value:
         print(json.dumps(plan | {"advice": advice}, indent=2))
     else:
-        how = f"compiled in {seconds:.0f} s"
-        if not plan["compiled"]:
-            why = "" if can_compile else ": no compiler for these devices here"
-            how = "estimated from shapes" + why
         _print(plan, how, advice)
     if not plan["fits"]:
         sys.exit(1)
@@ -97,9 +94,8 @@ def _print(plan: dict, how: str, advice: str | None) -> None:
         f"to prompts of {plan['prompt_tokens']} (assumed)"
     )
     print(f"  {'':<12}{'PFLOP':>8}  {'seconds at least':<18}bound by")
-    total = (
-        f"{plan['tokens_per_s']:,.0f} tokens/s, most of it bound by {plan['bound_by']}"
-    )
+    rate = f"{plan['tokens_per_s']:,.0f} tokens/s"
+    total = f"{rate}, most of it bound by {plan['bound_by']}"
     for name, x in (plan["phases"] | {"all": plan | {"bound_by": total}}).items():
         print(f"  {name:<12}{x['pflop']:8.2f}  {x['seconds']:<18.2f}{x['bound_by']}")
     if plan["collectives"]:
@@ -119,17 +115,14 @@ def _print_all(plans: list[dict]) -> None:
         return
     how = "estimated from shapes (--topology=NAME compiles for TPUs)"
     print(f"{plans[0]['model']}, {how}\n")
-    columns = f"{'topology':<12}{'devices':>8}{'GiB':>9}{'of':>8}"
-    print(f"{columns}  {'s/step':>8}{'tokens/s':>10}  bound by")
+    print(f"{'topology':<12}{'devices':>8}{'GiB':>9}{'of':>8}", end="  ")
+    print(f"{'s/step':>8}{'tokens/s':>10}  bound by")
     for x in plans:
-        gib = x["memory_gib"]
-        line = f"{x['topology']:<12}{x['devices']:>8}"
-        line += f"{gib['total']:>9.1f}{gib['available']:>8.1f}  "
+        gib, how = x["memory_gib"], "does not fit"
         if x["fits"]:
-            line += f"{x['seconds']:>8.1f}{x['tokens_per_s']:>10,.0f}  {x['bound_by']}"
-        else:
-            line += "does not fit"
-        print(line)
+            how = f"{x['seconds']:>8.1f}{x['tokens_per_s']:>10,.0f}  {x['bound_by']}"
+        print(f"{x['topology']:<12}{x['devices']:>8}", end="")
+        print(f"{gib['total']:>9.1f}{gib['available']:>8.1f}  {how}")
 
 
 if __name__ == "__main__":

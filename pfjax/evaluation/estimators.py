@@ -17,24 +17,6 @@ def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
     return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
 
 
-def paired_standard_error(
-    first: Float[np.ndarray, "p"], second: Float[np.ndarray, "q"]
-) -> float:
-    """Standard error of the difference of two models' means on the same problems.
-
-    Hard problems are hard for both, so this is smaller than the two errors combined.
-
-    Raises:
-      ValueError: if the models did not answer the same number of problems.
-    """
-    if len(first) != len(second):
-        raise ValueError(
-            "paired models need the same problems, "
-            f"got {len(first)} and {len(second)} of them"
-        )
-    return standard_error(first - second)
-
-
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
     """Unbiased probability that k of n samples hold a right one, `[P]`.
 
@@ -95,11 +77,6 @@ def maj_at_k(
         rng = np.random.default_rng(seed)
         subsets = (rng.permutation(n)[:k] for _ in range(num_subsets))
     return float(np.mean([maj_at_n(classes[s], is_correct[s]) for s in subsets]))
-
-
-def num_classes(classes: Int[np.ndarray, "n"]) -> int:
-    """How many different answers one problem got; -1 (no answer) is none."""
-    return len(np.unique(classes[classes >= 0]))
 
 
 def answer_entropy(classes: Int[np.ndarray, "n"]) -> float:

@@ -40,17 +40,13 @@ def compute_rewards(
       format_penalty: psi of a response without a box.
     """
     rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
-    responses = [y[:n] for y, n in zip(rows, rollout.lengths.reshape(-1), strict=True)]
+    responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
     texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
     values = np.zeros(len(texts), np.float32)
     if reward in OF_ANSWERS:
-        values = of_answers(
-            reward,
-            [last_boxed(text) for text in texts],
-            [prompts.problems[i].gold for i in indices],
-            rollout.tokens.shape[1],
-            grader,
-        )
+        answers = [last_boxed(text) for text in texts]
+        golds = [prompts.problems[i].gold for i in indices]
+        values = of_answers(reward, answers, golds, rollout.tokens.shape[1], grader)
         # A grader that runs out of time may do so on one host alone.
         values = distributed.from_first(values)
     return RolloutBatch(

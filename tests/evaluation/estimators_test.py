@@ -88,22 +88,11 @@ def test_drawn_subsets_are_without_replacement_and_of_a_seed():
     )
 
 
-def test_entropy_and_number_of_answers():
+def test_entropy_of_answers():
     classes = np.array([0, 0, 1, 2, -1])  # shares 1/2, 1/4, 1/4
-    assert estimators.num_classes(classes) == 3
     assert estimators.answer_entropy(classes) == pytest.approx(1.5 * np.log(2))
     assert estimators.answer_entropy(np.array([3, 3])) == 0.0
-    silent = np.array([-1, -1])
-    assert estimators.num_classes(silent) == estimators.answer_entropy(silent) == 0
-
-
-def test_paired_error_is_of_the_difference():
-    # Differences .1 and .3: mean .2, deviation .1 sqrt 2, over sqrt 2.
-    a, b = np.array([0.1, 0.9]), np.array([0.0, 0.6])
-    assert estimators.paired_standard_error(a, b) == pytest.approx(0.1)
-    assert estimators.paired_standard_error(a, a - 0.25) == pytest.approx(0.0)
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        estimators.paired_standard_error(a, b[:1])
+    assert estimators.answer_entropy(np.array([-1, -1])) == 0
 
 
 def test_standard_error_is_over_problems():
