@@ -153,12 +153,13 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
     """Samples the power distribution."""
     from pfjax.model import tokenizer
     from pfjax.sampler import engine, mcmc, smc
+    from pfjax.targets import Target
 
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
-    args = (policy, prompts, FLAGS.samples, max_new_tokens)
+    target = Target(FLAGS.alpha, has_format=False)
+    args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     kwargs = {
-        "alpha": FLAGS.alpha,
         "log_z": FLAGS.log_z,
         "seed": FLAGS.seed,
         "stop_ids": tokenizer.stop_ids(tok, policy.config.stop_ids),

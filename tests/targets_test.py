@@ -75,8 +75,8 @@ def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
     floor = enumerable.floor(exact)
     without = lambda log_z: log_density(log_z, reward=0 * count)
     assert total_variation(exact, np.exp(without(_log_z(without)))) > 5 * floor
-    args = (policy, enumerable.PROMPTS[:1], enumerable.SAMPLES, 3)
-    kwargs = {"target": target, "log_z": log_z, "reward": _count_of_2}
+    args = (policy, enumerable.PROMPTS[:1], target, enumerable.SAMPLES, 3)
+    kwargs = {"log_z": log_z, "reward": _count_of_2}
     chains = mcmc.metropolis_hastings(*args, blocks=2, steps=30, **kwargs)
     particles, evidence = smc.sequential_monte_carlo(
         *args, particles=enumerable.SAMPLES, ramp=2, **kwargs

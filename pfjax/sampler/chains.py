@@ -24,31 +24,14 @@ from pfjax.targets import Target
 Reward = Callable[[Array, Array], Array]
 
 
-class Goal(NamedTuple):
-    """What is drawn from, and at which temperature the model proposes it."""
-
-    target: Target
-    log_z: float
-    reward: Reward | None
-    temperature: float
-
-
 class Spec(NamedTuple):
     """What programs are compiled for, besides shapes. Hashable."""
 
     settings: decode.Settings  # samples_per_prompt: particles or chains
-    target: Target  # its alpha is traced, see `Run`
+    target: Target
     reward: Reward | None
     width: int  # of the caches of responses
     max_new_tokens: int
-
-
-class Prompts(NamedTuple):
-    """Prompts of one shard of the batch."""
-
-    tokens: Int[Array, "p t"]
-    length: Int[Array, "p"]
-    prompt_id: Int[Array, "p"]
 
 
 class Run(NamedTuple):
@@ -56,9 +39,10 @@ class Run(NamedTuple):
 
     spec: Spec
     state: decode.SamplerState
-    alpha: Float[Array, ""]
     log_z: Float[Array, ""]
-    prompts: Prompts
+    tokens: Int[Array, "p t"]  # of the prompts
+    prompt_length: Int[Array, "p"]
+    prompt_id: Int[Array, "p"]
     cached: decode.Prompts
 
 
@@ -73,21 +57,7 @@ class Chains(NamedTuple):
     cache: Any
 
 
-def make_goal(
-    alpha: float | None,
-    log_z: float,
-    target: Target | None,
-    reward: Reward | None,
-    temperature: float | None,
-) -> Goal:
-    """The target of the arguments of a sampler, and its proposal.
-
-    Raises:
-      ValueError: for a target that cannot be drawn from.
-    """
-    if (alpha is None) == (target is None):
-        raise ValueError("give either alpha or a target")
-    target = target or Target(alpha, has_format=False)
+def _check(target: Target, reward: Reward | None, temperature: float | None) -> None:
     if not target.alpha > 0:
         raise ValueError(f"alpha must be positive, got {target.alpha}")
     if target.has_format:
@@ -101,7 +71,6 @@ def make_goal(
         raise ValueError(
             f"the proposal's temperature must be positive, got {temperature}"
         )
-    return Goal(target, log_z, reward, temperature or 1 / target.alpha)
 
 
 def draw(
@@ -110,17 +79,22 @@ def draw(
     prompts: list[list[int]],
     chains_per_prompt: int,
     max_new_tokens: int,
-    goal: Goal,
+    target: Target,
     *,
+    log_z: float,
+    reward: Reward | None,
+    temperature: float | None,
     seed: int,
     stop_ids: tuple[int, ...] | None,
 ) -> tuple[Rollout, np.ndarray]:
     """Runs as many prompts at once as memory holds, with one program for all.
 
     Args:
-      program: jitted; takes the state, (alpha, log Z), prompts and `spec=`, and returns
-        `results`.
+      program: jitted; takes the state, log Z, the tokens, lengths and ids of prompts, and
+        `spec=`, and returns `results`.
+      (the others): as in `mcmc.metropolis_hastings`.
     """
+    _check(target, reward, temperature)
     lengths = slots.check_prompts(policy.config, prompts, max_new_tokens)
     plan = slots.make_plan(
         policy,
@@ -139,14 +113,12 @@ def draw(
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
-    no_alpha = dataclasses.replace(goal.target, alpha=None)
-    spec = Spec(settings, no_alpha, goal.reward, plan.widths[-1], max_new_tokens)
+    spec = Spec(settings, target, reward, plan.widths[-1], max_new_tokens)
     state = decode.SamplerState(
         decode.weights(policy.config, policy.params),
         jax.random.key(seed),
-        np.float32(goal.temperature),
+        np.float32(temperature or 1 / target.alpha),
     )
-    numbers = np.float32(goal.target.alpha), np.float32(goal.log_z)
     tokens = np.zeros((len(prompts), plan.prompt_width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -154,8 +126,8 @@ def draw(
     for first in range(0, len(prompts), at_once):
         ids = np.arange(first, first + at_once, dtype=np.int32)
         index = np.minimum(ids, len(prompts) - 1)  # the last fills up a group
-        group = Prompts(tokens[index], lengths[index], ids)
-        found = jax.device_get(program(state, numbers, group, spec=spec))
+        group = (np.float32(log_z), tokens[index], lengths[index], ids)
+        found = jax.device_get(program(state, *group, spec=spec))
         groups.append([x[: len(prompts) - first] for x in found])
     tokens, log_p, length, is_stopped, evidence, steps = (
         np.concatenate(x) for x in zip(*groups, strict=True)
@@ -167,27 +139,24 @@ def draw(
 def begin(
     spec: Spec,
     state: decode.SamplerState,
-    numbers: tuple[Array, Array],
-    prompts: Prompts,
+    log_z: Array,
+    tokens: Array,
+    length: Array,
+    prompt_id: Array,
 ) -> tuple[Run, Chains]:
     """Prompts but their last tokens in caches; empty responses."""
-    s, num = spec.settings, len(prompts.length)
+    s, (num, width) = spec.settings, tokens.shape
     count = num * s.samples_per_prompt
-    positions = jnp.broadcast_to(
-        jnp.arange(prompts.tokens.shape[1]), prompts.tokens.shape
-    )
-    is_cached = positions < prompts.length[:, None] - 1
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    is_cached = positions < length[:, None] - 1
     cached = decode.prefill_local(
         state,
-        decode.Prompts(
-            decode.empty_cache(s, num, prompts.tokens.shape[1]),
-            jnp.zeros(num, jnp.int32),
-        ),
-        prompts.tokens,
+        decode.Prompts(decode.empty_cache(s, num, width), jnp.zeros(num, jnp.int32)),
+        tokens,
         positions,
         is_cached.astype(jnp.int32),
         jnp.where(is_cached, jnp.arange(num)[:, None], -1),
-        prompts.length - 1,
+        length - 1,
         s=s,
     )
     empty = Chains(
@@ -198,7 +167,7 @@ def begin(
         is_stopped=jnp.zeros(count, bool),
         cache=decode.empty_cache(s, count, spec.width),
     )
-    return Run(spec, state, *numbers, prompts, cached), empty
+    return Run(spec, state, log_z, tokens, length, prompt_id, cached), empty
 
 
 def one_token(
@@ -209,19 +178,19 @@ def one_token(
     Args:
       number: in the random numbers, so that a place that is drawn again is drawn anew.
     """
-    s, p = run.spec.settings, run.prompts
-    g = s.samples_per_prompt
+    s, g = run.spec.settings, run.spec.settings.samples_per_prompt
     slot = jnp.arange(len(y.length), dtype=jnp.int32)
     prompt = slot // g
     # A response at rest runs its own last token again, which changes nothing.
     at = jnp.minimum(y.length, run.spec.width - 1)
-    of_prompt = jnp.take_along_axis(p.tokens, p.length[:, None] - 1, axis=1)[:, 0]
-    before = jnp.take_along_axis(y.tokens, jnp.maximum(at - 1, 0)[:, None], axis=1)
+    take = lambda x, at: jnp.take_along_axis(x, at[:, None], axis=1)[:, 0]
+    of_prompt = take(run.tokens, run.prompt_length - 1)
+    before = take(y.tokens, jnp.maximum(at - 1, 0))
     running = decode.Slots(
         sample=slot,
         grid_index=slot,
         drawn=at,
-        last=jnp.where(at > 0, before[:, 0], of_prompt[prompt]),
+        last=jnp.where(at > 0, before, of_prompt[prompt]),
         begun=jnp.zeros(1, jnp.int32),
         slot_steps=jnp.zeros(1, jnp.int32),
     )
@@ -235,16 +204,15 @@ def one_token(
             key = jax.random.fold_in(key, n)
         return jax.random.categorical(key, x).astype(jnp.int32)
 
-    token = jax.vmap(sample)(p.prompt_id[prompt], slot % g, at, log_q)
-    pick = lambda x: jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]
+    token = jax.vmap(sample)(run.prompt_id[prompt], slot % g, at, log_q)
     # At rest: out of bounds.
     where = (slot, jnp.where(is_active, at, run.spec.max_new_tokens))
     put = lambda x, new: x.at[where].set(new, mode="drop")
     stops = jnp.isin(token, jnp.array(s.stop_ids, jnp.int32))
     return Chains(
         tokens=put(y.tokens, token),
-        log_p=put(y.log_p, pick(log_p)),
-        log_q=put(y.log_q, pick(log_q)),
+        log_p=put(y.log_p, take(log_p, token)),
+        log_q=put(y.log_q, take(log_q, token)),
         length=y.length + is_active,
         is_stopped=y.is_stopped | (stops & is_active),
         cache=cache,
@@ -264,8 +232,9 @@ def log_density(
     Args:
       alpha: in place of the target's.
     """
-    alpha = run.alpha if alpha is None else alpha
-    target, reward = dataclasses.replace(run.spec.target, alpha=alpha), 0.0
+    target, reward = run.spec.target, 0.0
+    if alpha is not None:
+        target = dataclasses.replace(target, alpha=alpha)
     if run.spec.reward is not None:
         reward = run.spec.reward(y.tokens, y.length)
         reward = jnp.where(is_open(run, y), 0.0, reward)
@@ -286,7 +255,7 @@ def uniform(
 ) -> Float[Array, "p *n"]:
     """Random numbers of each prompt for a purpose, on its own or the `number`-th time."""
     key = jax.random.fold_in(jax.random.fold_in(run.state.key, name), number)
-    of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(run.prompts.prompt_id)
+    of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(run.prompt_id)
     return jax.vmap(lambda k: jax.random.uniform(k, shape))(of_prompt)
 
 

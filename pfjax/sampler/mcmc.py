@@ -1,8 +1,9 @@
 r"""Metropolis-Hastings: samples of a target without training for it.
 
-Any target of `pfjax.targets` can be drawn from; by default it is the one that PowerFlow
-trains toward, :math:`p^\alpha e^{-\lambda|y|}` with :math:`\lambda = \log Z'`, and with
-:math:`\lambda = 0` the power distribution of whole responses. It costs many times what
+Any target of `pfjax.targets` can be drawn from: `Target(alpha, has_format=False)` is the one
+that PowerFlow trains toward, :math:`p^\alpha e^{-\lambda|y|}` with
+:math:`\lambda = \log Z'`, and with :math:`\lambda = 0` the power distribution of whole
+responses. It costs many times what
 sampling does. (Sampling at temperature 1/alpha is neither: it sharpens each token on its
 own.)
 """
@@ -28,12 +29,11 @@ _PLACE, _TAKE = 2**31 - 1, 2**31 - 2
 def metropolis_hastings(
     policy: Policy,
     prompts: list[list[int]],
+    target: Target,
     samples_per_prompt: int = 8,
     max_new_tokens: int = 512,
     *,
-    alpha: float | None = None,
     log_z: float = 0.0,
-    target: Target | None = None,
     reward: chains.Reward | None = None,
     temperature: float | None = None,
     blocks: int = 16,
@@ -60,12 +60,10 @@ def metropolis_hastings(
     Args:
       policy: the model.
       prompts: P lists of token ids.
+      target: what to draw from, without a format term.
       samples_per_prompt: G chains.
       max_new_tokens: R.
-      alpha: the power; or `target`.
       log_z: in nats per token, lambda; 0 for a target of whole sequences.
-      target: what to draw from, without a format term; when not given, the length-aware
-        target of `alpha`.
       reward: r(y), which the target's beta weighs, of tokens `[s, r]` (undefined past
         the length) and lengths `[s]`. It is traced by jit.
       temperature: of the proposal; 1 / alpha when not given.
@@ -90,7 +88,10 @@ def metropolis_hastings(
         prompts,
         samples_per_prompt,
         max_new_tokens,
-        chains.make_goal(alpha, log_z, target, reward, temperature),
+        target,
+        log_z=log_z,
+        reward=reward,
+        temperature=temperature,
         seed=seed,
         stop_ids=stop_ids,
     )[0]
@@ -99,15 +100,17 @@ def metropolis_hastings(
 @functools.partial(jax.jit, static_argnames=("spec", "blocks", "steps"))
 def _program(
     state: decode.SamplerState,
-    numbers: tuple[Array, Array],
-    prompts: chains.Prompts,
+    log_z: Float[Array, ""],
+    tokens: Int[Array, "p t"],
+    length: Int[Array, "p"],
+    prompt_id: Int[Array, "p"],
     *,
     spec: chains.Spec,
     blocks: int,
     steps: int,
 ) -> tuple[Array, ...]:
-    def local(state, numbers, prompts):
-        run, y = chains.begin(spec, state, numbers, prompts)
+    def local(state, log_z, *prompts):
+        run, y = chains.begin(spec, state, log_z, *prompts)
 
         def grow(block, carry):
             y, work = carry
@@ -123,10 +126,10 @@ def _program(
             return lax.fori_loop(0, steps, step, (y, work + n))
 
         y, work = lax.fori_loop(0, blocks, grow, (y, jnp.int32(0)))
-        nothing = jnp.zeros(len(prompts.length))
+        nothing = jnp.zeros(len(run.tokens))
         return chains.results(y, work, nothing, spec.settings.samples_per_prompt)
 
-    return sharding.over_batch(local, 2)(state, numbers, prompts)
+    return sharding.over_batch(local, 2)(state, log_z, tokens, length, prompt_id)
 
 
 def _extend(

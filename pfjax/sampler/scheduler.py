@@ -30,15 +30,6 @@ class Finished(NamedTuple):
     is_stopped: bool  # by a stop token or string, rather than cut
 
 
-class HostView(NamedTuple):
-    """What the host has seen of the slots, for each part of the batch."""
-
-    sample: np.ndarray  # [D, S]
-    drawn: np.ndarray  # [D, S]
-    begun: np.ndarray  # [D]
-    is_busy: np.ndarray  # [D, S]
-
-
 class Scheduler:
     """One rollout: its device buffers, and what the host knows of them.
 
@@ -80,6 +71,10 @@ class Scheduler:
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
         self.size, self.width, self.samples_per_prefix = plan.slots, plan.widths[0], g
+        # The slots as last seen: nothing has begun.
+        self.sample = np.full((d, plan.slots), self.cut.shape[1])
+        self.drawn = np.zeros((d, plan.slots), np.int32)
+        self.begun = np.zeros(d, np.int32)
         self.on_device = decode.start(
             self._queue(),
             s=settings,
@@ -91,17 +86,19 @@ class Scheduler:
         )
 
     def to_end(self) -> Rollout:
-        nothing = np.zeros((self.plan.dp_size, self.plan.slots), np.int32)
-        seen = HostView(nothing, nothing, nothing[:, 0], nothing > 0)
         before = None
-        while seen.is_busy.any() or (seen.begun < self.num_samples).any():
-            self._admit(seen)
-            self._resize(seen)
+        while self._is_busy().any() or (self.begun < self.num_samples).any():
+            self._admit()
+            self._resize()
             now = self._decode()
             # The devices are at work on `now` while the host looks at what was before.
-            seen = seen if before is None else self._look(*before)
+            if before is not None:
+                self._look(*before)
             before = now
         return self._collect()
+
+    def _is_busy(self) -> np.ndarray:
+        return self.sample < self.cut.shape[1]
 
     def _queue(self) -> decode.Queue:
         d, g = self.prefix_slot.shape[0], self.settings.samples_per_prompt
@@ -131,16 +128,15 @@ class Scheduler:
         self.on_device = (prompts, of_slots, cache, results)
         return of_slots, results
 
-    def _look(self, of_slots: decode.Slots, results: decode.Results) -> HostView:
+    def _look(self, of_slots: decode.Slots, results: decode.Results) -> None:
         """Waits for what the devices computed, and works on it."""
-        d = self.plan.dp_size
         small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
-        sample, drawn, begun, length = sharding.fetch(small)
-        sample, drawn, length = (x.reshape(d, -1) for x in (sample, drawn, length))
-        is_busy = sample < length.shape[1]
-        part, slot = np.nonzero(is_busy)
+        sample, drawn, self.begun, length = sharding.fetch(small)
+        by_part = (x.reshape(self.plan.dp_size, -1) for x in (sample, drawn, length))
+        self.sample, self.drawn, length = by_part
+        part, slot = np.nonzero(self._is_busy())
         before, self.known = self.known, np.maximum(self.known, length)
-        self.known[part, sample[part, slot]] = drawn[part, slot]
+        self.known[part, self.sample[part, slot]] = self.drawn[part, slot]
         if self.stop.stop_strings:
             self._cut_at_strings(before, results)
         if self.stop.max_total_tokens is not None:
@@ -150,17 +146,16 @@ class Scheduler:
             )
         elif self.on_finish is not None:
             self._report(self._ended(results))
-        return HostView(sample, drawn, begun, is_busy)
 
-    def _admit(self, seen: HostView) -> None:
+    def _admit(self) -> None:
         """Prefills waiting prompts when enough prefix slots are free to be worth it."""
         g, prefix_slots = self.settings.samples_per_prompt, self.plan.prefix_slots
-        chosen, is_worth_it = [], False
+        chosen, is_worth_it, is_busy = [], False, self._is_busy()
         for part, prompts in enumerate(self.prompts):
             prefilled = int(self.num_prefilled[part])
             waiting = len(prompts) - prefilled
-            is_open = np.arange(prefilled) >= seen.begun[part] // g
-            is_open[seen.sample[part][seen.is_busy[part]] // g] = True
+            is_open = np.arange(prefilled) >= self.begun[part] // g
+            is_open[self.sample[part][is_busy[part]] // g] = True
             taken = set(self.prefix_slot[part, :prefilled][is_open].tolist())
             free = [x for x in range(prefix_slots) if x not in taken][:waiting]
             chosen.append(list(enumerate(free, start=prefilled)))
@@ -208,18 +203,15 @@ class Scheduler:
             )
             self.on_device = (prompts, *self.on_device[1:])
 
-    def _resize(self, seen: HostView) -> None:
+    def _resize(self) -> None:
         """Takes slots away when no sample waits for one; widens the caches in time."""
-        size, samples_per_prefix, private_prefix = (
-            self.size,
-            self.samples_per_prefix,
-            False,
-        )
-        if (seen.begun >= self.num_samples).all():
-            busy = seen.is_busy.sum(axis=1).max()
+        size, samples_per_prefix = self.size, self.samples_per_prefix
+        private_prefix, is_busy = False, self._is_busy()
+        if (self.begun >= self.num_samples).all():
+            busy = is_busy.sum(axis=1).max()
             size = min(x for x in self.plan.ladder if busy <= x <= self.size)
         # What is in flight, and what is dispatched next.
-        longest = int((seen.drawn * seen.is_busy).max()) + 2 * self.steps
+        longest = int((self.drawn * is_busy).max()) + 2 * self.steps
         longest = min(longest, self.max_new_tokens)
         width = next(x for x in self.plan.widths if x >= longest)
         if size == self.size:

@@ -26,12 +26,11 @@ _RESAMPLE = 2**31 - 3
 def sequential_monte_carlo(
     policy: Policy,
     prompts: list[list[int]],
+    target: Target,
     samples_per_prompt: int = 8,
     max_new_tokens: int = 512,
     *,
-    alpha: float | None = None,
     log_z: float = 0.0,
-    target: Target | None = None,
     reward: chains.Reward | None = None,
     temperature: float | None = None,
     particles: int = 64,
@@ -70,12 +69,15 @@ def sequential_monte_carlo(
       Power-SMC, arXiv 2602.10273.
     """
     return chains.draw(
-        functools.partial(_program, samples=samples_per_prompt, ramp=np.float32(ramp)),
+        functools.partial(_program, samples=samples_per_prompt, ramp=ramp),
         policy,
         prompts,
         particles,
         max_new_tokens,
-        chains.make_goal(alpha, log_z, target, reward, temperature),
+        target,
+        log_z=log_z,
+        reward=reward,
+        temperature=temperature,
         seed=seed,
         stop_ids=stop_ids,
     )
@@ -90,20 +92,22 @@ class _Population(NamedTuple):
     evidence: Float[Array, "p"]  # what resampling took off the weights so far
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "samples"))
+@functools.partial(jax.jit, static_argnames=("spec", "samples", "ramp"))
 def _program(
     state: decode.SamplerState,
-    numbers: tuple[Array, Array],
-    prompts: chains.Prompts,
-    ramp: Float[Array, ""],
+    log_z: Float[Array, ""],
+    tokens: Int[Array, "p t"],
+    length: Int[Array, "p"],
+    prompt_id: Int[Array, "p"],
     *,
     spec: chains.Spec,
     samples: int,
+    ramp: int,
 ) -> tuple[Array, ...]:
-    def local(state, numbers, ramp, prompts):
-        run, y = chains.begin(spec, state, numbers, prompts)
-        num, n = len(prompts.length), spec.settings.samples_per_prompt
-        power = lambda t: 1 + (run.alpha - 1) * jnp.minimum(t / ramp, 1)
+    def local(state, log_z, *prompts):
+        run, y = chains.begin(spec, state, log_z, *prompts)
+        num, n = len(run.tokens), spec.settings.samples_per_prompt
+        power = lambda t: 1 + (spec.target.alpha - 1) * jnp.minimum(t / ramp, 1)
 
         def body(carry):
             t, population = carry
@@ -126,7 +130,7 @@ def _program(
         y = jax.tree.map(lambda x: x[index], end.y._replace(cache=()))
         return chains.results(y, t, end.evidence + total - jnp.log(n), samples)
 
-    return sharding.over_batch(local, 3)(state, numbers, ramp, prompts)
+    return sharding.over_batch(local, 2)(state, log_z, tokens, length, prompt_id)
 
 
 def _step(
@@ -137,7 +141,7 @@ def _step(
     Args:
       alpha: the power after it.
     """
-    num, n = len(run.prompts.length), run.spec.settings.samples_per_prompt
+    num, n = len(run.tokens), run.spec.settings.samples_per_prompt
     is_active = chains.is_open(run, now.y)
     y = chains.one_token(run, now.y, is_active, 0)
     log_density = chains.log_density(run, y, alpha)

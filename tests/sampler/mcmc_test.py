@@ -12,6 +12,8 @@ from tests.conftest import total_variation
 from tests.sampler import enumerable
 from tests.sampler.enumerable import PROMPTS, SAMPLES
 
+TARGET = Target(2.0, has_format=False)
+
 
 @pytest.fixture
 def policy(enumerable_folder):
@@ -28,7 +30,14 @@ def test_draws_from_the_exact_target(policy, alpha, is_length_aware):
     log_z = log_z if is_length_aware else 0.0
     # Two blocks: the first ends where responses may not.
     out = mcmc.metropolis_hastings(
-        policy, PROMPTS[:1], SAMPLES, 3, alpha=alpha, log_z=log_z, blocks=2, steps=30
+        policy,
+        PROMPTS[:1],
+        Target(alpha, has_format=False),
+        SAMPLES,
+        3,
+        log_z=log_z,
+        blocks=2,
+        steps=30,
     )
     assert total_variation(enumerable.frequencies(out), target) < floor
 
@@ -44,7 +53,7 @@ def test_low_temperature_is_not_the_power_distribution(policy):
 def test_prompts_are_drawn_alike_on_any_mesh(policy, enumerable_folder):
     def draw(policy):
         return mcmc.metropolis_hastings(
-            policy, PROMPTS, 8, 3, alpha=2.0, blocks=2, steps=3
+            policy, PROMPTS, TARGET, 8, 3, blocks=2, steps=3
         )
 
     alone = draw(policy)
@@ -60,17 +69,17 @@ def test_prompts_are_drawn_alike_on_any_mesh(policy, enumerable_folder):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({}, "give either alpha or a target"),
-        ({"alpha": 0.0}, "alpha must be positive, got 0"),
-        ({"alpha": 2.0, "temperature": -1.0}, "temperature must be positive, got -1"),
+        ({"target": Target(0.0, has_format=False)}, "alpha must be positive, got 0"),
+        ({"temperature": -1.0}, "temperature must be positive, got -1"),
         ({"target": Target(2.0)}, "choose a target with has_format=False"),
         ({"target": Target(2.0, beta=1.5, has_format=False)}, "beta=1.5 needs a rew"),
-        ({"alpha": 2.0, "max_new_tokens": 62}, "exceed the model's 64 positions"),
-        ({"alpha": 2.0, "prompts": [[]]}, "must not be empty"),
+        ({"max_new_tokens": 62}, "exceed the model's 64 positions"),
+        ({"prompts": [[]]}, "must not be empty"),
     ],
 )
 def test_mistakes_are_named(policy, kwargs, message):
     with pytest.raises(ValueError, match=message):
         mcmc.metropolis_hastings(
-            policy, **{"prompts": PROMPTS, "max_new_tokens": 3} | kwargs
+            policy,
+            **{"prompts": PROMPTS, "target": TARGET, "max_new_tokens": 3} | kwargs,
         )

@@ -7,9 +7,12 @@ import pytest
 from pfjax.infra import sharding
 from pfjax.model import hf
 from pfjax.sampler import smc
+from pfjax.targets import Target
 from tests.conftest import total_variation
 from tests.sampler import enumerable
 from tests.sampler.enumerable import PROMPTS, SAMPLES
+
+TARGET = Target(2.0, has_format=False)
 
 
 @pytest.fixture
@@ -40,9 +43,9 @@ def test_draws_from_the_exact_target_and_estimates_its_sum(
     out, evidence = smc.sequential_monte_carlo(
         policy,
         PROMPTS[:1],
+        Target(alpha, has_format=False),
         SAMPLES,
         3,
-        alpha=alpha,
         log_z=log_z if is_length_aware else 0.0,
         particles=SAMPLES,
         **more,
@@ -56,7 +59,7 @@ def test_draws_from_the_exact_target_and_estimates_its_sum(
 def test_prompts_are_drawn_alike_on_any_mesh(policy, enumerable_folder):
     def draw(policy):
         return smc.sequential_monte_carlo(
-            policy, PROMPTS, 8, 3, alpha=2.0, particles=16, ramp=2
+            policy, PROMPTS, TARGET, 8, 3, particles=16, ramp=2
         )[0]
 
     alone = draw(policy)
@@ -71,6 +74,6 @@ def test_prompts_are_drawn_alike_on_any_mesh(policy, enumerable_folder):
 
 def test_mistakes_are_named(policy):
     with pytest.raises(ValueError, match="temperature must be positive, got -1"):
-        smc.sequential_monte_carlo(policy, PROMPTS, alpha=2.0, temperature=-1.0)
+        smc.sequential_monte_carlo(policy, PROMPTS, TARGET, temperature=-1.0)
     with pytest.raises(ValueError, match="exceed the model's 64 positions"):
-        smc.sequential_monte_carlo(policy, PROMPTS, 2, 64, alpha=2.0)
+        smc.sequential_monte_carlo(policy, PROMPTS, TARGET, 2, 64)
