@@ -55,7 +55,7 @@ def _over_steps(metric: outcomes.Metric, groups: Sequence[Group]) -> Iterator[Pi
     known = {}
     for key in outcomes.keys_of(groups, metric.key):
         curves = [outcomes.curve(g, key, most) for g in groups]
-        if any(c is not None and len(c.x) > 1 for c in curves):
+        if _has_line(curves):
             known[key] = curves
     for key, curves in known.items():
         name, title = re.match(r"\w+", metric.title)[0].lower(), metric.title
@@ -69,6 +69,10 @@ def _over_steps(metric: outcomes.Metric, groups: Sequence[Group]) -> Iterator[Pi
         yield Picture(name, title, caption + _band(groups), figure)
 
 
+def _has_line(curves: Sequence[Curve | None]) -> bool:
+    return any(c is not None and len(c.x) > 1 for c in curves)
+
+
 def _band(groups: Sequence[Group]) -> str:
     band = " Band: least to greatest of the seeds."
     has_seeds = any(len(g.runs) > 1 for g in groups)
@@ -78,7 +82,7 @@ def _band(groups: Sequence[Group]) -> str:
 def _pass_at_n(groups: Sequence[Group]) -> Iterator[Picture]:
     first = [outcomes.pass_curve(g.first) for g in groups]
     last = [outcomes.pass_curve(g.last) for g in groups]
-    if not any(c is not None and len(c.x) > 1 for c in last):
+    if not _has_line(last):
         return
     title = "A correct answer in n samples"
     caption = (

@@ -137,19 +137,18 @@ def _read(folder: epath.Path) -> Run:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         at = prefix + name
-        out |= _flatten(value, f"{at}.") if isinstance(value, dict) else {at: value}
-    return out
+        flat |= _flatten(value, f"{at}.") if isinstance(value, dict) else {at: value}
+    return flat
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of their first runs; seeds in order within one."""
-    members: dict[str, list[Run]] = {}
+    members = collections.defaultdict(list)
     for run in runs:
-        of_config = str(sorted(_experiment(run).items()))
-        members.setdefault(run.label or of_config, []).append(run)
+        members[run.label or str(sorted(_experiment(run).items()))].append(run)
     names: list[str] = []
     of_configs = iter(_names([m[0] for m in members.values() if not m[0].label]))
     for mine in members.values():
@@ -167,9 +166,7 @@ def _make_group(name: str, mine: list[Run]) -> Group:
             f"runs of the group {name!r} were evaluated at no step that all share: "
             + ", ".join(str(r.folder) for r in mine)
         )
-    first, last = (
-        [read_problems(run, step) for run in mine] for step in (shared[0], shared[-1])
-    )
+    first, last = ([read_problems(run, shared[i]) for run in mine] for i in (0, -1))
     return Group(name, mine, shared, first, last)
 
 
@@ -177,20 +174,17 @@ def read_problems(run: Run, step: int) -> list[Problem]:
     """Problems of an evaluation with all of their samples; [] if none were kept."""
     if step not in run.completions:
         return []
-    by_key: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    by_key = collections.defaultdict(list)
     for row in dataset_io.read_jsonl(run.completions[step]):
-        by_key.setdefault((row["prompt_id"], row["prompt"]), []).append(row)
-    most = max((len(x) for x in by_key.values()), default=0)
+        by_key[row["prompt_id"], row["prompt"]].append(row)
+    most = max(map(len, by_key.values()), default=0)
     return [Problem(k, x) for k, x in by_key.items() if len(x) == most]
 
 
 def _experiment(run: Run) -> dict[str, str]:
     """The settings that make it another experiment, as text."""
-    return {
-        k: _show(v)
-        for k, v in run.config.items()
-        if k.split(".")[0] not in _SAME_EXPERIMENT
-    }
+    is_of_it = lambda key: key.split(".")[0] not in _SAME_EXPERIMENT
+    return {k: _show(v) for k, v in run.config.items() if is_of_it(k)}
 
 
 def _show(value: Any) -> str:
@@ -219,17 +213,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
     for key in set(chosen) - set(_FIRST):
         value, count = collections.Counter(row[key] for row in table).most_common(1)[0]
         usual[key] = value if count > 0.75 * len(table) else None
-    return [
-        ", ".join(
-            f"{k.rpartition('.')[2].replace('_', ' ')} {row[k]}".removeprefix(
-                "objective "
-            )
-            for k in chosen
-            if row[k] != usual.get(k)
-        )
-        or "common settings"
+    words = {k: k.rpartition(".")[2].replace("_", " ") + " " for k in chosen}
+    words["objective"] = ""  # its values say what they are
+    names = (
+        ", ".join(words[k] + row[k] for k in chosen if row[k] != usual.get(k))
         for row in table
-    ]
+    )
+    return [name or "common settings" for name in names]
 
 
 def _keys(table: Sequence[dict[str, str]]) -> list[str]:
