@@ -16,25 +16,22 @@ from absl import app, flags, logging
 
 from pfjax import cli
 
+FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
-_K = flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
-_STOP = flags.DEFINE_multi_string(
-    "stop", [], "text that ends a response; else the style's"
-)
-_BENCHMARK = flags.DEFINE_list(
-    "benchmark", None, "sets, comma-separated", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
-_DATA = flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
-_LIMIT = flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
-_STYLE = flags.DEFINE_string(
+flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
+flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
+flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
+flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
+flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
+flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
+flags.DEFINE_string(
     "style", "", "how problems are asked: boxed, qwen25-math-cot, power-sampling, minerva, "
     "question, or a text with {question}; default: boxed, and files as they are"
 )  # fmt: skip
-_BOX = flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
-_REGRADE = flags.DEFINE_bool("regrade", False, "grade again what is in --out")
+flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
+flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 
 
 @cli.mistakes_in_one_line()
@@ -44,14 +41,14 @@ def main(_: list[str]) -> None:
     from pfjax.tasks import benchmarks, grading
 
     sets = {}
-    for name in _BENCHMARK.value:
-        problems = benchmarks.read(name, _DATA.value, flags.FLAGS.seed)
-        sets[name] = problems[: _LIMIT.value or None]
-    out = pathlib.Path(_OUT.value).expanduser()
+    for name in FLAGS.benchmark:
+        problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
+        sets[name] = problems[: FLAGS.limit or None]
+    out = pathlib.Path(FLAGS.out).expanduser()
     with grading.Grader() as grader:
         for problems in sets.values():
             grader.check_golds([p.gold for p in problems])
-        if not _REGRADE.value:
+        if not FLAGS.regrade:
             _sample(sets, out)
         for name, problems in sets.items():
             _score(results.Record(out, name), problems, grader)
@@ -69,7 +66,7 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     source, tok = cli.find_model()
     with cli.load(source) as policy:
         about_model = {
-            "model": flags.FLAGS.model,
+            "model": FLAGS.model,
             "fingerprint": hf.fingerprint(source),
             "dtype": policy.config.dtype,
             "mesh": dict(jax.sharding.get_abstract_mesh().shape),
@@ -77,25 +74,25 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             "jax": jax.__version__,
         }
         for name, problems in sets.items():
-            style, k = _style(name), _K.value
+            style, k = _style(name), FLAGS.samples
             asked = [benchmarks.prompt_of(p, style) for p in problems]
             prompts = [
                 tokenizer.encode_prompt(tok, x, is_raw=style.is_raw) for x in asked
             ]
             settings = scores.Settings(
                 samples_per_prompt=k,
-                max_new_tokens=_MAX_NEW.value,
-                temperature=flags.FLAGS.temperature,
+                max_new_tokens=FLAGS.max_new_tokens,
+                temperature=FLAGS.temperature,
                 stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
-                seed=flags.FLAGS.seed,
+                seed=FLAGS.seed,
                 prompt_width=max(len(p) for p in prompts),
                 token_filters=cli.token_filters(),
-                stop_strings=tuple(_STOP.value) or style.stop_strings,
+                stop_strings=tuple(FLAGS.stop) or style.stop_strings,
             )
             files = results.Record(out, name)
             about = results.describe(name, problems, style, settings)
-            first = {"first_prompt": tok.decode(prompts[0])}
-            done = files.begin(about_model | about | first)
+            first = tok.decode(prompts[0])
+            done = files.begin(about_model | about | {"first_prompt": first})
             before = f", {len(done)} done before" if done else ""
             print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
             with progress.Progress(len(prompts) * k, len(done) * k) as bar:
@@ -105,7 +102,6 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                     bar.add(len(new), sum(r["tokens"] for r in new))
 
                 scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
-            files.end()
 
 
 def _style(name: str):
@@ -114,7 +110,7 @@ def _style(name: str):
 
     known = benchmarks.BENCHMARKS.get(name)
     is_graded = known is not None and not known.is_creative
-    chosen = _STYLE.value or ("boxed" if is_graded else "question")
+    chosen = FLAGS.style or ("boxed" if is_graded else "question")
     if chosen in benchmarks.STYLES:
         return benchmarks.STYLES[chosen]
     if "{question}" not in chosen:
@@ -131,11 +127,12 @@ def _score(files, problems, grader) -> None:
     from pfjax.tasks import benchmarks
 
     rows = files.rows(problems)
-    scores.grade(rows, problems, grader, _BOX.value)
+    scores.grade(rows, problems, grader, FLAGS.box)
     k = len(rows) // len(problems)
     fewer = tuple(2**i for i in range(20) if 2**i < k)
-    values = scores.summarise(rows, k, grader, pass_at=fewer, maj_at=fewer)
-    files.score(rows, values, {"grader": grader.describe() | {"box": _BOX.value}})
+    values = scores.summarise(rows, k, grader, fewer)
+    about = {"grader": grader.describe() | {"box": FLAGS.box}}
+    files.score(rows, {"graded": about, "scores": values})
     version = benchmarks.fingerprint(problems)
     print(f"{files.name}: {len(problems)} problems x {k} ({version})")
     for name, value in values.items():

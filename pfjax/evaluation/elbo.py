@@ -40,11 +40,8 @@ def bounds(
     adds to the log density, within their prompts.
 
     Args:
-      policy: that was trained.
-      base: its frozen base.
+      policy, base: what was trained toward `target`, and its frozen base.
       samples: of the target without psi, at their `log_z`.
-      target: what is trained toward.
-      tok: its tokenizer.
       format_penalty: psi of a response without a box.
       max_new_tokens, stop_ids, seed: of the policy's samples.
     """

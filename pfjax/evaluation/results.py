@@ -26,9 +26,8 @@ class Record:
 
     def __init__(self, folder: pathlib.Path, name: str):
         self.name = name
-        stem = name if name in benchmarks.BENCHMARKS else pathlib.Path(name).stem
-        self.path = folder / f"{stem}.jsonl"
-        self._scores = folder / f"{stem}.json"
+        self.path = folder / f"{pathlib.Path(name).stem}.jsonl"
+        self._scores = self.path.with_suffix(".json")
 
     def begin(self, settings: dict[str, Any]) -> frozenset[int]:
         """Leaves what shall stay of the responses, and their settings.
@@ -48,13 +47,13 @@ class Record:
             )
         old = self._read()["settings"] if found else settings
         changed = [
-            f"  {k}: {old.get(k)!r} -> {settings.get(k)!r}"
+            f"{k}: {old.get(k)!r} -> {settings.get(k)!r}"
             for k in sorted(old.keys() | settings.keys())
             if k not in _MAY_CHANGE and old.get(k) != settings.get(k)
         ]
         if changed:
             raise ValueError(
-                "\n".join([f"{self.path} was drawn with other settings:", *changed])
+                "\n  ".join([f"{self.path} was drawn with other settings:", *changed])
                 + "\nchoose another --out, or the settings of before to go on"
             )
         have = collections.Counter(r["prompt_id"] for r in found)
@@ -68,18 +67,13 @@ class Record:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
 
-    def end(self) -> None:
-        """Puts the responses in order."""
-        found = sorted(dataset_io.read_jsonl(self.path), key=in_order)
-        dataset_io.write_jsonl(self.path, found)
-
     def rows(self, problems: list[Problem]) -> list[Row]:
         """The responses to all problems, in order.
 
         Raises:
           ValueError: if some are missing, or were given to another version of the set.
         """
-        found = dataset_io.read_jsonl(self.path)
+        found = sorted(dataset_io.read_jsonl(self.path), key=in_order)
         if not found:
             raise ValueError(
                 f"{self.path} holds no responses: evaluate without --regrade"
@@ -98,12 +92,10 @@ class Record:
             )
         return found
 
-    def score(
-        self, graded: list[Row], scores: dict[str, float], about: dict[str, Any]
-    ) -> None:
-        """Writes scores beside the settings, and what `graded` has in addition."""
+    def score(self, graded: list[Row], scores: dict[str, Any]) -> None:
+        """Writes what `graded` has in addition, and scores beside the settings."""
         dataset_io.write_jsonl(self.path, graded)
-        self._write({**self._read(), "graded": about, "scores": scores})
+        self._write(self._read() | scores)
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self._scores.read_text())

@@ -124,11 +124,7 @@ def grade(
 
 
 def summarise(
-    rows: list[Row],
-    k: int,
-    grader: grading.Grader,
-    pass_at: tuple[int, ...] = (),
-    maj_at: tuple[int, ...] = (),
+    rows: list[Row], k: int, grader: grading.Grader, fewer: tuple[int, ...] = ()
 ) -> dict[str, float]:
     """Scores of rows.
 
@@ -136,7 +132,7 @@ def summarise(
       rows: graded, the k samples of a prompt side by side.
       k: samples per prompt.
       grader: tells which answers are the same.
-      pass_at, maj_at: numbers of samples below k to give pass@n and maj@n for as well.
+      fewer: numbers of samples below k to give pass@n and maj@n for as well.
 
     Returns:
       `length_mean`, `truncated`, `boxed_frac`, `distinct` (fraction of a prompt's
@@ -160,8 +156,8 @@ def summarise(
         scores |= {
             f"avg@{k}": correct.mean(),
             f"avg@{k}_se": estimators.standard_error(correct.mean(axis=1)),
-            **{f"maj@{n}": maj(n) for n in (*maj_at, k)},
-            **{f"pass@{n}": passed(n) for n in (*pass_at, k)},
+            **{f"maj@{n}": maj(n) for n in (*fewer, k)},
+            **{f"pass@{n}": passed(n) for n in (*fewer, k)},
             "answer_classes": np.mean([c.max() + 1 for c in classes]),
             "answer_entropy": np.mean([estimators.answer_entropy(c) for c in classes]),
             "grader_timeouts": grader.timeouts,

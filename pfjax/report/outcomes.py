@@ -47,6 +47,11 @@ METRICS = (
            "token; of tb_traj, rl_traj and subtb, nats per response.",
            3, "Residual: distance from the target", "std of the residual (nats)", True),
 )  # fmt: skip
+PASS_AT_N = Metric(
+    "", "pass@n", "Probability that n samples hold a correct one, mean over problems, at the "
+    "last evaluation; dashed grey: at the first.",
+    title="A correct answer in n samples", label="pass@n",
+)  # fmt: skip
 
 
 class Curve(NamedTuple):

@@ -40,13 +40,11 @@ import re
 import select
 import subprocess
 import sys
-import threading
 from importlib import metadata
 from typing import Literal
 
 DEADLINE_SECONDS = 5.0
-# Importing sympy on a busy machine.
-START_SECONDS = 60.0
+START_SECONDS = 60.0  # importing sympy on a busy machine
 # Counts changes of the rules above: scores of different numbers do not compare.
 RULES_VERSION = 1
 
@@ -75,21 +73,18 @@ def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
     for brace in _BRACES.finditer(text):
         if brace["box"] or brace[0] == "{":
             open_braces.append(brace)
-        elif brace[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened["box"]:
-                found[opened.start()] = text[opened.end() : brace.start()]
-    if not found:
-        return None
-    return found[max(found) if policy == "last" else min(found)]
+        elif brace[0] == "}" and open_braces and (opened := open_braces.pop())["box"]:
+            found[opened.start()] = text[opened.end() : brace.start()]
+    pick = max if policy == "last" else min
+    return found[pick(found)] if found else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}`, braces balanced, or None."""
+    r"""What stands in the last closed `\boxed{...}`, or None."""
     return boxed(text)
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Compares answers; a context manager that holds one worker process.
 
     Attributes:
@@ -100,12 +95,8 @@ class Grader:
         self.timeouts = 0
         self._deadline = deadline_seconds
         self._worker: subprocess.Popen | None = None
-        self._cache: dict[tuple[str, str, float | None], bool] = {}
         self._endless: set[str] = set()  # cannot even be compared with 0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "Grader":  # noqa: PYI034
-        return self
+        self._judge_once = functools.cache(self._judge)
 
     def __exit__(self, *unused) -> None:
         self._stop()
@@ -127,8 +118,7 @@ class Grader:
           ValueError: naming the golds that no answer would equal.
         """
         known = dict.fromkeys(g for g in golds if g is not None)
-        with self._lock:
-            wrong = [g for g in known if not self._ask(g, g)]
+        wrong = [g for g in known if not self._ask(g, g)]
         if wrong:
             raise ValueError(
                 f"{len(wrong)} gold answers are not equal to themselves: {wrong[:20]}; "
@@ -143,13 +133,8 @@ class Grader:
           tolerance: how far a number, or each of a list, may be off (the field `error`
             of OlympiadBench); absolute.
         """
-        if gold.strip() == answer.strip():
-            return True
-        key = gold, answer, tolerance
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = self._judge(*key)
-            return self._cache[key]
+        same = gold.strip() == answer.strip()
+        return same or self._judge_once(gold, answer, tolerance)
 
     def classes(self, answers: list[str | None]) -> list[int]:
         """Equivalence classes, numbered as they appear; -1 for no or an empty answer.

@@ -31,11 +31,9 @@ def compute_rewards(
     """Puts the responses of a step into text and computes what they are worth.
 
     Args:
-      indices: of the P prompts in the set.
+      indices: of the P prompts in `prompts`.
       rollout: G responses to each.
-      grader: compares answers.
-      tok: the tokenizer.
-      prompts: the set.
+      grader, tok: compare answers, and make text of tokens.
       reward: a name in `OF_ANSWERS`; others leave zeros.
       format_penalty: psi of a response without a box.
     """

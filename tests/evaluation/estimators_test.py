@@ -138,7 +138,7 @@ def test_summary_of_rows_by_hand():
     assert found["answer_classes"] == 3.0
     of_three = np.log(3) - 2 / 3 * np.log(2)
     assert found["answer_entropy"] == pytest.approx((of_three + np.log(4)) / 2)
-    more = scores.summarise(rows, 4, SameString(), pass_at=(1, 2), maj_at=(1,))
+    more = scores.summarise(rows, 4, SameString(), fewer=(1, 2))
     assert more["pass@1"] == more["maj@1"] == found["avg@4"]
     # Of 2 of 4: 1 - 1/6 with two right, 1 - 3/6 with one.
     assert more["pass@2"] == pytest.approx((5 / 6 + 1 / 2) / 2)
