@@ -8,15 +8,20 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
 from pfjax.sampler import options
 
-if TYPE_CHECKING:
-    from pfjax.model.transformer import Policy
+with epy.lazy_imports():  # flags are parsed, and --help answers, without them
+    import jax
+
+    from pfjax.infra import compile_cache, sharding
+    from pfjax.model import hf, tokenizer, transformer
+    from pfjax.trainer import health_checks
 
 # Flags belong to the entry point that asks for them, which lists them with --help.
 flags.disclaim_key_flags()
@@ -60,20 +65,13 @@ def token_filters() -> options.TokenFilters:
 
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
-    from pfjax.model import hf, tokenizer
-
     source = hf.resolve(flags.FLAGS.model)
     return source, tokenizer.load(source)
 
 
 @contextlib.contextmanager
-def load(source: os.PathLike) -> "Iterator[Policy]":
+def load(source: os.PathLike) -> Iterator["transformer.Policy"]:
     """The model on all devices, whose mesh is set meanwhile."""
-    import jax
-
-    from pfjax.infra import compile_cache, sharding
-    from pfjax.model import hf
-
     compile_cache.use_cache()
     mesh = sharding.make_mesh(tensor=flags.FLAGS.tensor)
     on_cpu = jax.devices()[0].platform == "cpu"
@@ -111,8 +109,6 @@ def parse(argv: list[str]) -> list[str]:
 def mistakes_in_one_line() -> Iterator[None]:
     """What a person can do something about ends the program with its message and where
     it was found."""
-    from pfjax.trainer import health_checks
-
     try:
         yield
     except health_checks.Unhealthy as stop:

@@ -13,8 +13,17 @@ import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epy
 
 from pfjax import cli
+
+with epy.lazy_imports():
+    import jax
+
+    from pfjax.evaluation import results, scores
+    from pfjax.model import hf, tokenizer
+    from pfjax.sampler import progress
+    from pfjax.tasks import benchmarks, grading
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -37,9 +46,6 @@ flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 @cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    from pfjax.evaluation import results
-    from pfjax.tasks import benchmarks, grading
-
     sets = {}
     for name in FLAGS.benchmark:
         problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
@@ -51,18 +57,25 @@ def main(_: list[str]) -> None:
         if not FLAGS.regrade:
             _sample(sets, out)
         for name, problems in sets.items():
-            _score(results.Record(out, name), problems, grader)
+            files = results.Record(out, name)
+            rows = files.rows(problems)
+            scores.grade(rows, problems, grader, FLAGS.box)
+            k = len(rows) // len(problems)
+            fewer = tuple(2**i for i in range(20) if 2**i < k)
+            values = scores.summarise(rows, k, grader, fewer)
+            about = {"grader": grader.describe() | {"box": FLAGS.box}}
+            files.score(rows, {"graded": about, "scores": values})
+            version = benchmarks.fingerprint(problems)
+            print(f"{name}: {len(problems)} problems x {k} ({version})")
+            for key, value in values.items():
+                if not key.endswith("_se"):
+                    error = values.get(f"{key}_se")
+                    error = f" +- {error:.4f}" if error else ""
+                    print(f"  {key:20} {value:9.4f}{error}")
 
 
 def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     """Draws the responses that the folder lacks."""
-    import jax
-
-    from pfjax.evaluation import results, scores
-    from pfjax.model import hf, tokenizer
-    from pfjax.sampler import progress
-    from pfjax.tasks import benchmarks
-
     source, tok = cli.find_model()
     with cli.load(source) as policy:
         about_model = {
@@ -106,8 +119,6 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
 
 def _style(name: str):
     """How the problems of a set are asked."""
-    from pfjax.tasks import benchmarks
-
     known = benchmarks.BENCHMARKS.get(name)
     is_graded = known is not None and not known.is_creative
     chosen = FLAGS.style or ("boxed" if is_graded else "question")
@@ -119,26 +130,6 @@ def _style(name: str):
             "with {question} in it"
         )
     return benchmarks.Style(chosen)
-
-
-def _score(files, problems, grader) -> None:
-    """Grades the responses in the folder, and writes and prints their scores."""
-    from pfjax.evaluation import scores
-    from pfjax.tasks import benchmarks
-
-    rows = files.rows(problems)
-    scores.grade(rows, problems, grader, FLAGS.box)
-    k = len(rows) // len(problems)
-    fewer = tuple(2**i for i in range(20) if 2**i < k)
-    values = scores.summarise(rows, k, grader, fewer)
-    about = {"grader": grader.describe() | {"box": FLAGS.box}}
-    files.score(rows, {"graded": about, "scores": values})
-    version = benchmarks.fingerprint(problems)
-    print(f"{files.name}: {len(problems)} problems x {k} ({version})")
-    for name, value in values.items():
-        if not name.endswith("_se"):
-            error = values.get(f"{name}_se")
-            print(f"  {name:20} {value:9.4f}" + (f" +- {error:.4f}" if error else ""))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,16 @@ import sys
 import time
 
 from absl import app, flags, logging
+from etils import epy
 
 from pfjax import cli
 from pfjax.sampler import options
+
+with epy.lazy_imports():
+    from pfjax import targets
+    from pfjax.model import tokenizer
+    from pfjax.sampler import engine, mcmc, progress, slots, smc
+    from pfjax.tasks import benchmarks, data
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -110,9 +117,6 @@ def _check_flags() -> None:
 
 def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
     """Samples token by token."""
-    from pfjax.model import tokenizer
-    from pfjax.sampler import engine, progress, slots
-
     total = len(prompts) * FLAGS.samples
     plan = slots.make_plan(
         policy,
@@ -151,13 +155,9 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
 
 def _draw_power(policy, tok, prompts, max_new_tokens, write):
     """Samples the power distribution."""
-    from pfjax.model import tokenizer
-    from pfjax.sampler import engine, mcmc, smc
-    from pfjax.targets import Target
-
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
-    target = Target(FLAGS.alpha, has_format=False)
+    target = targets.Target(FLAGS.alpha, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     kwargs = {
         "log_z": FLAGS.log_z,
@@ -181,8 +181,6 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
 
 def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
     """What is written of a response."""
-    from pfjax.model import tokenizer
-
     tokens = response.tokens.tolist()
     row = {
         "prompt_id": response.prompt,
@@ -204,9 +202,6 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
 
 
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
-    from pfjax.model import tokenizer
-    from pfjax.tasks import benchmarks, data
-
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
         found = data.load_prompts(FLAGS.prompts, tok, longest, FLAGS.suffix)

@@ -65,8 +65,7 @@ def _over_steps(metric: outcomes.Metric, groups: Sequence[Group]) -> Iterator[Pi
             title += f", {which}"
         window = max(c.window for c in curves if c)
         caption = metric.explained + f" Means over {window} steps." * (window > 1)
-        figure = _lines(title, groups, curves, metric)
-        yield Picture(name, title, caption + _band(groups), figure)
+        yield _lines(name, title, caption, groups, curves, metric)
 
 
 def _has_line(curves: Sequence[Curve | None]) -> bool:
@@ -78,18 +77,12 @@ def _seeds(groups: Sequence[Group], mark: str) -> str:
     return f" {mark}: least to greatest of the seeds." * has_seeds
 
 
-def _band(groups: Sequence[Group]) -> str:
-    has_panels = len(groups) > MOST_IN_ONE
-    return _seeds(groups, "Band") + " Grey: the other groups." * has_panels
-
-
 def _pass_at_n(groups: Sequence[Group]) -> Iterator[Picture]:
     first = [outcomes.pass_curve(g.first) for g in groups]
     last = [outcomes.pass_curve(g.last) for g in groups]
     if _has_line(last):
-        title, caption = outcomes.PASS_AT_N.title, outcomes.PASS_AT_N.explained
-        figure = _lines(title, groups, last, outcomes.PASS_AT_N, before=first)
-        yield Picture("pass", title, caption + _band(groups), figure)
+        m = outcomes.PASS_AT_N
+        yield _lines("pass", m.title, m.explained, groups, last, m, before=first)
 
 
 def _quality(groups: Sequence[Group]) -> Iterator[Picture]:
@@ -106,12 +99,14 @@ def _quality(groups: Sequence[Group]) -> Iterator[Picture]:
 
 
 def _lines(
+    name: str,
     title: str,
+    caption: str,
     groups: Sequence[Group],
     curves: Sequence[Curve | None],
     metric: outcomes.Metric,
     before: Sequence[Curve | None] | None = None,
-) -> Figure:
+) -> Picture:
     """Curves of groups, with a band over the runs of each, in one panel or in many."""
     shown = [i for i, c in enumerate(curves) if c]
     has_panels = len(groups) > MOST_IN_ONE
@@ -142,7 +137,8 @@ def _lines(
     else:
         grid[0, 0].set(xlabel=x_label, ylabel=metric.label)
         _legend(figure)
-    return figure
+    caption += _seeds(groups, "Band") + " Grey: the other groups." * has_panels
+    return Picture(name, title, caption, figure)
 
 
 def _scale(

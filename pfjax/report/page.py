@@ -32,7 +32,10 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
     shared, differ = runs.settings(groups)
     most = (2, 1) if len(groups) > charts.MOST_IN_ONE else (4, 2)
     samples = [(g, outcomes.telling(g, *most), outcomes.changes(g)) for g in groups]
-    text = render(
+    # Whatever a model, a config or a person wrote is escaped.
+    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.filters["number"] = _number
+    text = env.from_string(_TEMPLATE.read_text()).render(
         models={r.config["model"] for r in found},
         runs=found,
         versions={", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in found},
@@ -49,17 +52,10 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
         shared=shared,
         differ=differ,
     )
+    text = text.replace("\0", "\ufffd")
     # A text cut within a character holds half of one, which UTF-8 has no bytes for.
     (folder / "index.html").write_bytes(text.encode("utf-8", "replace"))
     return f"{folder / 'index.html'}: {len(found)} run(s) in {len(groups)} group(s)"
-
-
-def render(**content: Any) -> str:
-    """Fills the template; whatever a model, a config or a person wrote is escaped."""
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters["number"] = _number
-    page = env.from_string(_TEMPLATE.read_text()).render(content)
-    return page.replace("\0", "\ufffd")
 
 
 def _number(x: float, places: int) -> str:

@@ -1,8 +1,8 @@
-r"""Sets of problems: where they come from, how they are asked, what is right.
+"""Sets of problems: where they come from, how they are asked, what is right.
 
 A set of `BENCHMARKS` is read from the hub, or from a file of the same form,
 `<folder>/<name>.jsonl` or `.parquet`. Any other name is a file or data set as in
-training: `prompt` (or `problem`, or `question`), perhaps `answer`.
+training, see `from_row`.
 """
 
 import hashlib
@@ -133,6 +133,9 @@ def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
 
 def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
     """A row of a prompt file, as in training, verl's and TRL's.
+
+    It has `prompt`, `problem` or `question`: a string, or messages; and perhaps
+    `answer` or `reward_model.ground_truth`, for evaluation and objectives that grade.
 
     Raises:
       ValueError: if it has no prompt, or one that is neither text nor messages.

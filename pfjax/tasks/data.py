@@ -25,15 +25,10 @@ class PromptSet(NamedTuple):
 def load_prompts(
     source: str, tok: Any, max_prompt_tokens: int, suffix: str = ""
 ) -> PromptSet:
-    """Reads prompts from JSONL, Parquet, or a hub data set (its "train" split).
-
-    A row has `prompt` (or `problem`, or `question`): a string, or messages; and
-    perhaps `answer`, or `reward_model.ground_truth` as in verl's files. Answers
-    serve evaluation, and the objectives that grade responses (`grpo`, `flowrl`).
+    """Reads prompts and perhaps answers, see `dataset_io.read` and `benchmarks.from_row`.
 
     Args:
-      source: a `.jsonl`/`.json`/`.parquet` file, a hub name with an optional
-        `:split`, or `pfjax/toy/<file>` for the files that ship with pfjax.
+      source: a file or a data set (its "train" split).
       tok: a tokenizer.
       max_prompt_tokens: longer prompts are skipped, with one warning.
       suffix: added to each prompt, to its last message; no braces are interpreted.
@@ -132,13 +127,11 @@ def next_prompts(
     Args:
       prompts: the set; each epoch is a permutation of it made from (seed, epoch).
       cursor: prompts handed out so far; all the state there is.
-      num: how many.
-      seed: of the run.
 
     Returns:
-      Indices into the set; ids that stand for them in the random numbers (their
-      place in the order, so that a prompt met twice in one step draws twice); and
-      the new cursor.
+      Indices into the set; their places in the order, which stand for them in the
+      random numbers, so that a prompt met twice in one step draws twice; and the new
+      cursor.
     """
     size = len(prompts.tokens)
     order = functools.cache(
