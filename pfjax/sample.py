@@ -10,6 +10,7 @@ sharpens each token on its own.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -30,9 +31,7 @@ FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
 flags.DEFINE_integer("samples", 1, "responses per prompt", lower_bound=1)
-flags.DEFINE_integer(
-    "max_new_tokens", None, "of a response; default: 512 or what the model has room for"
-)
+flags.DEFINE_integer("max_new_tokens", None, "default: 512, or what there is room for")
 flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
 flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
@@ -70,6 +69,7 @@ def main(_: list[str]) -> None:
             out = stack.enter_context(open(FLAGS.out, "w", encoding="utf-8"))
         policy = stack.enter_context(cli.load(source))
         room = policy.config.max_positions - max(len(p) for p in prompts)
+        limit = FLAGS.max_new_tokens or min(512, room)
 
         def write(finished: list) -> None:
             rows = (_row(x, tok, texts, prompts) for x in finished)
@@ -78,14 +78,12 @@ def main(_: list[str]) -> None:
 
         begin = time.perf_counter()
         draw = _draw_power if FLAGS.method in _OF_SEQUENCES else _draw_tokens
-        rollout = draw(
-            policy, tok, prompts, FLAGS.max_new_tokens or min(512, room), write
-        )
+        rollout = draw(policy, tok, prompts, limit, write)
         seconds = time.perf_counter() - begin
     tokens = rollout.lengths.sum()
     print(
-        f"{tokens} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:.0f} a second, compilation included; "
+        f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second, "
+        "compilation included; "
         f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps drew nothing; "
         f"{rollout.finished.mean():.0%} of the responses ended by themselves",
         file=sys.stderr,
@@ -128,6 +126,12 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
     )
     print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
     is_low = FLAGS.method == "low_temperature"
+    stop = options.StopConditions(
+        tokenizer.stop_ids(tok, policy.config.stop_ids),
+        tuple(FLAGS.stop),
+        functools.partial(tokenizer.decode, tok),
+        FLAGS.max_total_tokens,
+    )
     with progress.Progress(total) as bar:
 
         def write_and_count(finished: list[engine.Finished]) -> None:
@@ -142,12 +146,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
             1 / FLAGS.alpha if is_low else FLAGS.temperature,
             FLAGS.seed,
             token_filters=cli.token_filters(),
-            stop=options.StopConditions(
-                tokenizer.stop_ids(tok, policy.config.stop_ids),
-                tuple(FLAGS.stop),
-                decode_text=lambda ids: tokenizer.decode(tok, ids),
-                max_total_tokens=FLAGS.max_total_tokens,
-            ),
+            stop=stop,
             capacity=options.Capacity(num_slots=plan.slots * plan.dp_size),
             on_finish=write_and_count,
         )
@@ -159,22 +158,17 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
     target = targets.Target(FLAGS.alpha, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
-    kwargs = {
-        "log_z": FLAGS.log_z,
-        "seed": FLAGS.seed,
-        "stop_ids": tokenizer.stop_ids(tok, policy.config.stop_ids),
-    }
+    stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
+    kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
     if FLAGS.method == "mh":
         kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}
         rollout = mcmc.metropolis_hastings(*args, **kwargs)
     else:
         kwargs |= {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
         rollout, log_sum = smc.sequential_monte_carlo(*args, **kwargs)
-        print(
-            "log of the sum of p^alpha e^(-log_z |y|) over all responses, mean over "
-            f"prompts: {log_sum.mean():.3f}",
-            file=sys.stderr,
-        )
+        what = "log of the sum of p^alpha e^(-log_z |y|) over all responses"
+        mean = f"{what}, mean over prompts: {log_sum.mean():.3f}"
+        print(mean, file=sys.stderr)
     write(engine.all_finished(rollout))
     return rollout
 

@@ -28,7 +28,6 @@ class Settings(NamedTuple):
     prompt_width: int
     token_filters: TokenFilters = NO_FILTERS
     stop_strings: tuple[str, ...] = ()  # the text is cut before one
-    box: str = "last"  # which box of a response is its answer; or "first"
 
 
 def evaluate(
@@ -50,7 +49,7 @@ def evaluate(
     rows: list[Row] = []
 
     def keep(new: list[Row]) -> None:  # while the devices draw the others
-        grade(new, problems, grader, settings.box)
+        grade(new, problems, grader, "last")
         rows.extend(new)
 
     sample(policy, tok, problems, prompts, settings, keep)

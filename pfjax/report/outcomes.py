@@ -97,11 +97,7 @@ def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
 
 
 def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
-    """pass@n over n = 1, 2, 4, ... k; None where answers are not known.
-
-    Args:
-      problems: those of each run.
-    """
+    """pass@n over n = 1, 2, 4, ... k of each run; None where answers are not known."""
     graded = [[p for p in mine if p.fraction_correct is not None] for mine in problems]
     if not all(graded):
         return None
@@ -125,13 +121,10 @@ def changes(group: Group) -> tuple[float, float] | None:
     evaluation to the last, means over runs; None where answers are not known."""
     counts = []
     for first, last in zip(group.first, group.last, strict=True):
-        votes = [
-            (x.is_majority_correct, y.is_majority_correct)
-            for x, y in _pairs(first, last)
-            if x.fraction_correct is not None
-        ]
-        if not votes:
+        graded = [p for p in _pairs(first, last) if p[0].fraction_correct is not None]
+        if not graded:
             return None
+        votes = [(x.is_majority_correct, y.is_majority_correct) for x, y in graded]
         counts.append([votes.count((False, True)), votes.count((True, False))])
     return tuple(np.mean(counts, axis=0).tolist())
 

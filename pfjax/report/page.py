@@ -36,7 +36,6 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
     env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters["number"] = _number
     text = env.from_string(_TEMPLATE.read_text()).render(
-        models={r.config["model"] for r in found},
         runs=found,
         versions={", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in found},
         sizes={(len(p), len(p[0].samples)) for g in groups for p in g.first if p},

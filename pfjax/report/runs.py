@@ -30,9 +30,7 @@ class Problem(NamedTuple):
     key: tuple[int, str]  # prompt_id and prompt
     samples: list[dict[str, Any]]
 
-    @property
-    def num_correct(self) -> int:
-        return sum(bool(r["correct"]) for r in self.samples)
+    num_correct = property(lambda self: sum(bool(r["correct"]) for r in self.samples))
 
     @property
     def fraction_correct(self) -> float | None:
@@ -149,25 +147,22 @@ def group(runs: Sequence[Run]) -> list[Group]:
     members = collections.defaultdict(list)
     for run in runs:
         members[run.label or str(sorted(_experiment(run).items()))].append(run)
-    names: list[str] = []
     of_configs = iter(_names([m[0] for m in members.values() if not m[0].label]))
+    groups: list[Group] = []
     for mine in members.values():
         name = mine[0].label or next(of_configs)
-        # A label may be another group's name too.
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    return [_make_group(n, m) for n, m in zip(names, members.values(), strict=True)]
-
-
-def _make_group(name: str, mine: list[Run]) -> Group:
-    mine = sorted(mine, key=lambda r: (r.config.get("seed", 0), str(r.folder)))
-    shared = sorted(set.intersection(*map(_evaluated, mine)))
-    if not shared:
-        raise ValueError(
-            f"runs of the group {name!r} were evaluated at no step that all share: "
-            + ", ".join(str(r.folder) for r in mine)
-        )
-    first, last = ([read_problems(run, shared[i]) for run in mine] for i in (0, -1))
-    return Group(name, mine, shared, first, last)
+        if name in [g.name for g in groups]:  # a label may be another group's name too
+            name += f" ({len(groups) + 1})"
+        mine.sort(key=lambda r: (r.config.get("seed", 0), str(r.folder)))
+        shared = sorted(set.intersection(*map(_evaluated, mine)))
+        if not shared:
+            raise ValueError(
+                f"runs of the group {name!r} were evaluated at no step that all share: "
+                + ", ".join(str(r.folder) for r in mine)
+            )
+        first, last = ([read_problems(r, shared[i]) for r in mine] for i in (0, -1))
+        groups.append(Group(name, mine, shared, first, last))
+    return groups
 
 
 def read_problems(run: Run, step: int) -> list[Problem]:

@@ -1,9 +1,8 @@
-r"""Answers to right or wrong, by math-verify in processes that can be killed.
+r"""Answers to right or wrong, by math-verify in a process that can be killed.
 
-A worker is `python -m pfjax.tasks.grading`: it reads one JSON object a line and
-answers with one. Some answers send sympy into arithmetic that no alarm can interrupt
-(`\boxed{9^{9^{9^9}}}`); then the worker is killed, the answer counts as wrong, and a
-new worker starts.
+The worker, `python -m pfjax.tasks.grading`, answers each line of JSON with one. Some
+answers send sympy into arithmetic that no alarm can interrupt (`\boxed{9^{9^{9^9}}}`):
+it is killed, the answer counts as wrong, and a new one starts.
 
 math-verify compares mathematics. Rules before it decide what is not mathematics:
 
@@ -24,11 +23,10 @@ as harnesses for MATH do; `x = 5` = `5`; an interval equals its inequality; a de
 equals a fraction or a root when six decimals agree (`0.333` is not a third).
 
 Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); decimals below
-1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product; a
-list of three-digit numbers without spaces (`100,200`) is one number; a decimal comma
-(`0,5`), `\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval
-are not understood; of an equation in the answer the right side counts, `2x + z = 1` is
-1.
+1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product;
+three-digit numbers without spaces (`100,200`) are one number; a decimal comma (`0,5`),
+`\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval are not
+understood; of an equation in the answer the right side counts, `2x + z = 1` is 1.
 """
 
 import contextlib

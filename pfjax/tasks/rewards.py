@@ -96,11 +96,9 @@ def of_answers(
         classes = np.array(grader.classes(own))
         votes = np.bincount(classes[classes >= 0], minlength=1)
         if name == "majority":
-            out += list((classes == votes.argmax()) & (votes.max() > 0))
-        elif name == "cluster":
-            out += list(np.where(classes >= 0, votes[classes], 1) / len(own))
+            out += [*((classes == votes.argmax()) & (votes.max() > 0))]
         else:
-            raise ValueError(f"no reward {name!r} of answers")
+            out += [*(np.where(classes >= 0, votes[classes], 1) / len(own))]
     return np.array(out, np.float32)
 
 
