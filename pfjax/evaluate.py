@@ -120,8 +120,7 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
 def _style(name: str):
     """How the problems of a set are asked."""
     known = benchmarks.BENCHMARKS.get(name)
-    is_graded = known is not None and not known.is_creative
-    chosen = FLAGS.style or ("boxed" if is_graded else "question")
+    chosen = FLAGS.style or ("boxed" if known and known.source else "question")
     if chosen in benchmarks.STYLES:
         return benchmarks.STYLES[chosen]
     if "{question}" not in chosen:

@@ -52,12 +52,8 @@ def bounds(
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
         sequences = [p + y for p, y in zip(prompts, responses, strict=True)]
-        log_p, log_p_base = (
-            np.array([x.sum(dtype=np.float64) for x in scores])
-            for scores in (
-                log_probs.score(m, sequences, starts) for m in (policy, base)
-            )
-        )
+        scored = (log_probs.score(m, sequences, starts) for m in (policy, base))
+        log_p, log_p_base = (np.array([x.sum(dtype=float) for x in s]) for s in scored)
         length = np.array([len(y) for y in responses])
         texts = [tokenizer.decode(tok, y) for y in responses]
         psi = rewards.format_term(texts, format_penalty)
@@ -73,7 +69,5 @@ def bounds(
     upper, added = gap(samples.responses)
     weight = np.exp(added - added.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
-    return {
-        "elbo": float(lower.mean()),
-        "eubo": float((weight * upper).sum(axis=1).mean()),
-    }
+    eubo = (weight * upper).sum(axis=1).mean()
+    return {"elbo": float(lower.mean()), "eubo": float(eubo)}

@@ -29,6 +29,7 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
     pictures, missing = charts.draw(groups)
     for p in pictures:
         (folder / f"{p.name}.png").write_bytes(charts.save(p.figure, "png"))
+    svgs = [base64.b64encode(charts.save(p.figure, "svg")) for p in pictures]
     shared, differ = runs.settings(groups)
     most = (2, 1) if len(groups) > charts.MOST_IN_ONE else (4, 2)
     samples = [(g, outcomes.telling(g, *most), outcomes.changes(g)) for g in groups]
@@ -43,9 +44,7 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
         skipped=skipped,
         groups=groups,
         columns=_columns(groups),
-        pictures=[
-            (p, base64.b64encode(charts.save(p.figure, "svg"))) for p in pictures
-        ],
+        pictures=zip(pictures, svgs, strict=True),
         missing=missing,
         samples=[x for x in samples if x[1]],
         shared=shared,
@@ -58,9 +57,7 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
 
 
 def _number(x: float, places: int) -> str:
-    if abs(x) >= 100:
-        places = max(places - 2, 0)
-    text = f"{x:.{places}f}"
+    text = f"{x:.{max(places - 2, 0) if abs(x) >= 100 else places}f}"
     return text.lstrip("-") if not float(text) else text.replace("-", "−")
 
 

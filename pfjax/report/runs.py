@@ -20,7 +20,6 @@ _SAME_EXPERIMENT = {
     "log_every", "mesh", "microbatch_size", "offload_ref", "pack_length",
     "profile_steps", "remat", "rollout_slots", "wandb_project",
 }  # fmt: skip
-_NOT_SET = "not set"
 _FIRST = ("objective", "alpha")  # of what makes a name
 
 
@@ -135,10 +134,9 @@ def _read(folder: epath.Path) -> Run:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        at = prefix + name
-        flat |= _flatten(value, f"{at}.") if isinstance(value, dict) else {at: value}
+    flat = {}
+    for k, v in tree.items():
+        flat |= _flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
     return flat
 
 
@@ -177,9 +175,10 @@ def read_problems(run: Run, step: int) -> list[Problem]:
 
 
 def _experiment(run: Run) -> dict[str, str]:
-    """The settings that make it another experiment, as text."""
+    """The settings that make it another experiment, as text; any other is "not set"."""
     is_of_it = lambda key: key.split(".")[0] not in _SAME_EXPERIMENT
-    return {k: _show(v) for k, v in run.config.items() if is_of_it(k)}
+    found = {k: _show(v) for k, v in run.config.items() if is_of_it(k)}
+    return collections.defaultdict(lambda: "not set", found)
 
 
 def _show(value: Any) -> str:
@@ -193,11 +192,8 @@ def _show(value: Any) -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Names by objective, alpha and the fewest other settings, found greedily, that
     tell all runs apart."""
-    table = [collections.defaultdict(lambda: _NOT_SET, _experiment(r)) for r in runs]
-
-    def told_apart(keys: Sequence[str]) -> int:
-        return len({tuple(row[k] for k in keys) for row in table})
-
+    table = [_experiment(run) for run in runs]
+    told_apart = lambda keys: len({tuple(row[k] for k in keys) for row in table})
     keys = [k for k in _keys(table) if told_apart([k]) > 1]
     chosen = [k for k in _FIRST if k in keys]
     while told_apart(chosen) < told_apart(keys):
@@ -224,12 +220,8 @@ def _keys(table: Sequence[dict[str, str]]) -> list[str]:
 def settings(groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Returns settings that all groups share; and those that differ, a value per group."""
     tables = [[_experiment(run) for run in g.runs] for g in groups]
-    found = {
-        key: [
-            " / ".join(dict.fromkeys(row.get(key, _NOT_SET) for row in table))
-            for table in tables
-        ]
-        for key in _keys([row for table in tables for row in table])
-    }
+    shown = lambda key, rows: " / ".join(dict.fromkeys(row[key] for row in rows))
+    keys = _keys([row for table in tables for row in table])
+    found = {key: [shown(key, table) for table in tables] for key in keys}
     shared = {k: v[0] for k, v in found.items() if len(set(v)) == 1}
     return shared, {k: v for k, v in found.items() if k not in shared}

@@ -27,10 +27,9 @@ class Problem(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    source: str  # as in `dataset_io.read`
+    source: str  # as in `dataset_io.read`; "": none, of creative prompts
     size: int  # items that published scores are over; 0: as many as there are
     problem: Callable[[dict[str, Any]], Problem]
-    is_creative: bool = False  # judged by diversity and quality
 
 
 class Style(NamedTuple):
@@ -209,13 +208,9 @@ def _gpqa(row: dict[str, Any]) -> Problem:
     # The set lists the right one first.
     keys = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
     random.Random(f"{row['_seed']} {row['_row']}").shuffle(keys)
-    listed = "\n".join(
-        f"{x}. {row[k].strip()}" for x, k in zip("ABCD", keys, strict=True)
-    )
-    question = (
-        f"{row['Question'].strip()}\n\n{listed}\n\nThe answer is the letter of the "
-        "right choice."
-    )
+    choices = [f"{x}. {row[k].strip()}" for x, k in zip("ABCD", keys, strict=True)]
+    asked = "The answer is the letter of the right choice."
+    question = "\n\n".join([row["Question"].strip(), "\n".join(choices), asked])
     gold = "ABCD"[keys.index("Correct Answer")]
     return Problem(_id(row, "Record ID", "id"), question, gold)
 
@@ -238,7 +233,5 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond:train", 198, _gpqa),
     "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, _gsm8k),
     "minerva": Benchmark("math-ai/minervamath:test", 272, _minerva),
-    "poem": Benchmark("", 0, _creative, is_creative=True),
-    "story": Benchmark("", 0, _creative, is_creative=True),
-    "joke": Benchmark("", 0, _creative, is_creative=True),
+    **dict.fromkeys(("poem", "story", "joke"), Benchmark("", 0, _creative)),
 }

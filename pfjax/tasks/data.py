@@ -94,7 +94,6 @@ def load_target(source: str, target: Target) -> TargetSamples:
         )
     found = dataset_io.read(source)
     log_z = found[0][1].get("log_z") if found else None
-    by_prompt = collections.defaultdict(list)
     for where, row in found:
         for name, want in (("alpha", target.alpha), ("log_z", log_z)):
             if row.get(name) is None or row[name] != want:
@@ -103,6 +102,8 @@ def load_target(source: str, target: Target) -> TargetSamples:
                     "target come from python -m pfjax.sample --method=smc --alpha="
                     f"{target.alpha:g} --log_z=..."
                 )
+    by_prompt = collections.defaultdict(list)
+    for _, row in found:
         by_prompt[row["prompt_id"]].append(row)
     groups = [by_prompt[q] for q in sorted(by_prompt)]
     if len({len(g) for g in groups}) != 1:
@@ -133,9 +134,7 @@ def next_prompts(
       random numbers, so that a prompt met twice in one step draws twice; and the new
       cursor.
     """
-    size = len(prompts.tokens)
-    order = functools.cache(
-        lambda x: np.random.default_rng((seed, x)).permutation(size)
-    )
+    n = len(prompts.tokens)
+    order = functools.cache(lambda x: np.random.default_rng((seed, x)).permutation(n))
     ids = list(range(cursor, cursor + num))
-    return [int(order(i // size)[i % size]) for i in ids], ids, cursor + num
+    return [int(order(i // n)[i % n]) for i in ids], ids, cursor + num
