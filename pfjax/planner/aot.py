@@ -19,7 +19,7 @@ from pfjax.infra import hardware, sharding
 from pfjax.model import lora
 from pfjax.model.transformer import Params
 from pfjax.planner.roofline import Workload
-from pfjax.sampler import decode, options
+from pfjax.sampler import decode
 from pfjax.trainer import train_fns
 
 # libtpu looks for the TPU of this machine unless told what there is.
@@ -123,8 +123,6 @@ def _compile_decode(params: Params, work: Workload) -> Any:
         config=model,
         samples_per_prompt=g,
         stop_ids=model.stop_ids,
-        is_greedy=False,
-        token_filters=options.NO_FILTERS,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from pfjax.batch import Array, Rollout
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode, options, slots
+from pfjax.sampler import decode, slots
 from pfjax.targets import Target
 
 # r(y) of responses: tokens [s, r], undefined past length [s], to [s]. Traced by jit.
@@ -108,8 +108,6 @@ def draw(
         config=policy.config,
         samples_per_prompt=chains_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
-        is_greedy=False,
-        token_filters=options.NO_FILTERS,
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )

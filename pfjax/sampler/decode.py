@@ -23,7 +23,7 @@ from pfjax.model import attention, decode_attention, log_probs, transformer
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.sampler import filters
-from pfjax.sampler.options import TokenFilters
+from pfjax.sampler.options import NO_FILTERS, TokenFilters
 
 
 class Settings(NamedTuple):
@@ -32,10 +32,10 @@ class Settings(NamedTuple):
     config: ModelConfig
     samples_per_prompt: int  # G
     stop_ids: tuple[int, ...]
-    is_greedy: bool  # the most likely token; filters are then ignored
-    token_filters: TokenFilters
     backend: str  # of `decode_attention.decode_attention`
     cache_dtype: str
+    is_greedy: bool = False  # the most likely token; filters are then ignored
+    token_filters: TokenFilters = NO_FILTERS
 
 
 class SamplerState(NamedTuple):
@@ -141,29 +141,6 @@ def start(
     return sharding.over_batch(local, 0)(queue)
 
 
-@functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
-def prefill(
-    state: SamplerState,
-    prompts: Prompts,
-    tokens: Int[Array, "b t"],
-    positions: Int[Array, "b t"],
-    segment_ids: Int[Array, "b t"],
-    prefix_slot: Int[Array, "b t"],
-    length: Int[Array, "prefix_slots"],
-    *,
-    s: Settings,
-) -> Prompts:
-    """Fills prefix slots from packed rows of prompts.
-
-    Args:
-      prefix_slot: where each token's keys and values go; -1 drops them.
-      length: new lengths of all prefix slots.
-    """
-
-    args = (prompts, tokens, positions, segment_ids, prefix_slot, length)
-    return sharding.over_batch(functools.partial(prefill_local, s=s), 1)(state, *args)
-
-
 @jax.named_scope("rollout")
 def prefill_local(
     state: SamplerState,
@@ -176,7 +153,12 @@ def prefill_local(
     *,
     s: Settings,
 ) -> Prompts:
-    """What `prefill` does in one part of the batch."""
+    """Fills prefix slots from packed rows of prompts, in one part of the batch.
+
+    Args:
+      prefix_slot: where each token's keys and values go; -1 drops them.
+      length: new lengths of all prefix slots.
+    """
     new = []
 
     def attend(q, k, v, layer):
@@ -190,6 +172,15 @@ def prefill_local(
 
     transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
     return Prompts(placed(new), length)
+
+
+@functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
+def prefill(
+    state: SamplerState, prompts: Prompts, *rows: Array, s: Settings
+) -> Prompts:
+    """Fills prefix slots of all parts; `rows` and the rest as `prefill_local` takes them."""
+    local = functools.partial(prefill_local, s=s)
+    return sharding.over_batch(local, 1)(state, prompts, *rows)
 
 
 @functools.partial(
