@@ -141,9 +141,7 @@ def _lines(
     return Picture(name, title, caption, figure)
 
 
-def _scale(
-    axes: Axes, curves: Sequence[Curve], doubles: bool, may_be_log: bool
-) -> None:
+def _scale(axes: Axes, curves: Sequence[Curve], doubles: bool, may_log: bool) -> None:
     """Scales of all panels, which share them; x that doubles is 1, 2, 4, ..."""
     if doubles:
         ticks = sorted({int(v) for c in curves for v in c.x})[::-1]
@@ -151,7 +149,7 @@ def _scale(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(v) for v in ticks])
     low, high = min(c.low.min() for c in curves), max(c.high.max() for c in curves)
-    if may_be_log and low > 0 and high / low > 30:
+    if may_log and low > 0 and high / low > 30:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
