@@ -8,15 +8,20 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
+from etils import epy
 from ml_collections import config_flags
 
 from pfjax.sampler import options
 
-if TYPE_CHECKING:
-    from pfjax.model.transformer import Policy
+with epy.lazy_imports():  # flags are parsed, and --help answers, without them
+    import jax
+
+    from pfjax.infra import compile_cache, sharding
+    from pfjax.model import hf, tokenizer, transformer
+    from pfjax.trainer import health_checks
 
 # Flags belong to the entry point that asks for them, which lists them with --help.
 flags.disclaim_key_flags()
@@ -44,22 +49,12 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
 
 
-def define_sampling_flags(
-    *,
-    samples: int,
-    samples_help: str,
-    max_new_tokens: int | None,
-    max_new_tokens_help: str,
-    stop_help: str,
-) -> None:
-    """Declares how responses are drawn; the arguments are what entry points differ in."""
-    flags.DEFINE_integer("samples", samples, samples_help, lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", max_new_tokens, max_new_tokens_help)
+def define_sampling_flags() -> None:
+    """Declares how responses are drawn, in what entry points do not differ in."""
     flags.DEFINE_float("temperature", 1.0, "0 is greedy")
     for field in dataclasses.fields(options.TokenFilters):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
-    flags.DEFINE_multi_string("stop", [], stop_help)
     flags.DEFINE_integer("seed", 0, "the same seed draws the same")
 
 
@@ -70,20 +65,13 @@ def token_filters() -> options.TokenFilters:
 
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
-    from pfjax.model import hf, tokenizer
-
     source = hf.resolve(flags.FLAGS.model)
     return source, tokenizer.load(source)
 
 
 @contextlib.contextmanager
-def load(source: os.PathLike) -> "Iterator[Policy]":
+def load(source: os.PathLike) -> Iterator["transformer.Policy"]:
     """The model on all devices, whose mesh is set meanwhile."""
-    import jax
-
-    from pfjax.infra import compile_cache, sharding
-    from pfjax.model import hf
-
     compile_cache.use_cache()
     mesh = sharding.make_mesh(tensor=flags.FLAGS.tensor)
     on_cpu = jax.devices()[0].platform == "cpu"
@@ -121,8 +109,6 @@ def parse(argv: list[str]) -> list[str]:
 def mistakes_in_one_line() -> Iterator[None]:
     """What a person can do something about ends the program with its message and where
     it was found."""
-    from pfjax.trainer import health_checks
-
     try:
         yield
     except health_checks.Unhealthy as stop:

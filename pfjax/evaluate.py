@@ -13,93 +13,99 @@ import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epy
 
 from pfjax import cli
 
-cli.define_model_flags()
-cli.define_sampling_flags(
-    samples=16,
-    samples_help="k of avg@k",
-    max_new_tokens=3072,
-    max_new_tokens_help="a response is cut there",
-    stop_help="text that ends a response; else the style's",
-)
-_BENCHMARK = flags.DEFINE_list(
-    "benchmark", None, "sets, comma-separated", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
-_DATA = flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
-_LIMIT = flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
-_STYLE = flags.DEFINE_string(
-    "style", "", "how problems are asked: boxed, qwen25-math-cot, power-sampling, minerva, "
-    "question, or a text with {question}; default: boxed, and files as they are"
-)  # fmt: skip
-_BOX = flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
-_REGRADE = flags.DEFINE_bool("regrade", False, "grade again what is in --out")
-
-
-def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    with cli.mistakes_in_one_line():
-        _evaluate()
-
-
-def _evaluate() -> None:
-    from pfjax.evaluation import results
-    from pfjax.tasks import benchmarks, grading
-
-    sets = {}
-    for name in _BENCHMARK.value:
-        problems = benchmarks.read(name, _DATA.value, flags.FLAGS.seed)
-        sets[name] = problems[: _LIMIT.value or None]
-    out = pathlib.Path(_OUT.value).expanduser()
-    with grading.Grader() as grader:
-        for problems in sets.values():
-            benchmarks.check_golds(problems, grader)
-        if not _REGRADE.value:
-            _sample(sets, out)
-        for name, problems in sets.items():
-            _score(results.Record(out, name), problems, grader)
-
-
-def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
-    """Draws the responses that the folder lacks."""
+with epy.lazy_imports():
     import jax
 
     from pfjax.evaluation import results, scores
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
-    from pfjax.tasks import benchmarks
+    from pfjax.tasks import benchmarks, grading
 
+FLAGS = flags.FLAGS
+cli.define_model_flags()
+cli.define_sampling_flags()
+flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
+flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
+flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
+flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
+flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
+flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
+flags.DEFINE_string(
+    "style", "", "how problems are asked: boxed, qwen25-math-cot, power-sampling, minerva, "
+    "question, or a text with {question}; default: boxed, and files as they are"
+)  # fmt: skip
+flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
+flags.DEFINE_bool("regrade", False, "grade again what is in --out")
+
+
+@cli.mistakes_in_one_line()
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    sets = {}
+    for name in FLAGS.benchmark:
+        problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
+        sets[name] = problems[: FLAGS.limit or None]
+    out = pathlib.Path(FLAGS.out).expanduser()
+    with grading.Grader() as grader:
+        for problems in sets.values():
+            grader.check_golds([p.gold for p in problems])
+        if not FLAGS.regrade:
+            _sample(sets, out)
+        for name, problems in sets.items():
+            files = results.Record(out, name)
+            rows = files.rows(problems)
+            scores.grade(rows, problems, grader, FLAGS.box)
+            k = len(rows) // len(problems)
+            fewer = tuple(2**i for i in range(20) if 2**i < k)
+            values = scores.summarise(rows, k, grader, fewer)
+            about = {"grader": grader.describe() | {"box": FLAGS.box}}
+            files.score(rows, {"graded": about, "scores": values})
+            version = benchmarks.fingerprint(problems)
+            print(f"{name}: {len(problems)} problems x {k} ({version})")
+            for key, value in values.items():
+                if not key.endswith("_se"):
+                    error = values.get(f"{key}_se")
+                    error = f" +- {error:.4f}" if error else ""
+                    print(f"  {key:20} {value:9.4f}{error}")
+
+
+def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
+    """Draws the responses that the folder lacks."""
     source, tok = cli.find_model()
     with cli.load(source) as policy:
         about_model = {
-            "model": flags.FLAGS.model,
+            "model": FLAGS.model,
             "fingerprint": hf.fingerprint(source),
             "dtype": policy.config.dtype,
             "mesh": dict(jax.sharding.get_abstract_mesh().shape),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
-        stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
         for name, problems in sets.items():
-            style = _style(name)
+            style, k = _style(name), FLAGS.samples
+            asked = [benchmarks.prompt_of(p, style) for p in problems]
             prompts = [
-                tokenizer.encode_prompt(
-                    tok, benchmarks.prompt_of(p, style), is_raw=style.is_raw
-                )
-                for p in problems
+                tokenizer.encode_prompt(tok, x, is_raw=style.is_raw) for x in asked
             ]
-            settings = _settings(prompts, stop_ids, style)
-            files = results.Record(out, name)
-            done = files.begin(
-                {
-                    **about_model,
-                    **results.describe(name, problems, style, settings),
-                    "first_prompt": tok.decode(prompts[0]),
-                }
+            settings = scores.Settings(
+                samples_per_prompt=k,
+                max_new_tokens=FLAGS.max_new_tokens,
+                temperature=FLAGS.temperature,
+                stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
+                seed=FLAGS.seed,
+                prompt_width=max(len(p) for p in prompts),
+                token_filters=cli.token_filters(),
+                stop_strings=tuple(FLAGS.stop) or style.stop_strings,
             )
-            k = settings.samples_per_prompt
+            files = results.Record(out, name)
+            about = results.describe(name, problems, style, settings)
+            first = tok.decode(prompts[0])
+            done = files.begin(about_model | about | {"first_prompt": first})
             before = f", {len(done)} done before" if done else ""
             print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
             with progress.Progress(len(prompts) * k, len(done) * k) as bar:
@@ -109,18 +115,12 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                     bar.add(len(new), sum(r["tokens"] for r in new))
 
                 scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
-            files.end()
 
 
 def _style(name: str):
     """How the problems of a set are asked."""
-    from pfjax.tasks import benchmarks
-
     known = benchmarks.BENCHMARKS.get(name)
-    chosen = _STYLE.value
-    if known is None or known.is_creative:
-        chosen = chosen or "question"
-    chosen = chosen or "boxed"
+    chosen = FLAGS.style or ("boxed" if known and known.source else "question")
     if chosen in benchmarks.STYLES:
         return benchmarks.STYLES[chosen]
     if "{question}" not in chosen:
@@ -129,44 +129,6 @@ def _style(name: str):
             "with {question} in it"
         )
     return benchmarks.Style(chosen)
-
-
-def _settings(prompts, stop_ids, style):
-    from pfjax.evaluation import scores
-
-    given = flags.FLAGS
-    return scores.Settings(
-        samples_per_prompt=given.samples,
-        max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        stop_ids=stop_ids,
-        seed=given.seed,
-        prompt_width=max(len(p) for p in prompts),
-        token_filters=cli.token_filters(),
-        stop_strings=tuple(given.stop) or style.stop_strings,
-        box=_BOX.value,
-    )
-
-
-def _score(files, problems, grader) -> None:
-    """Grades the responses in the folder, and writes and prints their scores."""
-    from pfjax.evaluation import scores
-    from pfjax.tasks import benchmarks
-
-    rows = files.rows(problems)
-    scores.grade(rows, problems, grader, _BOX.value)
-    k = len(rows) // len(problems)
-    fewer = tuple(2**i for i in range(20) if 2**i < k)
-    values = scores.summarise(rows, k, grader, pass_at=fewer, maj_at=fewer)
-    about = {"grader": grader.describe() | {"box": _BOX.value}}
-    files.score(rows, values, about)
-    print(
-        f"{files.name}: {len(problems)} problems x {k} ({benchmarks.fingerprint(problems)})"
-    )
-    for name, value in values.items():
-        if not name.endswith("_se"):
-            error = values.get(f"{name}_se")
-            print(f"  {name:20} {value:9.4f}" + (f" +- {error:.4f}" if error else ""))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ TOPOLOGIES = (
 )  # fmt: skip
 
 
+@cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     if _ALL.value == bool(_TOPOLOGY.value):
@@ -45,30 +46,26 @@ def main(_: list[str]) -> None:
     from pfjax.trainer import settings
 
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
-    config, name, advice = _CONFIG.value, _TOPOLOGY.value, None
-    with cli.mistakes_in_one_line():
-        settings.check(config)
-        base = hf_config.read(hf.resolve_config(config.model))
-        longest = config.data.max_prompt_tokens
-        settings.check_lengths(config, longest, base.max_positions)
-        response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
-        if _ALL.value:
-            plan_for = lambda x: planner.make_plan(config, base, x, response, False)
-            _print_all([plan_for(x) for x in TOPOLOGIES])
-            return
-        can_compile = aot.can_compile(name)
-        begin = time.perf_counter()
-        plan = planner.make_plan(config, base, name, response, can_compile)
-        seconds = time.perf_counter() - begin
-        if not plan["fits"]:
-            advice = planner.advise(config, base, name, response)
+    config, name = _CONFIG.value, _TOPOLOGY.value
+    settings.check(config)
+    base = hf_config.read(hf.resolve_config(config.model))
+    settings.check_lengths(config, config.data.max_prompt_tokens, base.max_positions)
+    response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
+    plan_for = lambda x, can: planner.make_plan(config, base, x, response, can)
+    if _ALL.value:
+        _print_all([plan_for(x, False) for x in TOPOLOGIES])
+        return
+    can_compile = aot.can_compile(name)
+    begin = time.perf_counter()
+    plan = plan_for(name, can_compile)
+    how = f"compiled in {time.perf_counter() - begin:.0f} s"
+    advice = None if plan["fits"] else planner.advise(config, base, name, response)
+    if not plan["compiled"]:
+        why = "" if can_compile else ": no compiler for these devices here"
+        how = "estimated from shapes" + why
     if _JSON.value:
         print(json.dumps(plan | {"advice": advice}, indent=2))
     else:
-        how = f"compiled in {seconds:.0f} s"
-        if not plan["compiled"]:
-            why = "" if can_compile else ": no compiler for these devices here"
-            how = "estimated from shapes" + why
         _print(plan, how, advice)
     if not plan["fits"]:
         sys.exit(1)
@@ -76,39 +73,34 @@ def main(_: list[str]) -> None:
 
 def _print(plan: dict, how: str, advice: str | None) -> None:
     sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
-    head = f"{plan['model']} on {plan['topology']}: {plan['devices']} devices"
-    print(f"{head}, mesh {sizes}\n({how})\n\nGiB per device")
+    print("{model} on {topology}: {devices} devices, mesh".format(**plan), sizes)
+    print(f"({how})\n\nGiB per device")
     memory = plan["memory_gib"]
     for name, x in memory["state"].items():
         print(f"  {name:<12}{x:8.2f}")
     for name, parts in memory["phases"].items():
         some = ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v)
         print(f"  {name:<12}{sum(parts.values()):8.2f}  {some}")
-    verdict = f"{memory['available']:.2f}: {'fits' if plan['fits'] else 'DOES NOT FIT'}"
-    print(f"  {'peak':<12}{memory['total']:8.2f}  of {verdict}")
+    peak = "  {:<12}{total:8.2f}  of {available:.2f}:".format("peak", **memory)
+    print(peak, "fits" if plan["fits"] else "DOES NOT FIT")
     if plan["error"]:
         print(f"  {plan['error']}")
     if not plan["fits"]:
         print(f"\n{advice}")
         return
     print(f"\nrollouts: {plan['rollout_plan']}")
-    print(
-        f"\na step of {plan['responses']} responses, of {plan['response_tokens']} tokens "
-        f"to prompts of {plan['prompt_tokens']} (assumed)"
-    )
+    step = "\na step of {responses} responses, of {response_tokens} tokens to prompts"
+    print((step + " of {prompt_tokens} (assumed)").format(**plan))
     print(f"  {'':<12}{'PFLOP':>8}  {'seconds at least':<18}bound by")
-    total = (
-        f"{plan['tokens_per_s']:,.0f} tokens/s, most of it bound by {plan['bound_by']}"
-    )
-    for name, x in (plan["phases"] | {"all": plan | {"bound_by": total}}).items():
+    rate = "{tokens_per_s:,.0f} tokens/s, most of it bound by {bound_by}"
+    whole_step = plan | {"bound_by": rate.format(**plan)}
+    for name, x in (plan["phases"] | {"all": whole_step}).items():
         print(f"  {name:<12}{x['pflop']:8.2f}  {x['seconds']:<18.2f}{x['bound_by']}")
     if plan["collectives"]:
         print("\nsent by a device in a step")
+    row = "  {phase:<10}{kind:<20}{axes:<14}{gb:9.3f} GB  largest {largest}"
     for x in plan["collectives"]:
-        print(
-            f"  {x['phase']:<10}{x['kind']:<20}{x['axes']:<14}{x['gb']:9.3f} GB"
-            f"  largest {x['largest']}"
-        )
+        print(row.format(**x))
     for note in plan["notes"]:
         print(f"\nnote: {note}")
 
@@ -121,15 +113,11 @@ def _print_all(plans: list[dict]) -> None:
     print(f"{plans[0]['model']}, {how}\n")
     columns = f"{'topology':<12}{'devices':>8}{'GiB':>9}{'of':>8}"
     print(f"{columns}  {'s/step':>8}{'tokens/s':>10}  bound by")
+    cost = "{seconds:>8.1f}{tokens_per_s:>10,.0f}  {bound_by}"
     for x in plans:
-        gib = x["memory_gib"]
-        line = f"{x['topology']:<12}{x['devices']:>8}"
-        line += f"{gib['total']:>9.1f}{gib['available']:>8.1f}  "
-        if x["fits"]:
-            line += f"{x['seconds']:>8.1f}{x['tokens_per_s']:>10,.0f}  {x['bound_by']}"
-        else:
-            line += "does not fit"
-        print(line)
+        memory = "{total:>9.1f}{available:>8.1f}  ".format(**x["memory_gib"])
+        row = "{topology:<12}{devices:>8}" + memory
+        print((row + (cost if x["fits"] else "does not fit")).format(**x))
 
 
 if __name__ == "__main__":

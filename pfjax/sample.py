@@ -10,24 +10,29 @@ sharpens each token on its own.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import time
 
 from absl import app, flags, logging
+from etils import epy
 
 from pfjax import cli
 from pfjax.sampler import options
 
+with epy.lazy_imports():
+    from pfjax import targets
+    from pfjax.model import tokenizer
+    from pfjax.sampler import engine, mcmc, progress, slots, smc
+    from pfjax.tasks import benchmarks, data
+
 FLAGS = flags.FLAGS
 cli.define_model_flags()
-cli.define_sampling_flags(
-    samples=1,
-    samples_help="responses per prompt",
-    max_new_tokens=None,
-    max_new_tokens_help="of a response; default: 512 or what the model has room for",
-    stop_help="text that ends a response",
-)
+cli.define_sampling_flags()
+flags.DEFINE_integer("samples", 1, "responses per prompt", lower_bound=1)
+flags.DEFINE_integer("max_new_tokens", None, "default: 512, or what there is room for")
+flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
 flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
 flags.DEFINE_string("suffix", "", "added to each prompt")
@@ -46,21 +51,16 @@ flags.DEFINE_integer("steps", 10, "mh: proposals after each block")
 flags.DEFINE_integer("particles", 64, "smc: per prompt")
 flags.DEFINE_integer("ramp", 100, "smc: tokens over which the power grows")
 
+_OF_SEQUENCES = ("mh", "smc")
 # What shapes the distribution in its own way, or cuts a response from outside.
 _OF_TOKENS = ("temperature", *options.FILTER_NAMES, "stop", "max_total_tokens", "slots")
 
 
+@cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    with cli.mistakes_in_one_line():
-        _sample()
-
-
-def _sample() -> None:
     """Draws the responses and writes each as soon as it has ended."""
-    if bool(FLAGS.prompt) == bool(FLAGS.prompts):
-        raise ValueError("give either --prompt or --prompts")
-    temperature, filters = _check_method(), cli.token_filters()
+    logging.set_verbosity(logging.WARNING)
+    _check_flags()
     source, tok = cli.find_model()
     texts, prompts = _prompts(tok)
     with contextlib.ExitStack() as stack:
@@ -68,47 +68,41 @@ def _sample() -> None:
         if FLAGS.out != "-":
             out = stack.enter_context(open(FLAGS.out, "w", encoding="utf-8"))
         policy = stack.enter_context(cli.load(source))
-        longest = max(len(p) for p in prompts)
-        max_new_tokens = FLAGS.max_new_tokens
-        max_new_tokens = max_new_tokens or min(
-            512, policy.config.max_positions - longest
-        )
+        room = policy.config.max_positions - max(len(p) for p in prompts)
+        limit = FLAGS.max_new_tokens or min(512, room)
 
         def write(finished: list) -> None:
-            for response in finished:
-                row = _row(response, tok, texts, prompts)
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = (_row(x, tok, texts, prompts) for x in finished)
+            out.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
             out.flush()
 
-        args = (policy, tok, prompts, max_new_tokens, write)
-        if FLAGS.method in ("mh", "smc"):
-            rollout, seconds = _draw_power(*args)
-        else:
-            rollout, seconds = _draw_tokens(*args, temperature, filters)
-    tokens, work = rollout.lengths.sum(), rollout.slot_steps
+        begin = time.perf_counter()
+        draw = _draw_power if FLAGS.method in _OF_SEQUENCES else _draw_tokens
+        rollout = draw(policy, tok, prompts, limit, write)
+        seconds = time.perf_counter() - begin
+    tokens = rollout.lengths.sum()
     print(
-        f"{tokens} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:.0f} a second, compilation included; "
-        f"{1 - tokens / work:.0%} of the slots' steps drew nothing; "
+        f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second, "
+        "compilation included; "
+        f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps drew nothing; "
         f"{rollout.finished.mean():.0%} of the responses ended by themselves",
         file=sys.stderr,
     )
 
 
-def _check_method() -> float:
-    """The temperature of sampling.
-
-    Raises:
-      ValueError: for options that the method does not take.
-    """
+def _check_flags() -> None:
+    """Raises ValueError for what does not go together."""
+    if bool(FLAGS.prompt) == bool(FLAGS.prompts):
+        raise ValueError("give either --prompt or --prompts")
+    cli.token_filters()
     method, alpha = FLAGS.method, FLAGS.alpha
     if method == "tokens":
         if alpha is not None:
             raise ValueError("--alpha needs --method=low_temperature, mh or smc")
-        return FLAGS.temperature
+        return
     if alpha is None or not alpha > 0:
         raise ValueError(f"--method={method} needs a positive --alpha, got {alpha}")
-    names = ("temperature",) if method == "low_temperature" else _OF_TOKENS
+    names = _OF_TOKENS if method in _OF_SEQUENCES else ("temperature",)
     given = [f"--{n}" for n in names if FLAGS[n].present]
     if given:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
@@ -117,14 +111,10 @@ def _check_method() -> float:
             f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
             "which must not be fewer"
         )
-    return 1 / alpha
 
 
-def _draw_tokens(policy, tok, prompts, max_new_tokens, write, temperature, filters):
-    """Samples token by token; returns a rollout and the seconds it took."""
-    from pfjax.model import tokenizer
-    from pfjax.sampler import engine, progress, slots
-
+def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
+    """Samples token by token."""
     total = len(prompts) * FLAGS.samples
     plan = slots.make_plan(
         policy,
@@ -135,73 +125,56 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write, temperature, filte
         num_slots=FLAGS.slots,
     )
     print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
+    is_low = FLAGS.method == "low_temperature"
+    stop = options.StopConditions(
+        tokenizer.stop_ids(tok, policy.config.stop_ids),
+        tuple(FLAGS.stop),
+        functools.partial(tokenizer.decode, tok),
+        FLAGS.max_total_tokens,
+    )
     with progress.Progress(total) as bar:
 
         def write_and_count(finished: list[engine.Finished]) -> None:
             write(finished)
             bar.add(len(finished), sum(len(r.tokens) for r in finished))
 
-        begin = time.perf_counter()
-        rollout = engine.rollout(
+        return engine.rollout(
             policy,
             prompts,
             FLAGS.samples,
             max_new_tokens,
-            temperature,
+            1 / FLAGS.alpha if is_low else FLAGS.temperature,
             FLAGS.seed,
-            token_filters=filters,
-            stop=options.StopConditions(
-                tokenizer.stop_ids(tok, policy.config.stop_ids),
-                tuple(FLAGS.stop),
-                decode_text=lambda ids: tokenizer.decode(tok, ids),
-                max_total_tokens=FLAGS.max_total_tokens,
-            ),
+            token_filters=cli.token_filters(),
+            stop=stop,
             capacity=options.Capacity(num_slots=plan.slots * plan.dp_size),
             on_finish=write_and_count,
         )
-    return rollout, time.perf_counter() - begin
 
 
 def _draw_power(policy, tok, prompts, max_new_tokens, write):
-    """Samples the power distribution; returns a rollout and the seconds it took."""
-    from pfjax.model import tokenizer
-    from pfjax.sampler import engine, mcmc, smc
-    from pfjax.targets import Target
-
-    total = len(prompts) * FLAGS.samples
-    print(
-        f"{total} responses to {len(prompts)} prompts by {FLAGS.method}",
-        file=sys.stderr,
-    )
-    begin = time.perf_counter()
-    target = Target(FLAGS.alpha, has_format=False)
+    """Samples the power distribution."""
+    what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
+    print(f"{what} by {FLAGS.method}", file=sys.stderr)
+    target = targets.Target(FLAGS.alpha, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
-    kwargs = {
-        "log_z": FLAGS.log_z,
-        "seed": FLAGS.seed,
-        "stop_ids": tokenizer.stop_ids(tok, policy.config.stop_ids),
-    }
+    stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
+    kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
     if FLAGS.method == "mh":
-        rollout = mcmc.metropolis_hastings(
-            *args, blocks=FLAGS.blocks, steps=FLAGS.steps, **kwargs
-        )
+        kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}
+        rollout = mcmc.metropolis_hastings(*args, **kwargs)
     else:
-        rollout, log_sum = smc.sequential_monte_carlo(
-            *args, particles=FLAGS.particles, ramp=FLAGS.ramp, **kwargs
-        )
-        print(
-            "log of the sum of p^alpha e^(-log_z |y|) over all responses, mean over "
-            f"prompts: {log_sum.mean():.3f}",
-            file=sys.stderr,
-        )
+        kwargs |= {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
+        rollout, log_sum = smc.sequential_monte_carlo(*args, **kwargs)
+        what = "log of the sum of p^alpha e^(-log_z |y|) over all responses"
+        mean = f"{what}, mean over prompts: {log_sum.mean():.3f}"
+        print(mean, file=sys.stderr)
     write(engine.all_finished(rollout))
-    return rollout, time.perf_counter() - begin
+    return rollout
 
 
 def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
     """What is written of a response."""
-    from pfjax.model import tokenizer
-
     tokens = response.tokens.tolist()
     row = {
         "prompt_id": response.prompt,
@@ -212,7 +185,7 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
         "finished": response.is_stopped,
         "log_prob": float(response.log_probs.sum(dtype="float64")),
     }
-    if FLAGS.method in ("mh", "smc"):  # as --config.data.target takes them
+    if FLAGS.method in _OF_SEQUENCES:  # as --config.data.target takes them
         row |= {
             "alpha": FLAGS.alpha,
             "log_z": FLAGS.log_z,
@@ -223,9 +196,6 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
 
 
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
-    from pfjax.model import tokenizer
-    from pfjax.tasks import benchmarks, data
-
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
         found = data.load_prompts(FLAGS.prompts, tok, longest, FLAGS.suffix)

@@ -40,56 +40,34 @@ def bounds(
     adds to the log density, within their prompts.
 
     Args:
-      policy: that was trained.
-      base: its frozen base.
+      policy, base: what was trained toward `target`, and its frozen base.
       samples: of the target without psi, at their `log_z`.
-      target: what is trained toward.
-      tok: its tokenizer.
       format_penalty: psi of a response without a box.
       max_new_tokens, stop_ids, seed: of the policy's samples.
     """
     num = len(samples.responses) // len(samples.prompts)
-    drawn = engine.rollout(
-        policy,
-        samples.prompts,
-        num,
-        max_new_tokens,
-        seed=seed,
-        stop=StopConditions(stop_ids),
-    )
-    own = [
-        y[:n].tolist()
-        for y, n in zip(
-            drawn.tokens.reshape(len(samples.responses), -1),
-            drawn.lengths.ravel(),
-            strict=True,
-        )
-    ]
+    prompts = [p for p in samples.prompts for _ in range(num)]
+    starts = [len(p) for p in prompts]
 
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
-        prompts = [p for p in samples.prompts for _ in range(num)]
         sequences = [p + y for p, y in zip(prompts, responses, strict=True)]
-        starts = [len(p) for p in prompts]
-        log_p, log_p_base = (
-            np.array(
-                [x.sum(dtype=np.float64) for x in log_probs.score(m, sequences, starts)]
-            )
-            for m in (policy, base)
-        )
+        scored = (log_probs.score(m, sequences, starts) for m in (policy, base))
+        log_p, log_p_base = (np.array([x.sum(dtype=float) for x in s]) for s in scored)
         length = np.array([len(y) for y in responses])
         texts = [tokenizer.decode(tok, y) for y in responses]
         psi = rewards.format_term(texts, format_penalty)
         density = target.log_density(log_p_base, length, samples.log_z, psi=psi)
         plain = target.log_density(log_p_base, length, samples.log_z)
-        shape = (-1, num)
-        return (density - log_p).reshape(shape), (density - plain).reshape(shape)
+        return (density - log_p).reshape(-1, num), (density - plain).reshape(-1, num)
 
-    lower, _ = gap(own)
+    stop = StopConditions(stop_ids)
+    drawn = engine.rollout(
+        policy, samples.prompts, num, max_new_tokens, seed=seed, stop=stop
+    )
+    lower, _ = gap([y.tokens.tolist() for y in engine.all_finished(drawn)])
     upper, added = gap(samples.responses)
     weight = np.exp(added - added.max(axis=1, keepdims=True))
     weight /= weight.sum(axis=1, keepdims=True)
-    return {
-        "elbo": float(lower.mean()),
-        "eubo": float((weight * upper).sum(axis=1).mean()),
-    }
+    eubo = (weight * upper).sum(axis=1).mean()
+    return {"elbo": float(lower.mean()), "eubo": float(eubo)}

@@ -17,24 +17,6 @@ def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
     return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
 
 
-def paired_standard_error(
-    first: Float[np.ndarray, "p"], second: Float[np.ndarray, "q"]
-) -> float:
-    """Standard error of the difference of two models' means on the same problems.
-
-    Hard problems are hard for both, so this is smaller than the two errors combined.
-
-    Raises:
-      ValueError: if the models did not answer the same number of problems.
-    """
-    if len(first) != len(second):
-        raise ValueError(
-            "paired models need the same problems, "
-            f"got {len(first)} and {len(second)} of them"
-        )
-    return standard_error(first - second)
-
-
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
     """Unbiased probability that k of n samples hold a right one, `[P]`.
 
@@ -53,24 +35,6 @@ def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
     return 1.0 - np.array(miss, np.float64)
 
 
-def maj_at_n(classes: Int[np.ndarray, "n"], is_correct: Bool[np.ndarray, "n"]) -> float:
-    """Expected correctness of the majority answer class of one problem.
-
-    Args:
-      classes: equivalence class of each sample's answer; -1 (no answer) has no vote.
-      is_correct: whether each sample is right.
-
-    Returns:
-      Of tied classes the share that is right; 0 when nobody votes.
-    """
-    voters = classes >= 0
-    if not voters.any():
-        return 0.0
-    names, votes = np.unique(classes[voters], return_counts=True)
-    winners = names[votes == votes.max()]
-    return float(np.mean([is_correct[classes == c].mean() for c in winners]))
-
-
 def maj_at_k(
     classes: Int[np.ndarray, "n"],
     is_correct: Bool[np.ndarray, "n"],
@@ -78,10 +42,15 @@ def maj_at_k(
     num_subsets: int = 100,
     seed: int = 0,
 ) -> float:
-    """`maj_at_n` of one problem, averaged over subsets of k of its n samples.
+    """Expected correctness of the majority class of answers among k of n samples.
 
-    Exact where all subsets are no more than `num_subsets`, else over that many, drawn
+    Of tied classes the fraction that is right; 0 when nobody votes. The mean over all
+    subsets of k where they are no more than `num_subsets`, else over that many, drawn
     without replacement within each; the same ones for every problem and model.
+
+    Args:
+      classes: equivalence class of each sample's answer; -1 (no answer) has no vote.
+      is_correct: whether each sample is right.
 
     Raises:
       ValueError: if k exceeds n.
@@ -94,12 +63,13 @@ def maj_at_k(
     else:
         rng = np.random.default_rng(seed)
         subsets = (rng.permutation(n)[:k] for _ in range(num_subsets))
-    return float(np.mean([maj_at_n(classes[s], is_correct[s]) for s in subsets]))
-
-
-def num_classes(classes: Int[np.ndarray, "n"]) -> int:
-    """How many different answers one problem got; -1 (no answer) is none."""
-    return len(np.unique(classes[classes >= 0]))
+    scores = []
+    for subset in subsets:
+        voted, right = classes[subset], is_correct[subset]
+        names, votes = np.unique(voted[voted >= 0], return_counts=True)
+        winners = names[votes == votes.max(initial=0)]
+        scores.append(np.mean([right[voted == c].mean() for c in winners] or 0.0))
+    return float(np.mean(scores))
 
 
 def answer_entropy(classes: Int[np.ndarray, "n"]) -> float:

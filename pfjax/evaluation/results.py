@@ -1,12 +1,13 @@
 """The two files that an evaluation leaves for each set: responses, and scores with every
 setting that moves them. Sampling that was stopped goes on, and grading can be repeated."""
 
+import collections
 import dataclasses
 import json
 import pathlib
-from typing import Any, TextIO
+from typing import Any
 
-from pfjax.evaluation.scores import Row, Settings
+from pfjax.evaluation.scores import Row, Settings, in_order
 from pfjax.infra import dataset_io
 from pfjax.tasks import benchmarks
 from pfjax.tasks.benchmarks import Problem, Style
@@ -25,13 +26,11 @@ class Record:
 
     def __init__(self, folder: pathlib.Path, name: str):
         self.name = name
-        stem = name if name in benchmarks.BENCHMARKS else pathlib.Path(name).stem
-        self.path = folder / f"{stem}.jsonl"
-        self._scores = folder / f"{stem}.json"
-        self._file: TextIO | None = None
+        self.path = folder / f"{pathlib.Path(name).stem}.jsonl"
+        self._scores = self.path.with_suffix(".json")
 
     def begin(self, settings: dict[str, Any]) -> frozenset[int]:
-        """Opens the responses for more of them.
+        """Leaves what shall stay of the responses, and their settings.
 
         Returns:
           Numbers of the prompts whose responses are all there.
@@ -40,48 +39,33 @@ class Record:
           ValueError: if responses there were drawn with other settings.
         """
         settings = json.loads(json.dumps(settings))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         found = dataset_io.read_jsonl(self.path)
         if found and not self._scores.exists():
             raise ValueError(
                 f"{self.path} holds responses, but {self._scores.name}, which tells how "
                 "they were drawn, is not there: choose another --out"
             )
-        if found:
-            old = self._read()["settings"]
-            changed = [
-                f"{k}: {old.get(k)!r} -> {settings.get(k)!r}"
-                for k in sorted(old.keys() | settings.keys())
-                if k not in _MAY_CHANGE and old.get(k) != settings.get(k)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.path} was drawn with other settings:\n  "
-                    + "\n  ".join(changed)
-                    + "\nchoose another --out, or the settings of before to go on"
-                )
-        self._write({"set": self.name, "settings": settings})
-        samples = range(settings["samples"])
-        have = {(r["prompt_id"], r["sample"]) for r in found}
-        done = frozenset(
-            q for q in {q for q, _ in have} if all((q, i) in have for i in samples)
-        )
+        old = self._read()["settings"] if found else settings
+        changed = [
+            f"{k}: {old.get(k)!r} -> {settings.get(k)!r}"
+            for k in sorted(old.keys() | settings.keys())
+            if k not in _MAY_CHANGE and old.get(k) != settings.get(k)
+        ]
+        if changed:
+            raise ValueError(
+                "\n  ".join([f"{self.path} was drawn with other settings:", *changed])
+                + "\nchoose another --out, or the settings of before to go on"
+            )
+        have = collections.Counter(r["prompt_id"] for r in found)
+        done = frozenset(q for q, n in have.items() if n == settings["samples"])
         # Of prompts begun, all is drawn anew; a line cut short by a kill goes.
         dataset_io.write_jsonl(self.path, [r for r in found if r["prompt_id"] in done])
-        self._file = self.path.open("a", encoding="utf-8")
+        self._write({"set": self.name, "settings": settings})
         return done
 
     def add(self, new: list[Row]) -> None:
-        for row in new:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def end(self) -> None:
-        """Puts the responses in order."""
-        self._file.close()
-        found = dataset_io.read_jsonl(self.path)
-        found.sort(key=lambda r: (r["prompt_id"], r["sample"]))
-        dataset_io.write_jsonl(self.path, found)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
 
     def rows(self, problems: list[Problem]) -> list[Row]:
         """The responses to all problems, in order.
@@ -89,7 +73,7 @@ class Record:
         Raises:
           ValueError: if some are missing, or were given to another version of the set.
         """
-        found = dataset_io.read_jsonl(self.path)
+        found = sorted(dataset_io.read_jsonl(self.path), key=in_order)
         if not found:
             raise ValueError(
                 f"{self.path} holds no responses: evaluate without --regrade"
@@ -108,12 +92,10 @@ class Record:
             )
         return found
 
-    def score(
-        self, graded: list[Row], scores: dict[str, float], about: dict[str, Any]
-    ) -> None:
-        """Writes scores beside the settings, and what `graded` has in addition."""
+    def score(self, graded: list[Row], scores: dict[str, Any]) -> None:
+        """Writes what `graded` has in addition, and scores beside the settings."""
         dataset_io.write_jsonl(self.path, graded)
-        self._write({**self._read(), "graded": about, "scores": scores})
+        self._write(self._read() | scores)
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self._scores.read_text())

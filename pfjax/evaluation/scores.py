@@ -28,7 +28,6 @@ class Settings(NamedTuple):
     prompt_width: int
     token_filters: TokenFilters = NO_FILTERS
     stop_strings: tuple[str, ...] = ()  # the text is cut before one
-    box: str = "last"  # which box of a response is its answer; or "first"
 
 
 def evaluate(
@@ -47,15 +46,20 @@ def evaluate(
     Returns:
       Scores, see `summarise`; and one row per response.
     """
-    found: dict[tuple[int, int], Row] = {}
+    rows: list[Row] = []
 
     def keep(new: list[Row]) -> None:  # while the devices draw the others
-        grade(new, problems, grader, settings.box)
-        found.update(((r["prompt_id"], r["sample"]), r) for r in new)
+        grade(new, problems, grader, "last")
+        rows.extend(new)
 
     sample(policy, tok, problems, prompts, settings, keep)
-    in_order = [found[at] for at in sorted(found)]
-    return summarise(in_order, settings.samples_per_prompt, grader), in_order
+    rows.sort(key=in_order)
+    return summarise(rows, settings.samples_per_prompt, grader), rows
+
+
+def in_order(row: Row) -> tuple[int, int]:
+    """What rows are sorted by."""
+    return row["prompt_id"], row["sample"]
 
 
 def sample(
@@ -71,26 +75,22 @@ def sample(
     """Draws k responses to each prompt whose number is not in `done`, and hands over
     rows as they end."""
     todo = [i for i in range(len(prompts)) if i not in done]
+    decode = functools.partial(tokenizer.decode, tok)
 
-    def hand_over(finished: list[engine.Finished]) -> None:
-        out = []
-        for response in finished:
-            text = tokenizer.decode(tok, response.tokens.tolist())
-            for stop in settings.stop_strings:
-                text = text.split(stop)[0]
-            problem = problems[todo[response.prompt]]
-            out.append(
-                {
-                    "prompt_id": todo[response.prompt],
-                    "id": problem.id,
-                    "sample": response.sample,
-                    "prompt": text_of(problem),
-                    "completion": text,
-                    "tokens": len(response.tokens),
-                    "terminated": response.is_stopped,
-                }
-            )
-        on_rows(out)
+    def row(response: engine.Finished) -> Row:
+        text = decode(response.tokens.tolist())
+        for stop in settings.stop_strings:
+            text = text.split(stop)[0]
+        i = todo[response.prompt]
+        return {
+            "prompt_id": i,
+            "id": problems[i].id,
+            "sample": response.sample,
+            "prompt": text_of(problems[i]),
+            "completion": text,
+            "tokens": len(response.tokens),
+            "terminated": response.is_stopped,
+        }
 
     if todo:
         engine.rollout(
@@ -102,13 +102,9 @@ def sample(
             settings.seed,
             prompt_ids=todo,
             token_filters=settings.token_filters,
-            stop=StopConditions(
-                settings.stop_ids,
-                settings.stop_strings,
-                decode_text=functools.partial(tokenizer.decode, tok),
-            ),
+            stop=StopConditions(settings.stop_ids, settings.stop_strings, decode),
             capacity=Capacity(prompt_width=settings.prompt_width),
-            on_finish=hand_over,
+            on_finish=lambda finished: on_rows([row(x) for x in finished]),
         )
 
 
@@ -117,29 +113,25 @@ def grade(
 ) -> None:
     """Puts `answer`, `gold` and `correct` into rows, anew where they are."""
     for row in new:
-        problem = problems[row["prompt_id"]]
-        answer, gold = grading.boxed(row["completion"], box), problem.gold
-        row["answer"], row["gold"], row["correct"] = answer, gold, None
+        _, _, gold, tolerance = problems[row["prompt_id"]]
+        answer = grading.boxed(row["completion"], box)
+        row |= {"answer": answer, "gold": gold, "correct": None}
         if gold is not None:
             row["correct"] = answer is not None and grader.is_equal(
-                gold, answer, problem.tolerance
+                gold, answer, tolerance
             )
 
 
 def summarise(
-    in_order: list[Row],
-    k: int,
-    grader: grading.Grader,
-    pass_at: tuple[int, ...] = (),
-    maj_at: tuple[int, ...] = (),
+    rows: list[Row], k: int, grader: grading.Grader, fewer: tuple[int, ...] = ()
 ) -> dict[str, float]:
-    """Scores of graded rows that stand in order, k per prompt.
+    """Scores of rows.
 
     Args:
-      in_order: rows, the k samples of a prompt side by side.
+      rows: graded, the k samples of a prompt side by side.
       k: samples per prompt.
       grader: tells which answers are the same.
-      pass_at, maj_at: numbers of samples below k to give pass@n and maj@n for as well.
+      fewer: numbers of samples below k to give pass@n and maj@n for as well.
 
     Returns:
       `length_mean`, `truncated`, `boxed_frac`, `distinct` (fraction of a prompt's
@@ -147,31 +139,24 @@ def summarise(
       problems `avg@k_se`, `maj@k`, `pass@k`, `answer_classes` and `answer_entropy` of a
       problem (nats), `grader_timeouts`.
     """
-    problems = [in_order[i : i + k] for i in range(0, len(in_order), k)]
+    problems = [rows[i : i + k] for i in range(0, len(rows), k)]
     scores = {
-        "length_mean": np.mean([r["tokens"] for r in in_order]),
-        "truncated": np.mean([not r["terminated"] for r in in_order]),
-        "boxed_frac": np.mean([r["answer"] is not None for r in in_order]),
+        "length_mean": np.mean([r["tokens"] for r in rows]),
+        "truncated": np.mean([not r["terminated"] for r in rows]),
+        "boxed_frac": np.mean([r["answer"] is not None for r in rows]),
         "distinct": np.mean([len({r["completion"] for r in p}) / k for p in problems]),
     }
-    graded = [p for p in problems if p[0]["gold"] is not None]
-    if graded:
+    if graded := [p for p in problems if p[0]["gold"] is not None]:
         correct = np.array([[r["correct"] for r in p] for p in graded])
         classes = [np.array(grader.classes([r["answer"] for r in p])) for p in graded]
+        votes = [*zip(classes, correct, strict=True)]
+        maj = lambda n: np.mean([estimators.maj_at_k(*v, n) for v in votes])
+        passed = lambda n: estimators.pass_at_k(correct.sum(axis=1), k, n).mean()
         scores |= {
             f"avg@{k}": correct.mean(),
             f"avg@{k}_se": estimators.standard_error(correct.mean(axis=1)),
-        }
-        for n in (*maj_at, k):
-            votes = [
-                estimators.maj_at_k(c, x, n)
-                for c, x in zip(classes, correct, strict=True)
-            ]
-            scores[f"maj@{n}"] = np.mean(votes)
-        for n in (*pass_at, k):
-            passed = estimators.pass_at_k(correct.sum(axis=1), k, n)
-            scores[f"pass@{n}"] = passed.mean()
-        scores |= {
+            **{f"maj@{n}": maj(n) for n in (*fewer, k)},
+            **{f"pass@{n}": passed(n) for n in (*fewer, k)},
             "answer_classes": np.mean([c.max() + 1 for c in classes]),
             "answer_entropy": np.mean([estimators.answer_entropy(c) for c in classes]),
             "grader_timeouts": grader.timeouts,

@@ -55,40 +55,34 @@ def _over_steps(metric: outcomes.Metric, groups: Sequence[Group]) -> Iterator[Pi
     known = {}
     for key in outcomes.keys_of(groups, metric.key):
         curves = [outcomes.curve(g, key, most) for g in groups]
-        if any(c is not None and len(c.x) > 1 for c in curves):
+        if _has_line(curves):
             known[key] = curves
     for key, curves in known.items():
         name, title = re.match(r"\w+", metric.title)[0].lower(), metric.title
         if len(known) > 1:  # sets, or numbers of samples
             which = key.removeprefix("eval/")
-            name = f"{name}-{which.replace('/', '-').replace('@', '')}"
-            title = f"{title}, {which}"
-        window = max(c.window for c in curves if c is not None)
+            name += "-" + which.replace("/", "-").replace("@", "")
+            title += f", {which}"
+        window = max(c.window for c in curves if c)
         caption = metric.explained + f" Means over {window} steps." * (window > 1)
-        figure = _lines(title, groups, curves, "step", metric.label, metric.may_be_log)
-        yield Picture(name, title, caption + _band(groups), figure)
+        yield _lines(name, title, caption, groups, curves, metric)
 
 
-def _band(groups: Sequence[Group]) -> str:
-    band = " Band: least to greatest of the seeds."
+def _has_line(curves: Sequence[Curve | None]) -> bool:
+    return any(c and len(c.x) > 1 for c in curves)
+
+
+def _seeds(groups: Sequence[Group], mark: str) -> str:
     has_seeds = any(len(g.runs) > 1 for g in groups)
-    return band * has_seeds + " Grey: the other groups." * (len(groups) > MOST_IN_ONE)
+    return f" {mark}: least to greatest of the seeds." * has_seeds
 
 
 def _pass_at_n(groups: Sequence[Group]) -> Iterator[Picture]:
     first = [outcomes.pass_curve(g.first) for g in groups]
     last = [outcomes.pass_curve(g.last) for g in groups]
-    if not any(c is not None and len(c.x) > 1 for c in last):
-        return
-    title = "A correct answer in n samples"
-    caption = (
-        "Probability that n samples hold a correct one, mean over problems, at the last "
-        "evaluation; dashed grey: at the first."
-    )
-    figure = _lines(
-        title, groups, last, "n, samples per problem", "pass@n", before=first
-    )
-    yield Picture("pass", title, caption + _band(groups), figure)
+    if _has_line(last):
+        m = outcomes.PASS_AT_N
+        yield _lines("pass", m.title, m.explained, groups, last, m, before=first)
 
 
 def _quality(groups: Sequence[Group]) -> Iterator[Picture]:
@@ -100,25 +94,23 @@ def _quality(groups: Sequence[Group]) -> Iterator[Picture]:
     if all(keys):
         title = "Quality against diversity"
         caption = "The last evaluation of each group; hollow: the first."
-        if any(len(g.runs) > 1 for g in groups):
-            caption += " Bars: least to greatest of the seeds."
+        caption += _seeds(groups, "Bars")
         yield Picture("quality", title, caption, _points(title, groups, keys))
 
 
 def _lines(
+    name: str,
     title: str,
+    caption: str,
     groups: Sequence[Group],
     curves: Sequence[Curve | None],
-    x_label: str,
-    y_label: str,
-    may_be_log: bool = False,
+    metric: outcomes.Metric,
     before: Sequence[Curve | None] | None = None,
-) -> Figure:
+) -> Picture:
     """Curves of groups, with a band over the runs of each, in one panel or in many."""
-    shown = [i for i, c in enumerate(curves) if c is not None]
+    shown = [i for i, c in enumerate(curves) if c]
     has_panels = len(groups) > MOST_IN_ONE
-    panels = [[i] for i in shown] if has_panels else [shown]
-    columns = _COLUMNS if has_panels else 1
+    panels, columns = ([[i] for i in shown], _COLUMNS) if has_panels else ([shown], 1)
     rows = math.ceil(len(panels) / columns)
     names = [textwrap.fill(g.name, 20) for g in groups]
     lines = max(n.count("\n") + 1 for n in names)
@@ -129,7 +121,7 @@ def _lines(
             axes.plot(curves[i].x, curves[i].mean, color=_PALE, lw=0.5, zorder=1.5)
         for i in mine:
             _curve(axes, curves[i], 0 if has_panels else i, groups[i].name)
-            if before is not None and (c := before[i]) is not None:
+            if before and (c := before[i]):
                 axes.plot(c.x, c.mean, color=_GREY, lw=1.2, linestyle="--", zorder=2)
         if has_panels:
             axes.set_title(names[mine[0]])
@@ -137,19 +129,19 @@ def _lines(
             axes.tick_params(labelbottom=k + columns >= len(panels), length=0)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    _scale(grid[0, 0], [curves[i] for i in shown], before is not None, may_be_log)
+    _scale(grid[0, 0], [curves[i] for i in shown], bool(before), metric.may_be_log)
+    x_label = "n, samples per problem" if before else "step"
     if has_panels:
         figure.supxlabel(x_label)
-        figure.supylabel(y_label)
+        figure.supylabel(metric.label)
     else:
-        grid[0, 0].set(xlabel=x_label, ylabel=y_label)
+        grid[0, 0].set(xlabel=x_label, ylabel=metric.label)
         _legend(figure)
-    return figure
+    caption += _seeds(groups, "Band") + " Grey: the other groups." * has_panels
+    return Picture(name, title, caption, figure)
 
 
-def _scale(
-    axes: Axes, curves: Sequence[Curve], doubles: bool, may_be_log: bool
-) -> None:
+def _scale(axes: Axes, curves: Sequence[Curve], doubles: bool, may_log: bool) -> None:
     """Scales of all panels, which share them; x that doubles is 1, 2, 4, ..."""
     if doubles:
         ticks = sorted({int(v) for c in curves for v in c.x})[::-1]
@@ -157,7 +149,7 @@ def _scale(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(v) for v in ticks])
     low, high = min(c.low.min() for c in curves), max(c.high.max() for c in curves)
-    if may_be_log and low > 0 and high / low > 30:
+    if may_log and low > 0 and high / low > 30:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -175,9 +167,7 @@ def _curve(axes: Axes, curve: Curve, i: int, name: str) -> None:
     n = len(curve.x)
     marks = (min(i, n - 1), max(n // 8, 1)) if n > 12 else 1
     dashes = _DASHES[i % len(_DASHES)]
-    axes.plot(
-        curve.x, curve.mean, linestyle=dashes, markevery=marks, label=name, **style
-    )
+    axes.plot(curve.x, curve.mean, ls=dashes, markevery=marks, label=name, **style)
 
 
 def _style(i: int) -> dict[str, Any]:

@@ -47,17 +47,27 @@ METRICS = (
            "token; of tb_traj, rl_traj and subtb, nats per response.",
            3, "Residual: distance from the target", "std of the residual (nats)", True),
 )  # fmt: skip
+PASS_AT_N = Metric(
+    "", "pass@n", "Probability that n samples hold a correct one, mean over problems, at the "
+    "last evaluation; dashed grey: at the first.",
+    title="A correct answer in n samples", label="pass@n",
+)  # fmt: skip
 
 
 class Curve(NamedTuple):
-    """A mean over runs, their standard deviation, the least and the greatest of them."""
+    """A metric of several runs; its mean, least, greatest and standard deviation."""
 
     x: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray | None  # None for one run
-    low: np.ndarray
-    high: np.ndarray
+    values: np.ndarray  # [runs, x]
     window: int = 1  # steps that one point is the mean of
+
+    mean = property(lambda self: self.values.mean(axis=0))
+    low = property(lambda self: self.values.min(axis=0))
+    high = property(lambda self: self.values.max(axis=0))
+
+    @property
+    def spread(self) -> np.ndarray | None:
+        return self.values.std(axis=0, ddof=1) if len(self.values) > 1 else None
 
 
 def keys_of(groups: Sequence[Group], name: str) -> list[str]:
@@ -83,22 +93,11 @@ def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
     sizes = np.diff([*starts, len(steps)])
     values = np.array([[k[s] for s in steps] for k in known])
     values = np.add.reduceat(values, starts, axis=1) / sizes
-    return _over_runs(np.add.reduceat(steps, starts) / sizes, values, window)
-
-
-def _over_runs(x: np.ndarray, values: np.ndarray, window: int = 1) -> Curve:
-    spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
-    return Curve(
-        x, values.mean(axis=0), spread, values.min(axis=0), values.max(axis=0), window
-    )
+    return Curve(np.add.reduceat(steps, starts) / sizes, values, window)
 
 
 def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
-    """pass@n over n = 1, 2, 4, ... k; None where answers are not known.
-
-    Args:
-      problems: those of each run.
-    """
+    """pass@n over n = 1, 2, 4, ... k of each run; None where answers are not known."""
     graded = [[p for p in mine if p.fraction_correct is not None] for mine in problems]
     if not all(graded):
         return None
@@ -106,10 +105,9 @@ def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
     sizes = sorted({2**i for i in range(k.bit_length())} | {k})
     values = []
     for mine in graded:
-        correct = np.array([sum(r["correct"] for r in p.samples) for p in mine])
-        n = len(mine[0].samples)
+        correct, n = np.array([p.num_correct for p in mine]), len(mine[0].samples)
         values.append([estimators.pass_at_k(correct, n, x).mean() for x in sizes])
-    return _over_runs(np.array(sizes), np.array(values))
+    return Curve(np.array(sizes), np.array(values))
 
 
 def _pairs(before: list[Problem], after: list[Problem]) -> list[Pair]:
@@ -123,13 +121,10 @@ def changes(group: Group) -> tuple[float, float] | None:
     evaluation to the last, means over runs; None where answers are not known."""
     counts = []
     for first, last in zip(group.first, group.last, strict=True):
-        votes = [
-            (x.is_majority_correct, y.is_majority_correct)
-            for x, y in _pairs(first, last)
-            if x.fraction_correct is not None
-        ]
-        if not votes:
+        graded = [p for p in _pairs(first, last) if p[0].fraction_correct is not None]
+        if not graded:
             return None
+        votes = [(x.is_majority_correct, y.is_majority_correct) for x, y in graded]
         counts.append([votes.count((False, True)), votes.count((True, False))])
     return tuple(np.mean(counts, axis=0).tolist())
 
@@ -140,7 +135,6 @@ def telling(group: Group, changed: int, unchanged: int) -> list[Pair]:
     both = _pairs(group.first[0], group.last[0])
     if any(x.fraction_correct is None for x, _ in both):
         return both[: changed + unchanged]
-    size = [abs(y.fraction_correct - x.fraction_correct) for x, y in both]
-    order = sorted(range(len(both)), key=lambda i: (-size[i], i))
-    most = [i for i in order if size[i] > 0][:changed]
-    return [both[i] for i in most + [i for i in order if size[i] == 0][:unchanged]]
+    by = lambda pair: abs(pair[1].fraction_correct - pair[0].fraction_correct)
+    most = sorted(filter(by, both), key=by, reverse=True)
+    return most[:changed] + [x for x in both if not by(x)][:unchanged]

@@ -29,11 +29,14 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
     pictures, missing = charts.draw(groups)
     for p in pictures:
         (folder / f"{p.name}.png").write_bytes(charts.save(p.figure, "png"))
+    svgs = [base64.b64encode(charts.save(p.figure, "svg")) for p in pictures]
     shared, differ = runs.settings(groups)
     most = (2, 1) if len(groups) > charts.MOST_IN_ONE else (4, 2)
     samples = [(g, outcomes.telling(g, *most), outcomes.changes(g)) for g in groups]
-    text = render(
-        models={r.config["model"] for r in found},
+    # Whatever a model, a config or a person wrote is escaped.
+    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    env.filters["number"] = _number
+    text = env.from_string(_TEMPLATE.read_text()).render(
         runs=found,
         versions={", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in found},
         sizes={(len(p), len(p[0].samples)) for g in groups for p in g.first if p},
@@ -41,31 +44,20 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
         skipped=skipped,
         groups=groups,
         columns=_columns(groups),
-        pictures=[
-            (p, base64.b64encode(charts.save(p.figure, "svg"))) for p in pictures
-        ],
+        pictures=zip(pictures, svgs, strict=True),
         missing=missing,
         samples=[x for x in samples if x[1]],
         shared=shared,
         differ=differ,
     )
+    text = text.replace("\0", "\ufffd")
     # A text cut within a character holds half of one, which UTF-8 has no bytes for.
     (folder / "index.html").write_bytes(text.encode("utf-8", "replace"))
     return f"{folder / 'index.html'}: {len(found)} run(s) in {len(groups)} group(s)"
 
 
-def render(**content: Any) -> str:
-    """Fills the template; whatever a model, a config or a person wrote is escaped."""
-    env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters["number"] = _number
-    page = env.from_string(_TEMPLATE.read_text()).render(content)
-    return page.replace("\0", "\ufffd")
-
-
 def _number(x: float, places: int) -> str:
-    if abs(x) >= 100:
-        places = max(places - 2, 0)
-    text = f"{x:.{places}f}"
+    text = f"{x:.{max(places - 2, 0) if abs(x) >= 100 else places}f}"
     return text.lstrip("-") if not float(text) else text.replace("-", "−")
 
 

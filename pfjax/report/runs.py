@@ -20,7 +20,6 @@ _SAME_EXPERIMENT = {
     "log_every", "mesh", "microbatch_size", "offload_ref", "pack_length",
     "profile_steps", "remat", "rollout_slots", "wandb_project",
 }  # fmt: skip
-_NOT_SET = "not set"
 _FIRST = ("objective", "alpha")  # of what makes a name
 
 
@@ -30,9 +29,7 @@ class Problem(NamedTuple):
     key: tuple[int, str]  # prompt_id and prompt
     samples: list[dict[str, Any]]
 
-    @property
-    def num_correct(self) -> int:
-        return sum(bool(r["correct"]) for r in self.samples)
+    num_correct = property(lambda self: sum(bool(r["correct"]) for r in self.samples))
 
     @property
     def fraction_correct(self) -> float | None:
@@ -137,60 +134,51 @@ def _read(folder: epath.Path) -> Run:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        at = prefix + name
-        out |= _flatten(value, f"{at}.") if isinstance(value, dict) else {at: value}
-    return out
+    flat = {}
+    for k, v in tree.items():
+        flat |= _flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return flat
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of their first runs; seeds in order within one."""
-    members: dict[str, list[Run]] = {}
+    members = collections.defaultdict(list)
     for run in runs:
-        of_config = str(sorted(_experiment(run).items()))
-        members.setdefault(run.label or of_config, []).append(run)
-    names: list[str] = []
+        members[run.label or str(sorted(_experiment(run).items()))].append(run)
     of_configs = iter(_names([m[0] for m in members.values() if not m[0].label]))
+    groups: list[Group] = []
     for mine in members.values():
         name = mine[0].label or next(of_configs)
-        # A label may be another group's name too.
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    return [_make_group(n, m) for n, m in zip(names, members.values(), strict=True)]
-
-
-def _make_group(name: str, mine: list[Run]) -> Group:
-    mine = sorted(mine, key=lambda r: (r.config.get("seed", 0), str(r.folder)))
-    shared = sorted(set.intersection(*map(_evaluated, mine)))
-    if not shared:
-        raise ValueError(
-            f"runs of the group {name!r} were evaluated at no step that all share: "
-            + ", ".join(str(r.folder) for r in mine)
-        )
-    first, last = (
-        [read_problems(run, step) for run in mine] for step in (shared[0], shared[-1])
-    )
-    return Group(name, mine, shared, first, last)
+        if name in [g.name for g in groups]:  # a label may be another group's name too
+            name += f" ({len(groups) + 1})"
+        mine.sort(key=lambda r: (r.config.get("seed", 0), str(r.folder)))
+        shared = sorted(set.intersection(*map(_evaluated, mine)))
+        if not shared:
+            raise ValueError(
+                f"runs of the group {name!r} were evaluated at no step that all share: "
+                + ", ".join(str(r.folder) for r in mine)
+            )
+        first, last = ([read_problems(r, shared[i]) for r in mine] for i in (0, -1))
+        groups.append(Group(name, mine, shared, first, last))
+    return groups
 
 
 def read_problems(run: Run, step: int) -> list[Problem]:
     """Problems of an evaluation with all of their samples; [] if none were kept."""
     if step not in run.completions:
         return []
-    by_key: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    by_key = collections.defaultdict(list)
     for row in dataset_io.read_jsonl(run.completions[step]):
-        by_key.setdefault((row["prompt_id"], row["prompt"]), []).append(row)
-    most = max((len(x) for x in by_key.values()), default=0)
+        by_key[row["prompt_id"], row["prompt"]].append(row)
+    most = max(map(len, by_key.values()), default=0)
     return [Problem(k, x) for k, x in by_key.items() if len(x) == most]
 
 
 def _experiment(run: Run) -> dict[str, str]:
-    """The settings that make it another experiment, as text."""
-    return {
-        k: _show(v)
-        for k, v in run.config.items()
-        if k.split(".")[0] not in _SAME_EXPERIMENT
-    }
+    """The settings that make it another experiment, as text; any other is "not set"."""
+    is_of_it = lambda key: key.split(".")[0] not in _SAME_EXPERIMENT
+    found = {k: _show(v) for k, v in run.config.items() if is_of_it(k)}
+    return collections.defaultdict(lambda: "not set", found)
 
 
 def _show(value: Any) -> str:
@@ -204,11 +192,8 @@ def _show(value: Any) -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Names by objective, alpha and the fewest other settings, found greedily, that
     tell all runs apart."""
-    table = [collections.defaultdict(lambda: _NOT_SET, _experiment(r)) for r in runs]
-
-    def told_apart(keys: Sequence[str]) -> int:
-        return len({tuple(row[k] for k in keys) for row in table})
-
+    table = [_experiment(run) for run in runs]
+    told_apart = lambda keys: len({tuple(row[k] for k in keys) for row in table})
     keys = [k for k in _keys(table) if told_apart([k]) > 1]
     chosen = [k for k in _FIRST if k in keys]
     while told_apart(chosen) < told_apart(keys):
@@ -219,17 +204,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
     for key in set(chosen) - set(_FIRST):
         value, count = collections.Counter(row[key] for row in table).most_common(1)[0]
         usual[key] = value if count > 0.75 * len(table) else None
-    return [
-        ", ".join(
-            f"{k.rpartition('.')[2].replace('_', ' ')} {row[k]}".removeprefix(
-                "objective "
-            )
-            for k in chosen
-            if row[k] != usual.get(k)
-        )
-        or "common settings"
+    words = {k: k.rpartition(".")[2].replace("_", " ") + " " for k in chosen}
+    words["objective"] = ""  # its values say what they are
+    names = (
+        ", ".join(words[k] + row[k] for k in chosen if row[k] != usual.get(k))
         for row in table
-    ]
+    )
+    return [name or "common settings" for name in names]
 
 
 def _keys(table: Sequence[dict[str, str]]) -> list[str]:
@@ -239,12 +220,8 @@ def _keys(table: Sequence[dict[str, str]]) -> list[str]:
 def settings(groups: Sequence[Group]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Returns settings that all groups share; and those that differ, a value per group."""
     tables = [[_experiment(run) for run in g.runs] for g in groups]
-    found = {
-        key: [
-            " / ".join(dict.fromkeys(row.get(key, _NOT_SET) for row in table))
-            for table in tables
-        ]
-        for key in _keys([row for table in tables for row in table])
-    }
+    shown = lambda key, rows: " / ".join(dict.fromkeys(row[key] for row in rows))
+    keys = _keys([row for table in tables for row in table])
+    found = {key: [shown(key, table) for table in tables] for key in keys}
     shared = {k: v[0] for k, v in found.items() if len(set(v)) == 1}
     return shared, {k: v for k, v in found.items() if k not in shared}

@@ -1,8 +1,8 @@
-r"""Sets of problems: where they come from, how they are asked, what is right.
+"""Sets of problems: where they come from, how they are asked, what is right.
 
 A set of `BENCHMARKS` is read from the hub, or from a file of the same form,
 `<folder>/<name>.jsonl` or `.parquet`. Any other name is a file or data set as in
-training: `prompt` (or `problem`, or `question`), perhaps `answer`.
+training, see `from_row`.
 """
 
 import hashlib
@@ -27,10 +27,9 @@ class Problem(NamedTuple):
 
 
 class Benchmark(NamedTuple):
-    source: str  # as in `dataset_io.read`
+    source: str  # as in `dataset_io.read`; "": none, of creative prompts
     size: int  # items that published scores are over; 0: as many as there are
     problem: Callable[[dict[str, Any]], Problem]
-    is_creative: bool = False  # judged by diversity and quality
 
 
 class Style(NamedTuple):
@@ -91,11 +90,11 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
         found = enumerate(dataset_io.read(name))
         return [from_row(where, row, i) for i, (where, row) in found]
     source = known.source
-    if folder and name in BENCHMARKS:
-        found = [pathlib.Path(folder).expanduser() / f"{name}{x}" for x in _SUFFIXES]
-        source = next((str(p) for p in found if p.is_file()), "")
-        if not source:
-            raise ValueError(f"{folder} has none of {[p.name for p in found]}")
+    if folder:
+        files = [pathlib.Path(folder).expanduser() / f"{name}{x}" for x in _SUFFIXES]
+        source = next((str(p) for p in files if p.is_file()), None)
+        if source is None:
+            raise ValueError(f"{folder} has none of {[p.name for p in files]}")
     if not source:
         raise ValueError(
             f"the prompts of {name!r} are on no hub: give --data=DIR, a folder with "
@@ -104,25 +103,17 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
     problems = []
     for i, (where, row) in enumerate(dataset_io.read(source)):
         try:
-            problem = known.problem({"_row": i, "_seed": seed, **row})
+            problems.append(known.problem({"_row": i, "_seed": seed, **row}))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{where} is not of the form of {name}: {error!r} in {sorted(row)}"
             ) from error
-        problems.append(problem)
     if not problems:
         raise ValueError(f"{source} is empty")
     if known.size and len(problems) != known.size:
-        _LOG.warning(
-            "%s has %d items, published scores are over %d", source, len(problems),
-            known.size,
-        )  # fmt: skip
+        found = f"{source} has {len(problems)} items"
+        _LOG.warning(f"{found}, published scores are over {known.size}")
     return problems
-
-
-def check_golds(problems: list[Problem], grader: grading.Grader) -> None:
-    """Raises ValueError if a gold answer is not equal to itself."""
-    grader.check_golds([p.gold for p in problems if p.gold is not None])
 
 
 def fingerprint(problems: list[Problem]) -> str:
@@ -142,6 +133,9 @@ def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
 def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
     """A row of a prompt file, as in training, verl's and TRL's.
 
+    It has `prompt`, `problem` or `question`: a string, or messages; and perhaps
+    `answer` or `reward_model.ground_truth`, for evaluation and objectives that grade.
+
     Raises:
       ValueError: if it has no prompt, or one that is neither text nor messages.
     """
@@ -151,9 +145,8 @@ def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
             f"{where}: no prompt; expected one of {_QUESTIONS}, got {sorted(row)}"
         )
     question = row[field]
-    is_messages = isinstance(question, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in question
-    )
+    is_message = lambda m: isinstance(m, dict) and {"role", "content"} <= set(m)
+    is_messages = isinstance(question, list) and all(map(is_message, question))
     if not (isinstance(question, str) or is_messages):
         raise ValueError(
             f"{where}: {field} must be a string or a list of messages with 'role' and "
@@ -164,11 +157,8 @@ def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
         gold = (row.get("reward_model") or {}).get("ground_truth")
     if isinstance(gold, list):  # EMPO's files
         gold = gold[0] if gold else None
-    return Problem(
-        id=_id({"_row": number, **row}, "id", "unique_id"),
-        question=question,
-        gold=None if gold is None else str(gold),
-    )
+    name = _id({"_row": number, **row}, "id", "unique_id")
+    return Problem(name, question, None if gold is None else str(gold))
 
 
 def text_of(problem: Problem) -> str:
@@ -181,26 +171,25 @@ def _id(row: dict[str, Any], *fields: str) -> str:
     return str(next((row[f] for f in fields if row.get(f) is not None), row["_row"]))
 
 
+def _question(row: dict[str, Any]) -> str:
+    return row["problem"] if "problem" in row else row["question"]
+
+
 def _answered(row: dict[str, Any]) -> Problem:
     """MATH-500, AIME, AMC."""
-    question = row["problem"] if "problem" in row else row["question"]
     answer = row["answer"]
     if isinstance(answer, float) and answer.is_integer():  # 27.0 in copies of AMC
         answer = int(answer)
-    return Problem(_id(row, "unique_id", "id"), question, str(answer))
+    return Problem(_id(row, "unique_id", "id"), _question(row), str(answer))
 
 
 def _olympiad(row: dict[str, Any]) -> Problem:
     # A list of one element, itself comma-joined where there are several answers.
-    answer = row["final_answer"]
+    answer, error = row["final_answer"], row.get("error")
     gold = ",".join(answer) if isinstance(answer, list) else str(answer)
-    error = row.get("error")
-    return Problem(
-        id=_id(row, "id"),
-        question=row["question"],
-        gold=gold.replace("$", "").strip(),
-        tolerance=float(error) if error else None,
-    )
+    tolerance = float(error) if error else None
+    gold = gold.replace("$", "").strip()
+    return Problem(_id(row, "id"), row["question"], gold, tolerance)
 
 
 def _gsm8k(row: dict[str, Any]) -> Problem:
@@ -212,28 +201,18 @@ def _minerva(row: dict[str, Any]) -> Problem:
     gold = row.get("answer") or grading.last_boxed(row["solution"])
     if gold is None:
         raise KeyError("no \\boxed{} in solution")
-    question = row["problem"] if "problem" in row else row["question"]
-    return Problem(_id(row, "id"), question, str(gold))
+    return Problem(_id(row, "id"), _question(row), str(gold))
 
 
 def _gpqa(row: dict[str, Any]) -> Problem:
-    choices = [
-        row["Correct Answer"],
-        *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3)),
-    ]
-    order = list(range(4))
     # The set lists the right one first.
-    random.Random(f"{row['_seed']} {row['_row']}").shuffle(order)
-    letters = "ABCD"
-    listed = "\n".join(
-        f"{letter}. {choices[i].strip()}"
-        for letter, i in zip(letters, order, strict=True)
-    )
-    question = (
-        f"{row['Question'].strip()}\n\n{listed}\n\nThe answer is the letter of the "
-        "right choice."
-    )
-    return Problem(_id(row, "Record ID", "id"), question, letters[order.index(0)])
+    keys = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    random.Random(f"{row['_seed']} {row['_row']}").shuffle(keys)
+    choices = [f"{x}. {row[k].strip()}" for x, k in zip("ABCD", keys, strict=True)]
+    asked = "The answer is the letter of the right choice."
+    question = "\n\n".join([row["Question"].strip(), "\n".join(choices), asked])
+    gold = "ABCD"[keys.index("Correct Answer")]
+    return Problem(_id(row, "Record ID", "id"), question, gold)
 
 
 def _creative(row: dict[str, Any]) -> Problem:
@@ -254,7 +233,5 @@ BENCHMARKS: dict[str, Benchmark] = {
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond:train", 198, _gpqa),
     "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, _gsm8k),
     "minerva": Benchmark("math-ai/minervamath:test", 272, _minerva),
-    "poem": Benchmark("", 0, _creative, is_creative=True),
-    "story": Benchmark("", 0, _creative, is_creative=True),
-    "joke": Benchmark("", 0, _creative, is_creative=True),
+    **dict.fromkeys(("poem", "story", "joke"), Benchmark("", 0, _creative)),
 }

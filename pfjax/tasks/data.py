@@ -1,6 +1,7 @@
 """Prompts from files or the hub, and an order of them that a checkpoint can hold."""
 
 import collections
+import functools
 import logging
 from typing import Any, NamedTuple
 
@@ -24,15 +25,10 @@ class PromptSet(NamedTuple):
 def load_prompts(
     source: str, tok: Any, max_prompt_tokens: int, suffix: str = ""
 ) -> PromptSet:
-    """Reads prompts from JSONL, Parquet, or a hub data set (its "train" split).
-
-    A row has `prompt` (or `problem`, or `question`): a string, or messages; and
-    perhaps `answer`, or `reward_model.ground_truth` as in verl's files. Answers
-    serve evaluation, and the objectives that grade responses (`grpo`, `flowrl`).
+    """Reads prompts and perhaps answers, see `dataset_io.read` and `benchmarks.from_row`.
 
     Args:
-      source: a `.jsonl`/`.json`/`.parquet` file, a hub name with an optional
-        `:split`, or `pfjax/toy/<file>` for the files that ship with pfjax.
+      source: a file or a data set (its "train" split).
       tok: a tokenizer.
       max_prompt_tokens: longer prompts are skipped, with one warning.
       suffix: added to each prompt, to its last message; no braces are interpreted.
@@ -41,8 +37,9 @@ def load_prompts(
       ValueError: if there is no such source, a row has no prompt (naming file and
         line), or no prompt is left.
     """
-    problems, tokens, too_long = [], [], 0
-    for number, (where, row) in enumerate(dataset_io.read(source)):
+    problems, tokens = [], []
+    rows = dataset_io.read(source)
+    for number, (where, row) in enumerate(rows):
         problem = benchmarks.from_row(where, row, number)
         prompt = problem.question
         if isinstance(prompt, str):
@@ -51,34 +48,28 @@ def load_prompts(
             *before, last = prompt
             prompt = [*before, {**last, "content": last["content"] + suffix}]
         ids = tokenizer.encode_prompt(tok, prompt)
-        if len(ids) > max_prompt_tokens:
-            too_long += 1
-            continue
-        problems.append(problem._replace(question=prompt))
-        tokens.append(ids)
-    if too_long:
-        _LOG.warning(
-            "%s: skipped %d of %d prompts longer than %d tokens",
-            source, too_long, too_long + len(tokens), max_prompt_tokens,
-        )  # fmt: skip
+        if len(ids) <= max_prompt_tokens:
+            problems.append(problem._replace(question=prompt))
+            tokens.append(ids)
+    if too_long := len(rows) - len(tokens):
+        skipped = f"{source}: skipped {too_long} of {len(rows)} prompts"
+        _LOG.warning(f"{skipped} longer than {max_prompt_tokens} tokens")
     if not tokens:
         reason = "all are too long" if too_long else "it is empty"
         raise ValueError(f"no prompts left in {source}: {reason}")
-    repeated = sum(n - 1 for n in collections.Counter(map(tuple, tokens)).values())
-    if repeated:
-        _LOG.warning("%s: %d prompts are duplicates", source, repeated)
+    if repeated := len(tokens) - len({tuple(x) for x in tokens}):
+        _LOG.warning(f"{source}: {repeated} prompts are duplicates")
     return PromptSet(problems, tokens)
 
 
 def warn_of_overlap(train: PromptSet, held_out: PromptSet) -> None:
     """Says if prompts of the evaluation are trained on."""
     seen = {tuple(x) for x in train.tokens}
-    shared = sum(tuple(x) in seen for x in held_out.tokens)
-    if shared:
+    if shared := sum(tuple(x) in seen for x in held_out.tokens):
         _LOG.warning(
-            "%d of %d prompts for evaluation are trained on: scores are not of unseen "
-            "problems", shared, len(held_out.tokens),
-        )  # fmt: skip
+            f"{shared} of {len(held_out.tokens)} prompts for evaluation are trained on: "
+            "scores are not of unseen problems"
+        )
 
 
 class TargetSamples(NamedTuple):
@@ -96,35 +87,36 @@ def load_target(source: str, target: Target) -> TargetSamples:
       ValueError: if the samples are none of the target (but for its format term), or of
         several kinds.
     """
-    found, alpha = dataset_io.read(source), target.alpha
     if target.beta:
         raise ValueError(
             f"--config.data.target={source}: the target of this objective has a reward, "
             "which no such samples know"
         )
+    found = dataset_io.read(source)
+    log_z = found[0][1].get("log_z") if found else None
     for where, row in found:
-        for name, want in (("alpha", alpha), ("log_z", found[0][1].get("log_z"))):
+        for name, want in (("alpha", target.alpha), ("log_z", log_z)):
             if row.get(name) is None or row[name] != want:
                 raise ValueError(
                     f"{where}: {name} is {row.get(name)}, expected {want}; samples of the "
                     "target come from python -m pfjax.sample --method=smc --alpha="
-                    f"{alpha:g} --log_z=..."
+                    f"{target.alpha:g} --log_z=..."
                 )
-    by_prompt: dict[int, list[dict]] = {}
+    by_prompt = collections.defaultdict(list)
     for _, row in found:
-        by_prompt.setdefault(row["prompt_id"], []).append(row)
+        by_prompt[row["prompt_id"]].append(row)
     groups = [by_prompt[q] for q in sorted(by_prompt)]
-    if not groups or len({len(g) for g in groups}) != 1:
+    if len({len(g) for g in groups}) != 1:
         raise ValueError(f"{source}: every prompt needs as many samples as the others")
-    if found[0][1]["log_z"] and not target.is_length_aware:
+    if log_z and not target.is_length_aware:
         raise ValueError(
-            f"{source}: drawn with log_z={found[0][1]['log_z']}, but the target of this "
-            "objective is of whole sequences: draw with --log_z=0"
+            f"{source}: drawn with log_z={log_z}, but the target of this objective is of "
+            "whole sequences: draw with --log_z=0"
         )
     return TargetSamples(
         prompts=[g[0]["prompt_tokens"] for g in groups],
         responses=[r["completion_tokens"] for g in groups for r in g],
-        log_z=found[0][1]["log_z"],
+        log_z=log_z,
     )
 
 
@@ -136,18 +128,13 @@ def next_prompts(
     Args:
       prompts: the set; each epoch is a permutation of it made from (seed, epoch).
       cursor: prompts handed out so far; all the state there is.
-      num: how many.
-      seed: of the run.
 
     Returns:
-      Indices into the set; ids that stand for them in the random numbers (their
-      place in the order, so that a prompt met twice in one step draws twice); and
-      the new cursor.
+      Indices into the set; their places in the order, which stand for them in the
+      random numbers, so that a prompt met twice in one step draws twice; and the new
+      cursor.
     """
-    size = len(prompts.tokens)
+    n = len(prompts.tokens)
+    order = functools.cache(lambda x: np.random.default_rng((seed, x)).permutation(n))
     ids = list(range(cursor, cursor + num))
-    orders = {
-        epoch: np.random.default_rng((seed, epoch)).permutation(size)
-        for epoch in {i // size for i in ids}
-    }
-    return [int(orders[i // size][i % size]) for i in ids], ids, cursor + num
+    return [int(order(i // n)[i % n]) for i in ids], ids, cursor + num

@@ -1,9 +1,8 @@
-r"""Answers to right or wrong, by math-verify in processes that can be killed.
+r"""Answers to right or wrong, by math-verify in a process that can be killed.
 
-A worker is `python -m pfjax.tasks.grading`: it reads one JSON object a line and
-answers with one. Some answers send sympy into arithmetic that no alarm can interrupt
-(`\boxed{9^{9^{9^9}}}`); then the worker is killed, the answer counts as wrong, and a
-new worker starts.
+The worker, `python -m pfjax.tasks.grading`, answers each line of JSON with one. Some
+answers send sympy into arithmetic that no alarm can interrupt (`\boxed{9^{9^{9^9}}}`):
+it is killed, the answer counts as wrong, and a new one starts.
 
 math-verify compares mathematics. Rules before it decide what is not mathematics:
 
@@ -24,28 +23,26 @@ as harnesses for MATH do; `x = 5` = `5`; an interval equals its inequality; a de
 equals a fraction or a root when six decimals agree (`0.333` is not a third).
 
 Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); decimals below
-1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product; a
-list of three-digit numbers without spaces (`100,200`) is one number; a decimal comma
-(`0,5`), `\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval
-are not understood; of an equation in the answer the right side counts, `2x + z = 1` is
-1.
+1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product;
+three-digit numbers without spaces (`100,200`) are one number; a decimal comma (`0,5`),
+`\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval are not
+understood; of an equation in the answer the right side counts, `2x + z = 1` is 1.
 """
 
 import contextlib
+import functools
+import itertools
 import json
-import os
+import logging
 import re
 import select
 import subprocess
 import sys
-import threading
-import time
 from importlib import metadata
 from typing import Literal
 
 DEADLINE_SECONDS = 5.0
-# Importing sympy on a busy machine.
-START_SECONDS = 60.0
+START_SECONDS = 60.0  # importing sympy on a busy machine
 # Counts changes of the rules above: scores of different numbers do not compare.
 RULES_VERSION = 1
 
@@ -74,21 +71,18 @@ def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
     for brace in _BRACES.finditer(text):
         if brace["box"] or brace[0] == "{":
             open_braces.append(brace)
-        elif brace[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened["box"]:
-                found[opened.start()] = text[opened.end() : brace.start()]
-    if not found:
-        return None
-    return found[max(found) if policy == "last" else min(found)]
+        elif brace[0] == "}" and open_braces and (opened := open_braces.pop())["box"]:
+            found[opened.start()] = text[opened.end() : brace.start()]
+    pick = max if policy == "last" else min
+    return found[pick(found)] if found else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}`, braces balanced, or None."""
+    r"""What stands in the last closed `\boxed{...}`, or None."""
     return boxed(text)
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Compares answers; a context manager that holds one worker process.
 
     Attributes:
@@ -99,12 +93,8 @@ class Grader:
         self.timeouts = 0
         self._deadline = deadline_seconds
         self._worker: subprocess.Popen | None = None
-        self._cache: dict[tuple[str, str, float | None], bool] = {}
         self._endless: set[str] = set()  # cannot even be compared with 0
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> "Grader":  # noqa: PYI034
-        return self
+        self._judge_once = functools.cache(self._judge)
 
     def __exit__(self, *unused) -> None:
         self._stop()
@@ -119,14 +109,14 @@ class Grader:
             "deadline_seconds": self._deadline,
         }
 
-    def check_golds(self, golds: list[str]) -> None:
-        """Grades every gold against itself, as an answer that is not the same string.
+    def check_golds(self, golds: list[str | None]) -> None:
+        """Grades every known gold against itself, as if the strings differed.
 
         Raises:
           ValueError: naming the golds that no answer would equal.
         """
-        with self._lock:
-            wrong = [g for g in dict.fromkeys(golds) if not self._ask(g, g)]
+        known = dict.fromkeys(g for g in golds if g is not None)
+        wrong = [g for g in known if not self._ask(g, g)]
         if wrong:
             raise ValueError(
                 f"{len(wrong)} gold answers are not equal to themselves: {wrong[:20]}; "
@@ -141,13 +131,8 @@ class Grader:
           tolerance: how far a number, or each of a list, may be off (the field `error`
             of OlympiadBench); absolute.
         """
-        if gold.strip() == answer.strip():
-            return True
-        key = gold, answer, tolerance
-        with self._lock:
-            if key not in self._cache:
-                self._cache[key] = self._judge(*key)
-            return self._cache[key]
+        same = gold.strip() == answer.strip()
+        return same or self._judge_once(gold, answer, tolerance)
 
     def classes(self, answers: list[str | None]) -> list[int]:
         """Equivalence classes, numbered as they appear; -1 for no or an empty answer.
@@ -160,17 +145,16 @@ class Grader:
             if answer is None or not answer.strip():
                 out.append(-1)
                 continue
-            for i, other in enumerate(known):
-                if self.is_equal(other, answer) and self.is_equal(answer, other):
-                    out.append(i)
-                    break
-            else:
-                out.append(len(known))
+            same = (
+                self.is_equal(x, answer) and self.is_equal(answer, x) for x in known
+            )
+            out.append(next((i for i, x in enumerate(same) if x), len(known)))
+            if out[-1] == len(known):
                 known.append(answer)
         return out
 
     def _judge(self, gold: str, answer: str, tolerance: float | None) -> bool:
-        if not self._endless.isdisjoint((gold, answer)):
+        if {gold, answer} & self._endless:
             return False
         verdict = self._ask(gold, answer, tolerance)
         if verdict is None:
@@ -185,46 +169,31 @@ class Grader:
     ) -> bool | None:
         """The worker's verdict; None if it had to be killed or died."""
         if self._worker is None:
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", "pfjax.tasks.grading"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            if self._read_line(START_SECONDS) is None:
+            command, pipe = [sys.executable, "-m", __spec__.name], subprocess.PIPE
+            self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            if not self._read_line(START_SECONDS):
                 self._stop()
                 raise RuntimeError("the grading process did not start; see above")
-        request = json.dumps([gold, answer, tolerance]) + "\n"
+        request = json.dumps([gold, answer, tolerance])
         try:
-            self._worker.stdin.write(request.encode())
-            self._worker.stdin.flush()
-            line = self._read_line(self._deadline)
+            print(request, file=self._worker.stdin, flush=True)
         except BrokenPipeError:  # it has died meanwhile (of memory, say)
             self._stop()
             return self._ask(gold, answer, tolerance)
-        if line is None:
-            self._stop()
-            return None
-        return json.loads(line)
+        if line := self._read_line(self._deadline):
+            return json.loads(line)
+        self._stop()
+        return None
 
-    def _read_line(self, seconds: float) -> bytes | None:
-        """One line, or None when time is up or the worker died."""
-        pipe, line = self._worker.stdout.fileno(), b""
-        end = time.monotonic() + seconds
-        while not line.endswith(b"\n"):
-            ready, _, _ = select.select([pipe], [], [], max(end - time.monotonic(), 0))
-            chunk = os.read(pipe, 4096) if ready else b""
-            if not chunk:
-                return None
-            line += chunk
-        return line
+    def _read_line(self, seconds: float) -> str:
+        """A line, which the worker writes whole; "" when time is up or it died."""
+        out = self._worker.stdout
+        return out.readline() if select.select([out], [], [], seconds)[0] else ""
 
     def _stop(self) -> None:
         if self._worker is not None:
-            self._worker.kill()
-            with contextlib.suppress(BrokenPipeError):
-                self._worker.stdin.close()
-            self._worker.stdout.close()
-            self._worker.wait()
+            with contextlib.suppress(BrokenPipeError), self._worker:
+                self._worker.kill()
             self._worker = None
 
 
@@ -239,10 +208,8 @@ def _equal_by_rule(gold: str, answer: str) -> bool | None:
             return False
         with contextlib.suppress(ValueError):  # a symbol such as `A_1`
             return int(based[1], int(base)) == int(other_based[1], int(base))
-    ordered, is_other_ordered = _is_ordered(gold), _is_ordered(answer)
-    if None not in (ordered, is_other_ordered) and ordered != is_other_ordered:
-        return False
-    return None
+    is_mixed = {_is_ordered(gold), _is_ordered(answer)} == {True, False}
+    return False if is_mixed else None
 
 
 def _plain(text: str) -> str:
@@ -267,11 +234,8 @@ def _word(text: str) -> tuple[str | None, bool]:
 def _is_ordered(text: str) -> bool | None:
     r"""True for `(a, b)` or `[a, b]`, False for `a, b` or `\{a, b\}`, else None."""
     text = re.sub(r"\\left|\\right|\\(?=[{}])|\s", "", text)
-    depths, depth = [], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        depths.append(depth)
-    commas = {d for d, character in zip(depths, text, strict=True) if character == ","}
+    depths = [*itertools.accumulate((c in "([{") - (c in ")]}") for c in text)]
+    commas = {d for d, c in zip(depths, text, strict=True) if c == ","}
     if "=" in text or not commas:
         return None
     if 0 in commas:
@@ -282,9 +246,6 @@ def _is_ordered(text: str) -> bool | None:
 
 def _serve() -> None:
     """The worker: reads comparisons from standard input until it closes."""
-    import functools
-    import logging
-
     import math_verify
     from sympy import Eq, FiniteSet
 
@@ -314,8 +275,7 @@ def _serve() -> None:
 
     def compare(gold: str, answer: str, tolerance: float | None) -> bool:
         gold, answer = _plain(gold), _plain(answer)
-        by_rule = _equal_by_rule(gold, answer)
-        if by_rule is not None:
+        if (by_rule := _equal_by_rule(gold, answer)) is not None:
             return by_rule
         if tolerance is not None:
             want, have = numbers(gold), numbers(answer)

@@ -31,26 +31,20 @@ def compute_rewards(
     """Puts the responses of a step into text and computes what they are worth.
 
     Args:
-      indices: of the P prompts in the set.
+      indices: of the P prompts in `prompts`.
       rollout: G responses to each.
-      grader: compares answers.
-      tok: the tokenizer.
-      prompts: the set.
+      grader, tok: compare answers, and make text of tokens.
       reward: a name in `OF_ANSWERS`; others leave zeros.
       format_penalty: psi of a response without a box.
     """
     rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
-    responses = [y[:n] for y, n in zip(rows, rollout.lengths.reshape(-1), strict=True)]
+    responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
     texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
     values = np.zeros(len(texts), np.float32)
     if reward in OF_ANSWERS:
-        values = of_answers(
-            reward,
-            [last_boxed(text) for text in texts],
-            [prompts.problems[i].gold for i in indices],
-            rollout.tokens.shape[1],
-            grader,
-        )
+        answers = [last_boxed(text) for text in texts]
+        golds = [prompts.problems[i].gold for i in indices]
+        values = of_answers(reward, answers, golds, rollout.tokens.shape[1], grader)
         # A grader that runs out of time may do so on one host alone.
         values = distributed.from_first(values)
     return RolloutBatch(
@@ -102,11 +96,9 @@ def of_answers(
         classes = np.array(grader.classes(own))
         votes = np.bincount(classes[classes >= 0], minlength=1)
         if name == "majority":
-            out += list((classes == votes.argmax()) & (votes.max() > 0))
-        elif name == "cluster":
-            out += list(np.where(classes >= 0, votes[classes], 1) / len(own))
+            out += [*((classes == votes.argmax()) & (votes.max() > 0))]
         else:
-            raise ValueError(f"no reward {name!r} of answers")
+            out += [*(np.where(classes >= 0, votes[classes], 1) / len(own))]
     return np.array(out, np.float32)
 
 
