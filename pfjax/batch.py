@@ -36,10 +36,8 @@ class PackedBatch(NamedTuple):
     is_real: Any  # whether there is a trajectory
     log_p_base: Any = None  # token log-probs of the frozen base
     log_p_old: Any = None  # those of the behaviour policy
-    is_on_policy: Any = (
-        None  # the policy is the behaviour policy: log_p_old is not read.
-    )
-    # None: it always is, and log_p_old is None
+    # Whether the policy is the behaviour policy: log_p_old is not read. None: it always is.
+    is_on_policy: Any = None
     log_z: Any = None  # group estimate; None: use the head
     advantage: Any = None  # group-normalised reward
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
@@ -66,7 +64,7 @@ SCORES = PackedBatch._fields[8:]
 
 
 class PackShape(NamedTuple):
-    """Dimensions of a packed batch, which are fixed: a step compiles once."""
+    """Dimensions of a packed batch, fixed so that a step compiles once."""
 
     num_microbatches: int  # M
     microbatch_size: int  # B
@@ -75,20 +73,7 @@ class PackShape(NamedTuple):
 
     def of(self, dims: str) -> tuple[int, ...]:
         """Sizes of dimensions by their letters."""
-        sizes = dict(zip("mbtn", self, strict=True))
-        return tuple(sizes[x] for x in dims)
-
-
-def empty_batch(shape: PackShape) -> PackedBatch:
-    """A batch of padding without scores, on the host."""
-    fields = zip(PackedBatch._fields, PACKED, strict=True)
-    return PackedBatch(
-        **{
-            name: np.full(shape.of(dims), padding, dtype)
-            for name, (dims, dtype, padding) in fields
-            if name not in SCORES
-        }
-    )
+        return tuple(self["mbtn".index(x)] for x in dims)
 
 
 class Placement(NamedTuple):
@@ -108,9 +93,7 @@ class Rollout(NamedTuple):
     lengths: np.ndarray  # int32 [P, G], tokens drawn, stop token included
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
-    slot_steps: (
-        int  # slots times steps computed; tokens / slot_steps is the useful fraction
-    )
+    slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
 
 
 class RolloutBatch(NamedTuple):
@@ -186,8 +169,8 @@ def pack(
     prompt_lengths: Int[np.ndarray, "s"],
     shape: PackShape,
     *,
-    psi: Float[np.ndarray, "s"] | None = None,
-    prompt_index: Int[np.ndarray, "s"] | None = None,
+    psi: Float[np.ndarray, "s"] | float = 0.0,
+    prompt_index: Int[np.ndarray, "s"] | int = 0,
 ) -> tuple[PackedBatch, Placement, int]:
     """Packs trajectories by best fit, longest first.
 
@@ -195,8 +178,8 @@ def pack(
       sequences: prompt followed by response, token ids, one array per trajectory.
       prompt_lengths: tokens of each that are prompt, at least 1.
       shape: of the result; all of it is padding past the third value returned.
-      psi: format term of each trajectory; 0 when not given.
-      prompt_index: prompt of each trajectory; 0 when not given.
+      psi: format term of each trajectory.
+      prompt_index: prompt of each trajectory.
 
     Returns:
       The batch `[M, B, ...]`; where each trajectory went; and the number of
@@ -218,24 +201,20 @@ def pack(
             f"only {shape.num_microbatches} were given; raise pack_length or "
             "microbatch_size"
         )
-    batch = empty_batch(shape)
+    batch = PackedBatch(*(np.full(shape.of(d), pad, t) for d, t, pad in PACKED[:8]))
     tokens, positions, segment_ids, is_response = (x.ravel() for x in batch[:4])
-    first = row * shape.pack_length + start
-    upto = np.arange(shape.pack_length, dtype=np.int32)
-    places = zip(first.tolist(), segment.tolist(), strict=True)
-    for sequence, length, (at, number) in zip(
-        sequences, prompt_lengths, places, strict=True
-    ):
-        end = at + len(sequence)
-        tokens[at:end] = sequence
-        positions[at:end] = upto[: len(sequence)]
-        segment_ids[at:end] = number + 1
-        is_response[at + length : end] = True
-    at = (row // shape.microbatch_size, row % shape.microbatch_size, segment)
+    places = zip(row * shape.pack_length + start, segment, prompt_lengths, strict=True)
+    for sequence, (first, number, length) in zip(sequences, places, strict=True):
+        end = first + len(sequence)
+        tokens[first:end] = sequence
+        positions[first:end] = np.arange(len(sequence))
+        segment_ids[first:end] = number + 1
+        is_response[first + length : end] = True
+    at = (*divmod(row, shape.microbatch_size), segment)
     batch.length[at] = placement.length
     batch.is_real[at] = True
-    batch.prompt_index[at] = 0 if prompt_index is None else prompt_index
-    batch.psi[at] = 0.0 if psi is None else psi
+    batch.prompt_index[at] = prompt_index
+    batch.psi[at] = psi
     return batch, placement, used
 
 
@@ -250,14 +229,9 @@ def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
     """
     most = int(placement.segment.max(initial=0)) + 1
     size = next((n for n in _SEGMENT_SIZES if most <= n), None)
-    fields = zip(batch._asdict().items(), PACKED, strict=True)
-    return batch._replace(
-        **{
-            name: x[..., :size]
-            for (name, x), (dims, *_) in fields
-            if dims.endswith("n") and x is not None
-        }
-    )
+    is_cut = lambda x, dims: x is not None and dims.endswith("n")
+    fields = zip(batch, PACKED, strict=True)
+    return PackedBatch(*(x[..., :size] if is_cut(x, d) else x for x, (d, *_) in fields))
 
 
 def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
@@ -315,11 +289,13 @@ def pack_prompts(
     rows, _, starts = best_fit(lengths, pack_length, pack_length)
     shape = (int(rows.max(initial=0)) + 1, pack_length)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    for i, row, start in zip(some, rows, starts, strict=True):
-        at = (row, slice(start, start + len(prompts[i])))
-        tokens[at] = prompts[i]
-        positions[at] = np.arange(len(prompts[i]))
-        segment_ids[at] = i + 1
+    for i, row, start, length in zip(some, rows, starts, lengths, strict=True):
+        at = (row, slice(start, start + length))
+        tokens[at], positions[at], segment_ids[at] = (
+            prompts[i],
+            np.arange(length),
+            i + 1,
+        )
     return tokens, positions, segment_ids
 
 
@@ -336,12 +312,8 @@ def segment_sum(
     # A product with the one-hot membership runs on the matrix unit and has a
     # cheap gradient; a scatter does neither on TPU.
     member = segment_ids[:, :, None] == jnp.arange(1, max_segments + 1)[None, None, :]
-    return jnp.einsum(
-        "btn,bt...->bn...",
-        member.astype(jnp.float32),
-        x.astype(jnp.float32),
-        precision="highest",
-    )
+    member, x = member.astype(jnp.float32), x.astype(jnp.float32)
+    return jnp.einsum("btn,bt...->bn...", member, x, precision="highest")
 
 
 def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[Array, "b n"]:
@@ -366,16 +338,13 @@ def to_segments(
 
 def from_segments(x: Array, placement: Placement) -> np.ndarray:
     """Brings `[*m, B, N]` values back into the order of the trajectories, `[S]`."""
-    x = np.asarray(x)
-    return x.reshape(-1, x.shape[-1])[placement.row, placement.segment]
+    x = np.asarray(x).reshape(-1, x.shape[-1])
+    return x[placement.row, placement.segment]
 
 
 def unpack_responses(x: Array, placement: Placement) -> list[np.ndarray]:
     """Takes the values of each trajectory's response tokens out of `[*m, B, T]`."""
-    x = np.asarray(x)
-    x = x.reshape(-1, x.shape[-1])
+    x = np.asarray(x).reshape(-1, x.shape[-1])
     first = placement.start + placement.prompt_length
-    return [
-        x[r, s : s + n]
-        for r, s, n in zip(placement.row, first, placement.length, strict=True)
-    ]
+    places = zip(placement.row, first, placement.length, strict=True)
+    return [x[row, at : at + length] for row, at, length in places]

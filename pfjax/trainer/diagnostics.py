@@ -4,16 +4,12 @@ They come from host arrays with one entry per trajectory, so that each can be te
 batch made by hand. Means are over responses unless said otherwise.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import numpy as np
 
 from pfjax import targets
 from pfjax.batch import (
     Minibatch,
-    PackShape,
     Rollout,
     RolloutBatch,
     TrajectoryStats,
@@ -23,45 +19,40 @@ from pfjax.batch import (
 from pfjax.infra import hardware
 from pfjax.model import flops
 from pfjax.model.transformer import ModelConfig
-from pfjax.objectives import ObjectiveConfig
+from pfjax.objectives import tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
-from pfjax.trainer import minibatch, profiling
+from pfjax.trainer import profiling
+from pfjax.trainer.train_fns import TrainFns
 
 
 def step_metrics(
+    fns: TrainFns,
     minibatches: list[Minibatch],
     stats: list[TrajectoryStats],
     log_p: list[jax.Array],
     data: RolloutBatch,
-    step: int,
     clock: profiling.Clock,
-    *,
-    objective: ObjectiveConfig,
-    shape: PackShape,
-    model: ModelConfig,
-    learning_rate: Callable[[int], float],
 ) -> dict[str, float]:
-    """All metrics of one step.
+    """All metrics of one step but those that the update itself returns.
 
     Args:
+      fns: programs and shapes of the run.
       minibatches: one per update.
       stats: `[M, B, N]` of each, as the update saw them.
       log_p: `[M, B, T]` of each, from before it.
       data: the trajectories of the step.
-      step: its number.
       clock: that timed its phases; it stops here.
-      objective: what is trained.
-      shape: of a packed batch.
-      model: of the policy.
-      learning_rate: of a step.
     """
+    objective = fns.objective
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that sampled: later updates of a step have moved it.
     drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
-    scored: list[np.ndarray] = []
-    for m, values in zip(minibatches, drawn, strict=True):
-        scored += unpack_responses(values, m.placement)
+    pairs = zip(minibatches, drawn, strict=True)
+    scored = [y for m, values in pairs for y in unpack_responses(values, m.placement)]
+    prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
+    lengths = np.concatenate([m.placement.length for m in minibatches])
+    rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
@@ -69,16 +60,14 @@ def step_metrics(
         **completion_metrics(r, data.rollout.finished.reshape(-1), has_box),
         **repetition_metrics(data.responses),
         **rollout_metrics(data.rollout, scored),
-        "pack/fill": minibatch.fill(minibatches, shape),
+        "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
     if objective.kind.reward:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
-    prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
-    lengths = np.concatenate([m.placement.length for m in minibatches])
-    out |= {"lr": learning_rate(step), **clock.done()}
-    out |= perf_metrics(model, out, prompts, lengths)
+    times = clock.done()
+    out |= times | perf_metrics(fns.model, times, prompts, lengths)
     return {k: float(v) for k, v in out.items()}
 
 
@@ -139,9 +128,8 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
       and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
     """
     n = r.num_loss_tokens
-    tilt = {"psi": r.psi, "reward": r.advantage}
-    log_reward = target.log_reward(r.log_p_base, n, **tilt)
-    residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt)
+    log_reward = target.log_reward(r.log_p_base, n, **tilt(r))
+    residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt(r))
     means = mean_by_prompt(residual, r.prompt_index)
     gap = r.length * (residual - means) if target.is_length_aware else residual
     residual = residual - means
@@ -257,7 +245,7 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
 
 def perf_metrics(
     model: ModelConfig,
-    times: dict[str, Any],
+    times: dict[str, float],
     prompt_lengths: np.ndarray,
     lengths: np.ndarray,
 ) -> dict[str, float]:

@@ -65,8 +65,3 @@ class Writer:
             storage.upload(self._events, self._workdir)
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def named(row: dict[str, Any], name: str) -> float | None:
-    """A metric by its name, or by what stands before the "@" in it; None without it."""
-    return next((v for k, v in row.items() if name in (k, k.partition("@")[0])), None)
