@@ -139,8 +139,8 @@ class TrajectoryStats(NamedTuple):
     entropy: Any  # sum over the whole response
     length: Any  # tokens of the whole response
     prompt_index: Any
-    loss: Any
-    residual: Any
+    loss: Any = None  # this and the residual are filled in last
+    residual: Any = None
 
 
 def max_microbatches(

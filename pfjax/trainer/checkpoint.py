@@ -11,12 +11,13 @@ each shard into place, whatever mesh wrote it; (3) set aside the damaged ones th
 passed over; (4) the caller cuts `metrics.jsonl` back to that step.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,15 +27,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
-from pfjax.infra import distributed
+from pfjax.infra import distributed, storage
 from pfjax.targets import Array
-from pfjax.trainer import settings
+from pfjax.trainer.settings import OtherRun, check_same
 
 KEEP = 2  # the latest, and the one before should that be damaged
-
-
-class OtherRun(ValueError):
-    """The checkpoints of a folder belong to another model or config."""
 
 
 class Damaged(Exception):
@@ -59,18 +56,15 @@ class Checkpoints:
         self._directory, self._note = directory, note
         self._remove_damaged_metrics()
         policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["best"],
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept = policies.AnyPreservationPolicy([policies.LatestN(KEEP), best])
         self._checkpointer = ocp.training.Checkpointer(
-            directory if "://" in str(directory) else directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(KEEP),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["best"],
-                        n=keep_best,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            directory if storage.is_remote(directory) else directory.absolute(),
+            preservation_policy=kept,
             cleanup_tmp_directories=True,
         )
 
@@ -105,25 +99,20 @@ class Checkpoints:
         """
         if step in self.steps:
             return
-        sums = {k: int(v) for k, v in _named(_checksums(state)).items()}
-        about = {**about, "checksums": sums}
-        try:
+        about = _sealed({**about, "checksums": _checksums(state)})
+        with self._said():
             self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": state, "about": _sealed(about)},
+                {"state": state, "about": about},
                 # Every one, also while the one before is being written.
                 force=True,
                 metrics=None if metric is None else {"best": metric},
             )
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises OSError if it is not."""
-        try:
+        with self._said():
             self._checkpointer.wait()
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def restore(
         self, abstract_state: Any, identity: dict[str, Any]
@@ -163,16 +152,11 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]]:
         load = self._checkpointer.load_checkpointables
         about = _opened(load(step, {"about": None})["about"])
-        different = settings.differences(about["identity"], identity)
-        if different:
-            shown = "\n  ".join(different)
-            raise OtherRun(
-                f"{self._directory} holds checkpoints of another run:\n  {shown}\n"
-                "choose another --workdir, or restore these values to continue it"
-            )
+        what = f"{self._directory} holds checkpoints of another run"
+        check_same(what, about["identity"], identity)
         state = load(step, {"state": abstract_state})["state"]
-        for name, value in _named(_checksums(state)).items():
-            if int(value) != about["checksums"][name]:
+        for name, value in _checksums(state).items():
+            if value != about["checksums"][name]:
                 raise Damaged(f"{name} is not what was saved")
         return state, about
 
@@ -195,23 +179,30 @@ class Checkpoints:
             for file in self._directory.glob("[0-9]*/metrics/metrics"):
                 try:
                     json.loads(file.read_text())["best"]
-                except (
-                    ValueError,
-                    KeyError,
-                ):  # bytes that are no text are a ValueError
+                # Bytes that are no text are a ValueError.
+                except (ValueError, KeyError):
                     self._note(f"{file} is damaged: that checkpoint counts without it")
                     file.unlink()
         _sync()
 
-    def _not_written(self, error: Exception) -> OSError:
-        good = [s for s in self.steps if (self._directory / str(s)).exists()]
-        kept = (
-            f"that of step {good[-1]} is whole" if good else "there is none before it"
-        )
-        return OSError(
-            f"a checkpoint could not be written to {self._directory}; {kept}. The same "
-            f"command continues from there, once there is room.\n{_reason(error)}"
-        )
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """Turns what Orbax raises when it cannot write into an OSError."""
+        try:
+            yield
+        except Exception as error:
+            good = [s for s in self.steps if (self._directory / str(s)).exists()]
+            kept = (
+                f"that of step {good[-1]} is whole"
+                if good
+                else "there is none before it"
+            )
+            lines = str(error).splitlines() or [repr(error)]
+            reason = next((x for x in lines if "No space" in x), lines[0])[:500]
+            raise OSError(
+                f"a checkpoint could not be written to {self._directory}; {kept}. The same "
+                f"command continues from there, once there is room.\n{reason}"
+            ) from error
 
 
 _READ = "_read_array_index_and_device_put"
@@ -248,18 +239,13 @@ def _opened(sealed: dict[str, str]) -> dict[str, Any]:
     return json.loads(sealed["json"])
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [repr(error)]
-    return next((x for x in lines if "No space" in x), lines[0])[:500]
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): x for path, x in leaves}
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves, _ = jax.tree.flatten_with_path(_checksum_each(tree))
+    return {jax.tree_util.keystr(path): int(x) for path, x in leaves}
 
 
 @jax.jit
-def _checksums(tree: Any) -> Any:
+def _checksum_each(tree: Any) -> Any:
     return jax.tree.map(checksum, tree)
 
 

@@ -18,7 +18,6 @@ from pfjax.batch import (
 )
 from pfjax.infra import hardware
 from pfjax.model import flops
-from pfjax.model.transformer import ModelConfig
 from pfjax.objectives import tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
@@ -66,8 +65,12 @@ def step_metrics(
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
-    times = clock.done()
-    out |= times | perf_metrics(fns.model, times, prompts, lengths)
+    out |= clock.done()
+    out["perf/tokens_per_s"] = lengths.sum() / out["time/step"]
+    work = flops.update_flops(fns.model, prompts + lengths, prompts)
+    mfu = hardware.mfu(work, out["time/base_pass"] + out["time/update"])
+    if mfu is not None:  # the peak of the devices is known
+        out["perf/mfu"] = mfu
     return {k: float(v) for k, v in out.items()}
 
 
@@ -76,11 +79,9 @@ def _in_order(
 ) -> TrajectoryStats:
     """The statistics of all updates, `[S]`, in the order sampled; without a log Z, that of
     each prompt's samples is shown."""
-    parts = [
-        jax.tree.map(lambda x, m=m: from_segments(x, m.placement), one)
-        for m, one in zip(minibatches, stats, strict=True)
-    ]
-    r = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    where = [m.placement for m in minibatches]
+    join = lambda *x: np.concatenate(list(map(from_segments, x, where)))
+    r = jax.tree.map(join, *stats)
     if not has_log_z:
         means = mean_by_prompt(r.residual, r.prompt_index)
         r = r._replace(log_z=-means, residual=r.residual - means)
@@ -130,22 +131,21 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
     n = r.num_loss_tokens
     log_reward = target.log_reward(r.log_p_base, n, **tilt(r))
     residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt(r))
-    means = mean_by_prompt(residual, r.prompt_index)
-    gap = r.length * (residual - means) if target.is_length_aware else residual
-    residual = residual - means
-    scale = targets.tokens(n) if target.is_length_aware else 1
+    within = residual - mean_by_prompt(residual, r.prompt_index)
+    gap, scale = residual, 1
+    if target.is_length_aware:
+        gap, scale = r.length * within, targets.tokens(n)
     policy, wanted = r.log_pf / scale, log_reward / scale
     groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
-    weights = [np.exp(residual[g].min() - residual[g]) for g in groups]
+    weights = [np.exp(within[g].min() - within[g]) for g in groups]
     corr, slope = _regression(policy, wanted, r.prompt_index)
     inverted = [_inverted(r.log_pf[g], r.log_p_base[g]) for g in groups]
     pairs = sum(n for _, n in inverted)
+    ranks = (_ranks(policy, groups), _ranks(wanted, groups))
     return {
         "tb/corr_logp_target": corr,
         "tb/slope": slope,
-        "tb/rank_corr": _regression(
-            _ranks(policy, groups), _ranks(wanted, groups), r.prompt_index
-        )[0],
+        "tb/rank_corr": _regression(*ranks, r.prompt_index)[0],
         "tb/elbo": -gap.mean(),
         "tb/ess": np.mean([w.sum() ** 2 / (len(w) * (w**2).sum()) for w in weights]),
         "tb/inversion_rate": sum(n for n, _ in inverted) / max(pairs, 1),
@@ -203,9 +203,8 @@ def completion_metrics(
 
 def repetition_metrics(responses: list[np.ndarray], n: int = 4) -> dict:
     """Fractions of token n-grams that repeat, and of responses that end in a loop."""
-    fractions = [_repeated_ngrams(y, n) for y in responses]
     return {
-        "repetition/ngram_frac": np.mean(fractions),
+        "repetition/ngram_frac": np.mean([_repeated_ngrams(y, n) for y in responses]),
         "repetition/loop_frac": np.mean([_ends_in_loop(y) for y in responses]),
     }
 
@@ -219,11 +218,9 @@ def _repeated_ngrams(y: np.ndarray, n: int) -> float:
 
 def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     """Whether the tail is one period of at most `longest` tokens, 4 times over."""
-    for period in range(1, min(longest, len(y) // repeats) + 1):
-        tail = y[-period * repeats :].reshape(repeats, period)
-        if (tail == tail[0]).all():
-            return True
-    return False
+    periods = range(1, min(longest, len(y) // repeats) + 1)
+    tails = (y[-n * repeats :].reshape(repeats, n) for n in periods)
+    return any((tail == tail[0]).all() for tail in tails)
 
 
 def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
@@ -241,17 +238,3 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
         "rollout/logp_gap_max": np.abs(gaps).max(),
         "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.slot_steps,
     }
-
-
-def perf_metrics(
-    model: ModelConfig,
-    times: dict[str, float],
-    prompt_lengths: np.ndarray,
-    lengths: np.ndarray,
-) -> dict[str, float]:
-    """Response tokens per second of the whole step; and, where the peak of the devices is
-    known, the fraction of it that the base pass and the update reach (see `flops`)."""
-    out = {"perf/tokens_per_s": lengths.sum() / times["time/step"]}
-    work = flops.update_flops(model, prompt_lengths + lengths, prompt_lengths)
-    mfu = hardware.mfu(work, times["time/base_pass"] + times["time/update"])
-    return out if mfu is None else out | {"perf/mfu": mfu}
