@@ -34,10 +34,6 @@ from pfjax.trainer.settings import OtherRun, check_same
 KEEP = 2  # the latest, and the one before should that be damaged
 
 
-class Damaged(Exception):
-    """A checkpoint is not what was saved."""
-
-
 class Checkpoints:
     """The `checkpoints/` of one run; a context manager.
 
@@ -137,7 +133,8 @@ class Checkpoints:
                 damaged[step] = reason
                 self._note(f"checkpoint {step} is damaged and passed over: {reason}")
                 continue
-            self._set_aside(damaged)
+            if damaged:
+                self._set_aside(damaged)
             return found
         if damaged:
             reasons = "\n  ".join(f"{k}: {v}" for k, v in damaged.items())
@@ -157,13 +154,11 @@ class Checkpoints:
         state = load(step, {"state": abstract_state})["state"]
         for name, value in _checksums(state).items():
             if value != about["checksums"][name]:
-                raise Damaged(f"{name} is not what was saved")
+                raise ValueError(f"{name} is not what was saved")
         return state, about
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """So that they count neither as the latest nor as one of the best."""
-        if not damaged:
-            return
         if distributed.is_first():
             for step in damaged:
                 place = self._directory / f"damaged-{step}"
@@ -235,7 +230,7 @@ def _sealed(about: dict[str, Any]) -> dict[str, str]:
 
 def _opened(sealed: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(sealed["json"].encode()).hexdigest() != sealed["sha256"]:
-        raise Damaged("what was saved about it has changed")
+        raise ValueError("what was saved about it has changed")
     return json.loads(sealed["json"])
 
 

@@ -75,7 +75,8 @@ def train_iteration(
     fns, policy = trainer.fns, trainer.policy(state)
     indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
-        rollout = trainer.rollout(policy, indices, ids, step)
+        prompts = [trainer.prompts[i] for i in indices]
+        rollout = trainer.rollout(policy, prompts, step=step, prompt_ids=ids)
     with clock.part("reward"):
         data = trainer.compute_rewards(indices, rollout, grader)
     # Split by prompts: the samples of one stay in one update.
@@ -96,21 +97,11 @@ def train_iteration(
         del base, policy  # an offloaded base leaves room, the policy is donated
     seen = []
     with clock.part("update"):
-        for m in minibatches:
-            state, *of_update = fns.train_step(
-                state, trainer.frozen, m.batch, m.num_microbatches
-            )
+        for batch, num, *_ in minibatches:
+            state, *of_update = fns.train_step(state, trainer.frozen, batch, num)
             seen.append(of_update)
         scalars, stats, log_p = map(list, zip(*seen, strict=True))
         values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    _check_finite(values, step)
-    del values["loss"]  # tb/loss
-    values["lr"] = trainer.learning_rate(step)
-    values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
-    return state, cursor, values
-
-
-def _check_finite(values: dict[str, float], step: int) -> None:
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
             raise FloatingPointError(
@@ -118,6 +109,10 @@ def _check_finite(values: dict[str, float], step: int) -> None:
                 "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
                 "a smaller optim.learning_rate or clip_norm is the usual cure"
             )
+    del values["loss"]  # tb/loss
+    values["lr"] = trainer.learning_rate(step)
+    values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
+    return state, cursor, values
 
 
 class _Run:
@@ -184,9 +179,7 @@ class _Run:
 
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
-        if found is None:
-            return state, 0, 0
-        state, saved = found
+        state, saved = found or (state, {"step": 0, "prompts": 0})
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"{self.folder} holds {saved['step']} steps already; "
@@ -198,10 +191,9 @@ class _Run:
         self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
     ) -> None:
         """Checks health, evaluates, saves, and stops when preempted."""
-        wrong = self._symptoms()
+        wrong, any_of = self._symptoms(), distributed.any_of
         # All processes must agree on a signal that one of them received.
-        seen = (self.preempted.is_asked, bool(wrong))
-        is_preempted, is_wrong = distributed.any_of(seen)
+        is_preempted, is_wrong = any_of((self.preempted.is_asked, bool(wrong)))
         if is_wrong and self.health.action == "stop":
             reasons = "; ".join(wrong) or "see the log of the first process"
             raise health_checks.Unhealthy(
@@ -213,7 +205,7 @@ class _Run:
         is_last = step == self.num_steps
         if self._is_due(step, self.eval_every) and (is_last or not is_preempted):
             self.writer.write(step, values | self._evaluate(state, step))
-            (is_preempted,) = distributed.any_of((self.preempted.is_asked,))
+            (is_preempted,) = any_of((self.preempted.is_asked,))
         if is_preempted or self._is_due(step, self.checkpoint_every):
             about = {"step": step, "prompts": cursor, "identity": self.identity}
             is_best = lambda name: self.best_metric in (name, name.partition("@")[0])
@@ -238,8 +230,7 @@ class _Run:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
-        policy = self.trainer.policy(state)
-        values, rows = self.trainer.evaluate(policy, self.grader)
+        values, rows = self.trainer.evaluate(self.trainer.policy(state), self.grader)
         if rows and distributed.is_first():
             path = self.folder / f"completions/step_{step:06d}.jsonl"
             dataset_io.write_jsonl(path, rows)

@@ -185,25 +185,34 @@ def check(c: ml_collections.FrozenConfigDict) -> None:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
+    steps = c.profile_steps
+    if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
+        raise ValueError(
+            f"--config.profile_steps={steps}: must be the first step to trace and the first "
+            "after it, as in (10, 13)"
+        )
+    if c.lora.rank and c.offload_ref:
+        raise ValueError(
+            "--config.offload_ref=True: with adapters the base is the policy's own weights "
+            "and has to stay on the devices"
+        )
+    if c.lora.rank < 0:
+        raise ValueError(f"--config.lora.rank={c.lora.rank}: must not be negative")
+    if c.updates_per_rollout > c.prompts_per_step:
+        raise ValueError(
+            f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
+            f"prompts_per_step={c.prompts_per_step}"
+        )
     from pfjax.objectives import ObjectiveConfig
 
-    objective, steps = ObjectiveConfig(c.objective, log_z=c.log_z), c.profile_steps
+    objective = ObjectiveConfig(c.objective, log_z=c.log_z)
     has_groups = objective.log_z_source == "group" or objective.kind.reward
-    mistakes = {  # and whether they are made
-        f"--config.profile_steps={steps}: must be the first step to trace and the first "
-        "after it, as in (10, 13)": len(steps) != 2 or not 0 <= steps[0] <= steps[1],
-        "--config.offload_ref=True: with adapters the base is the policy's own weights "
-        "and has to stay on the devices": c.lora.rank and c.offload_ref,
-        f"--config.lora.rank={c.lora.rank}: must not be negative": c.lora.rank < 0,
-        f"--config.updates_per_rollout={c.updates_per_rollout} exceeds prompts_per_step="
-        f"{c.prompts_per_step}": c.updates_per_rollout > c.prompts_per_step,
-        f"--config.objective={c.objective} with --config.log_z={c.log_z} averages over "
-        "the samples of a prompt: samples_per_prompt must be at least 2, got "
-        f"{c.samples_per_prompt}": c.samples_per_prompt < 2 and has_groups,
-    }
-    for text, is_made in mistakes.items():
-        if is_made:
-            raise ValueError(text)
+    if has_groups and c.samples_per_prompt < 2:
+        raise ValueError(
+            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages over "
+            "the samples of a prompt: samples_per_prompt must be at least 2, got "
+            f"{c.samples_per_prompt}"
+        )
 
 
 def check_answers(
@@ -212,9 +221,9 @@ def check_answers(
     """Raises ValueError if the objective grades answers and the prompts have none."""
     from pfjax.objectives import OBJECTIVES
 
-    missing = sum(a is None for a in answers)
-    if OBJECTIVES[c.objective].reward == "correct" and missing:
-        free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
+    missing = answers.count(None)
+    free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
+    if c.objective not in free and missing > 0:
         raise ValueError(
             f"--config.objective={c.objective} grades responses, but {missing} of "
             f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
@@ -227,14 +236,16 @@ def check_lengths(
 ) -> None:
     """Raises ValueError if a trajectory could exceed a row or the model."""
     need = longest_prompt + c.max_new_tokens
-    parts = f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens}"
+    sum_ = (
+        f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens} = {need}"
+    )
     if need > c.pack_length:
         raise ValueError(
-            f"--config.pack_length={c.pack_length} is too short for {parts} = {need}"
+            f"--config.pack_length={c.pack_length} is too short for {sum_}"
         )
     if need > max_positions:
         raise ValueError(
-            f"{parts} = {need} exceeds the model's {max_positions} positions; lower "
+            f"{sum_} exceeds the model's {max_positions} positions; lower "
             "--config.max_new_tokens or --config.data.max_prompt_tokens"
         )
 

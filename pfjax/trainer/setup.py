@@ -25,8 +25,9 @@ class Trainer(NamedTuple):
     fns: TrainFns
     frozen: Params  # of the policy's parameters; empty without LoRA
     base: Callable[[], Params]  # the frozen base, on the devices
+    prompts: list[list[int]]  # to train on
     next_prompts: Callable  # cursor -> indices, ids, cursor
-    rollout: Callable  # policy, indices, ids, step -> Rollout
+    rollout: Callable  # policy, prompts, step, prompt_ids -> Rollout
     compute_rewards: Callable  # indices, rollout, grader -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
     learning_rate: Callable[[int], float]  # of a step
@@ -56,32 +57,28 @@ def setup(
         target = data.load_target(config.data.target, fns.objective.target)
     attention_check.check(fns.base_model, mesh, fns.shape.max_segments + 1)
 
-    base, trained = _load_params(config, source, fns, mesh)
+    base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
-    plan = slots.make_plan(
-        Policy(fns.model, lora.join(base, trained)),
-        num_prompts=config.prompts_per_step,
-        samples_per_prompt=config.samples_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        prompt_width=longest,
-        num_slots=config.rollout_slots or None,
-    )
-    capacity = options.Capacity(longest, plan.slots * plan.dp_size)
     rate, warmup = config.optim.learning_rate, max(config.optim.warmup_steps, 1)
+    plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind = functools.partial
-
-    def on_devices() -> Params:  # a copy if the base waits in host memory
-        where = shardings_of(fns.base)
-        return jax.device_put(base, where) if config.offload_ref else base
-
     trainer = Trainer(
         fns,
+        prompts=train.tokens,
         frozen=base if config.lora.rank else {},
         base=on_devices,
         next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
-        rollout=_rollout(config, train, options.StopConditions(stop_ids), capacity),
+        rollout=bind(
+            engine.rollout,
+            samples_per_prompt=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+            stop=options.StopConditions(stop_ids),
+            capacity=options.Capacity(longest, plan.slots * plan.dp_size),
+        ),
         compute_rewards=bind(
             rewards.compute_rewards,
             tok=tok,
@@ -112,8 +109,8 @@ def _load_prompts(
 
 def _load_params(
     config: ml_collections.FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
-) -> tuple[Params, Params]:
-    """The frozen base, and what is trained."""
+) -> tuple[Params, Callable[[], Params], Params]:
+    """The frozen base, where it waits and on the devices; and what is trained."""
     trained = params = hf.load(source, mesh).params
     if config.lora.rank:
         init = functools.partial(lora.init_params, fns.model)
@@ -124,25 +121,21 @@ def _load_params(
     if config.offload_ref:
         to_host = lambda x: x.sharding.with_memory_kind("pinned_host")
         base = jax.device_put(base, jax.tree.map(to_host, base))
-    return base, trained
+    place = lambda: jax.device_put(base, shardings_of(fns.base))
+    return base, place if config.offload_ref else lambda: base, trained
 
 
-def _rollout(
-    c: ml_collections.FrozenConfigDict,
-    train: data.PromptSet,
-    stop: options.StopConditions,
-    capacity: options.Capacity,
-) -> Callable:
-    sizes = (c.samples_per_prompt, c.max_new_tokens, c.temperature, c.seed)
-
-    def rollout(policy: Policy, indices: list[int], ids: list[int], step: int) -> Any:
-        prompts = [train.tokens[i] for i in indices]
-        where = {"stop": stop, "capacity": capacity}
-        return engine.rollout(
-            policy, prompts, *sizes, step=step, prompt_ids=ids, **where
-        )
-
-    return rollout
+def _plan(
+    config: ml_collections.FrozenConfigDict, policy: Policy, prompt_width: int
+) -> slots.Plan:
+    return slots.make_plan(
+        policy,
+        num_prompts=config.prompts_per_step,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        prompt_width=prompt_width,
+        num_slots=config.rollout_slots or None,
+    )
 
 
 def _evaluation(
@@ -202,15 +195,15 @@ def _describe(
 ) -> str:
     """Describes the run and what follows from the batch numbers, for the log."""
     m, shape = fns.model, fns.shape
-    responses = c.prompts_per_step * c.samples_per_prompt
+    prompts, samples = c.prompts_per_step, c.samples_per_prompt
     parameters = sum(x.size for x in jax.tree.leaves(abstract_params(m)))
     sizes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     backend = attention.chosen(m.attention, m.head_dim, m.dtype)
     return (
         f"{c.model}: {parameters / 1e6:.2f} M parameters on {mesh.size} "
         f"{jax.devices()[0].platform} device(s), mesh {sizes}\n"
-        f"{c.objective}, alpha {c.alpha:g}: {c.prompts_per_step} prompts x "
-        f"{c.samples_per_prompt} samples = {responses} responses per step, "
+        f"{c.objective}, alpha {c.alpha:g}: {prompts} prompts x {samples} samples = "
+        f"{prompts * samples} responses per step, "
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
         f"attention: {backend}; rematerialisation: {c.remat}\n"

@@ -70,17 +70,11 @@ def train_fns(
     state = _abstract_state(trained, model, optimizer, mesh)
     objective, stop_ids = _objective(config), stop_ids or base_model.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
-    of_state = shardings_of(state)
-    score_base = bind(
-        step.score_step,
-        model=base_model,
-        stop_ids=stop_ids if objective.kind.has_prefixes else (),
-    )
-    score_policy = bind(
-        step.score_step,
-        model=model,
-        with_certainty=objective.kind.reward == "self_certainty",
-    )
+    of_state, kind = shardings_of(state), objective.kind
+    stops = stop_ids if kind.has_prefixes else ()
+    score_base = bind(step.score_step, model=base_model, stop_ids=stops)
+    has_certainty = kind.reward == "self_certainty"
+    score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
     train_step = bind(
         step.train_step,
         optimizer=optimizer,
@@ -171,11 +165,8 @@ def _abstract_params(
 
 def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
     """Adds shardings, and perhaps a type, to a tree of shapes."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
+    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s)
+    return jax.tree.map(one, shapes, shardings)
 
 
 def shardings_of(tree: Any) -> Any:
