@@ -3,9 +3,7 @@
 Letters of dimensions: B rows, T tokens per row, N trajectories per row, M micro-batches,
 P prompts, G samples per prompt, S trajectories, R response tokens, D model width, H query
 heads, K key/value heads, C head width, F feed-forward width, V vocabulary, L layers.
-
-Arrays are NumPy on the host and jax.Array on devices; shapes are the same. Fields of a
-NamedTuple are not checked on construction, functions that take them are.
+Arrays are NumPy on the host and jax.Array on devices; shapes are the same.
 """
 
 import bisect
@@ -21,9 +19,9 @@ from pfjax.targets import Array
 class PackedBatch(NamedTuple):
     """Trajectories (a prompt and its response) laid end to end in rows, and their scores.
 
-    `*m` is empty, or the micro-batches. A trajectory never straddles two rows. Shapes,
-    types and padding of the fields are in `PACKED`. The scores are what is known before
-    the policy is updated; None where not asked for.
+    A trajectory never straddles two rows. Shapes, types and padding of the fields are in
+    `PACKED`; inside a micro-batch they lack M. The scores, `log_p_base` and on, are what is
+    known before the policy is updated; None where not asked for.
     """
 
     tokens: Any
@@ -119,9 +117,9 @@ class Minibatch(NamedTuple):
 class TrajectoryStats(NamedTuple):
     """Per-trajectory statistics of an update, `[*m, B, N]` or `[S]`.
 
-    Sums run over the response's tokens that enter the loss: all of them, or those whose
-    ratio pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read
-    the fields up to `prefix_variance`, where gradients flow as said; metrics read all.
+    Sums run over the tokens that enter the loss: all of the response, or those whose ratio
+    pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read the fields
+    up to `prefix_variance`, where gradients flow as said; metrics read all.
     """
 
     log_pf: Any  # sum of log pi; gradient
@@ -155,13 +153,9 @@ def max_microbatches(
     return -(-num_trajectories // (per_row * microbatch_size))
 
 
-# Trajectories per row at most, where they are not all that short.
-_MOST_SEGMENTS = 128
-
-
 def segments_per_row(pack_length: int, max_length: int) -> int:
     """N: trajectories per row at most. Rows of very short ones end partly empty."""
-    return max(pack_length // max_length, min(pack_length // 8, _MOST_SEGMENTS))
+    return max(pack_length // max_length, min(pack_length // 8, 128))
 
 
 def pack(
@@ -218,17 +212,13 @@ def pack(
     return batch, placement, used
 
 
-# Each is a program of its own.
-_SEGMENT_SIZES = (8, 32)
-
-
 def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
     """Drops trajectories per row that no row holds, down to the least of a few sizes.
 
     For attention that pays for each that there might be (`attention.pays_for_segments`).
     """
     most = int(placement.segment.max(initial=0)) + 1
-    size = next((n for n in _SEGMENT_SIZES if most <= n), None)
+    size = next((n for n in (8, 32) if most <= n), None)  # a program each
     is_cut = lambda x, dims: x is not None and dims.endswith("n")
     fields = zip(batch, PACKED, strict=True)
     return PackedBatch(*(x[..., :size] if is_cut(x, d) else x for x, (d, *_) in fields))

@@ -1,14 +1,12 @@
 """Checkpoints of a run, by Orbax.
 
-A checkpoint of step `s` holds what decides the future after `s` updates: the
-parameters, log Z', the optimiser's state, the step, and the data cursor. Random
-numbers need no state, they are made from (seed, step, ...). Beside these it holds which
-run it is of (config and base), and a checksum of each array.
+A checkpoint of step `s` holds what decides the future after `s` updates: the parameters,
+log Z', the optimiser's state, the step, and the data cursor (random numbers are made from
+seed, step, ...); which run it is of (config and base); and a checksum of each array.
 
-Restoring goes: (1) build the abstract state with the shardings of the mesh at hand; (2)
-from the latest checkpoint on, find one that is of this run and undamaged, Orbax reading
-each shard into place, whatever mesh wrote it; (3) set aside the damaged ones that were
-passed over; (4) the caller cuts `metrics.jsonl` back to that step.
+Restoring finds, from the latest on, one that is of this run and undamaged, Orbax reading
+each shard into place, whatever mesh wrote it; sets aside the damaged ones that were passed
+over; and the caller cuts `metrics.jsonl` back to that step.
 """
 
 import contextlib
@@ -17,7 +15,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,16 +38,13 @@ class Checkpoints:
     Args:
       directory: local or `gs://`.
       keep_best: checkpoints kept beside the latest two, those of the best metric.
-      note: is told what a person should know.
     """
 
-    def __init__(
-        self, directory: epath.Path, keep_best: int, note: Callable[[str], None] = print
-    ):
+    def __init__(self, directory: epath.Path, keep_best: int):
         # Orbax reports every file, and what it then raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._note = directory, note
+        self._directory = directory
         self._remove_damaged_metrics()
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -85,8 +80,7 @@ class Checkpoints:
         """Copies the state and writes it in the background.
 
         Args:
-          step: updates done.
-          state: arrays.
+          step, state: updates done, and arrays.
           about: ready for JSON; `identity` in it says of which run this is.
           metric: the larger, the better; without it never one of the best.
 
@@ -131,7 +125,7 @@ class Checkpoints:
                 _hush_abandoned_reads()
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 damaged[step] = reason
-                self._note(f"checkpoint {step} is damaged and passed over: {reason}")
+                print(f"checkpoint {step} is damaged and passed over: {reason}")
                 continue
             if damaged:
                 self._set_aside(damaged)
@@ -176,7 +170,7 @@ class Checkpoints:
                     json.loads(file.read_text())["best"]
                 # Bytes that are no text are a ValueError.
                 except (ValueError, KeyError):
-                    self._note(f"{file} is damaged: that checkpoint counts without it")
+                    print(f"{file} is damaged: that checkpoint counts without it")
                     file.unlink()
         _sync()
 
@@ -245,18 +239,14 @@ def _checksum_each(tree: Any) -> Any:
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
-    """A sum of the bits of an array: any one changed value changes it.
-
-    It does not depend on how the array is split over devices, and moves nothing
-    between them but partial sums.
-    """
+    """A sum of the bits of an array: any one changed value changes it. It does not depend on
+    how the array is split over devices, and moves only partial sums between them."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     value = x.astype(jnp.uint8) if x.dtype == bool else x
     value = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index += at * jnp.uint32(stride)
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        index += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     # Odd weights have inverses modulo 2^32.
     return jnp.sum(value * (2 * index + 1), dtype=jnp.uint32)

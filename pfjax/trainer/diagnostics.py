@@ -7,15 +7,8 @@ batch made by hand. Means are over responses unless said otherwise.
 import jax
 import numpy as np
 
-from pfjax import targets
-from pfjax.batch import (
-    Minibatch,
-    Rollout,
-    RolloutBatch,
-    TrajectoryStats,
-    from_segments,
-    unpack_responses,
-)
+from pfjax import batch, targets
+from pfjax.batch import Minibatch, Rollout, RolloutBatch, TrajectoryStats
 from pfjax.infra import hardware
 from pfjax.model import flops
 from pfjax.objectives import tilt
@@ -33,22 +26,21 @@ def step_metrics(
     data: RolloutBatch,
     clock: profiling.Clock,
 ) -> dict[str, float]:
-    """All metrics of one step but those that the update itself returns.
+    """All metrics of one step but those that the updates return.
 
     Args:
-      fns: programs and shapes of the run.
-      minibatches: one per update.
-      stats: `[M, B, N]` of each, as the update saw them.
-      log_p: `[M, B, T]` of each, from before it.
-      data: the trajectories of the step.
-      clock: that timed its phases; it stops here.
+      fns, data, clock: of the run, of the step, and what timed it; it stops here.
+      minibatches, stats, log_p: one per update; `[M, B, N]` as it saw them, and `[M, B, T]`
+        from before it.
     """
     objective = fns.objective
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that sampled: later updates of a step have moved it.
     drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
     pairs = zip(minibatches, drawn, strict=True)
-    scored = [y for m, values in pairs for y in unpack_responses(values, m.placement)]
+    scored = [
+        y for m, values in pairs for y in batch.unpack_responses(values, m.placement)
+    ]
     prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
@@ -77,10 +69,9 @@ def step_metrics(
 def _in_order(
     minibatches: list[Minibatch], stats: list[TrajectoryStats], has_log_z: bool
 ) -> TrajectoryStats:
-    """The statistics of all updates, `[S]`, in the order sampled; without a log Z, that of
-    each prompt's samples is shown."""
+    """Statistics of all updates, `[S]`; without a log Z, that of each prompt's samples."""
     where = [m.placement for m in minibatches]
-    join = lambda *x: np.concatenate(list(map(from_segments, x, where)))
+    join = lambda *x: np.concatenate(list(map(batch.from_segments, x, where)))
     r = jax.tree.map(join, *stats)
     if not has_log_z:
         means = mean_by_prompt(r.residual, r.prompt_index)

@@ -65,11 +65,8 @@ def train_iteration(
 ) -> tuple[TrainState, int, dict[str, float]]:
     """Does one step: rollout, rewards, minibatches, updates, metrics.
 
-    Returns:
-      The new state, the new data cursor, and the step's metrics.
-
-    Raises:
-      FloatingPointError: if the loss or a gradient is not finite.
+    Returns the new state, the new data cursor, and the step's metrics. Raises
+    FloatingPointError if the loss or a gradient is not finite.
     """
     clock = profiling.Clock()
     fns, policy = trainer.fns, trainer.policy(state)
@@ -141,12 +138,7 @@ class _Run:
         stack.callback(self.profiler.close)
 
     def train(self, state: TrainState, about: str) -> TrainState:
-        """Runs all steps that are left.
-
-        Args:
-          state: before the first; donated.
-          about: said at the start.
-        """
+        """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
         self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
         self.progress = progress.Progress(start, self.num_steps, self.log_every)

@@ -119,11 +119,6 @@ def init_log_z(
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
-
-    Args:
-      params: of the head.
-      minibatches: of the first step.
-      objective: what is trained.
     """
     total = count = 0.0
     for batch, *_ in minibatches:

@@ -236,16 +236,14 @@ def check_lengths(
 ) -> None:
     """Raises ValueError if a trajectory could exceed a row or the model."""
     need = longest_prompt + c.max_new_tokens
-    sum_ = (
-        f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens} = {need}"
-    )
+    new = f"max_new_tokens {c.max_new_tokens}"
+    total = f"longest prompt {longest_prompt} + {new} = {need}"
     if need > c.pack_length:
-        raise ValueError(
-            f"--config.pack_length={c.pack_length} is too short for {sum_}"
-        )
+        text = f"--config.pack_length={c.pack_length} is too short for {total}"
+        raise ValueError(text)
     if need > max_positions:
         raise ValueError(
-            f"{sum_} exceeds the model's {max_positions} positions; lower "
+            f"{total} exceeds the model's {max_positions} positions; lower "
             "--config.max_new_tokens or --config.data.max_prompt_tokens"
         )
 
@@ -266,11 +264,7 @@ def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> Non
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The values, by name, that a continued run must not change.
-
-    Args:
-      config: as in `config.json`.
-    """
+    """The values of a `config.json`, by name, that a continued run must not change."""
     from flax import traverse_util
 
     flat = traverse_util.flatten_dict(config, sep=".")
@@ -290,13 +284,11 @@ def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default."""
-    out = []
-    for name in sorted(old.keys() | new.keys()):
-        default = SETTINGS[name].default if name in SETTINGS else "(absent)"
-        before, after = old.get(name, default), new.get(name, default)
-        if before != after:
-            out.append(f"{name}: {before} -> {after}")
-    return out
+    default = {k: s.default for k, s in SETTINGS.items()}
+    names = sorted(old.keys() | new.keys())
+    value = lambda values, k: values.get(k, default.get(k, "(absent)"))
+    pairs = [(k, value(old, k), value(new, k)) for k in names]
+    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
 
 
 def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:

@@ -39,12 +39,8 @@ class Trainer(NamedTuple):
 def setup(
     config: ml_collections.FrozenConfigDict, mesh: Mesh
 ) -> tuple[Trainer, TrainState, str]:
-    """Builds everything a run needs, cheap and fallible things first.
-
-    Returns:
-      The parts of an iteration; the first state; and what follows from the config, for
-      the start of the log.
-    """
+    """Builds everything a run needs, cheap and fallible things first; also the first state,
+    and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
     base_model, tok = hf_config.read(source), tokenizer.load(source)
     train, held_out = _load_prompts(config, tok)
@@ -148,8 +144,7 @@ def _evaluation(
     stop_ids: tuple[int, ...],
     prompt_width: int,
 ) -> Callable:
-    """What an evaluation does: nothing without prompts held out or samples of the
-    target."""
+    """What an evaluation does, which may be nothing."""
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,

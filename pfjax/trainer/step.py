@@ -1,9 +1,8 @@
 """One update: micro-batches of packed trajectories in, a new state out.
 
 `train_step` takes micro-batches `[M, B, T]` of which the first `num_microbatches` hold
-trajectories. The loop over them has a trip count known only at run time, so one
-compiled program serves however many rows packing needed, and padding past them
-costs nothing.
+trajectories. The loop's trip count is known only at run time: one compiled program serves
+however many rows packing needed, and padding past them costs nothing.
 """
 
 from typing import Any, NamedTuple
@@ -201,12 +200,10 @@ def score_step(
     def microbatch(i, out):
         part = jax.tree.map(lambda x: x[i], batch)
         log_p, _, hidden = log_probs.packed_log_probs(model, params, part)
-        args = (params, hidden, log_p, part)
-        scores = (
-            log_p,
-            log_probs.stop_log_probs(*args, stop_ids) if stop_ids else None,
-            log_probs.self_certainty(*args) if with_certainty else None,
-        )
+        x = (params, hidden, log_p, part)
+        stop = log_probs.stop_log_probs(*x, stop_ids) if stop_ids else None
+        certainty = log_probs.self_certainty(*x) if with_certainty else None
+        scores = (log_p, stop, certainty)
         return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
 
     empty = jnp.zeros(batch.tokens.shape, jnp.float32)

@@ -10,14 +10,8 @@ import ml_collections
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from pfjax.batch import (
-    PACKED,
-    SCORES,
-    PackedBatch,
-    PackShape,
-    max_microbatches,
-    segments_per_row,
-)
+from pfjax import batch
+from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
@@ -49,15 +43,8 @@ def train_fns(
     mesh: Mesh | AbstractMesh,
     stop_ids: tuple[int, ...] = (),
 ) -> TrainFns:
-    """Builds them from a config for the devices of `mesh`, which may be absent.
-
-    Args:
-      config: of the run.
-      base_model: of the checkpoint.
-      longest_prompt: in tokens.
-      mesh: must not be current (see `jax.set_mesh`) if its devices are absent.
-      stop_ids: tokens that end a response; the checkpoint's when not given.
-    """
+    """Builds them from a config for the devices of `mesh`. If these are absent, it must
+    not be current (see `jax.set_mesh`). `stop_ids` are the checkpoint's when not given."""
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
@@ -125,10 +112,10 @@ def _pack_shape(
     rows = config.microbatch_size * sharding.batch_ways(mesh)
     length = config.pack_length
     return PackShape(
-        max_microbatches(responses, max_length, rows, length),
+        batch.max_microbatches(responses, max_length, rows, length),
         rows,
         length,
-        segments_per_row(length, max_length),
+        batch.segments_per_row(length, max_length),
     )
 
 
@@ -145,10 +132,10 @@ def abstract_minibatch(
         "log_stop_base": fns.objective.kind.has_prefixes,
     }
     fields = {}
-    for name, (dims, dtype, _) in PACKED._asdict().items():
+    for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in SCORES or name == "advantage":
+        if name not in batch.SCORES or name == "advantage":
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
