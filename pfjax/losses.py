@@ -147,14 +147,13 @@ def importance_weight(
 
     .. math:: w = \mathrm{clip}(\pi(y|q) / \pi_{old}(y|q),\ low,\ high)
 
-    The ratio is a product over all tokens, not a mean: for responses of 1,000
-    tokens a mean drift of 2.5e-4 nats per token already reaches a clamp.
+    The ratio is a product over all tokens, not a mean: for responses of 1,000 tokens a
+    mean drift of 2.5e-4 nats per token already reaches a clamp.
 
     Args:
       log_pf: `[*n]` log pi(y|q) of the policy being trained; no gradient.
       log_pf_old: `[*n]` the same under the policy that drew y; no gradient.
-      low: lower clamp (1 - eps_low).
-      high: upper clamp (1 + eps_high).
+      low, high: the clamps, 1 - eps_low and 1 + eps_high.
 
     Returns:
       `[*n]` weights between `low` and `high`.
@@ -194,9 +193,8 @@ def group_log_z(
     ``length=1`` everywhere to estimate the log Z of plain trajectory balance.
 
     Args:
-      log_pf: `[*n]` log pi(y|q) in nats; no gradient.
-      log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``;
-        no gradient.
+      log_pf: `[*n]` log pi(y|q) in nats; there is no gradient.
+      log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``.
       length: `[*n]` |y|.
       group: `[*n]` integer id of the prompt, 0 .. num_groups - 1; other values
         mark padding and are left out of every mean.

@@ -159,7 +159,7 @@ class Checkpoints:
                 if place.exists():
                     place.rmtree()
                 (self._directory / str(step)).rename(place)
-        _sync()
+        multihost_utils.sync_global_devices("pfjax.checkpoint")
         self._checkpointer.reload()
 
     def _remove_damaged_metrics(self) -> None:
@@ -172,7 +172,7 @@ class Checkpoints:
                 except (ValueError, KeyError):
                     print(f"{file} is damaged: that checkpoint counts without it")
                     file.unlink()
-        _sync()
+        multihost_utils.sync_global_devices("pfjax.checkpoint")
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
@@ -210,11 +210,6 @@ def _hush_abandoned_reads() -> None:
 
     hook.__name__ = _READ
     sys.unraisablehook = hook
-
-
-def _sync() -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("pfjax.checkpoint")
 
 
 def _sealed(about: dict[str, Any]) -> dict[str, str]:

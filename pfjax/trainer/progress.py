@@ -22,9 +22,10 @@ class Progress:
 
     def __init__(self, start: int, total: int, every: int):
         self._every, self._total, self._bar = every, total, None
-        self._print = functools.partial(print, flush=True)
+        # For a line that stays.
+        self.note = functools.partial(print, flush=True)
         if not distributed.is_first():
-            self._print = lambda _: None
+            self.note = lambda _: None
         elif sys.stderr.isatty():
             import rich.progress as rp
 
@@ -36,18 +37,14 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()
-            self._print = self._bar.console.print
+            self.note = self._bar.console.print
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif step % self._every == 0 or step == self._total:
-            self._print(f"step {step}/{self._total}  {text}")
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        self._print(text)
+            self.note(f"step {step}/{self._total}  {text}")
 
     def close(self) -> None:
         if self._bar is not None:
