@@ -244,8 +244,7 @@ def best_fit(
 ) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "s"], Int[np.ndarray, "s"]]:
     """Places sequences in rows, the longest first, each where it leaves the least room.
 
-    Returns:
-      For each sequence its row, its number in that row, and the token it begins at.
+    Returns the row of each, its number in that row, and the token it begins at.
     """
     row, segment, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
     # Rows with room, by it: free tokens and the row in one number, which sort as pairs.
@@ -271,8 +270,7 @@ def pack_prompts(
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
     """Prompts end to end in as few rows as best fit finds; empty ones take no room.
 
-    Returns:
-      Tokens, positions, and segment ids: 0 is padding, i + 1 the i-th prompt.
+    Returns tokens, positions, and segment ids: 0 is padding, i + 1 the i-th prompt.
     """
     some = [i for i, prompt in enumerate(prompts) if prompt]
     lengths = np.array([len(prompts[i]) for i in some], np.int64)

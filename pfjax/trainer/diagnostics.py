@@ -192,15 +192,15 @@ def completion_metrics(
     }
 
 
-def repetition_metrics(responses: list[np.ndarray], n: int = 4) -> dict:
-    """Fractions of token n-grams that repeat, and of responses that end in a loop."""
+def repetition_metrics(responses: list[np.ndarray]) -> dict:
+    """Fractions of token 4-grams that repeat, and of responses that end in a loop."""
     return {
-        "repetition/ngram_frac": np.mean([_repeated_ngrams(y, n) for y in responses]),
+        "repetition/ngram_frac": np.mean([_repeated_ngrams(y) for y in responses]),
         "repetition/loop_frac": np.mean([_ends_in_loop(y) for y in responses]),
     }
 
 
-def _repeated_ngrams(y: np.ndarray, n: int) -> float:
+def _repeated_ngrams(y: np.ndarray, n: int = 4) -> float:
     if len(y) < n:
         return 0.0
     grams = np.lib.stride_tricks.sliding_window_view(y, n)

@@ -36,11 +36,9 @@ def prepare_minibatch(
     """Packs the trajectories `indices` of a step and scores them before it updates.
 
     Args:
-      fns: programs and shapes of the run.
-      data: the whole step.
+      fns, data: of the run, and of the whole step.
       indices: the samples of a prompt side by side.
-      policy: parameters of the policy as it is now.
-      base: those of the frozen base.
+      policy, base: parameters of the policy as it is now, and of the frozen base.
       is_first: whether this minibatch is the first that the step updates on: it is on
         policy, and its own log-probs are those of before the update.
     """

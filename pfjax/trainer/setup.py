@@ -121,16 +121,14 @@ def _load_params(
     return base, place if config.offload_ref else lambda: base, trained
 
 
-def _plan(
-    config: ml_collections.FrozenConfigDict, policy: Policy, prompt_width: int
-) -> slots.Plan:
+def _plan(c: ml_collections.FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
     return slots.make_plan(
         policy,
-        num_prompts=config.prompts_per_step,
-        samples_per_prompt=config.samples_per_prompt,
-        max_new_tokens=config.max_new_tokens,
-        prompt_width=prompt_width,
-        num_slots=config.rollout_slots or None,
+        num_prompts=c.prompts_per_step,
+        samples_per_prompt=c.samples_per_prompt,
+        max_new_tokens=c.max_new_tokens,
+        prompt_width=width,
+        num_slots=c.rollout_slots or None,
     )
 
 

@@ -39,11 +39,8 @@ def loss_fn(
     stop_ids: tuple[int, ...],
     remat: str,
 ) -> tuple[Float[Array, ""], tuple[TrajectoryStats, Array]]:
-    """Computes a micro-batch's contribution to the mean loss over all trajectories.
-
-    Returns:
-      The contribution; and, without gradient, statistics `[B, N]` and token log-probs.
-    """
+    """Computes a micro-batch's contribution to the mean loss over all trajectories; and,
+    without gradient, statistics `[B, N]` and token log-probs `[B, T]`."""
     policy = lora.join(frozen, params["policy"])
     log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, remat)
     log_p_stop = None
@@ -190,10 +187,8 @@ def score_step(
 ) -> tuple[Array, Array | None, Array | None]:
     """Scores packed rows under a frozen policy.
 
-    Returns:
-      `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in their
-      places, else None; and with `with_certainty` how sure the policy was (see
-      `log_probs.self_certainty`), else None.
+    Returns `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in
+    their places; and `with_certainty` how sure it was (see `log_probs.self_certainty`).
     """
 
     @jax.named_scope("base_pass")

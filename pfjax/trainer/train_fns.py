@@ -87,36 +87,21 @@ def train_fns(
     )
 
 
-def _objective(config: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
-    return ObjectiveConfig(
-        name=config.objective,
-        alpha=config.alpha,
-        log_z=config.log_z,
-        beta=config.flowrl_beta,
-        kl=config.reward_kl,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        mask_clipped_tokens=config.mask_clipped_tokens,
-    )
+def _objective(c: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
+    same = ("alpha", "log_z", "clip_low", "clip_high", "mask_clipped_tokens")
+    same = {name: c[name] for name in same}
+    return ObjectiveConfig(c.objective, beta=c.flowrl_beta, kl=c.reward_kl, **same)
 
 
 def _pack_shape(
-    config: ml_collections.FrozenConfigDict,
-    longest_prompt: int,
-    mesh: Mesh | AbstractMesh,
+    c: ml_collections.FrozenConfigDict, longest_prompt: int, mesh: Mesh | AbstractMesh
 ) -> PackShape:
     """A shape that fits the responses of any update."""
-    max_length = longest_prompt + config.max_new_tokens
-    prompts = -(-config.prompts_per_step // config.updates_per_rollout)
-    responses = prompts * config.samples_per_prompt
-    rows = config.microbatch_size * sharding.batch_ways(mesh)
-    length = config.pack_length
-    return PackShape(
-        batch.max_microbatches(responses, max_length, rows, length),
-        rows,
-        length,
-        batch.segments_per_row(length, max_length),
-    )
+    max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
+    responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
+    rows = c.microbatch_size * sharding.batch_ways(mesh)
+    number = batch.max_microbatches(responses, max_length, rows, length)
+    return PackShape(number, rows, length, batch.segments_per_row(length, max_length))
 
 
 def abstract_minibatch(
