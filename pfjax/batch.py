@@ -3,9 +3,7 @@
 Letters of dimensions: B rows, T tokens per row, N trajectories per row, M micro-batches,
 P prompts, G samples per prompt, S trajectories, R response tokens, D model width, H query
 heads, K key/value heads, C head width, F feed-forward width, V vocabulary, L layers.
-
-Arrays are NumPy on the host and jax.Array on devices; shapes are the same. Fields of a
-NamedTuple are not checked on construction, functions that take them are.
+Arrays are NumPy on the host and jax.Array on devices; shapes are the same.
 """
 
 import bisect
@@ -21,9 +19,9 @@ from pfjax.targets import Array
 class PackedBatch(NamedTuple):
     """Trajectories (a prompt and its response) laid end to end in rows, and their scores.
 
-    `*m` is empty, or the micro-batches. A trajectory never straddles two rows. Shapes,
-    types and padding of the fields are in `PACKED`. The scores are what is known before
-    the policy is updated; None where not asked for.
+    A trajectory never straddles two rows. Shapes, types and padding of the fields are in
+    `PACKED`; inside a micro-batch they lack M. The scores, `log_p_base` and on, are what is
+    known before the policy is updated; None where not asked for.
     """
 
     tokens: Any
@@ -36,10 +34,8 @@ class PackedBatch(NamedTuple):
     is_real: Any  # whether there is a trajectory
     log_p_base: Any = None  # token log-probs of the frozen base
     log_p_old: Any = None  # those of the behaviour policy
-    is_on_policy: Any = (
-        None  # the policy is the behaviour policy: log_p_old is not read.
-    )
-    # None: it always is, and log_p_old is None
+    # Whether the policy is the behaviour policy: log_p_old is not read. None: it always is.
+    is_on_policy: Any = None
     log_z: Any = None  # group estimate; None: use the head
     advantage: Any = None  # group-normalised reward
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
@@ -66,7 +62,7 @@ SCORES = PackedBatch._fields[8:]
 
 
 class PackShape(NamedTuple):
-    """Dimensions of a packed batch, which are fixed: a step compiles once."""
+    """Dimensions of a packed batch, fixed so that a step compiles once."""
 
     num_microbatches: int  # M
     microbatch_size: int  # B
@@ -75,20 +71,7 @@ class PackShape(NamedTuple):
 
     def of(self, dims: str) -> tuple[int, ...]:
         """Sizes of dimensions by their letters."""
-        sizes = dict(zip("mbtn", self, strict=True))
-        return tuple(sizes[x] for x in dims)
-
-
-def empty_batch(shape: PackShape) -> PackedBatch:
-    """A batch of padding without scores, on the host."""
-    fields = zip(PackedBatch._fields, PACKED, strict=True)
-    return PackedBatch(
-        **{
-            name: np.full(shape.of(dims), padding, dtype)
-            for name, (dims, dtype, padding) in fields
-            if name not in SCORES
-        }
-    )
+        return tuple(self["mbtn".index(x)] for x in dims)
 
 
 class Placement(NamedTuple):
@@ -108,9 +91,7 @@ class Rollout(NamedTuple):
     lengths: np.ndarray  # int32 [P, G], tokens drawn, stop token included
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
-    slot_steps: (
-        int  # slots times steps computed; tokens / slot_steps is the useful fraction
-    )
+    slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
 
 
 class RolloutBatch(NamedTuple):
@@ -136,9 +117,9 @@ class Minibatch(NamedTuple):
 class TrajectoryStats(NamedTuple):
     """Per-trajectory statistics of an update, `[*m, B, N]` or `[S]`.
 
-    Sums run over the response's tokens that enter the loss: all of them, or those whose
-    ratio pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read
-    the fields up to `prefix_variance`, where gradients flow as said; metrics read all.
+    Sums run over the tokens that enter the loss: all of the response, or those whose ratio
+    pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read the fields
+    up to `prefix_variance`, where gradients flow as said; metrics read all.
     """
 
     log_pf: Any  # sum of log pi; gradient
@@ -156,8 +137,8 @@ class TrajectoryStats(NamedTuple):
     entropy: Any  # sum over the whole response
     length: Any  # tokens of the whole response
     prompt_index: Any
-    loss: Any
-    residual: Any
+    loss: Any = None  # this and the residual are filled in last
+    residual: Any = None
 
 
 def max_microbatches(
@@ -172,13 +153,9 @@ def max_microbatches(
     return -(-num_trajectories // (per_row * microbatch_size))
 
 
-# Trajectories per row at most, where they are not all that short.
-_MOST_SEGMENTS = 128
-
-
 def segments_per_row(pack_length: int, max_length: int) -> int:
     """N: trajectories per row at most. Rows of very short ones end partly empty."""
-    return max(pack_length // max_length, min(pack_length // 8, _MOST_SEGMENTS))
+    return max(pack_length // max_length, min(pack_length // 8, 128))
 
 
 def pack(
@@ -186,8 +163,8 @@ def pack(
     prompt_lengths: Int[np.ndarray, "s"],
     shape: PackShape,
     *,
-    psi: Float[np.ndarray, "s"] | None = None,
-    prompt_index: Int[np.ndarray, "s"] | None = None,
+    psi: Float[np.ndarray, "s"] | float = 0.0,
+    prompt_index: Int[np.ndarray, "s"] | int = 0,
 ) -> tuple[PackedBatch, Placement, int]:
     """Packs trajectories by best fit, longest first.
 
@@ -195,8 +172,8 @@ def pack(
       sequences: prompt followed by response, token ids, one array per trajectory.
       prompt_lengths: tokens of each that are prompt, at least 1.
       shape: of the result; all of it is padding past the third value returned.
-      psi: format term of each trajectory; 0 when not given.
-      prompt_index: prompt of each trajectory; 0 when not given.
+      psi: format term of each trajectory.
+      prompt_index: prompt of each trajectory.
 
     Returns:
       The batch `[M, B, ...]`; where each trajectory went; and the number of
@@ -218,29 +195,21 @@ def pack(
             f"only {shape.num_microbatches} were given; raise pack_length or "
             "microbatch_size"
         )
-    batch = empty_batch(shape)
+    batch = PackedBatch(*(np.full(shape.of(d), pad, t) for d, t, pad in PACKED[:8]))
     tokens, positions, segment_ids, is_response = (x.ravel() for x in batch[:4])
-    first = row * shape.pack_length + start
-    upto = np.arange(shape.pack_length, dtype=np.int32)
-    places = zip(first.tolist(), segment.tolist(), strict=True)
-    for sequence, length, (at, number) in zip(
-        sequences, prompt_lengths, places, strict=True
-    ):
-        end = at + len(sequence)
-        tokens[at:end] = sequence
-        positions[at:end] = upto[: len(sequence)]
-        segment_ids[at:end] = number + 1
-        is_response[at + length : end] = True
-    at = (row // shape.microbatch_size, row % shape.microbatch_size, segment)
+    places = zip(row * shape.pack_length + start, segment, prompt_lengths, strict=True)
+    for sequence, (first, number, length) in zip(sequences, places, strict=True):
+        end = first + len(sequence)
+        tokens[first:end] = sequence
+        positions[first:end] = np.arange(len(sequence))
+        segment_ids[first:end] = number + 1
+        is_response[first + length : end] = True
+    at = (*divmod(row, shape.microbatch_size), segment)
     batch.length[at] = placement.length
     batch.is_real[at] = True
-    batch.prompt_index[at] = 0 if prompt_index is None else prompt_index
-    batch.psi[at] = 0.0 if psi is None else psi
+    batch.prompt_index[at] = prompt_index
+    batch.psi[at] = psi
     return batch, placement, used
-
-
-# Each is a program of its own.
-_SEGMENT_SIZES = (8, 32)
 
 
 def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
@@ -249,15 +218,10 @@ def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
     For attention that pays for each that there might be (`attention.pays_for_segments`).
     """
     most = int(placement.segment.max(initial=0)) + 1
-    size = next((n for n in _SEGMENT_SIZES if most <= n), None)
-    fields = zip(batch._asdict().items(), PACKED, strict=True)
-    return batch._replace(
-        **{
-            name: x[..., :size]
-            for (name, x), (dims, *_) in fields
-            if dims.endswith("n") and x is not None
-        }
-    )
+    size = next((n for n in (8, 32) if most <= n), None)  # a program each
+    is_cut = lambda x, dims: x is not None and dims.endswith("n")
+    fields = zip(batch, PACKED, strict=True)
+    return PackedBatch(*(x[..., :size] if is_cut(x, d) else x for x, (d, *_) in fields))
 
 
 def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
@@ -280,8 +244,7 @@ def best_fit(
 ) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "s"], Int[np.ndarray, "s"]]:
     """Places sequences in rows, the longest first, each where it leaves the least room.
 
-    Returns:
-      For each sequence its row, its number in that row, and the token it begins at.
+    Returns the row of each, its number in that row, and the token it begins at.
     """
     row, segment, start = (np.zeros(len(lengths), np.int64) for _ in range(3))
     # Rows with room, by it: free tokens and the row in one number, which sort as pairs.
@@ -307,19 +270,20 @@ def pack_prompts(
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b t"], Int[np.ndarray, "b t"]]:
     """Prompts end to end in as few rows as best fit finds; empty ones take no room.
 
-    Returns:
-      Tokens, positions, and segment ids: 0 is padding, i + 1 the i-th prompt.
+    Returns tokens, positions, and segment ids: 0 is padding, i + 1 the i-th prompt.
     """
     some = [i for i, prompt in enumerate(prompts) if prompt]
     lengths = np.array([len(prompts[i]) for i in some], np.int64)
     rows, _, starts = best_fit(lengths, pack_length, pack_length)
     shape = (int(rows.max(initial=0)) + 1, pack_length)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    for i, row, start in zip(some, rows, starts, strict=True):
-        at = (row, slice(start, start + len(prompts[i])))
-        tokens[at] = prompts[i]
-        positions[at] = np.arange(len(prompts[i]))
-        segment_ids[at] = i + 1
+    for i, row, start, length in zip(some, rows, starts, lengths, strict=True):
+        at = (row, slice(start, start + length))
+        tokens[at], positions[at], segment_ids[at] = (
+            prompts[i],
+            np.arange(length),
+            i + 1,
+        )
     return tokens, positions, segment_ids
 
 
@@ -336,12 +300,8 @@ def segment_sum(
     # A product with the one-hot membership runs on the matrix unit and has a
     # cheap gradient; a scatter does neither on TPU.
     member = segment_ids[:, :, None] == jnp.arange(1, max_segments + 1)[None, None, :]
-    return jnp.einsum(
-        "btn,bt...->bn...",
-        member.astype(jnp.float32),
-        x.astype(jnp.float32),
-        precision="highest",
-    )
+    member, x = member.astype(jnp.float32), x.astype(jnp.float32)
+    return jnp.einsum("btn,bt...->bn...", member, x, precision="highest")
 
 
 def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[Array, "b n"]:
@@ -366,16 +326,13 @@ def to_segments(
 
 def from_segments(x: Array, placement: Placement) -> np.ndarray:
     """Brings `[*m, B, N]` values back into the order of the trajectories, `[S]`."""
-    x = np.asarray(x)
-    return x.reshape(-1, x.shape[-1])[placement.row, placement.segment]
+    x = np.asarray(x).reshape(-1, x.shape[-1])
+    return x[placement.row, placement.segment]
 
 
 def unpack_responses(x: Array, placement: Placement) -> list[np.ndarray]:
     """Takes the values of each trajectory's response tokens out of `[*m, B, T]`."""
-    x = np.asarray(x)
-    x = x.reshape(-1, x.shape[-1])
+    x = np.asarray(x).reshape(-1, x.shape[-1])
     first = placement.start + placement.prompt_length
-    return [
-        x[r, s : s + n]
-        for r, s, n in zip(placement.row, first, placement.length, strict=True)
-    ]
+    places = zip(placement.row, first, placement.length, strict=True)
+    return [x[row, at : at + length] for row, at, length in places]

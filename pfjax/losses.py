@@ -1,16 +1,14 @@
 """Trajectory-balance losses for autoregressive policies, as pure functions.
 
-A prompt `q` and a response `y` (its stop token included) of `|y|` tokens make a
-trajectory. Its log-probabilities are sums over the response's tokens, under the
-full vocabulary at temperature 1. A token tree gives every state a single parent,
-so the backward policy of the GFlowNet is 1 and does not appear.
+A prompt `q` and a response `y` (its stop token included) of `|y|` tokens make a trajectory.
+Its log-probabilities are sums over the response's tokens, under the full vocabulary at
+temperature 1. A token tree gives every state a single parent, so the backward policy of
+the GFlowNet is 1 and does not appear.
 
-All functions take arrays of any common shape `[*n]` (one entry per trajectory) and
-return the same shape: nothing is reduced; use `masked_mean`. `log_z` may also be
-a scalar. Only `log_pf` and `log_z` receive gradients.
-
-Every loss is the square of one residual, `targets.residual`. This module and
-`targets` need jax alone, so that both can be imported by, or copied into, any trainer.
+All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
+the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
+receive gradients. Every loss is the square of one residual, `targets.residual`. This module
+and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
 import jax
@@ -27,10 +25,9 @@ def trajectory_balance(
 
     .. math:: L = (\log Z + \log\pi(y|q) - \log R(q, y))^2
 
-    With ``log_reward = alpha * log p_base`` the optimum is the alpha-power
-    distribution of the base. There is no factor 1/2, and `log_z` is the log
-    normaliser of the whole sequence distribution. Because the residual is a sum
-    over tokens it grows with length, and mode-seeking on it favours short responses.
+    With ``log_reward = alpha * log p_base`` the optimum is the base's alpha-power. There
+    is no factor 1/2, and `log_z` is the log normaliser of whole sequences. The residual,
+    a sum over tokens, grows with length: mode-seeking on it favours short responses.
 
     Args:
       log_pf: `[*n]` log pi(y|q) in nats; gradient flows.
@@ -44,8 +41,7 @@ def trajectory_balance(
       ValueError: if two arguments have different shapes (scalars excepted).
 
     References:
-      Malkin et al. 2022, Trajectory balance, arXiv 2201.13259, Eq. 14;
-      PowerFlow, arXiv 2603.18363, Eq. 5.
+      Malkin et al., arXiv 2201.13259, Eq. 14; PowerFlow, arXiv 2603.18363, Eq. 5.
 
     >>> import jax.numpy as jnp
     >>> trajectory_balance(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5))
@@ -71,8 +67,7 @@ def length_aware_trajectory_balance(
       log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
       log_reward: `[*n]` log R(q, y), summed over tokens; no gradient.
       log_z: `[*n]` or scalar log Z'(q) in nats per token; gradient flows.
-      length: `[*n]` |y|, tokens of the response with its stop token; entries of
-        0 (padding) are divided by 1, so that they stay finite.
+      length: `[*n]` |y|, stop token included; 0 (padding) counts as 1, to stay finite.
 
     Returns:
       `[*n]` squared residuals, not reduced.
@@ -138,8 +133,8 @@ def powerflow(
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
     psi, weight = jnp.asarray(psi), jnp.asarray(weight)
-    _check_shapes(log_pf=log_pf, log_p_base=log_p_base, length=length, psi=psi)
-    _check_shapes(log_pf=log_pf, weight=weight)
+    shaped = {"log_pf": log_pf, "log_p_base": log_p_base, "length": length}
+    _check_shapes(**shaped, psi=psi, weight=weight)
     log_reward = targets.Target(alpha).log_reward(log_p_base, length, psi)
     loss = length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
     return lax.stop_gradient(weight) * loss
@@ -152,14 +147,13 @@ def importance_weight(
 
     .. math:: w = \mathrm{clip}(\pi(y|q) / \pi_{old}(y|q),\ low,\ high)
 
-    The ratio is a product over all tokens, not a mean: for responses of 1,000
-    tokens a mean drift of 2.5e-4 nats per token already reaches a clamp.
+    The ratio is a product over all tokens, not a mean: for responses of 1,000 tokens a
+    mean drift of 2.5e-4 nats per token already reaches a clamp.
 
     Args:
       log_pf: `[*n]` log pi(y|q) of the policy being trained; no gradient.
       log_pf_old: `[*n]` the same under the policy that drew y; no gradient.
-      low: lower clamp (1 - eps_low).
-      high: upper clamp (1 + eps_high).
+      low, high: the clamps, 1 - eps_low and 1 + eps_high.
 
     Returns:
       `[*n]` weights between `low` and `high`.
@@ -199,9 +193,8 @@ def group_log_z(
     ``length=1`` everywhere to estimate the log Z of plain trajectory balance.
 
     Args:
-      log_pf: `[*n]` log pi(y|q) in nats; no gradient.
-      log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``;
-        no gradient.
+      log_pf: `[*n]` log pi(y|q) in nats; there is no gradient.
+      log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``.
       length: `[*n]` |y|.
       group: `[*n]` integer id of the prompt, 0 .. num_groups - 1; other values
         mark padding and are left out of every mean.
@@ -226,9 +219,9 @@ def group_log_z(
     index = jnp.where(is_member, group, 0).reshape(-1)
     per_token = targets.residual(log_pf, log_reward, 0.0, length)
     per_token = jnp.where(is_member, per_token, 0.0).reshape(-1)
-    total = jnp.zeros(num_groups, per_token.dtype).at[index].add(per_token)
-    count = jnp.zeros(num_groups, per_token.dtype)
-    count = count.at[index].add(is_member.reshape(-1).astype(per_token.dtype))
+    zeros = jnp.zeros(num_groups, per_token.dtype)
+    total = zeros.at[index].add(per_token)
+    count = zeros.at[index].add(is_member.reshape(-1).astype(zeros.dtype))
     mean = total / jnp.maximum(count, 1.0)
     estimate = jnp.where(is_member, -mean[index].reshape(log_pf.shape), 0.0)
     return lax.stop_gradient(estimate)

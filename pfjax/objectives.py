@@ -16,13 +16,13 @@ Only `grpo` and `flowrl` read answers of the training prompts.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from pfjax.batch import TrajectoryStats
+from pfjax.batch import PackedBatch, TrajectoryStats
 from pfjax.targets import Array, Target, tokens
 
 
@@ -58,29 +58,23 @@ class ObjectiveConfig:
 _Loss = Callable[[TrajectoryStats, ObjectiveConfig], Float[Array, "*n"]]
 
 
-def _powerflow_target(c: ObjectiveConfig) -> Target:
-    return Target(c.alpha)
-
-
 class Objective(NamedTuple):
     loss: _Loss  # reads the residual of the target
-    target: Callable[[ObjectiveConfig], Target] = _powerflow_target
+    target: Callable[[ObjectiveConfig], Target] = lambda c: Target(c.alpha)
     log_z: str = "any"  # "any": as the config says; else "group" or "none"
     reward: str = ""  # a name in `rewards.OF_ANSWERS`, or "self_certainty"
     has_prefixes: bool = False  # reads `prefix_variance`
 
 
+def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:
+    """What a target of these trajectories has beside the base: arguments of `Target`."""
+    return {"psi": y.psi, "reward": 0.0 if y.advantage is None else y.advantage}
+
+
 def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
     """Fills in `residual` and `loss`."""
-    residual = c.target.residual(
-        y.log_pf,
-        y.log_p_base,
-        y.num_loss_tokens,
-        y.log_z,
-        psi=y.psi,
-        reward=y.advantage,
-    )
-    y = y._replace(residual=residual)
+    sums = (y.log_pf, y.log_p_base, y.num_loss_tokens)
+    y = y._replace(residual=c.target.residual(*sums, y.log_z, **tilt(y)))
     return y._replace(loss=c.kind.loss(y, c))
 
 

@@ -29,19 +29,17 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One target. Hashable, so that it can be a static argument.
+    """One target; hashable: a static argument.
 
     References:
-      PowerFlow, arXiv 2603.18363, Eq. 1 and section 3; with `beta`, FlowRL, arXiv
-      2509.15207, Eq. 6.
+      PowerFlow, arXiv 2603.18363, Eq. 1, section 3; `beta`: FlowRL, 2509.15207, Eq. 6.
     """
 
     alpha: Any  # power of the base; above 1 sharpens, below 1 flattens
     beta: float = 0.0  # weight of the reward, in nats
     has_format: bool = True  # whether psi counts
     is_length_aware: bool = True
-    # Subtracted from log R: the log of the sum, before it, at the optimal log Z.
-    log_sum: float = 0.0
+    log_sum: float = 0.0  # of exp(log R) at the optimal log Z, before it is taken off
 
     def log_reward(
         self,
@@ -78,12 +76,7 @@ class Target:
         return log_reward - log_z * (length if self.is_length_aware else 1)
 
     def residual(
-        self,
-        log_pf: Array,
-        log_p_base: Array,
-        length: Array,
-        log_z: Array | float,
-        **tilt: Any,
+        self, log_pf: Array, log_p_base: Array, length: Array, log_z: Any, **tilt: Any
     ) -> Array:
         """Residual of the balance condition: 0 for every response at the optimum.
 
@@ -93,12 +86,11 @@ class Target:
 
         Args:
           log_pf: `[*n]` log pi(y), summed over the same tokens as `log_p_base`.
-          (the others): as in `log_density`.
+          log_p_base, length, log_z, **tilt: as in `log_density`.
         """
         log_reward = self.log_reward(log_p_base, length, **tilt)
-        return residual(
-            log_pf, log_reward, log_z, length if self.is_length_aware else None
-        )
+        length = length if self.is_length_aware else None
+        return residual(log_pf, log_reward, log_z, length)
 
 
 def residual(

@@ -1,22 +1,21 @@
 """Checkpoints of a run, by Orbax.
 
-A checkpoint of step `s` holds what decides the future after `s` updates: the
-parameters, log Z', the optimiser's state, the step, and the data cursor. Random
-numbers need no state, they are made from (seed, step, ...). Beside these it holds which
-run it is of (config and base), and a checksum of each array.
+A checkpoint of step `s` holds what decides the future after `s` updates: the parameters,
+log Z', the optimiser's state, the step, and the data cursor (random numbers are made from
+seed, step, ...); which run it is of (config and base); and a checksum of each array.
 
-Restoring goes: (1) build the abstract state with the shardings of the mesh at hand; (2)
-from the latest checkpoint on, find one that is of this run and undamaged, Orbax reading
-each shard into place, whatever mesh wrote it; (3) set aside the damaged ones that were
-passed over; (4) the caller cuts `metrics.jsonl` back to that step.
+Restoring finds, from the latest on, one that is of this run and undamaged, Orbax reading
+each shard into place, whatever mesh wrote it; sets aside the damaged ones that were passed
+over; and the caller cuts `metrics.jsonl` back to that step.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,19 +25,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
-from pfjax.infra import distributed
+from pfjax.infra import distributed, storage
 from pfjax.targets import Array
-from pfjax.trainer import settings
+from pfjax.trainer.settings import OtherRun, check_same
 
 KEEP = 2  # the latest, and the one before should that be damaged
-
-
-class OtherRun(ValueError):
-    """The checkpoints of a folder belong to another model or config."""
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was saved."""
 
 
 class Checkpoints:
@@ -47,30 +38,24 @@ class Checkpoints:
     Args:
       directory: local or `gs://`.
       keep_best: checkpoints kept beside the latest two, those of the best metric.
-      note: is told what a person should know.
     """
 
-    def __init__(
-        self, directory: epath.Path, keep_best: int, note: Callable[[str], None] = print
-    ):
+    def __init__(self, directory: epath.Path, keep_best: int):
         # Orbax reports every file, and what it then raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._note = directory, note
+        self._directory = directory
         self._remove_damaged_metrics()
         policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["best"],
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept = policies.AnyPreservationPolicy([policies.LatestN(KEEP), best])
         self._checkpointer = ocp.training.Checkpointer(
-            directory if "://" in str(directory) else directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(KEEP),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["best"],
-                        n=keep_best,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            directory if storage.is_remote(directory) else directory.absolute(),
+            preservation_policy=kept,
             cleanup_tmp_directories=True,
         )
 
@@ -95,8 +80,7 @@ class Checkpoints:
         """Copies the state and writes it in the background.
 
         Args:
-          step: updates done.
-          state: arrays.
+          step, state: updates done, and arrays.
           about: ready for JSON; `identity` in it says of which run this is.
           metric: the larger, the better; without it never one of the best.
 
@@ -105,25 +89,20 @@ class Checkpoints:
         """
         if step in self.steps:
             return
-        sums = {k: int(v) for k, v in _named(_checksums(state)).items()}
-        about = {**about, "checksums": sums}
-        try:
+        about = _sealed({**about, "checksums": _checksums(state)})
+        with self._said():
             self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": state, "about": _sealed(about)},
+                {"state": state, "about": about},
                 # Every one, also while the one before is being written.
                 force=True,
                 metrics=None if metric is None else {"best": metric},
             )
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises OSError if it is not."""
-        try:
+        with self._said():
             self._checkpointer.wait()
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def restore(
         self, abstract_state: Any, identity: dict[str, Any]
@@ -146,9 +125,10 @@ class Checkpoints:
                 _hush_abandoned_reads()
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 damaged[step] = reason
-                self._note(f"checkpoint {step} is damaged and passed over: {reason}")
+                print(f"checkpoint {step} is damaged and passed over: {reason}")
                 continue
-            self._set_aside(damaged)
+            if damaged:
+                self._set_aside(damaged)
             return found
         if damaged:
             reasons = "\n  ".join(f"{k}: {v}" for k, v in damaged.items())
@@ -163,30 +143,23 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]]:
         load = self._checkpointer.load_checkpointables
         about = _opened(load(step, {"about": None})["about"])
-        different = settings.differences(about["identity"], identity)
-        if different:
-            shown = "\n  ".join(different)
-            raise OtherRun(
-                f"{self._directory} holds checkpoints of another run:\n  {shown}\n"
-                "choose another --workdir, or restore these values to continue it"
-            )
+        what = f"{self._directory} holds checkpoints of another run"
+        check_same(what, about["identity"], identity)
         state = load(step, {"state": abstract_state})["state"]
-        for name, value in _named(_checksums(state)).items():
-            if int(value) != about["checksums"][name]:
-                raise Damaged(f"{name} is not what was saved")
+        for name, value in _checksums(state).items():
+            if value != about["checksums"][name]:
+                raise ValueError(f"{name} is not what was saved")
         return state, about
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """So that they count neither as the latest nor as one of the best."""
-        if not damaged:
-            return
         if distributed.is_first():
             for step in damaged:
                 place = self._directory / f"damaged-{step}"
                 if place.exists():
                     place.rmtree()
                 (self._directory / str(step)).rename(place)
-        _sync()
+        multihost_utils.sync_global_devices("pfjax.checkpoint")
         self._checkpointer.reload()
 
     def _remove_damaged_metrics(self) -> None:
@@ -195,23 +168,30 @@ class Checkpoints:
             for file in self._directory.glob("[0-9]*/metrics/metrics"):
                 try:
                     json.loads(file.read_text())["best"]
-                except (
-                    ValueError,
-                    KeyError,
-                ):  # bytes that are no text are a ValueError
-                    self._note(f"{file} is damaged: that checkpoint counts without it")
+                # Bytes that are no text are a ValueError.
+                except (ValueError, KeyError):
+                    print(f"{file} is damaged: that checkpoint counts without it")
                     file.unlink()
-        _sync()
+        multihost_utils.sync_global_devices("pfjax.checkpoint")
 
-    def _not_written(self, error: Exception) -> OSError:
-        good = [s for s in self.steps if (self._directory / str(s)).exists()]
-        kept = (
-            f"that of step {good[-1]} is whole" if good else "there is none before it"
-        )
-        return OSError(
-            f"a checkpoint could not be written to {self._directory}; {kept}. The same "
-            f"command continues from there, once there is room.\n{_reason(error)}"
-        )
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """Turns what Orbax raises when it cannot write into an OSError."""
+        try:
+            yield
+        except Exception as error:
+            good = [s for s in self.steps if (self._directory / str(s)).exists()]
+            kept = (
+                f"that of step {good[-1]} is whole"
+                if good
+                else "there is none before it"
+            )
+            lines = str(error).splitlines() or [repr(error)]
+            reason = next((x for x in lines if "No space" in x), lines[0])[:500]
+            raise OSError(
+                f"a checkpoint could not be written to {self._directory}; {kept}. The same "
+                f"command continues from there, once there is room.\n{reason}"
+            ) from error
 
 
 _READ = "_read_array_index_and_device_put"
@@ -232,11 +212,6 @@ def _hush_abandoned_reads() -> None:
     sys.unraisablehook = hook
 
 
-def _sync() -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("pfjax.checkpoint")
-
-
 def _sealed(about: dict[str, Any]) -> dict[str, str]:
     text = json.dumps(about)
     return {"json": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -244,38 +219,29 @@ def _sealed(about: dict[str, Any]) -> dict[str, str]:
 
 def _opened(sealed: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(sealed["json"].encode()).hexdigest() != sealed["sha256"]:
-        raise Damaged("what was saved about it has changed")
+        raise ValueError("what was saved about it has changed")
     return json.loads(sealed["json"])
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).splitlines() or [repr(error)]
-    return next((x for x in lines if "No space" in x), lines[0])[:500]
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): x for path, x in leaves}
+def _checksums(tree: Any) -> dict[str, int]:
+    leaves, _ = jax.tree.flatten_with_path(_checksum_each(tree))
+    return {jax.tree_util.keystr(path): int(x) for path, x in leaves}
 
 
 @jax.jit
-def _checksums(tree: Any) -> Any:
+def _checksum_each(tree: Any) -> Any:
     return jax.tree.map(checksum, tree)
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
-    """A sum of the bits of an array: any one changed value changes it.
-
-    It does not depend on how the array is split over devices, and moves nothing
-    between them but partial sums.
-    """
+    """A sum of the bits of an array: any one changed value changes it. It does not depend on
+    how the array is split over devices, and moves only partial sums between them."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     value = x.astype(jnp.uint8) if x.dtype == bool else x
     value = jax.lax.bitcast_convert_type(value, bits).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        index += at * jnp.uint32(stride)
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        index += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     # Odd weights have inverses modulo 2^32.
     return jnp.sum(value * (2 * index + 1), dtype=jnp.uint32)

@@ -4,64 +4,46 @@ They come from host arrays with one entry per trajectory, so that each can be te
 batch made by hand. Means are over responses unless said otherwise.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import numpy as np
 
-from pfjax import targets
-from pfjax.batch import (
-    Minibatch,
-    PackShape,
-    Rollout,
-    RolloutBatch,
-    TrajectoryStats,
-    from_segments,
-    unpack_responses,
-)
+from pfjax import batch, targets
+from pfjax.batch import Minibatch, Rollout, RolloutBatch, TrajectoryStats
 from pfjax.infra import hardware
 from pfjax.model import flops
-from pfjax.model.transformer import ModelConfig
-from pfjax.objectives import ObjectiveConfig
+from pfjax.objectives import tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
-from pfjax.trainer import minibatch, profiling
+from pfjax.trainer import profiling
+from pfjax.trainer.train_fns import TrainFns
 
 
 def step_metrics(
+    fns: TrainFns,
     minibatches: list[Minibatch],
     stats: list[TrajectoryStats],
     log_p: list[jax.Array],
     data: RolloutBatch,
-    step: int,
     clock: profiling.Clock,
-    *,
-    objective: ObjectiveConfig,
-    shape: PackShape,
-    model: ModelConfig,
-    learning_rate: Callable[[int], float],
 ) -> dict[str, float]:
-    """All metrics of one step.
+    """All metrics of one step but those that the updates return.
 
     Args:
-      minibatches: one per update.
-      stats: `[M, B, N]` of each, as the update saw them.
-      log_p: `[M, B, T]` of each, from before it.
-      data: the trajectories of the step.
-      step: its number.
-      clock: that timed its phases; it stops here.
-      objective: what is trained.
-      shape: of a packed batch.
-      model: of the policy.
-      learning_rate: of a step.
+      fns, data, clock: of the run, of the step, and what timed it; it stops here.
+      minibatches, stats, log_p: one per update; `[M, B, N]` as it saw them, and `[M, B, T]`
+        from before it.
     """
+    objective = fns.objective
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that sampled: later updates of a step have moved it.
     drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
-    scored: list[np.ndarray] = []
-    for m, values in zip(minibatches, drawn, strict=True):
-        scored += unpack_responses(values, m.placement)
+    pairs = zip(minibatches, drawn, strict=True)
+    scored = [
+        y for m, values in pairs for y in batch.unpack_responses(values, m.placement)
+    ]
+    prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
+    lengths = np.concatenate([m.placement.length for m in minibatches])
+    rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
@@ -69,29 +51,28 @@ def step_metrics(
         **completion_metrics(r, data.rollout.finished.reshape(-1), has_box),
         **repetition_metrics(data.responses),
         **rollout_metrics(data.rollout, scored),
-        "pack/fill": minibatch.fill(minibatches, shape),
+        "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
     if objective.kind.reward:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
-    prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
-    lengths = np.concatenate([m.placement.length for m in minibatches])
-    out |= {"lr": learning_rate(step), **clock.done()}
-    out |= perf_metrics(model, out, prompts, lengths)
+    out |= clock.done()
+    out["perf/tokens_per_s"] = lengths.sum() / out["time/step"]
+    work = flops.update_flops(fns.model, prompts + lengths, prompts)
+    mfu = hardware.mfu(work, out["time/base_pass"] + out["time/update"])
+    if mfu is not None:  # the peak of the devices is known
+        out["perf/mfu"] = mfu
     return {k: float(v) for k, v in out.items()}
 
 
 def _in_order(
     minibatches: list[Minibatch], stats: list[TrajectoryStats], has_log_z: bool
 ) -> TrajectoryStats:
-    """The statistics of all updates, `[S]`, in the order sampled; without a log Z, that of
-    each prompt's samples is shown."""
-    parts = [
-        jax.tree.map(lambda x, m=m: from_segments(x, m.placement), one)
-        for m, one in zip(minibatches, stats, strict=True)
-    ]
-    r = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    """Statistics of all updates, `[S]`; without a log Z, that of each prompt's samples."""
+    where = [m.placement for m in minibatches]
+    join = lambda *x: np.concatenate(list(map(batch.from_segments, x, where)))
+    r = jax.tree.map(join, *stats)
     if not has_log_z:
         means = mean_by_prompt(r.residual, r.prompt_index)
         r = r._replace(log_z=-means, residual=r.residual - means)
@@ -139,25 +120,23 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
       and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
     """
     n = r.num_loss_tokens
-    tilt = {"psi": r.psi, "reward": r.advantage}
-    log_reward = target.log_reward(r.log_p_base, n, **tilt)
-    residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt)
-    means = mean_by_prompt(residual, r.prompt_index)
-    gap = r.length * (residual - means) if target.is_length_aware else residual
-    residual = residual - means
-    scale = targets.tokens(n) if target.is_length_aware else 1
+    log_reward = target.log_reward(r.log_p_base, n, **tilt(r))
+    residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt(r))
+    within = residual - mean_by_prompt(residual, r.prompt_index)
+    gap, scale = residual, 1
+    if target.is_length_aware:
+        gap, scale = r.length * within, targets.tokens(n)
     policy, wanted = r.log_pf / scale, log_reward / scale
     groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
-    weights = [np.exp(residual[g].min() - residual[g]) for g in groups]
+    weights = [np.exp(within[g].min() - within[g]) for g in groups]
     corr, slope = _regression(policy, wanted, r.prompt_index)
     inverted = [_inverted(r.log_pf[g], r.log_p_base[g]) for g in groups]
     pairs = sum(n for _, n in inverted)
+    ranks = (_ranks(policy, groups), _ranks(wanted, groups))
     return {
         "tb/corr_logp_target": corr,
         "tb/slope": slope,
-        "tb/rank_corr": _regression(
-            _ranks(policy, groups), _ranks(wanted, groups), r.prompt_index
-        )[0],
+        "tb/rank_corr": _regression(*ranks, r.prompt_index)[0],
         "tb/elbo": -gap.mean(),
         "tb/ess": np.mean([w.sum() ** 2 / (len(w) * (w**2).sum()) for w in weights]),
         "tb/inversion_rate": sum(n for n, _ in inverted) / max(pairs, 1),
@@ -213,16 +192,15 @@ def completion_metrics(
     }
 
 
-def repetition_metrics(responses: list[np.ndarray], n: int = 4) -> dict:
-    """Fractions of token n-grams that repeat, and of responses that end in a loop."""
-    fractions = [_repeated_ngrams(y, n) for y in responses]
+def repetition_metrics(responses: list[np.ndarray]) -> dict:
+    """Fractions of token 4-grams that repeat, and of responses that end in a loop."""
     return {
-        "repetition/ngram_frac": np.mean(fractions),
+        "repetition/ngram_frac": np.mean([_repeated_ngrams(y) for y in responses]),
         "repetition/loop_frac": np.mean([_ends_in_loop(y) for y in responses]),
     }
 
 
-def _repeated_ngrams(y: np.ndarray, n: int) -> float:
+def _repeated_ngrams(y: np.ndarray, n: int = 4) -> float:
     if len(y) < n:
         return 0.0
     grams = np.lib.stride_tricks.sliding_window_view(y, n)
@@ -231,11 +209,9 @@ def _repeated_ngrams(y: np.ndarray, n: int) -> float:
 
 def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     """Whether the tail is one period of at most `longest` tokens, 4 times over."""
-    for period in range(1, min(longest, len(y) // repeats) + 1):
-        tail = y[-period * repeats :].reshape(repeats, period)
-        if (tail == tail[0]).all():
-            return True
-    return False
+    periods = range(1, min(longest, len(y) // repeats) + 1)
+    tails = (y[-n * repeats :].reshape(repeats, n) for n in periods)
+    return any((tail == tail[0]).all() for tail in tails)
 
 
 def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
@@ -253,17 +229,3 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
         "rollout/logp_gap_max": np.abs(gaps).max(),
         "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.slot_steps,
     }
-
-
-def perf_metrics(
-    model: ModelConfig,
-    times: dict[str, Any],
-    prompt_lengths: np.ndarray,
-    lengths: np.ndarray,
-) -> dict[str, float]:
-    """Response tokens per second of the whole step; and, where the peak of the devices is
-    known, the fraction of it that the base pass and the update reach (see `flops`)."""
-    out = {"perf/tokens_per_s": lengths.sum() / times["time/step"]}
-    work = flops.update_flops(model, prompt_lengths + lengths, prompt_lengths)
-    mfu = hardware.mfu(work, times["time/base_pass"] + times["time/update"])
-    return out if mfu is None else out | {"perf/mfu": mfu}

@@ -24,7 +24,7 @@ class Writer:
             return
         from tensorboardX import SummaryWriter
 
-        self._write_history()
+        write_jsonl(self._path, self.history)
         self._events = pathlib.Path(workdir)
         if storage.is_remote(workdir):  # its events can only be written to a disk
             self._events = pathlib.Path(tempfile.mkdtemp(prefix="pfjax-"))
@@ -47,15 +47,12 @@ class Writer:
         self.history = [r for r in self.history if r["step"] != step] + [row]
         if self._board is None:
             return
-        self._write_history()
+        # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
+        write_jsonl(self._path, self.history)
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
-
-    def _write_history(self) -> None:
-        # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
-        write_jsonl(self._path, self.history)
 
     def close(self) -> None:
         if self._board is None:
@@ -65,8 +62,3 @@ class Writer:
             storage.upload(self._events, self._workdir)
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def named(row: dict[str, Any], name: str) -> float | None:
-    """A metric by its name, or by what stands before the "@" in it; None without it."""
-    return next((v for k, v in row.items() if name in (k, k.partition("@")[0])), None)

@@ -15,6 +15,7 @@ from pfjax.model import hf, lora
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
+    diagnostics,
     health_checks,
     logging,
     model_card,
@@ -23,6 +24,7 @@ from pfjax.trainer import (
     progress,
     settings,
 )
+from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
 from pfjax.trainer.setup import Trainer, setup
 from pfjax.trainer.step import TrainState
 
@@ -53,8 +55,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             settings.write_config(config, folder)
-        run = _Run(config, folder, trainer, about, stack)
-        state = run.train(state)
+        run = _Run(config, folder, trainer, stack)
+        state = run.train(state, about)
         export(config, folder, trainer.policy(state), run.writer.history)
 
 
@@ -63,49 +65,40 @@ def train_iteration(
 ) -> tuple[TrainState, int, dict[str, float]]:
     """Does one step: rollout, rewards, minibatches, updates, metrics.
 
-    Returns:
-      The new state, the new data cursor, and the step's metrics.
-
-    Raises:
-      FloatingPointError: if the loss or a gradient is not finite.
+    Returns the new state, the new data cursor, and the step's metrics. Raises
+    FloatingPointError if the loss or a gradient is not finite.
     """
     clock = profiling.Clock()
+    fns, policy = trainer.fns, trainer.policy(state)
     indices, ids, cursor = trainer.next_prompts(cursor)
-    policy = trainer.policy(state)
     with clock.part("rollout"):
-        rollout = trainer.rollout(policy, indices, ids, step)
+        prompts = [trainer.prompts[i] for i in indices]
+        rollout = trainer.rollout(policy, prompts, step=step, prompt_ids=ids)
     with clock.part("reward"):
         data = trainer.compute_rewards(indices, rollout, grader)
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(data.texts)).reshape(len(indices), -1)
-    groups = np.array_split(by_prompt, trainer.updates_per_rollout)
+    groups = enumerate(np.array_split(by_prompt, fns.num_updates))
     with clock.part("base_pass"):
         base = trainer.base()
         minibatches = [
-            trainer.prepare_minibatch(
-                data, group.ravel(), policy.params, base, is_first=i == 0
+            prepare_minibatch(
+                fns, data, x.ravel(), policy.params, base, is_first=i == 0
             )
-            for i, group in enumerate(groups)
+            for i, x in groups
         ]
-        if step == 1 and trainer.init_log_z is not None:
-            head = trainer.init_log_z(state.params["log_z"], minibatches)
+        if step == 1 and fns.objective.log_z_source == "head":
+            head = init_log_z(state.params["log_z"], minibatches, fns.objective)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
         del base, policy  # an offloaded base leaves room, the policy is donated
     seen = []
     with clock.part("update"):
-        for minibatch in minibatches:
-            state, *of_update = trainer.train_step(state, minibatch)
+        for batch, num, *_ in minibatches:
+            state, *of_update = fns.train_step(state, trainer.frozen, batch, num)
             seen.append(of_update)
         scalars, stats, log_p = map(list, zip(*seen, strict=True))
         values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    _check_finite(values, step)
-    del values["loss"]  # tb/loss
-    values |= trainer.step_metrics(minibatches, stats, log_p, data, step, clock)
-    return state, cursor, values
-
-
-def _check_finite(values: dict[str, float], step: int) -> None:
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
             raise FloatingPointError(
@@ -113,6 +106,10 @@ def _check_finite(values: dict[str, float], step: int) -> None:
                 "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
                 "a smaller optim.learning_rate or clip_norm is the usual cure"
             )
+    del values["loss"]  # tb/loss
+    values["lr"] = trainer.learning_rate(step)
+    values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
+    return state, cursor, values
 
 
 class _Run:
@@ -123,18 +120,15 @@ class _Run:
         config: ml_collections.FrozenConfigDict,
         folder: epath.Path,
         trainer: Trainer,
-        about: str,
         stack: contextlib.ExitStack,
     ):
-        self.folder, self.trainer, self.about = folder, trainer, about
+        self.folder, self.trainer = folder, trainer
         self.num_steps, self.eval_every = config.num_steps, config.eval_every
         self.checkpoint_every = config.checkpoint_every
         self.best_metric, self.log_every = config.best_metric, config.log_every
         self.health, self.wandb_project = config.health_checks, config.wandb_project
-        self.identity = {
-            **settings.identity(json.loads(config.to_json())),
-            "base": hf.fingerprint(hf.resolve(config.model)),
-        }
+        base = hf.fingerprint(hf.resolve(config.model))
+        self.identity = settings.identity(json.loads(config.to_json())) | {"base": base}
         self.preempted = stack.enter_context(preemption.Preemption())
         self.checkpoints = stack.enter_context(
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
@@ -143,26 +137,24 @@ class _Run:
         self.profiler = profiling.Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
-    def train(self, state: TrainState) -> TrainState:
-        """Runs all steps that are left.
-
-        Args:
-          state: before the first; donated.
-        """
+    def train(self, state: TrainState, about: str) -> TrainState:
+        """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
         self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
         self.progress = progress.Progress(start, self.num_steps, self.log_every)
-        self.progress.note(self.about)
-        if start:
-            self.progress.note(f"continuing {self.folder} after step {start}")
         compilations = compile_cache.Compilations()
-        try:
+        with (
+            contextlib.closing(compilations),
+            contextlib.closing(self.writer),
+            contextlib.closing(self.progress),
+        ):
+            self.progress.note(about)
+            if start:
+                self.progress.note(f"continuing {self.folder} after step {start}")
             self._evaluate_at_the_start(state, start)
             for step in range(start + 1, self.num_steps + 1):
-                with (
-                    self.profiler.step(step),
-                    health_checks.watch(step, self.health.step_seconds),
-                ):
+                stuck = health_checks.watch(step, self.health.step_seconds)
+                with self.profiler.step(step), stuck:
                     state, cursor, values = train_iteration(
                         self.trainer, state, cursor, step, self.grader
                     )
@@ -174,21 +166,12 @@ class _Run:
                 self.progress.update(step, values)
                 self.writer.write(step, values)
                 self._finish_step(state, cursor, step, values)
-        finally:
-            self.progress.close()
-            self.writer.close()
-            compilations.close()
         self.checkpoints.wait()
         return state
 
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-        found = self.checkpoints.restore(abstract, self.identity)
-        if found is None:
-            return state, 0, 0
-        state, saved = found
+        found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
+        state, saved = found or (state, {"step": 0, "prompts": 0})
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"{self.folder} holds {saved['step']} steps already; "
@@ -200,11 +183,9 @@ class _Run:
         self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
     ) -> None:
         """Checks health, evaluates, saves, and stops when preempted."""
-        wrong = self._symptoms()
+        wrong, any_of = self._symptoms(), distributed.any_of
         # All processes must agree on a signal that one of them received.
-        is_preempted, is_wrong = distributed.any_of(
-            (self.preempted.is_asked, bool(wrong))
-        )
+        is_preempted, is_wrong = any_of((self.preempted.is_asked, bool(wrong)))
         if is_wrong and self.health.action == "stop":
             reasons = "; ".join(wrong) or "see the log of the first process"
             raise health_checks.Unhealthy(
@@ -216,10 +197,12 @@ class _Run:
         is_last = step == self.num_steps
         if self._is_due(step, self.eval_every) and (is_last or not is_preempted):
             self.writer.write(step, values | self._evaluate(state, step))
-            (is_preempted,) = distributed.any_of((self.preempted.is_asked,))
+            (is_preempted,) = any_of((self.preempted.is_asked,))
         if is_preempted or self._is_due(step, self.checkpoint_every):
             about = {"step": step, "prompts": cursor, "identity": self.identity}
-            metric = logging.named(self.writer.history[-1], self.best_metric)
+            is_best = lambda name: self.best_metric in (name, name.partition("@")[0])
+            row = self.writer.history[-1]
+            metric = next((v for k, v in row.items() if is_best(k)), None)
             self.checkpoints.save(step, state, about, metric)
         if is_preempted and not is_last:
             self.checkpoints.wait()
@@ -239,7 +222,7 @@ class _Run:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
-        values, rows = self.trainer.evaluate(state, self.grader)
+        values, rows = self.trainer.evaluate(self.trainer.policy(state), self.grader)
         if rows and distributed.is_first():
             path = self.folder / f"completions/step_{step:06d}.jsonl"
             dataset_io.write_jsonl(path, rows)
@@ -253,17 +236,11 @@ class _Run:
     def _symptoms(self) -> list[str]:
         """What is wrong now; with `warn`, once in `patience` steps."""
         health, history = self.health, self.writer.history
-        if health.action == "off":
+        is_quiet = history[-1]["step"] % health.patience > 0
+        if health.action == "off" or (health.action == "warn" and is_quiet):
             return []
-        if health.action == "warn" and history[-1]["step"] % health.patience:
-            return []
-        return health_checks.symptoms(
-            history,
-            health.length_floor,
-            health.truncated_ceiling,
-            health.rollout_kl,
-            health.patience,
-        )
+        limits = (health.length_floor, health.truncated_ceiling, health.rollout_kl)
+        return health_checks.symptoms(history, *limits, health.patience)
 
 
 def export(

@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from pfjax import losses
+from pfjax import losses, objectives
 from pfjax.batch import (
     Array,
     Minibatch,
     PackedBatch,
-    PackShape,
+    Placement,
     RolloutBatch,
     from_segments,
     pack,
@@ -27,43 +26,26 @@ from pfjax.trainer.train_fns import TrainFns
 
 
 def prepare_minibatch(
+    fns: TrainFns,
     data: RolloutBatch,
     indices: np.ndarray,
     policy: Params,
     base: Params,
-    *,
     is_first: bool,
-    fns: TrainFns,
-    mesh: Mesh,
 ) -> Minibatch:
     """Packs the trajectories `indices` of a step and scores them before it updates.
 
     Args:
-      data: the whole step.
+      fns, data: of the run, and of the whole step.
       indices: the samples of a prompt side by side.
-      policy: parameters of the policy as it is now.
-      base: those of the frozen base.
+      policy, base: parameters of the policy as it is now, and of the frozen base.
       is_first: whether this minibatch is the first that the step updates on: it is on
         policy, and its own log-probs are those of before the update.
-      fns: programs and shapes of the run.
-      mesh: that the batch is placed on.
     """
     samples = len(data.texts) // len(data.prompts)
-    prompt_index = indices // samples
-    prompts = [data.prompts[q] for q in prompt_index]
-    responses = [data.responses[i] for i in indices]
-    host, placement, used = pack(
-        [np.concatenate(x) for x in zip(prompts, responses, strict=True)],
-        np.array([len(x) for x in prompts]),
-        fns.shape,
-        psi=data.psi[indices],
-        prompt_index=prompt_index.astype(np.int32),
-    )
-    model = fns.base_model
-    if attention.pays_for_segments(model.attention, model.head_dim, model.dtype):
-        host = trim_segments(host, placement)
+    host, placement, used = _pack(fns, data, indices, samples)
+    mesh, num_microbatches = jax.sharding.get_mesh(), jnp.int32(used)
     batch = sharding.put_batch(mesh, host, dim=1)
-    num_microbatches = jnp.int32(used)
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
     reward, log_p, advantage = data.reward[indices], None, None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
@@ -81,7 +63,13 @@ def prepare_minibatch(
         log_p_base=log_p_base, advantage=advantage, log_stop_base=log_stop_base
     )
     if is_group:
-        batch = batch._replace(log_z=_group_log_z(fns, batch, log_p, len(data.prompts)))
+        residual = _residual_without_log_z(fns.objective, batch, log_p)
+        zero, one = jnp.zeros_like(residual), jnp.ones_like(residual)
+        batch = batch._replace(
+            log_z=losses.group_log_z(
+                residual, zero, one, batch.prompt_index, len(data.prompts)
+            )
+        )
     if fns.num_updates > 1:  # one program for all updates
         batch = batch._replace(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
@@ -90,33 +78,36 @@ def prepare_minibatch(
     return Minibatch(batch, num_microbatches, placement, reward)
 
 
-def _group_log_z(
-    fns: TrainFns, batch: PackedBatch, log_p: Array, num_prompts: int
-) -> Array:
-    """log Z of each trajectory `[M, B, N]` from the samples of its prompt."""
-    residual = _residual_without_log_z(fns.objective, batch, log_p)
-    return losses.group_log_z(
-        residual,
-        jnp.zeros_like(residual),
-        jnp.ones_like(residual),
-        batch.prompt_index,
-        num_prompts,
+def _pack(
+    fns: TrainFns, data: RolloutBatch, indices: np.ndarray, samples: int
+) -> tuple[PackedBatch, Placement, int]:
+    prompt_index = indices // samples
+    prompts = [data.prompts[q] for q in prompt_index]
+    host, placement, used = pack(
+        [
+            np.append(p, data.responses[i])
+            for p, i in zip(prompts, indices, strict=True)
+        ],
+        np.array([len(x) for x in prompts]),
+        fns.shape,
+        psi=data.psi[indices],
+        prompt_index=prompt_index,
     )
+    c = fns.base_model
+    if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
+        host = trim_segments(host, placement)
+    return host, placement, used
 
 
 def _residual_without_log_z(
     objective: ObjectiveConfig, batch: PackedBatch, log_p: Array
 ) -> Array:
     """Residuals `[M, B, N]` of the target at log Z = 0."""
-    sums = jax.vmap(response_sum)
-    return objective.target.residual(
-        sums(log_p, batch),
-        sums(batch.log_p_base, batch),
-        batch.length,
-        0.0,
-        psi=batch.psi,
-        reward=0.0 if batch.advantage is None else batch.advantage,
+    log_pf, log_p_base = (
+        jax.vmap(response_sum)(x, batch) for x in (log_p, batch.log_p_base)
     )
+    tilt = objectives.tilt(batch)
+    return objective.target.residual(log_pf, log_p_base, batch.length, 0.0, **tilt)
 
 
 def init_log_z(
@@ -126,27 +117,12 @@ def init_log_z(
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
-
-    Args:
-      params: of the head.
-      minibatches: of the first step.
-      objective: what is trained.
     """
     total = count = 0.0
-    for m in minibatches:
+    for batch, *_ in minibatches:
         # The policy is still the base: its log-probs are the base's.
-        log_p = m.batch.log_p_base
-        residual = _residual_without_log_z(objective, m.batch, log_p)
-        total += float(jnp.where(m.batch.is_real, residual, 0.0).sum())
-        count += float(m.batch.is_real.sum())
+        residual = _residual_without_log_z(objective, batch, batch.log_p_base)
+        total += float(jnp.where(batch.is_real, residual, 0.0).sum())
+        count += float(batch.is_real.sum())
     out = {**params["out"], "bias": params["out"]["bias"] - total / count}
     return {**params, "out": out}
-
-
-def fill(minibatches: list[Minibatch], shape: PackShape) -> float:
-    """The fraction of computed tokens that trajectories take."""
-    packed = sum(
-        int((m.placement.prompt_length + m.placement.length).sum()) for m in minibatches
-    )
-    computed = sum(int(m.num_microbatches) for m in minibatches)
-    return packed / (computed * shape.microbatch_size * shape.pack_length)

@@ -4,40 +4,36 @@ from typing import Any
 
 
 def model_card(config: dict[str, Any], history: list[dict[str, Any]]) -> str:
-    """README of an exported model: what it is, how it was made, what was measured."""
-    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
+    """What it is, how it was made, what was measured."""
+    model, alpha = config["model"], f"alpha {config['alpha']:g}"
     steps = history[-1]["step"] if history else 0
-    batch = (
-        f"{config['prompts_per_step']} prompts x {config['samples_per_prompt']} samples"
-    )
-    lines = [
-        "---",
-        f"base_model: {config['model']}",
-        "library_name: transformers",
-        "tags: [powerflow, pfjax]",
-        "---",
-        "",
-        f"# {config['model']} toward its power distribution, alpha {config['alpha']:g}",
-        "",
-        "Fine-tuned without labels with [PowerFlow](https://arxiv.org/abs/2603.18363)",
-        "by pfjax.",
-        "",
-        f"- base model: {config['model']}",
-        f"- objective: {config['objective']}, alpha {config['alpha']:g}",
-        f"- data: {config['data']['train']}",
-        f"- steps: {steps} of {batch}, seed {config['seed']}",
-    ]
+    prompts, samples = config["prompts_per_step"], config["samples_per_prompt"]
+    card = f"""---
+base_model: {model}
+library_name: transformers
+tags: [powerflow, pfjax]
+---
+
+# {model} toward its power distribution, {alpha}
+
+Fine-tuned without labels with [PowerFlow](https://arxiv.org/abs/2603.18363)
+by pfjax.
+
+- base model: {model}
+- objective: {config["objective"]}, {alpha}
+- data: {config["data"]["train"]}
+- steps: {steps} of {prompts} prompts x {samples} samples, seed {config["seed"]}
+"""
+    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
-        lines += [
-            f"- evaluated on: {config['data']['eval']}",
-            "",
-            f"| metric | step {first['step']} | step {last['step']} |",
-            "|---|---|---|",
-        ]
-        lines += [
-            f"| {k.removeprefix('eval/')} | {first[k]:.3f} | {last[k]:.3f} |"
-            for k in first
-            if k.startswith("eval/")
-        ]
-    return "\n".join(lines) + "\n"
+        card += f"""- evaluated on: {config["data"]["eval"]}
+
+| metric | step {first["step"]} | step {last["step"]} |
+|---|---|---|
+"""
+        names = [k.removeprefix("eval/") for k in first if k.startswith("eval/")]
+        for name in names:
+            before, after = first[f"eval/{name}"], last[f"eval/{name}"]
+            card += f"| {name} | {before:.3f} | {after:.3f} |\n"
+    return card

@@ -48,11 +48,8 @@ def make_optimizer(
             ),
         )
 
-    per_input = optax.stateless(
-        lambda updates, _: jax.tree.map(
-            lambda u: u / u.shape[0] if u.ndim == 2 else u, updates
-        )
-    )
+    divided = lambda u: u / u.shape[0] if u.ndim == 2 else u
+    per_input = optax.stateless(lambda updates, _: jax.tree.map(divided, updates))
     groups = {
         "policy": chain(learning_rate, weight_decay),
         "log_z": optax.chain(chain(log_z_learning_rate, 0.0), per_input),
@@ -65,10 +62,7 @@ def _is_matrix(params: Params) -> Params:
 
     def decayed(path, _):
         name = str(path[-1].key)
-        return (
-            "norm" not in name
-            and name[:2] not in ("bq", "bk", "bv", "bo", "b_")
-            and (name not in ("bias", "scale"))
-        )
+        is_bias = name[:2] in ("bq", "bk", "bv", "bo", "b_") or name == "bias"
+        return not (is_bias or name == "scale" or "norm" in name)
 
     return jax.tree_util.tree_map_with_path(decayed, params)

@@ -29,9 +29,6 @@ class Preemption:
         return self
 
     def __exit__(self, *unused) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -39,4 +36,4 @@ class Preemption:
         self.is_asked = True
         name = signal.Signals(number).name
         print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
-        self._restore()
+        self.__exit__()

@@ -33,13 +33,13 @@ class Profiler:
 
     def __init__(self, folder: epath.Path, first: int, end: int):
         self._folder, self._steps, self._is_on = folder, range(first, end), False
-        self._local = contextlib.ExitStack()
+        self._stack = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         if number in self._steps and not self._is_on:
-            local = self._local.enter_context(storage.local_folder(self._folder))
-            jax.profiler.start_trace(local)
+            local = self._stack.enter_context(storage.local_folder(self._folder))
+            self._stack.enter_context(jax.profiler.trace(local))
             self._is_on = True
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
@@ -47,7 +47,5 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        if self._is_on:
-            jax.profiler.stop_trace()
-            self._local.close()
-            self._is_on = False
+        self._stack.close()
+        self._is_on = False

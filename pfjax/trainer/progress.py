@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar or lines while it trains, a table at its end."""
 
+import functools
 import sys
 from typing import Any
 
@@ -21,8 +22,11 @@ class Progress:
 
     def __init__(self, start: int, total: int, every: int):
         self._every, self._total, self._bar = every, total, None
-        self._is_quiet = not distributed.is_first()
-        if sys.stderr.isatty() and not self._is_quiet:
+        # For a line that stays.
+        self.note = functools.partial(print, flush=True)
+        if not distributed.is_first():
+            self.note = lambda _: None
+        elif sys.stderr.isatty():
             import rich.progress as rp
 
             self._bar = rp.Progress(
@@ -33,20 +37,14 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()
+            self.note = self._bar.console.print
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif not self._is_quiet and (step % self._every == 0 or step == self._total):
-            print(f"step {step}/{self._total}  {text}", flush=True)
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar is not None:
-            self._bar.console.print(text)
-        elif not self._is_quiet:
-            print(text, flush=True)
+        elif step % self._every == 0 or step == self._total:
+            self.note(f"step {step}/{self._total}  {text}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,8 +2,8 @@
 whether a run may be continued with another value.
 
 `configs/default.py` makes the config from here, recipes change what differs, `check`
-refuses invalid values. A setting that an older run did not know has its
-default there. Values that the paper leaves open are marked "chosen".
+refuses invalid values. A setting that an older run did not know has its default there.
+Values that the paper leaves open are marked "chosen".
 
 The module is light: it is loaded while flags are read, before JAX.
 """
@@ -46,31 +46,23 @@ def _positive(default: Any, about: str) -> Setting:
 # Fixed when a run is continued, so that it ends with the same bits.
 _DECIDING: dict[str, Setting] = {
     # What is trained.
-    "model": Setting(
-        "pfjax/toy", "Hugging Face folder or hub id; pfjax/toy is built in"
-    ),
+    "model": Setting("pfjax/toy", "Hugging Face folder or hub id; pfjax/toy: built in"),
     "objective": Setting(
-        "powerflow",
-        "a name in pfjax/objectives.py",
-        choices=_names("pfjax.objectives", "OBJECTIVES"),
+        "powerflow", "see pfjax/objectives.py", _names("pfjax.objectives", "OBJECTIVES")
     ),
     "alpha": _positive(4.0, "> 1 sharpens, < 1 flattens"),
-    "format_penalty": Setting(
-        -0.5, r"psi of a response without \boxed{}, nats per token; 0 switches it off"
-    ),
+    "format_penalty": Setting(-0.5, r"psi without a \boxed{}, nats per token; 0: off"),
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "
         "rl_token always average, subtb and rewards of answers have none",
-        choices=("head", "group"),
+        ("head", "group"),
     ),
     # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
     "data.train": Setting("pfjax/toy/train.jsonl", "prompts to train on"),
     "data.eval": Setting("pfjax/toy/eval.jsonl", 'held out; "" for no evaluation'),
     "data.target": Setting(
-        "",
-        "samples of the target, by pfjax.sample --method=smc: evaluations then bound the "
-        "log of its sum from both sides (eval/elbo, eval/eubo)",
+        "", "samples by pfjax.sample --method=smc, for bounds (eval/elbo, eval/eubo)"
     ),
     "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
     "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
@@ -86,18 +78,14 @@ _DECIDING: dict[str, Setting] = {
     "clip_low": Setting(0.8, "ratios are clipped to [clip_low, clip_high]"),
     "clip_high": Setting(1.28, "see clip_low"),
     "mask_clipped_tokens": Setting(
-        False,
-        "the paper's trainer: tokens whose ratio is outside are left out of the sums and "
-        "of the length",
+        False, "as the paper's trainer: leave tokens out whose ratio is outside"
     ),
     # Baselines only.
     "flowrl_beta": Setting(15.0, "of the advantage in FlowRL's target"),
-    "reward_kl": Setting(
-        0.0, "of KL to the base per token: grpo, ttrl, empo, intuitor"
-    ),
+    "reward_kl": Setting(0.0, "of KL to the base per token: grpo and its kin, empo"),
     "optim.learning_rate": Setting(1e-6, "of the policy, constant after the warm-up"),
     "optim.log_z_learning_rate": Setting(
-        1e-3, "chosen; nats that log Z' may move per step"
+        1e-3, "nats log Z' may move per step (chosen)"
     ),
     "optim.warmup_steps": Setting(0, "steps of linear warm-up"),
     "optim.weight_decay": Setting(0.1, "of matrices"),
@@ -105,32 +93,26 @@ _DECIDING: dict[str, Setting] = {
     "optim.mu_dtype": Setting(
         "float32",
         "of Adam's first moment; bfloat16 saves a sixth of the state",
-        choices=_DTYPES,
+        _DTYPES,
     ),
     # Low-rank adapters instead of all weights; policy and base then share theirs.
     "lora.rank": Setting(0, "0 trains all weights"),
     "lora.alpha": Setting(32.0, "chosen; adapters are scaled by alpha / rank"),
     # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp shards.
     "microbatch_size": _positive(1, "rows per micro-batch on each data-parallel shard"),
-    "pack_length": _positive(
-        4096, "tokens per row; at least data.max_prompt_tokens + max_new_tokens"
-    ),
-    "dtype": Setting(
-        "bfloat16", "of the computation; master weights are float32", choices=_DTYPES
-    ),
-    "offload_ref": Setting(
-        False, "keep the frozen base in host memory between its passes"
-    ),
+    "pack_length": _positive(4096, "tokens per row; holds any prompt and response"),
+    "dtype": Setting("bfloat16", "of the computation; weights are float32", _DTYPES),
+    "offload_ref": Setting(False, "frozen base in host memory between its passes"),
     "attention": Setting(
         "auto",
         "back end over packed rows; see pfjax/model/attention.py",
-        choices=lambda: ["auto", *_BACKENDS()],
+        lambda: ["auto", *_BACKENDS()],
     ),
     "remat": Setting(
         "full",
         "rematerialisation in the backward pass: all of a layer (full), all but attention "
         "(attention), all but products with weights (dots), none",
-        choices=_names("pfjax.model.transformer", "REMAT"),
+        _names("pfjax.model.transformer", "REMAT"),
     ),
 }
 
@@ -157,27 +139,19 @@ _FREE: dict[str, Setting] = {
     "checkpoint_every": _positive(40, "steps between checkpoints"),
     "keep_best": Setting(1, "checkpoints kept beside the latest two: the best"),
     "best_metric": Setting("eval/avg", "metric to maximise, without its @k"),
-    "profile_steps": Setting(
-        (0, 0), "steps traced by JAX's profiler: first, and first after"
-    ),
+    "profile_steps": Setting((0, 0), "traced by JAX's profiler: first, first after"),
     "wandb_project": Setting("", 'needs the extra wandb; "" for none'),
     # What is watched during a run. A loss that is not finite always stops it.
     "health_checks.action": Setting(
-        "stop", "when one of these has lasted", choices=("stop", "warn", "off")
+        "stop", "when one of these has lasted", ("stop", "warn", "off")
     ),
     "health_checks.patience": _positive(10, "steps that a symptom must last"),
     "health_checks.length_floor": Setting(
-        0.25, "mean length below this fraction of the start's"
+        0.25, "mean length, as a part of the start's"
     ),
-    "health_checks.truncated_ceiling": Setting(
-        0.99, "at least this fraction of responses cut"
-    ),
-    "health_checks.rollout_kl": Setting(
-        0.05, "KL divergence of sampler from scorer, nats per token, in any step"
-    ),
-    "health_checks.step_seconds": _positive(
-        3600.0, "seconds after which a stuck step prints its stacks"
-    ),
+    "health_checks.truncated_ceiling": Setting(0.99, "fraction of responses cut"),
+    "health_checks.rollout_kl": Setting(0.05, "sampler to scorer, nats per token"),
+    "health_checks.step_seconds": _positive(3600.0, "then a stuck step tells where"),
 }
 
 SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
@@ -185,16 +159,12 @@ SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()
 
 def default_config() -> ml_collections.ConfigDict:
     """A config of all defaults, locked."""
-    config = ml_collections.ConfigDict()
+    tree: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
-        *groups, last = name.split(".")
-        at = config
-        for group in groups:
-            if group not in at:
-                at[group] = ml_collections.ConfigDict()
-            at = at[group]
+        group, _, last = name.rpartition(".")
+        at = tree.setdefault(group, {}) if group else tree
         at[last] = setting.default
-    return config.lock()
+    return ml_collections.ConfigDict(tree).lock()
 
 
 _WHY_NOT_GREEDY = (
@@ -206,22 +176,25 @@ _WHY_NOT_GREEDY = (
 def check(c: ml_collections.FrozenConfigDict) -> None:
     """Raises ValueError for invalid values."""
     for name, setting in SETTINGS.items():
-        value = operator.attrgetter(name)(c)
+        value, choices = operator.attrgetter(name)(c), setting.choices
         if setting.is_positive and not value > 0:
             why = _WHY_NOT_GREEDY if name == "temperature" else ""
             raise ValueError(f"--config.{name}={value}: must be positive{why}")
-        if setting.choices is not None:
-            _check_choice(name, value, setting.choices)
+        allowed = sorted(choices() if callable(choices) else choices or [value])
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
     steps = c.profile_steps
     if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
         raise ValueError(
-            f"--config.profile_steps={steps}: must be the first step to trace and the "
-            "first after it, as in (10, 13)"
+            f"--config.profile_steps={steps}: must be the first step to trace and the first "
+            "after it, as in (10, 13)"
         )
     if c.lora.rank and c.offload_ref:
         raise ValueError(
-            "--config.offload_ref=True: with adapters the base is the policy's own "
-            "weights and has to stay on the devices"
+            "--config.offload_ref=True: with adapters the base is the policy's own weights "
+            "and has to stay on the devices"
         )
     if c.lora.rank < 0:
         raise ValueError(f"--config.lora.rank={c.lora.rank}: must not be negative")
@@ -230,27 +203,14 @@ def check(c: ml_collections.FrozenConfigDict) -> None:
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
             f"prompts_per_step={c.prompts_per_step}"
         )
-    _check_groups(c)
+    from pfjax.objectives import ObjectiveConfig
 
-
-def _check_choice(
-    name: str, value: str, choices: tuple[str, ...] | Callable[[], Iterable[str]]
-) -> None:
-    allowed = sorted(choices() if callable(choices) else choices)
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
-
-
-def _check_groups(c: ml_collections.FrozenConfigDict) -> None:
-    from pfjax.objectives import OBJECTIVES, ObjectiveConfig
-
-    is_group = ObjectiveConfig(c.objective, log_z=c.log_z).log_z_source == "group"
-    if c.samples_per_prompt < 2 and (is_group or OBJECTIVES[c.objective].reward):
+    objective = ObjectiveConfig(c.objective, log_z=c.log_z)
+    has_groups = objective.log_z_source == "group" or objective.kind.reward
+    if has_groups and c.samples_per_prompt < 2:
         raise ValueError(
-            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages "
-            "over the samples of a prompt: samples_per_prompt must be at least 2, got "
+            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages over "
+            "the samples of a prompt: samples_per_prompt must be at least 2, got "
             f"{c.samples_per_prompt}"
         )
 
@@ -261,9 +221,9 @@ def check_answers(
     """Raises ValueError if the objective grades answers and the prompts have none."""
     from pfjax.objectives import OBJECTIVES
 
-    missing = sum(a is None for a in answers)
-    if OBJECTIVES[c.objective].reward == "correct" and missing:
-        free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
+    missing = answers.count(None)
+    free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
+    if c.objective not in free and missing > 0:
         raise ValueError(
             f"--config.objective={c.objective} grades responses, but {missing} of "
             f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
@@ -276,64 +236,59 @@ def check_lengths(
 ) -> None:
     """Raises ValueError if a trajectory could exceed a row or the model."""
     need = longest_prompt + c.max_new_tokens
-    parts = f"longest prompt {longest_prompt} + max_new_tokens {c.max_new_tokens}"
+    new = f"max_new_tokens {c.max_new_tokens}"
+    total = f"longest prompt {longest_prompt} + {new} = {need}"
     if need > c.pack_length:
-        raise ValueError(
-            f"--config.pack_length={c.pack_length} is too short for {parts} = {need}"
-        )
+        text = f"--config.pack_length={c.pack_length} is too short for {total}"
+        raise ValueError(text)
     if need > max_positions:
         raise ValueError(
-            f"{parts} = {need} exceeds the model's {max_positions} positions; lower "
+            f"{total} exceeds the model's {max_positions} positions; lower "
             "--config.max_new_tokens or --config.data.max_prompt_tokens"
         )
 
 
+class OtherRun(ValueError):
+    """A folder belongs to another model or config."""
+
+
 def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
-    """Raises ValueError if the folder holds a run with another config."""
+    """Raises OtherRun if the folder holds a run with another config."""
     path = folder / "config.json"
-    has_steps = any((folder / "checkpoints").glob("[0-9]*"))
-    if not (path.exists() and has_steps):  # nothing that would be continued
-        return
-    old = json.loads(path.read_text())["config"]
-    changed = differences(identity(old), identity(json.loads(c.to_json())))
-    if changed:
-        shown = "\n  ".join(changed)
-        raise ValueError(
-            f"{folder} holds a run with another config:\n  {shown}\n"
-            "choose another --workdir, or restore these values to continue it"
-        )
+    if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
+        return  # nothing that would be continued
+    old, new = json.loads(path.read_text())["config"], json.loads(c.to_json())
+    check_same(
+        f"{folder} holds a run with another config", identity(old), identity(new)
+    )
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The values, by name, that a continued run must not change.
+    """The values of a `config.json`, by name, that a continued run must not change."""
+    from flax import traverse_util
 
-    Args:
-      config: as in `config.json`.
-    """
-    flat = _flatten(config)
+    flat = traverse_util.flatten_dict(config, sep=".")
     free = {name for name, setting in SETTINGS.items() if setting.may_change}
     return {name: value for name, value in flat.items() if name not in free}
 
 
+def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises OtherRun with what differs between two identities."""
+    if different := differences(old, new):
+        shown = "\n  ".join(different)
+        raise OtherRun(
+            f"{what}:\n  {shown}\n"
+            "choose another --workdir, or restore these values to continue it"
+        )
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default."""
-    out = []
-    for name in sorted(old.keys() | new.keys()):
-        default = SETTINGS[name].default if name in SETTINGS else "(absent)"
-        before, after = old.get(name, default), new.get(name, default)
-        if before != after:
-            out.append(f"{name}: {before} -> {after}")
-    return out
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            out |= _flatten(value, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = value
-    return out
+    default = {k: s.default for k, s in SETTINGS.items()}
+    names = sorted(old.keys() | new.keys())
+    value = lambda values, k: values.get(k, default.get(k, "(absent)"))
+    pairs = [(k, value(old, k), value(new, k)) for k in names]
+    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
 
 
 def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
@@ -343,10 +298,11 @@ def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None
     import pfjax
 
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
-    # Its own is known without being installed.
-    versions = {"pfjax": pfjax.__version__}
-    versions |= {p: importlib.metadata.version(p) for p in packages}
-    versions["backend"] = jax.devices()[0].device_kind
+    versions = {
+        "pfjax": pfjax.__version__,  # known without being installed
+        **{p: importlib.metadata.version(p) for p in packages},
+        "backend": jax.devices()[0].device_kind,
+    }
     out = {"config": json.loads(c.to_json()), "versions": versions}
     tmp = folder / ".config.json.tmp"
     tmp.write_text(json.dumps(out, indent=2) + "\n")

@@ -1,9 +1,8 @@
 """One update: micro-batches of packed trajectories in, a new state out.
 
 `train_step` takes micro-batches `[M, B, T]` of which the first `num_microbatches` hold
-trajectories. The loop over them has a trip count known only at run time, so one
-compiled program serves however many rows packing needed, and padding past them
-costs nothing.
+trajectories. The loop's trip count is known only at run time: one compiled program serves
+however many rows packing needed, and padding past them costs nothing.
 """
 
 from typing import Any, NamedTuple
@@ -40,11 +39,8 @@ def loss_fn(
     stop_ids: tuple[int, ...],
     remat: str,
 ) -> tuple[Float[Array, ""], tuple[TrajectoryStats, Array]]:
-    """Computes a micro-batch's contribution to the mean loss over all trajectories.
-
-    Returns:
-      The contribution; and, without gradient, the statistics `[B, N]` and token log-probs `[B, T]`.
-    """
+    """Computes a micro-batch's contribution to the mean loss over all trajectories; and,
+    without gradient, statistics `[B, N]` and token log-probs `[B, T]`."""
     policy = lora.join(frozen, params["policy"])
     log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, remat)
     log_p_stop = None
@@ -72,7 +68,7 @@ def _sum_over_tokens(
     log_z: Array,
     c: ObjectiveConfig,
 ) -> TrajectoryStats:
-    """Sums token values per response; `loss` and `residual` are left at 0."""
+    """Sums token values per response; `loss` and `residual` are left out."""
     zero = jnp.zeros(batch.length.shape)
     of_response = lambda x: jnp.where(batch.is_response, x, 0.0)
     log_p_old = lax.stop_gradient(log_p)  # on policy: the ratio is 1 by definition
@@ -83,6 +79,7 @@ def _sum_over_tokens(
     if c.mask_clipped_tokens:
         in_loss &= (ratio >= c.clip_low) & (ratio <= c.clip_high)
     total = lambda x: response_sum(jnp.where(in_loss, x, 0.0), batch)
+    clip = {"low": c.clip_low, "high": c.clip_high}
     log_p_base = of_response(batch.log_p_base)
     log_inverse = log_p_base - log_p
     kl = jnp.exp(log_inverse) - log_inverse - 1  # never negative
@@ -90,11 +87,8 @@ def _sum_over_tokens(
     if log_p_stop is not None:
         one = jnp.ones_like(log_p)  # the sums are of single tokens
         reward = lambda log_p_base: c.target.log_reward(log_p_base, one)
-        variance = _prefix_variance(
-            batch,
-            log_p - reward(log_p_base),
-            log_p_stop - reward(of_response(batch.log_stop_base)),
-        )
+        stop = log_p_stop - reward(of_response(batch.log_stop_base))
+        variance = _prefix_variance(batch, log_p - reward(log_p_base), stop)
     return TrajectoryStats(
         log_pf=total(log_p),
         log_p_base=total(log_p_base),
@@ -102,9 +96,7 @@ def _sum_over_tokens(
         num_loss_tokens=total(jnp.ones_like(log_p)),
         psi=batch.psi,
         advantage=zero if batch.advantage is None else batch.advantage,
-        weight=losses.importance_weight(
-            total(log_ratio), zero, low=c.clip_low, high=c.clip_high
-        ),
+        weight=losses.importance_weight(total(log_ratio), zero, **clip),
         log_ratio=total(log_ratio),
         capped=total(jnp.minimum(ratio, c.clip_high)),
         floored=total(jnp.maximum(ratio, c.clip_low)),
@@ -113,8 +105,6 @@ def _sum_over_tokens(
         entropy=response_sum(entropy, batch),
         length=batch.length,
         prompt_index=batch.prompt_index,
-        loss=zero,
-        residual=zero,
     )
 
 
@@ -170,15 +160,12 @@ def train_step(
 
     zeros = jnp.zeros(batch.length.shape, jnp.float32)
     stats = TrajectoryStats(*[zeros] * len(TrajectoryStats._fields))
-    stats = stats._replace(
-        length=jnp.zeros_like(batch.length),
-        prompt_index=jnp.zeros_like(batch.prompt_index),
-    )
+    whole = jnp.zeros_like(batch.length)
+    stats = stats._replace(length=whole, prompt_index=whole)
     log_p = jnp.zeros(batch.tokens.shape, jnp.float32)
     grads = jax.tree.map(jnp.zeros_like, state.params)
-    loss, grads, (stats, log_p) = lax.fori_loop(
-        0, num_microbatches, microbatch, (jnp.float32(0), grads, (stats, log_p))
-    )
+    start = (jnp.float32(0), grads, (stats, log_p))
+    loss, grads, seen = lax.fori_loop(0, num_microbatches, microbatch, start)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {
@@ -186,7 +173,7 @@ def train_step(
         "grad_norm": optax.tree.norm(grads["policy"]),
         "log_z_grad_norm": optax.tree.norm(grads["log_z"]),
     }
-    return TrainState(state.step + 1, params, opt_state), scalars, stats, log_p
+    return TrainState(state.step + 1, params, opt_state), scalars, *seen
 
 
 def score_step(
@@ -200,22 +187,18 @@ def score_step(
 ) -> tuple[Array, Array | None, Array | None]:
     """Scores packed rows under a frozen policy.
 
-    Returns:
-      `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in their
-      places, else None; and with `with_certainty` how sure the policy was (see
-      `log_probs.self_certainty`), else None.
+    Returns `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in
+    their places; and `with_certainty` how sure it was (see `log_probs.self_certainty`).
     """
 
     @jax.named_scope("base_pass")
     def microbatch(i, out):
         part = jax.tree.map(lambda x: x[i], batch)
         log_p, _, hidden = log_probs.packed_log_probs(model, params, part)
-        args = (params, hidden, log_p, part)
-        scores = (
-            log_p,
-            log_probs.stop_log_probs(*args, stop_ids) if stop_ids else None,
-            log_probs.self_certainty(*args) if with_certainty else None,
-        )
+        x = (params, hidden, log_p, part)
+        stop = log_probs.stop_log_probs(*x, stop_ids) if stop_ids else None
+        certainty = log_probs.self_certainty(*x) if with_certainty else None
+        scores = (log_p, stop, certainty)
         return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
 
     empty = jnp.zeros(batch.tokens.shape, jnp.float32)

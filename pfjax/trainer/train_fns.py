@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,8 @@ import ml_collections
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from pfjax.batch import (
-    PACKED,
-    SCORES,
-    PackedBatch,
-    PackShape,
-    max_microbatches,
-    segments_per_row,
-)
+from pfjax import batch
+from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
@@ -37,10 +30,10 @@ class TrainFns(NamedTuple):
     shape: PackShape
     state: step.TrainState  # shapes and shardings
     base: Params  # shapes and shardings, in the type of the computation
-    init_opt_state: Any  # jitted
-    score_base: Any  # jitted
-    score_policy: Any  # jitted
-    train_step: Any  # jitted
+    init_opt_state: Any  # this one and what follows are jitted
+    score_base: Any
+    score_policy: Any
+    train_step: Any
 
 
 def train_fns(
@@ -50,34 +43,33 @@ def train_fns(
     mesh: Mesh | AbstractMesh,
     stop_ids: tuple[int, ...] = (),
 ) -> TrainFns:
-    """Builds them from a config for the devices of `mesh`, which may be absent.
-
-    Args:
-      config: of the run.
-      base_model: of the checkpoint.
-      longest_prompt: in tokens.
-      mesh: must not be current (see `jax.set_mesh`) if its devices are absent.
-      stop_ids: tokens that end a response; the checkpoint's when not given.
-    """
+    """Builds them from a config for the devices of `mesh`. If these are absent, it must
+    not be current (see `jax.set_mesh`). `stop_ids` are the checkpoint's when not given."""
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
-    model, select = base_model, lambda tree: tree
-    if config.lora.rank:
-        select = lora.select
-        model = dataclasses.replace(
-            base_model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha
-        )
-    trained = select(_abstract_params(model, mesh, "float32"))
+    model, (rank, alpha) = base_model, (config.lora.rank, config.lora.alpha)
+    if rank:
+        model = dataclasses.replace(base_model, lora_rank=rank, lora_alpha=alpha)
+    trained = _abstract_params(model, mesh, "float32")
+    trained = lora.select(trained) if rank else trained
     optimizer = optim.make_optimizer(**config.optim)
     state = _abstract_state(trained, model, optimizer, mesh)
     objective, stop_ids = _objective(config), stop_ids or base_model.stop_ids
-    whole = sharding.replicated(mesh)
-
-    def jitted(f: Callable, out_shardings: Any, donate: Any = None, **static: Any):
-        f = functools.partial(f, **static)
-        return jax.jit(f, out_shardings=out_shardings, donate_argnums=donate)
-
+    whole, bind = sharding.replicated(mesh), functools.partial
+    of_state, kind = shardings_of(state), objective.kind
+    stops = stop_ids if kind.has_prefixes else ()
+    score_base = bind(step.score_step, model=base_model, stop_ids=stops)
+    has_certainty = kind.reward == "self_certainty"
+    score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
+    train_step = bind(
+        step.train_step,
+        optimizer=optimizer,
+        model=model,
+        objective=objective,
+        stop_ids=stop_ids,
+        remat=config.remat,
+    )
     return TrainFns(
         model=model,
         base_model=base_model,
@@ -86,62 +78,30 @@ def train_fns(
         shape=_pack_shape(config, longest_prompt, mesh),
         state=state,
         base=_abstract_params(base_model, mesh, config.dtype),
-        init_opt_state=jitted(optimizer.init, shardings_of(state.opt_state)),
-        score_base=jitted(
-            step.score_step,
-            whole,
-            model=base_model,
-            stop_ids=stop_ids if objective.kind.has_prefixes else (),
-        ),
-        score_policy=jitted(
-            step.score_step,
-            whole,
-            model=model,
-            with_certainty=objective.kind.reward == "self_certainty",
-        ),
-        train_step=jitted(
-            step.train_step,
-            (shardings_of(state), whole, whole, whole),
-            donate=0,
-            optimizer=optimizer,
-            model=model,
-            objective=objective,
-            stop_ids=stop_ids,
-            remat=config.remat,
+        init_opt_state=jax.jit(optimizer.init, out_shardings=of_state.opt_state),
+        score_base=jax.jit(score_base, out_shardings=whole),
+        score_policy=jax.jit(score_policy, out_shardings=whole),
+        train_step=jax.jit(
+            train_step, out_shardings=(of_state, whole, whole, whole), donate_argnums=0
         ),
     )
 
 
-def _objective(config: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
-    return ObjectiveConfig(
-        name=config.objective,
-        alpha=config.alpha,
-        log_z=config.log_z,
-        beta=config.flowrl_beta,
-        kl=config.reward_kl,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        mask_clipped_tokens=config.mask_clipped_tokens,
-    )
+def _objective(c: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
+    same = ("alpha", "log_z", "clip_low", "clip_high", "mask_clipped_tokens")
+    same = {name: c[name] for name in same}
+    return ObjectiveConfig(c.objective, beta=c.flowrl_beta, kl=c.reward_kl, **same)
 
 
 def _pack_shape(
-    config: ml_collections.FrozenConfigDict,
-    longest_prompt: int,
-    mesh: Mesh | AbstractMesh,
+    c: ml_collections.FrozenConfigDict, longest_prompt: int, mesh: Mesh | AbstractMesh
 ) -> PackShape:
     """A shape that fits the responses of any update."""
-    max_length = longest_prompt + config.max_new_tokens
-    prompts = -(-config.prompts_per_step // config.updates_per_rollout)
-    rows = config.microbatch_size * sharding.batch_ways(mesh)
-    return PackShape(
-        num_microbatches=max_microbatches(
-            prompts * config.samples_per_prompt, max_length, rows, config.pack_length
-        ),
-        microbatch_size=rows,
-        pack_length=config.pack_length,
-        max_segments=segments_per_row(config.pack_length, max_length),
-    )
+    max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
+    responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
+    rows = c.microbatch_size * sharding.batch_ways(mesh)
+    number = batch.max_microbatches(responses, max_length, rows, length)
+    return PackShape(number, rows, length, batch.segments_per_row(length, max_length))
 
 
 def abstract_minibatch(
@@ -149,20 +109,18 @@ def abstract_minibatch(
 ) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
     """Shapes and shardings of what an update is given: a packed batch and its scores, and
     the number of micro-batches."""
-    kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
     is_scored = {
-        "log_p_base": True,
         "log_p_old": fns.num_updates > 1,
         "is_on_policy": fns.num_updates > 1,
-        "log_z": is_group,
-        "advantage": bool(kind.reward),
-        "log_stop_base": kind.has_prefixes,
+        "log_z": fns.objective.log_z_source == "group",
+        "advantage": bool(fns.objective.kind.reward),
+        "log_stop_base": fns.objective.kind.has_prefixes,
     }
     fields = {}
-    for name, (dims, dtype, _) in PACKED._asdict().items():
+    for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in SCORES or name == "advantage":
+        if name not in batch.SCORES or name == "advantage":
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -173,18 +131,14 @@ def _abstract_params(
     model: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str
 ) -> Params:
     """Shapes and shardings of a model's parameters."""
-    axes = transformer.logical_axes(model)
-    shapes = transformer.abstract_params(model)
+    axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
     return placed(shapes, sharding.tree_shardings(mesh, axes, shapes), dtype)
 
 
 def placed(shapes: Any, shardings: Any, dtype: str | None = None) -> Any:
     """Adds shardings, and perhaps a type, to a tree of shapes."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s),
-        shapes,
-        shardings,
-    )
+    one = lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s)
+    return jax.tree.map(one, shapes, shardings)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -224,6 +178,6 @@ def first_state(
     """The state before the first update."""
     everywhere = sharding.replicated(mesh)
     head = init_head(fns.base_model.embed_dim, jax.random.key(seed))
-    params = {"policy": trained, "log_z": jax.device_put(head, everywhere)}
-    start = jax.device_put(jnp.int32(0), everywhere)
+    head, start = jax.device_put((head, jnp.int32(0)), everywhere)
+    params = {"policy": trained, "log_z": head}
     return step.TrainState(start, params, fns.init_opt_state(params))

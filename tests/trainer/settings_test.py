@@ -5,6 +5,7 @@ import json
 import ml_collections
 import pytest
 from etils import epath
+from flax import traverse_util
 
 from configs import default
 from pfjax.trainer import settings
@@ -20,7 +21,7 @@ def _config(**changes):
 def test_the_config_holds_every_setting_and_its_default_is_allowed():
     config = _config()
     settings.check(config)
-    flat = settings._flatten(json.loads(config.to_json()))
+    flat = traverse_util.flatten_dict(json.loads(config.to_json()), sep=".")
     assert flat.keys() == settings.SETTINGS.keys()
     for name, setting in settings.SETTINGS.items():
         assert setting.about, name
