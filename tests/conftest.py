@@ -263,7 +263,12 @@ def _flags_of_its_own():
     finally:
         forget_module()
         flags.FLAGS.remove_flag_values(
-            {x for x in set(flags.FLAGS) - others if not _module(x).startswith("absl")}
+            # What absl defines at its first use is for all.
+            {
+                name
+                for name in set(flags.FLAGS) - others
+                if _is_ours(name) or not _module(name).startswith("absl")
+            }
         )
         flags.FLAGS.unparse_flags()
         if module:
