@@ -5,6 +5,7 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 # How long a process waits for the others at the start.
 JOIN_SECONDS = 300
@@ -20,21 +21,19 @@ def join() -> None:
 
     On TPU pods and under Slurm JAX finds them; elsewhere the environment says where the
     first process listens (`PFJAX_COORDINATOR=host:port`), how many there are
-    (`PFJAX_NUM_PROCESSES`), and which this is (`PFJAX_PROCESS_ID`, from 0).
-
-    A process that does not find the others in `JOIN_SECONDS` (`PFJAX_JOIN_SECONDS`
-    changes it) is ended.
+    (`PFJAX_NUM_PROCESSES`), and which this is (`PFJAX_PROCESS_ID`, from 0). One that
+    finds no others in `JOIN_SECONDS`, or `PFJAX_JOIN_SECONDS`, is ended.
 
     Raises:
       ValueError: if it is not known where they are.
     """
     seconds = int(os.environ.get("PFJAX_JOIN_SECONDS", JOIN_SECONDS))
-    given = [os.environ.get(name) for name in VARIABLES]
-    address, num, index = given
+    given = {name: os.environ.get(name) for name in VARIABLES}
+    address, num, index = given.values()
     where = {}
-    if any(given):
-        if not all(given) or not (num.isdigit() and index.isdigit()):
-            names = ", ".join(f"{n}={x}" for n, x in zip(VARIABLES, given, strict=True))
+    if any(given.values()):
+        if not (address and num and num.isdigit() and index and index.isdigit()):
+            names = ", ".join(f"{n}={x}" for n, x in given.items())
             raise ValueError(f"--multihost: all of these have to be set: {names}")
         where = {
             "coordinator_address": address,
@@ -63,10 +62,7 @@ def join() -> None:
 
 
 def check_alone() -> None:
-    """Raises ValueError if this is one worker of a TPU pod.
-
-    Alone it would wait for the others without a word.
-    """
+    """Raises ValueError on one worker of a TPU pod, which would wait without a word."""
     workers = [x for x in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if x]
     if len(workers) > 1:
         raise ValueError(
@@ -82,18 +78,10 @@ def is_first() -> bool:
 
 def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
     """Each flag, true if it is on any process. All processes have to call it."""
-    if jax.process_count() == 1:
-        return flags
-    from jax.experimental import multihost_utils
-
     everyone = multihost_utils.process_allgather(np.array(flags))
-    return tuple(bool(x) for x in everyone.any(axis=0))
+    return tuple(everyone.any(axis=0).tolist())
 
 
 def from_first(x: np.ndarray) -> np.ndarray:
     """The first process's `x`, on all of them. All processes have to call it."""
-    if jax.process_count() == 1:
-        return x
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.broadcast_one_to_all(x))

@@ -38,8 +38,8 @@ def join(frozen: Params, trained: Params) -> Params:
 
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Adapters for a config with a `lora_rank`: A random, B zero, in float32."""
-    shapes = select(transformer.abstract_params(config))["blocks"]
     out = {}
+    shapes = select(transformer.abstract_params(config))["blocks"]
     for name, x in sorted(shapes.items()):
         key, used = jax.random.split(key)
         fan_in = x.size // (x.shape[0] * config.lora_rank)
@@ -54,9 +54,9 @@ def merge(policy: Policy) -> Policy:
     if not config.lora_rank:
         return policy
     scale = config.lora_alpha / config.lora_rank
-    blocks = {k: v for k, v in params["blocks"].items() if not _is_adapter(k)}
+    blocks = dict(params["blocks"])
     for name, (read, written) in transformer.PROJECTIONS.items():
-        a, b = (params["blocks"][f"{name}_{x}"] for x in "ab")
+        a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
         blocks[name] = blocks[name].astype(jnp.float32) + delta
@@ -67,7 +67,7 @@ def merge(policy: Policy) -> Policy:
 def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
     """Writes the adapters as a folder that `peft` loads onto `base`."""
     config = policy.config
-    modules = [weights.LAYER[name][0].split(".")[1] for name in transformer.PROJECTIONS]
+    modules = [weights.LAYER[name].split(".")[1] for name in transformer.PROJECTIONS]
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
