@@ -1,7 +1,7 @@
 """Causal attention over packed rows: one function, back ends, one reference.
 
 Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
-comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
+comes unscaled. The tokens of a segment are contiguous, as `batch.pack` lays them.
 
 | back end | for | memory | segments that it skips |
 |---|---|---|---|
@@ -15,6 +15,7 @@ comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
 import dataclasses
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 
@@ -29,8 +30,8 @@ from pfjax.model import chunked_attention
 
 # Kernels read blocks of this many tokens, or of more that divide the row.
 _BLOCK = 128
-# Of the first GPUs whose cuDNN attends over packed rows: Hopper.
-_PACKED_CUDNN = (9, 0)
+# Major version of the first GPUs whose cuDNN attends over packed rows: Hopper.
+_PACKED_CUDNN = 9
 # What is known of a GPU that is not at hand is its name.
 _PACKED_CUDNN_KINDS = ("H100", "H200", "H800", "H20", "B200", "B300")
 
@@ -59,9 +60,7 @@ def packed_attention(
     backend = chosen(backend, q.shape[-1], q.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    copies = math.lcm(k.shape[2], tensor) // k.shape[2]
-    if copies > 1:
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    k, v = _with_heads(math.lcm(k.shape[2], tensor), k, v)
     heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
     attend = _BACKENDS[backend]
     if backend == "cudnn":
@@ -100,9 +99,8 @@ def _has_packed_cudnn(kind: str) -> bool:
     if not here:
         return any(x in kind for x in _PACKED_CUDNN_KINDS)
     # "9.0"; of AMD a name, "gfx942".
-    major, _, minor = getattr(here[0], "compute_capability", "").partition(".")
-    is_number = major.isdigit() and minor.isdigit()
-    return is_number and (int(major), int(minor)) >= _PACKED_CUDNN
+    capability = re.fullmatch(r"(\d+)\.\d+", getattr(here[0], "compute_capability", ""))
+    return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
 def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
@@ -131,28 +129,18 @@ def _splash(
     h, c, padded = q.shape[2], q.shape[3], q.shape[1]
     # Larger blocks do more work a read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
+    sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
     run = kernel.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * h),
-        block_sizes=kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+        block_sizes=kernel.BlockSizes(**dict.fromkeys(sides, block)),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=chunked_attention.SAVED,
         interpret=interpret,
     )
-
-    def one(q, k, v, segment_ids):
-        segments = kernel.SegmentIds(segment_ids, segment_ids)
-        return run(q, k, v, segment_ids=segments)
-
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
-    out = jax.vmap(one)(*heads_first, segment_ids)
+    segments = kernel.SegmentIds(segment_ids, segment_ids)
+    out = jax.vmap(run)(*heads_first, segments)
     return jnp.swapaxes(out, 1, 2)[:, :t]
 
 
@@ -164,31 +152,16 @@ def _triton(
         from jax.experimental.pallas.ops.gpu import attention as kernel
 
     q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
-    k, v = _for_every_head(q, k, v)
-    sizes = kernel.BlockSizes.get_default()
+    k, v = _with_heads(q.shape[2], k, v)
     # A block of queries and two each of keys and values share the memory of a
     # multiprocessor, 99 KiB on consumer cards: 80 KiB at most.
     block = min(_BLOCK, 2**14 // (q.shape[3] * q.dtype.itemsize))
+    sizes = kernel.BlockSizes.get_default()
     sizes = dataclasses.replace(sizes, block_q=block, block_k=block)
-
-    def attend(q, k, v, segment_ids):
-        # By position: custom_vjp takes what is static by number.
-        return kernel.mha(
-            q,
-            k,
-            v,
-            segment_ids,
-            q.shape[-1] ** -0.5,
-            True,
-            sizes,
-            "triton",
-            None,
-            2,
-            None,
-            interpret,
-        )
-
-    return _with_names(attend)(q, k, v, segment_ids)[:, :t]
+    # By position: custom_vjp takes what is static by number.
+    static = (q.shape[-1] ** -0.5, True, sizes, "triton", None, 2, None, interpret)
+    attend = _with_names(lambda *args: kernel.mha(*args, *static))
+    return attend(q, k, v, segment_ids)[:, :t]
 
 
 def _cudnn(
@@ -203,20 +176,13 @@ def _cudnn(
         )
     # One head of keys per head of queries: with fewer, JAX before 0.11.2 multiplies the
     # offsets of keys and values by the heads of the queries.
-    k, v = _for_every_head(q, k, v)
+    k, v = _with_heads(q.shape[2], k, v)
 
     def attend(q, k, v, length, offset):
+        mask, scale = cudnn.MaskType.PADDING_CAUSAL, q.shape[-1] ** -0.5
+        extents = (None, None, length, length, offset, offset)  # no bias, no mask
         return cudnn.dot_product_attention(
-            q,
-            k,
-            v,
-            q_seqlen=length,
-            kv_seqlen=length,
-            q_offsets=offset,
-            kv_offsets=offset,
-            scale=q.shape[-1] ** -0.5,
-            mask_type=cudnn.MaskType.PADDING_CAUSAL,
-            qkv_layout="BTNH",
+            q, k, v, *extents, scale=scale, mask_type=mask, qkv_layout="BTNH"
         )
 
     extents = segment_extents(segment_ids, max_segments)
@@ -233,17 +199,17 @@ def segment_extents(
     would shift those of all later rows.
     """
     t = segment_ids.shape[1]
-    is_first = jnp.pad(
-        segment_ids[:, 1:] != segment_ids[:, :-1],
-        ((0, 0), (1, 0)),
-        constant_values=True,
+    is_first = jnp.diff(segment_ids, prepend=-1) != 0
+    # One more than may be: the end of the last.
+    find = functools.partial(jnp.flatnonzero, size=max_segments, fill_value=t)
+    first = jnp.pad(
+        jax.vmap(find)(is_first).astype(jnp.int32),
+        ((0, 0), (0, 1)),
+        constant_values=t,
     )
-    find = functools.partial(jnp.nonzero, size=max_segments, fill_value=t)
-    first = jax.vmap(lambda x: find(x)[0])(is_first).astype(jnp.int32)
-    end = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=t)
     is_used = first < t
-    length, offset = (jnp.where(is_used, x, -1) for x in (end - first, first))
-    return length, jnp.pad(offset, ((0, 0), (0, 1)), constant_values=-1)
+    length = jnp.where(is_used[:, :-1], jnp.diff(first), -1)
+    return length, jnp.where(is_used, first, -1)
 
 
 def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
@@ -277,12 +243,12 @@ def _in_blocks(
 ) -> tuple[Array, Array, Array, Array, int]:
     """Rows padded to whole blocks, and their length before."""
     t = q.shape[1]
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % _BLOCK)] + [(0, 0)] * (x.ndim - 2))
+    pad = functools.partial(chunked_attention.pad, multiple=_BLOCK)
     return pad(q), pad(k), pad(v), pad(segment_ids), t
 
 
-def _for_every_head(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    copies = q.shape[2] // k.shape[2]
+def _with_heads(num: int, k: Array, v: Array) -> tuple[Array, Array]:
+    copies = num // k.shape[2]
     return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 

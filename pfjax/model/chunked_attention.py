@@ -31,8 +31,7 @@ def attend(
     """See `attention.packed_attention`. A token of padding attends to itself."""
     b, t, h, c = q.shape
     block = min(_BLOCK, t)
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
-    q, k, v, segment_ids = (pad(x) for x in (q, k, v, segment_ids))
+    q, k, v, segment_ids = (pad(x, block) for x in (q, k, v, segment_ids))
     num, num_kv = q.shape[1] // block, k.shape[2]
 
     def blocks(x):  # [b, t, k * g, c] -> [num, b, k, g * block, c]
@@ -45,11 +44,15 @@ def attend(
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, c)[:, :t]
 
 
+def pad(x: Array, multiple: int) -> Array:
+    """Rows `[b, t, ...]` with zeros up to a multiple of tokens."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
 def _segment_start(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Index of the first token that each token may attend to."""
-    at = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    is_first = (segment_ids != before) | (segment_ids == 0)
+    is_first = (jnp.diff(segment_ids, prepend=-1) != 0) | (segment_ids == 0)
+    at = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
     return lax.cummax(jnp.where(is_first, at, 0), axis=1)
 
 
@@ -101,10 +104,8 @@ def _first(start: Array) -> Array:
 
 
 def _attend_forward(scale, q, k, v, start):
-    out, log_total = (
-        checkpoint_name(x, SAVED) for x in _forward(scale, q, k, v, start)
-    )
-    return out, (q, k, v, start, out, log_total)
+    found = checkpoint_name(_forward(scale, q, k, v, start), SAVED)
+    return found[0], (q, k, v, start, *found)
 
 
 def _attend_backward(scale, saved, d_out):
@@ -120,10 +121,8 @@ def _attend_backward(scale, saved, d_out):
             logits = _logits(scale, q, k[j], start, i, j)
             weights = jnp.exp(logits - log_total[..., None])
             d_weights = _dot("bkmc,bknc->bkmn", d_out, v[j])
-            d_logits = (weights * (d_weights - along[..., None]) * scale).astype(
-                q.dtype
-            )
-            weights = weights.astype(d_out.dtype)
+            d_logits = weights * (d_weights - along[..., None]) * scale
+            d_logits, weights = d_logits.astype(q.dtype), weights.astype(d_out.dtype)
             dv = dv.at[j].add(_dot("bkmn,bkmc->bknc", weights, d_out))
             dk = dk.at[j].add(_dot("bkmn,bkmc->bknc", d_logits, q))
             return dq + _dot("bkmn,bknc->bkmc", d_logits, k[j]), dk, dv
