@@ -15,8 +15,7 @@ from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import decode_kernel
 from pfjax.model.decode_kernel import MASKED, Part
-
-KeyValue = tuple[Array, Array]
+from pfjax.model.transformer import KeyValue
 
 
 def decode_attention(

@@ -65,15 +65,20 @@ def make_plan(
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
     phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
     phases["score"]["base from the host"] = waiting
-    memory = _memory(state, phases, chip)
+    gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
+    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
     return {
         "model": config.model,
         "topology": topology,
         "devices": devices,
         "compiled": can_compile,
         "mesh": work.mesh,
-        "memory_gib": memory,
-        "fits": memory["total"] <= memory["available"],
+        "memory_gib": {
+            "state": gib(state),
+            "phases": {phase: gib(x) for phase, x in phases.items()},
+            **gib({"total": peak, "available": chip.memory}),
+        },
+        "fits": peak <= chip.memory,
         "error": None,
         **_step(work, sent, chip),
     }
@@ -144,20 +149,6 @@ def _bytes_of(tree: Any) -> int:
     return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _memory(
-    state: dict[str, int], phases: dict[str, dict[str, int]], chip: hardware.Chip
-) -> dict[str, Any]:
-    """GiB that stay, that each phase adds, and their sum at the peak of the step."""
-    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
-    gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
-    return {
-        "state": gib(state),
-        "phases": {phase: gib(x) for phase, x in phases.items()},
-        "total": peak / hardware.GIB,
-        "available": chip.memory / hardware.GIB,
-    }
-
-
 def _step(
     work: roofline.Workload, sent: dict[str, list[roofline.Sent]], chip: hardware.Chip
 ) -> dict[str, Any]:
@@ -165,14 +156,13 @@ def _step(
     phases = roofline.bounds(work, sent, chip)
     slowest = max(phases, key=lambda phase: phases[phase]["seconds"])
     seconds = sum(x["seconds"] for x in phases.values())
-    parts, prompts, notes = work.plan.dp_size, work.num_prompts, []
-    if prompts % parts:
-        idle = 1 - prompts / parts / math.ceil(prompts / parts)
-        notes = [
-            f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of "
-            + "the devices idle in rollouts; prompts_per_step a multiple of mesh.data * "
-            + "mesh.fsdp does not"
-        ]
+    parts, prompts = work.plan.dp_size, work.num_prompts
+    idle = 1 - prompts / parts / math.ceil(prompts / parts)
+    note = (
+        f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of the "
+        "devices idle in rollouts; prompts_per_step a multiple of mesh.data * mesh.fsdp "
+        "does not"
+    )
     rows = [(phase, x) for phase, rows in sent.items() for x in rows]
     return {
         "responses": work.responses,
@@ -186,7 +176,7 @@ def _step(
         "tokens_per_s": work.responses * work.response_tokens / seconds,
         "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
         "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
-        "notes": notes,
+        "notes": [note] if prompts % parts else [],
     }
 
 

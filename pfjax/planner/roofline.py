@@ -55,11 +55,11 @@ class Workload:
     @property
     def decode_steps(self) -> float:
         """Tokens that the busiest part of the batch decodes one after the other."""
-        samples = math.ceil(self.num_prompts / self.plan.dp_size)
-        samples *= self.samples_per_prompt
+        prompts = math.ceil(self.num_prompts / self.plan.dp_size)
+        tokens = prompts * self.samples_per_prompt * self.response_tokens
         # The longest response is decoded alone at the end.
         longest = min(3 * self.response_tokens, self.max_new_tokens)
-        return max(samples * self.response_tokens / self.plan.slots, float(longest))
+        return max(tokens / self.plan.slots, float(longest))
 
     @property
     def layer_bytes(self) -> float:
@@ -89,11 +89,11 @@ def sent(w: Workload, phase: str, found: Iterable[hlo.Collective]) -> list[Sent]
     for x in found:
         alike[x.kind, "+".join(x.axes)].append(x)
     rows = []
-    for (kind, axes), group in alike.items():
+    for kind_and_axes, group in alike.items():
         total = sum(x.sent * x.times * repeats[min(x.loops, 2)] for x in group)
         largest = max(group, key=lambda x: x.sent)
-        shape = ",".join(map(str, largest.shape))
-        rows.append(Sent(kind, axes, total / 1e9, f"{largest.dtype}[{shape}]"))
+        array = f"{largest.dtype}[{','.join(map(str, largest.shape))}]"
+        rows.append(Sent(*kind_and_axes, total / 1e9, array))
     return rows
 
 
