@@ -125,8 +125,9 @@ def _splash(
         splash_attention_mask as masks,
     )
 
-    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
-    h, c, padded = q.shape[2], q.shape[3], q.shape[1]
+    t = q.shape[1]
+    q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
+    _, padded, h, c = q.shape
     # Larger blocks do more work a read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
     sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
@@ -151,7 +152,8 @@ def _triton(
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as kernel
 
-    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
+    t = q.shape[1]
+    q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
     k, v = _with_heads(q.shape[2], k, v)
     # A block of queries and two each of keys and values share the memory of a
     # multiprocessor, 99 KiB on consumer cards: 80 KiB at most.
@@ -213,14 +215,7 @@ def segment_extents(
 
 
 def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel whose residuals bear the name that rematerialisation knows them by.
-
-    Those of JAX for GPUs give none, so that nothing of them could be kept.
-    """
-
-    @jax.custom_vjp
-    def attend(*args):
-        return kernel(*args)
+    """A kernel whose residuals bear the name that rematerialisation keeps them by."""
 
     def forward(*args):
         out, backward = jax.vjp(kernel, *args)
@@ -234,17 +229,13 @@ def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
         return named, jax.tree.map(name, backward)
 
+    attend = jax.custom_vjp(kernel)
     attend.defvjp(forward, lambda backward, d_out: backward(d_out))
     return attend
 
 
-def _in_blocks(
-    q: Array, k: Array, v: Array, segment_ids: Array
-) -> tuple[Array, Array, Array, Array, int]:
-    """Rows padded to whole blocks, and their length before."""
-    t = q.shape[1]
-    pad = functools.partial(chunked_attention.pad, multiple=_BLOCK)
-    return pad(q), pad(k), pad(v), pad(segment_ids), t
+def _in_blocks(*args: Array) -> tuple[Array, ...]:
+    return tuple(chunked_attention.pad(x, _BLOCK) for x in args)
 
 
 def _with_heads(num: int, k: Array, v: Array) -> tuple[Array, Array]:

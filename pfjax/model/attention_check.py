@@ -1,6 +1,5 @@
 """A comparison, before training, of this machine's attention with the plain form."""
 
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -33,8 +32,7 @@ def check(config: ModelConfig, mesh: Mesh, max_segments: int) -> None:
     if backend in ("plain", "chunked"):
         return
     most = max_segments - 1
-    # Two tokens each on average.
-    many = tuple(itertools.islice(itertools.cycle((1, 2, 3)), min(most, _LENGTH // 2)))
+    many = ((1, 2, 3) * (_LENGTH // 6))[:most]
     _compare(config, mesh, backend, [(150, 1, 90)[:most], many], max_segments)
     prompts = [(_LENGTH,), (3,) * (_LENGTH // 3)]
     _compare(config, mesh, backend, prompts, None)
@@ -68,9 +66,8 @@ def _compare(
 
         if max_segments is None:
             return sharding.fetch((jax.jit(loss)(q, k, v)[1],))
-        (_, out), gradients = jax.jit(
-            jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        )(q, k, v)
+        gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        (_, out), gradients = jax.jit(gradient)(q, k, v)
         return sharding.fetch((out, *gradients))
 
     where = f"on {jax.devices()[0].device_kind} with jax {jax.__version__}"

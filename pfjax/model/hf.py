@@ -11,7 +11,6 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -29,8 +28,8 @@ def resolve(
 ) -> pathlib.Path:
     """A folder on this machine: the embedded model, a path, or a download.
 
-    A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; offline
-    mode (`HF_HUB_OFFLINE`) looks in the local cache only.
+    A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; with
+    `HF_HUB_OFFLINE` set only the local cache is looked in.
 
     Raises:
       ValueError: if it is neither a folder with a `config.json` nor on the hub.
@@ -60,12 +59,9 @@ def resolve(
 
 
 def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
-    """A folder with the `config.json` of a model, its weights perhaps not there.
+    """As `resolve`, a folder in which only the `config.json` need be.
 
     Those of the recipes ship with pfjax; others are fetched from the hub.
-
-    Raises:
-      ValueError: as `resolve` does.
     """
     name = os.fspath(path_or_hub_id)
     shipped = _ASSETS / name.partition("@")[0].replace("/", "--")
@@ -98,9 +94,6 @@ def load(
       mesh: places the parameters on this mesh; the default device when None.
       dtype: type of the parameters and of the computation.
 
-    Returns:
-      The policy.
-
     Raises:
       ValueError: if there is no such model, its architecture is not supported, or
         its tensors are not exactly those that its config names.
@@ -128,10 +121,7 @@ def save(
     dtype: str | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a folder that `transformers` and `pfjax.load` read.
-
-    The folder appears whole or not at all: it is written beside its place and
-    renamed.
+    """Writes a folder that `transformers` and `pfjax.load` read, whole or not at all.
 
     Args:
       policy: what to write.
@@ -155,7 +145,7 @@ def save(
             "the policy has adapters: save lora.merge(policy), or lora.save_peft"
         )
     if storage.is_remote(out_dir):
-        place = epath.Path(os.fspath(out_dir))
+        place = storage.place(out_dir)
         with storage.local_folder(place.parent) as local:
             save(policy, local / place.name, base=base, dtype=dtype, card=card)
         return

@@ -116,8 +116,8 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
     for field, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"{path} sets {field}={c.get(field)!r}: not supported")
-    unknown = {k: v for k, v in c.items() if k not in _READ | _INERT}
-    unknown = {k: v for k, v in unknown.items() if v is not None and v is not False}
+    is_off = lambda value: value is None or value is False
+    unknown = {k: v for k, v in c.items() if k not in _READ | _INERT and not is_off(v)}
     if unknown:
         raise ValueError(
             f"{path} has fields that pfjax does not know, and that might change what "
@@ -128,9 +128,9 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
 def _rope(path: pathlib.Path, c: dict[str, Any]) -> rope.RopeConfig:
     """Both spellings: transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
     p = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    unknown = sorted(set(p) - _ROPE_READ)
     kind = p.get("rope_type") or p.get("type") or "default"
-    if unknown or kind not in rope.KINDS or p.get("partial_rotary_factor", 1.0) != 1.0:
+    is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
+    if set(p) - _ROPE_READ or kind not in rope.KINDS or is_partial:
         raise ValueError(
             f"{path} sets rope_scaling (rope_parameters) {p}: not supported"
         )

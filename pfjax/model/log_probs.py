@@ -303,9 +303,7 @@ def score(
     sequences: list[list[int]],
     prompt_lengths: Sequence[int] | np.ndarray,
 ) -> list[np.ndarray]:
-    """Log-probs of the response tokens of each sequence.
-
-    Sequences are packed into rows, so that different lengths cost no padding.
+    """Log-probs of the response tokens of each sequence; they are packed into rows.
 
     Args:
       policy: the model.

@@ -67,7 +67,6 @@ def merge(policy: Policy) -> Policy:
 def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
     """Writes the adapters as a folder that `peft` loads onto `base`."""
     config = policy.config
-    modules = [weights.LAYER[name].split(".")[1] for name in transformer.PROJECTIONS]
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,17 +75,13 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": [x.partition(".")[2] for x in weights.MODULES.values()],
         "inference_mode": True,
     }
     with storage.local_folder(out_dir) as out:
-        weights.write_tensors(
-            select(policy.params),
-            out,
-            jnp.dtype("float32"),
-            stem="adapter_model",
-            prefix="base_model.model.",
-        )
+        trained, dtype = select(policy.params), jnp.dtype("float32")
+        names = {"stem": "adapter_model", "prefix": "base_model.model."}
+        weights.write_tensors(trained, out, dtype, **names)
         if jax.process_index() == 0:
             text = json.dumps(adapter, indent=2) + "\n"
             (out / "adapter_config.json").write_text(text)

@@ -1,8 +1,7 @@
 """The network: a decoder-only transformer whose one forward scores and decodes.
 
-Layers are stacked along a leading axis L and scanned, so compile time does not
-grow with depth. Parameters keep their own type (float32 masters when training)
-and are cast to the compute type where they are used.
+Layers are stacked along a leading axis L and scanned. Parameters keep their own type
+(float32 masters when training) and are cast to the compute type where they are used.
 """
 
 import dataclasses
@@ -124,11 +123,9 @@ class Blocks(nnx.Module):
         biased += ["wo"] if c.output_bias else []
         biased += ["w_gate", "w_up", "w_down"] if c.mlp_bias else []
         for name in biased:
-            setattr(self, _bias(name), param(PROJECTIONS[name][1], zeros))
+            setattr(self, bias_of(name), param(PROJECTIONS[name][1], zeros))
 
-    def __call__(
-        self, x: Array, angles: KeyValue, attend: Attend, cache: Any
-    ) -> tuple[Array, KeyValue]:
+    def __call__(self, x, angles, attend, cache):
         c = self.config
 
         def product(y, name, read, written):
@@ -145,7 +142,7 @@ class Blocks(nnx.Module):
                 inner = product(y, f"{name}_a", read, "r")
                 adapted = product(inner, f"{name}_b", "r", written)
                 out = out + adapted * (c.lora_alpha / c.lora_rank)
-            bias = getattr(self, _bias(name), None)
+            bias = getattr(self, bias_of(name), None)
             if bias is not None:
                 out = out + _rank_of(out, bias[...].astype(x.dtype))
             return out
@@ -163,7 +160,8 @@ class Blocks(nnx.Module):
         return sharding.constrain(x, "batch", None, None), (k, v)
 
 
-def _bias(name: str) -> str:
+def bias_of(name: str) -> str:
+    """The parameter that is the bias of a projection: "bq" of "wq"."""
     return name.replace("w", "b", 1)
 
 
@@ -185,14 +183,7 @@ class Transformer(nnx.Module):
         if not c.tied_embeddings:
             self.head = table("vocab", None)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "b t"],
-        positions: Int[Array, "b t"],
-        attend: Attend,
-        cache: Any = None,
-        remat: str = "none",
-    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+    def __call__(self, tokens, positions, attend, cache, remat):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of

@@ -27,32 +27,32 @@ _TOP = {
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
 }
-LAYER = {
+_LAYER = {
     "attn_norm": "input_layernorm.weight",
-    "wq": "self_attn.q_proj.weight",
-    "wk": "self_attn.k_proj.weight",
-    "wv": "self_attn.v_proj.weight",
-    "bq": "self_attn.q_proj.bias",
-    "bk": "self_attn.k_proj.bias",
-    "bv": "self_attn.v_proj.bias",
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
-    "wo": "self_attn.o_proj.weight",
-    "bo": "self_attn.o_proj.bias",
     "mlp_norm": "post_attention_layernorm.weight",
-    "w_gate": "mlp.gate_proj.weight",
-    "w_up": "mlp.up_proj.weight",
-    "w_down": "mlp.down_proj.weight",
-    "b_gate": "mlp.gate_proj.bias",
-    "b_up": "mlp.up_proj.bias",
-    "b_down": "mlp.down_proj.bias",
+}
+# Projection -> HF module.
+MODULES = {
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "w_gate": "mlp.gate_proj",
+    "w_up": "mlp.up_proj",
+    "w_down": "mlp.down_proj",
 }
 # Matrices -> the number of their first dimensions, which are read and HF puts last.
-_NUM_READ = {name: len(read) for name, (read, _) in transformer.PROJECTIONS.items()}
-for _name, _num in list(_NUM_READ.items()):  # adapters, named as peft does
-    _module = LAYER[_name].removesuffix(".weight")
-    LAYER[f"{_name}_a"], _NUM_READ[f"{_name}_a"] = f"{_module}.lora_A.weight", _num
-    LAYER[f"{_name}_b"], _NUM_READ[f"{_name}_b"] = f"{_module}.lora_B.weight", 1
+_NUM_READ = {}
+for _name, _module in MODULES.items():
+    _LAYER[_name] = f"{_module}.weight"
+    _LAYER[transformer.bias_of(_name)] = f"{_module}.bias"
+    # Adapters, named as peft does.
+    _LAYER[f"{_name}_a"] = f"{_module}.lora_A.weight"
+    _LAYER[f"{_name}_b"] = f"{_module}.lora_B.weight"
+    _NUM_READ[_name] = _NUM_READ[f"{_name}_a"] = len(transformer.PROJECTIONS[_name][0])
+    _NUM_READ[f"{_name}_b"] = 1
 # Buffers that some checkpoints carry and nothing reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -71,7 +71,7 @@ def _layout(path: tuple[Any, ...], leaf: Any) -> _Layout:
     shape = leaf.shape[is_layer:]
     order, n = tuple(range(len(shape))), _NUM_READ.get(name)
     if is_layer:
-        names = [f"model.layers.{i}.{LAYER[name]}" for i in range(leaf.shape[0])]
+        names = [f"model.layers.{i}.{_LAYER[name]}" for i in range(leaf.shape[0])]
         dims = [order[n:], order[:n]] if n else [order]
     else:
         names, dims = [_TOP[name]], [(d,) for d in order]
@@ -83,21 +83,8 @@ def _layouts(params: transformer.Params) -> list[tuple[_Layout, Any]]:
     return [(_layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
 
 
-class _Tensor(NamedTuple):
-    """A tensor in a file. Opened anew for each read: pages of a mapping that stays
-    open would count as this process's memory until the whole model is read."""
-
-    file: pathlib.Path
-    name: str
-    shape: list[int]
-
-    def read(self, cut: tuple[slice, ...]) -> np.ndarray:
-        with safetensors.safe_open(self.file, framework="numpy") as handle:
-            return handle.get_slice(self.name)[cut]
-
-
-def _open_folder(folder: pathlib.Path) -> dict[str, _Tensor]:
-    """HF name -> tensor, of one file or of an index of many."""
+def _open_folder(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[int]]]:
+    """HF name -> file and shape, of one file or of an index of many."""
     index, names = folder / _INDEX, ["model.safetensors"]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -106,13 +93,12 @@ def _open_folder(folder: pathlib.Path) -> dict[str, _Tensor]:
             f"{folder} holds neither model.safetensors nor {_INDEX}; weights in other "
             "formats (pytorch_model.bin) are not loaded: convert them with transformers"
         )
-    tensors: dict[str, _Tensor] = {}
+    tensors = {}
     for file in (folder / name for name in names):
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    shape = list(handle.get_slice(name).get_shape())
-                    tensors[name] = _Tensor(file, name, shape)
+                    tensors[name] = file, list(handle.get_slice(name).get_shape())
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(
                 f"{file} cannot be read as safetensors: {error}"
@@ -128,9 +114,9 @@ def _check(folder: pathlib.Path, tensors: dict, abstract: transformer.Params) ->
     problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
     problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
     problems += [
-        f"{n} has shape {tensors[n].shape}, expected {shape}"
+        f"{n} has shape {tensors[n][1]}, expected {shape}"
         for n, shape in wanted.items()
-        if n in present and tensors[n].shape != shape
+        if n in present and tensors[n][1] != shape
     ]
     if problems:
         shown = "\n  ".join(problems[:20])
@@ -165,7 +151,11 @@ def load(
                 cut.append(slice(*(inner * x for x in spans[first])))
             out = np.empty((len(names[layers]), *sizes), dtype)
             for i, name in enumerate(names[layers]):
-                part = tensors[name].read(tuple(cut)).reshape([sizes[d] for d in order])
+                # Opened anew: pages of a mapping that stays open would count as this
+                # process's memory until the whole model is read.
+                with safetensors.safe_open(tensors[name][0], "numpy") as handle:
+                    part = handle.get_slice(name)[tuple(cut)]
+                part = part.reshape([sizes[d] for d in order])
                 out[i] = part.transpose(np.argsort(order))
             return out if is_layer else out[0]
 

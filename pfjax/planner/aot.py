@@ -1,8 +1,4 @@
-"""Programs compiled ahead of time, for TPUs that need not be here.
-
-Where libtpu is installed, JAX lowers and compiles for a topology by its name; the
-compiled program tells the memory that it needs and what it sends between devices.
-"""
+"""Programs compiled ahead of time, for TPUs that need not be here, by libtpu."""
 
 import contextlib
 import importlib.util

@@ -53,7 +53,7 @@ def make_plan(
         with aot.use_mesh(mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
             if can_compile:
-                phases, sent = _compile(fns, work, config, mesh)
+                phases, sent = _compile(fns, work, mesh)
             else:
                 phases, sent = estimates.temporaries(work), estimates.sent(work)
     except (slots.NoRoom, jax.errors.JaxRuntimeError) as error:
@@ -125,10 +125,7 @@ def _workload(
 
 
 def _compile(
-    fns: train_fns.TrainFns,
-    work: roofline.Workload,
-    config: ml_collections.FrozenConfigDict,
-    mesh: Mesh,
+    fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
     """What each phase needs beside the state, and sends, as its program says."""
     batch = train_fns.abstract_minibatch(fns, mesh)

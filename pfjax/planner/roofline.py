@@ -1,9 +1,8 @@
 """The least time that each phase of a step can take, by a roofline.
 
-A step has three phases: rollout (the policy decodes responses), score (the base's
-log-probs of them) and update (gradients of the policy and the optimizer). A phase is
-bound by the slowest of three: its FLOPs, the bytes that a device moves in its memory,
-and those that it sends to others, each at the peak that the vendor states.
+The phases are rollout, score (the base's log-probs) and update. Each is bound by the
+slowest of three: its FLOPs, the bytes that a device moves in its memory, and those that
+it sends to others, at the peaks that the vendor states.
 """
 
 import dataclasses
