@@ -190,8 +190,7 @@ def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
 
 
 def axes_of(axis: str) -> tuple[str, ...]:
-    """Mesh axes, of more than one device, that a logical axis is split over inside of
-    `by_device`."""
+    """Mesh axes of more than one device that a logical axis is split over."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(n for n in RULES[axis] if not mesh.empty and mesh.shape[n] > 1)
 

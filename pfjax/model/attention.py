@@ -50,7 +50,6 @@ def packed_attention(
     and value heads too few for it are repeated.
 
     Args:
-      q, k, v: queries, keys, values.
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
         there is finite and means nothing.
       backend: one of `BACKENDS`, or "auto", see `chosen`.
@@ -58,8 +57,7 @@ def packed_attention(
         see `pays_for_segments`.
     """
     backend = chosen(backend, q.shape[-1], q.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     k, v = _with_heads(math.lcm(k.shape[2], tensor), k, v)
     heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
     attend = _BACKENDS[backend]
@@ -118,12 +116,7 @@ def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
 def _splash(
     q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
 ) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t = q.shape[1]
     q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
@@ -131,16 +124,14 @@ def _splash(
     # Larger blocks do more work a read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
     sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
-    run = kernel.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * h),
-        block_sizes=kernel.BlockSizes(**dict.fromkeys(sides, block)),
-        head_shards=1,
-        q_seq_shards=1,
+    run = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * h),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(sides, block)),
         residual_checkpoint_name=chunked_attention.SAVED,
         interpret=interpret,
     )
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
-    segments = kernel.SegmentIds(segment_ids, segment_ids)
+    segments = splash.SegmentIds(segment_ids, segment_ids)
     out = jax.vmap(run)(*heads_first, segments)
     return jnp.swapaxes(out, 1, 2)[:, :t]
 
@@ -204,11 +195,8 @@ def segment_extents(
     is_first = jnp.diff(segment_ids, prepend=-1) != 0
     # One more than may be: the end of the last.
     find = functools.partial(jnp.flatnonzero, size=max_segments, fill_value=t)
-    first = jnp.pad(
-        jax.vmap(find)(is_first).astype(jnp.int32),
-        ((0, 0), (0, 1)),
-        constant_values=t,
-    )
+    first = jax.vmap(find)(is_first).astype(jnp.int32)
+    first = jnp.pad(first, ((0, 0), (0, 1)), constant_values=t)
     is_used = first < t
     length = jnp.where(is_used[:, :-1], jnp.diff(first), -1)
     return length, jnp.where(is_used, first, -1)

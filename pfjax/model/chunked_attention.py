@@ -1,8 +1,7 @@
 """Causal attention inside segments, block by block, in plain JAX.
 
-The memory is that of the queries: blocks of logits exist one at a time, in the backward
-pass too. Blocks of keys before the segment of a block of queries are skipped, so the
-work follows the lengths of the segments, not the square of the row's.
+Blocks of logits exist one at a time, in the backward pass too. Blocks of keys before the
+segment of a block of queries are skipped: work follows the lengths of the segments.
 """
 
 import functools
@@ -15,8 +14,7 @@ from jaxtyping import Float, Int
 
 from pfjax.batch import Array
 
-# What a backward pass needs beside q, k and v bears this name, so that a policy of
-# rematerialisation can keep it.
+# By this name a policy of rematerialisation keeps what a backward pass needs.
 SAVED = "attention"
 _BLOCK = 128
 _MASKED = -1e30

@@ -47,10 +47,9 @@ def resolve(
     import huggingface_hub
 
     hub_id, _, revision = name.partition("@")
-    download = huggingface_hub.snapshot_download
+    wanted = {"revision": revision or None, "allow_patterns": files}
     try:
-        folder = download(hub_id, revision=revision or None, allow_patterns=files)
-        return pathlib.Path(folder)
+        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
         raise ValueError(
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
@@ -153,9 +152,9 @@ def save(
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
     config = {} if source is None else json.loads((source / "config.json").read_text())
-    old_name = config.pop("torch_dtype", None)
-    stored = config.get("dtype") or old_name or str(policy.params["embed"].dtype)
-    dtype = dtype or stored
+    of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
+    of_base = config.get("dtype") or of_base
+    dtype = dtype or of_base or str(policy.params["embed"].dtype)
     config = config or hf_config.to_json(policy.config, dtype)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = pathlib.Path(beside) / out.name
@@ -175,14 +174,9 @@ def save(
 
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
-    not_copied = (
-        ".bin",
-        ".pth",
-        ".pt",
-        ".md",
-        ".jsonl",
-    )  # weights, and what is its own
+    # Neither weights nor what describes the base.
+    left_out = (".bin", ".pth", ".pt", ".md", ".jsonl")
     for file in source.iterdir():
-        is_copied = ".safetensors" not in file.name and file.suffix not in not_copied
-        if file.is_file() and is_copied:
+        is_weight = ".safetensors" in file.name
+        if file.is_file() and not is_weight and file.suffix not in left_out:
             shutil.copyfile(file, out / file.name)

@@ -30,14 +30,12 @@ _FIELDS = {
     "tie_word_embeddings": "tied_embeddings",
     "max_position_embeddings": "max_positions",
 }
-_READ = set(_FIELDS) | {
+_KNOWN = set(_FIELDS) | {
     "architectures", "attention_bias", "auto_map", "dtype", "eos_token_id",
     "hidden_act", "layer_types", "max_window_layers", "mlp_bias", "model_type",
     "original_max_position_embeddings", "rope_parameters", "rope_scaling",
     "rope_theta", "sliding_window", "torch_dtype", "use_sliding_window",
-}  # fmt: skip
-# Without effect on the function that is computed.
-_INERT = {
+    # Without effect on the function that is computed.
     "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
     "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "id2label",
     "initializer_range", "label2id", "output_attentions", "output_hidden_states",
@@ -117,7 +115,7 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
         if is_set:
             raise ValueError(f"{path} sets {field}={c.get(field)!r}: not supported")
     is_off = lambda value: value is None or value is False
-    unknown = {k: v for k, v in c.items() if k not in _READ | _INERT and not is_off(v)}
+    unknown = {k: v for k, v in c.items() if k not in _KNOWN and not is_off(v)}
     if unknown:
         raise ValueError(
             f"{path} has fields that pfjax does not know, and that might change what "
@@ -130,23 +128,19 @@ def _rope(path: pathlib.Path, c: dict[str, Any]) -> rope.RopeConfig:
     p = c.get("rope_parameters") or c.get("rope_scaling") or {}
     kind = p.get("rope_type") or p.get("type") or "default"
     is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
+    said = f"{path} sets rope_scaling (rope_parameters) {p}"
     if set(p) - _ROPE_READ or kind not in rope.KINDS or is_partial:
-        raise ValueError(
-            f"{path} sets rope_scaling (rope_parameters) {p}: not supported"
-        )
+        raise ValueError(f"{said}: not supported")
     if kind != "default" and "factor" not in p:
-        raise ValueError(
-            f"{path} sets rope_scaling (rope_parameters) {p} but no factor"
-        )
+        raise ValueError(f"{said} but no factor")
     for field, same in (("rope_theta", p.get("rope_theta")), ("rope_scaling", p)):
         if c.get("rope_parameters") and c.get(field) not in (None, same):
             raise ValueError(
                 f"{path} sets {field}={c[field]} beside rope_parameters={p}, and they "
                 "differ; keep one"
             )
-    original = p.get("original_max_position_embeddings") or c.get(
-        "original_max_position_embeddings", c["max_position_embeddings"]
-    )
+    name = "original_max_position_embeddings"
+    original = p.get(name) or c.get(name, c["max_position_embeddings"])
     fields = {k: float(p[k]) for k in _ROPE_FIELDS if p.get(k) and k != "truncate"}
     fields["attention_factor"] = _yarn_attention_factor(p) if kind == "yarn" else 1.0
     return rope.RopeConfig(
@@ -163,9 +157,8 @@ def _yarn_attention_factor(p: dict[str, Any]) -> float:
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
     of = lambda m: 0.1 * m * math.log(max(p["factor"] or 1.0, 1.0)) + 1.0
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        return of(p["mscale"]) / of(p["mscale_all_dim"])
-    return of(1.0)
+    has_both = p.get("mscale") and p.get("mscale_all_dim")
+    return of(p["mscale"]) / of(p["mscale_all_dim"]) if has_both else of(1.0)
 
 
 def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:

@@ -29,8 +29,6 @@ CHUNK = 512
 CPU_TILE = 4096
 # Rows that `score` runs at once.
 SCORE_ROWS = 8
-
-
 _HIDDEN, _HEAD, _TOKEN = ("batch", None, None), ("vocab", None), ("batch", None)
 
 
@@ -311,8 +309,8 @@ def score(
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
 
     Returns:
-      One float32 array per sequence, one value in nats per response token: under the
-      full vocabulary, at temperature 1.
+      One float32 array per sequence, a value in nats per response token: under the full
+      vocabulary, at temperature 1.
 
     Raises:
       ValueError: if a sequence lacks a prompt or a response, or is longer than the
@@ -325,23 +323,19 @@ def score(
     """
     if not sequences:
         return []
+    c, params = policy
     longest = max(map(len, sequences))
-    if longest > policy.config.max_positions:
+    if longest > c.max_positions:
         raise ValueError(
-            f"a sequence has {longest} tokens, the model {policy.config.max_positions} "
-            "positions"
+            f"a sequence has {longest} tokens, the model {c.max_positions} positions"
         )
     # Powers of two: few programs to compile for sequences of any length.
     pack_length = max(64, 1 << (longest - 1).bit_length())
-    shape = PackShape(
-        num_microbatches=-(-len(sequences) // SCORE_ROWS),
-        microbatch_size=SCORE_ROWS,
-        pack_length=pack_length,
-        max_segments=segments_per_row(pack_length, pack_length),
-    )
+    most = -(-len(sequences) // SCORE_ROWS)
+    segments = segments_per_row(pack_length, pack_length)
+    shape = PackShape(most, SCORE_ROWS, pack_length, segments)
     arrays = [np.asarray(s, np.int32) for s in sequences]
     batch, placement, used = pack(arrays, np.asarray(prompt_lengths, np.int64), shape)
-    c, params = policy
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)

@@ -1,8 +1,7 @@
 """Low-rank adapters: a small trained part beside a frozen base.
 
-Policy and base then share one copy of the weights: the base is the policy with its
-adapters left out. An adapter of a projection W adds `(alpha / rank) A B` to it; B
-starts at zero, so that training starts at the base.
+Policy and base share one copy of the weights. An adapter of a projection W adds
+`(alpha / rank) A B` to it; B starts at zero, so that training starts at the base.
 
 References:
   Hu et al., arXiv 2106.09685.
@@ -21,13 +20,10 @@ from pfjax.model import transformer, weights
 from pfjax.model.transformer import ModelConfig, Params, Policy
 
 
-def _is_adapter(name: str) -> bool:
-    return name[:-2] in transformer.PROJECTIONS and name[-2:] in ("_a", "_b")
-
-
 def select(tree: Params) -> Params:
-    """The adapters of a tree of parameters (or of shapes, or of axes)."""
-    return {"blocks": {k: v for k, v in tree["blocks"].items() if _is_adapter(k)}}
+    """The adapters of a tree of parameters (or of shapes)."""
+    names = [f"{name}_{x}" for name in transformer.PROJECTIONS for x in "ab"]
+    return {"blocks": {name: tree["blocks"][name] for name in names}}
 
 
 def join(frozen: Params, trained: Params) -> Params:

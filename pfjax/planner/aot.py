@@ -1,6 +1,5 @@
 """Programs compiled ahead of time, for TPUs that need not be here, by libtpu."""
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -79,12 +78,6 @@ def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractM
     )
 
 
-def use_mesh(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
-    """Makes either kind of mesh the current one."""
-    is_abstract = isinstance(mesh, AbstractMesh)
-    return (jax.sharding.use_abstract_mesh if is_abstract else jax.set_mesh)(mesh)
-
-
 def compile_phases(
     fns: train_fns.TrainFns, batch: tuple[Any, ...], work: Workload
 ) -> dict[str, Any]:
@@ -92,7 +85,7 @@ def compile_phases(
 
     Args:
       fns: programs of the run.
-      batch: shapes of what an update is given, see `train_fns.abstract_minibatch`.
+      batch: of `train_fns.abstract_minibatch`.
       work: the step, with the plan of its rollout.
     """
     scored, number = batch
@@ -125,9 +118,8 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     state = decode.SamplerState(weights, key, temperature)
     prompts = math.ceil(work.num_prompts / plan.dp_size)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
-    queue = decode.Queue(
-        *[array(prompts)] * 3, *[array(1)] * 3, array(prompts * g, bool)
-    )
+    numbers = [*[array(prompts)] * 3, *[array(1)] * 3]
+    queue = decode.Queue(*numbers, array(prompts * g, bool))
     prefixes, of_slots, cache, results = _results(
         decode.start,
         queue,
@@ -143,8 +135,7 @@ def _lower_decode(params: Params, work: Workload) -> Any:
 
 
 def _results(f: Any, *args: Any, **kwargs: Any) -> Any:
-    """Shapes of what a jitted function returns, with the shardings that its compiled
-    program gives them."""
+    """Shapes of what a jitted function returns, sharded as by its compiled program."""
     shapes, program = f.eval_shape(*args, **kwargs), f.lower(*args, **kwargs).compile()
     return train_fns.placed(shapes, program.output_shardings)
 

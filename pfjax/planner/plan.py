@@ -39,7 +39,9 @@ def make_plan(
       ValueError: if the topology is unknown or sizes do not divide.
     """
     chip, devices = aot.parse(topology)
-    make_mesh = aot.tpu_mesh if can_compile else aot.abstract_mesh
+    make_mesh, use_mesh = aot.abstract_mesh, jax.sharding.use_abstract_mesh
+    if can_compile:
+        make_mesh, use_mesh = aot.tpu_mesh, jax.set_mesh
     mesh = make_mesh(topology, **config.mesh)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
@@ -50,7 +52,7 @@ def make_plan(
     waiting = state.pop("base") if config.offload_ref else 0
     free = int(chip.memory) - sum(state.values())
     try:
-        with aot.use_mesh(mesh):
+        with use_mesh(mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
             if can_compile:
                 phases, sent = _compile(fns, work, mesh)
