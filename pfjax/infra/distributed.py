@@ -12,7 +12,7 @@ JOIN_SECONDS = 300
 # A process that says nothing for so long is dead, and the others end too.
 HEARTBEAT_SECONDS = 60
 
-# For places where JAX cannot find out by itself (it can on TPU pods and under Slurm).
+# Where JAX cannot find out by itself, as it can on TPU pods and under Slurm.
 VARIABLES = ("PFJAX_COORDINATOR", "PFJAX_NUM_PROCESSES", "PFJAX_PROCESS_ID")
 
 

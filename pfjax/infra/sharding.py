@@ -67,9 +67,8 @@ def spec(
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes.
 
-    Key/value heads too few to split are replicated; so is an axis whose mesh axes
-    an earlier dimension already took, or which the code maps by hand (inside of
-    `over_batch`). Nothing is split over the mesh axes `without`.
+    Key/value heads too few to split are replicated; so is an axis whose mesh axes an
+    earlier dimension took, or `over_batch` did, or which are among `without`.
 
     Raises:
       ValueError: if another dimension does not divide by its mesh axes.
@@ -162,7 +161,6 @@ def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
     Outside `jax.set_mesh`, and where one device holds everything, `f` itself.
 
     Args:
-      f: takes arrays.
       in_axes: logical axes of each argument.
       out_axes: of the results, a tree of tuples; each logical axis is split as it is
         in the arguments.

@@ -101,7 +101,7 @@ def _has_packed_cudnn(kind: str) -> bool:
     return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
-def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def _plain(q, k, v, segment_ids):
     b, t, _, c = q.shape
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
@@ -113,9 +113,7 @@ def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
-) -> Array:
+def _splash(q, k, v, segment_ids, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t = q.shape[1]
@@ -136,9 +134,7 @@ def _splash(
     return jnp.swapaxes(out, 1, 2)[:, :t]
 
 
-def _triton(
-    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
-) -> Array:
+def _triton(q, k, v, segment_ids, interpret=False):
     with warnings.catch_warnings():  # deprecated in JAX 0.12, and nothing in its place
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as kernel
@@ -157,9 +153,7 @@ def _triton(
     return attend(q, k, v, segment_ids)[:, :t]
 
 
-def _cudnn(
-    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int
-) -> Array:
+def _cudnn(q, k, v, segment_ids, max_segments):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     if q.dtype.itemsize != 2:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from pfjax.batch import Array
 
@@ -20,12 +20,7 @@ _BLOCK = 128
 _MASKED = -1e30
 
 
-def attend(
-    q: Float[Array, "b t h c"],
-    k: Float[Array, "b t k c"],
-    v: Float[Array, "b t k c"],
-    segment_ids: Int[Array, "b t"],
-) -> Float[Array, "b t h c"]:
+def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """See `attention.packed_attention`. A token of padding attends to itself."""
     b, t, h, c = q.shape
     block = min(_BLOCK, t)
@@ -88,17 +83,13 @@ def _forward(scale, q, k, v, start):
 
         rows = jnp.zeros(q.shape[:-1], jnp.float32)
         empty = (jnp.zeros(q.shape, jnp.float32), rows + _MASKED, rows)
-        out, top, total = lax.fori_loop(_first(start), i + 1, of_keys, empty)
+        first = start.min() // start.shape[-1]  # block of keys that is seen
+        out, top, total = lax.fori_loop(first, i + 1, of_keys, empty)
         out = (out / total[..., None]).astype(q.dtype)
         return None, (out, top + jnp.log(total))
 
     _, found = lax.scan(of_queries, None, (jnp.arange(len(q)), q, start))
     return found
-
-
-def _first(start: Array) -> Array:
-    """First block of keys that a block of queries sees."""
-    return start.min() // start.shape[-1]
 
 
 def _attend_forward(scale, q, k, v, start):
@@ -126,7 +117,8 @@ def _attend_backward(scale, saved, d_out):
             return dq + _dot("bkmn,bknc->bkmc", d_logits, k[j]), dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = lax.fori_loop(_first(start), i + 1, of_keys, (dq, *carry))
+        first = start.min() // start.shape[-1]
+        dq, dk, dv = lax.fori_loop(first, i + 1, of_keys, (dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)

@@ -31,11 +31,9 @@ def decode_attention(
     """Attention of one token per slot over its prompt and its own past, itself included.
 
     A prompt's keys and values are stored once, in a prefix slot, and read by all of its
-    samples: their queries are laid on a grid, `prefix_slots x samples_per_prefix`. The
-    two parts are merged as one softmax.
+    samples: their queries are laid on a grid, `prefix_slots x samples_per_prefix`.
 
     Args:
-      q: queries of the newest tokens.
       own: caches of the slots, see `cache_shapes`.
       prompts: caches of the prefix slots.
       own_length: filled part of `own`.
@@ -43,7 +41,6 @@ def decode_attention(
       grid_index: where each slot stands on the grid (prefix slot times
         `samples_per_prefix` plus column), no two on one. A slot past the grid reads garbage.
       samples_per_prefix: width of the grid.
-      backend: one of `BACKENDS`.
     """
     s, h, c = q.shape
     num_kv = own[0].shape[1]
@@ -138,15 +135,8 @@ def _plain_block(
     return Part(out, top, weights.sum(axis=-1))
 
 
-def _gpu_block(
-    q: Float[Array, "n k m c"],
-    keys: Float[Array, "n k w c"],
-    values: Float[Array, "n k w c"],
-    length: Int[Array, "n"],
-    scale: float,
-    interpret: bool = False,
-) -> Part:
-    """JAX's Triton kernel, whose loop ends where the filled part does."""
+def _gpu_block(q, keys, values, length, scale, interpret=False) -> Part:
+    """As `partial_attention`: JAX's Triton kernel, whose loop ends as the cache does."""
     from jax.experimental.pallas.ops.gpu import decode_attention as kernel
 
     n, k, m, c = q.shape

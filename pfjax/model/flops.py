@@ -36,7 +36,6 @@ def update_flops(
     The gradient costs twice a pass; with adapters that of frozen weights is spared.
 
     Args:
-      config: of the policy.
       lengths: of trajectories, prompts included.
       prompts: lengths of their prompts.
     """

@@ -89,7 +89,7 @@ def load(
     """Loads a policy from a folder in Hugging Face format, a hub id, or "pfjax/toy".
 
     Args:
-      path_or_hub_id: where; `"pfjax/toy"` is the model that ships with pfjax.
+      path_or_hub_id: where; `"pfjax/toy"` ships with pfjax.
       mesh: places the parameters on this mesh; the default device when None.
       dtype: type of the parameters and of the computation.
 
@@ -123,7 +123,6 @@ def save(
     """Writes a folder that `transformers` and `pfjax.load` read, whole or not at all.
 
     Args:
-      policy: what to write.
       out_dir: the folder; an old one of that name is replaced.
       base: a model folder or hub id whose config and tokenizer files are copied;
         without it a minimal `config.json` is written, and no tokenizer.

@@ -10,15 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from pfjax.batch import (
-    Array,
-    PackedBatch,
-    PackShape,
-    pack,
-    segments_per_row,
-    trim_segments,
-    unpack_responses,
-)
+from pfjax import batch as packing
+from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import attention, transformer
 
@@ -48,7 +41,6 @@ def token_log_probs(
     Args:
       hidden: states from which each target is predicted.
       head: output projection; used in the type of `hidden`.
-      targets: token ids.
       where: tokens that are asked for.
 
     Returns:
@@ -304,7 +296,6 @@ def score(
     """Log-probs of the response tokens of each sequence; they are packed into rows.
 
     Args:
-      policy: the model.
       sequences: prompt and response together, token ids.
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
 
@@ -332,12 +323,13 @@ def score(
     # Powers of two: few programs to compile for sequences of any length.
     pack_length = max(64, 1 << (longest - 1).bit_length())
     most = -(-len(sequences) // SCORE_ROWS)
-    segments = segments_per_row(pack_length, pack_length)
+    segments = packing.segments_per_row(pack_length, pack_length)
     shape = PackShape(most, SCORE_ROWS, pack_length, segments)
     arrays = [np.asarray(s, np.int32) for s in sequences]
-    batch, placement, used = pack(arrays, np.asarray(prompt_lengths, np.int64), shape)
+    starts = np.asarray(prompt_lengths, np.int64)
+    batch, placement, used = packing.pack(arrays, starts, shape)
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
-        batch = trim_segments(batch, placement)
+        batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
     log_p = jax.device_get([_score(c, params, part(i)) for i in range(used)])
-    return unpack_responses(np.stack(log_p), placement)
+    return packing.unpack_responses(np.stack(log_p), placement)

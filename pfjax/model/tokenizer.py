@@ -19,17 +19,14 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     folder = hf.resolve(path_or_hub_id)
+    said = f"no tokenizer could be read from {folder}"
     # Without any, transformers 5 makes an empty tokenizer of the model's type.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(
-            f"no tokenizer could be read from {folder}: none of {_VOCABULARIES} is there"
-        )
+        raise ValueError(f"{said}: none of {_VOCABULARIES} is there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(
-            f"no tokenizer could be read from {folder}: {error}"
-        ) from error
+        raise ValueError(f"{said}: {error}") from error
 
 
 def encode_prompt(
@@ -78,13 +75,10 @@ def _ends_of_turn(tokenizer: Any) -> list[int]:
     """The special token that a chat template puts behind an assistant's message."""
     if not getattr(tokenizer, "chat_template", None):
         return []
-    said = "pfjax"
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": said},
-    ]
+    turns = [("user", "?"), ("assistant", "pfjax")]
+    messages = [{"role": role, "content": text} for role, text in turns]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    behind = text.rpartition(said)[2].lstrip()
+    behind = text.rpartition("pfjax")[2].lstrip()
     specials = tokenizer.get_added_vocab()
     return [specials[t] for t in specials if t and behind.startswith(t)]
 

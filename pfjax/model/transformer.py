@@ -251,7 +251,6 @@ def apply(
     """Hidden states after the final norm, and the keys and values of all layers.
 
     Args:
-      tokens: token ids.
       positions: position of each token in its own sequence.
       attend: how a layer attends, see `Attend`.
       cache: a tree of arrays with leading axis L, a slice of which each layer's

@@ -81,13 +81,8 @@ def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractM
 def compile_phases(
     fns: train_fns.TrainFns, batch: tuple[Any, ...], work: Workload
 ) -> dict[str, Any]:
-    """Compiles the programs of a step for the current mesh, one per phase.
-
-    Args:
-      fns: programs of the run.
-      batch: of `train_fns.abstract_minibatch`.
-      work: the step, with the plan of its rollout.
-    """
+    """Compiles the programs of a step for the current mesh, one per phase; for a `batch`
+    of `train_fns.abstract_minibatch`."""
     scored, number = batch
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}

@@ -83,12 +83,11 @@ def _repeats(
                     names = (dict(called)[x].lstrip("%") for x in ("condition", "body"))
                     trips = _trips(line, *(computations.get(x, "") for x in names))
                 for callee in re.findall(r"[\w.\-]+", callees):
-                    if callee not in computations or callee in repeats:
-                        continue
-                    repeats[callee] = times * (trips or 1), loops + (not trips)
-                    todo.append(callee)
-                    if how == "calls":
-                        fused.add(callee)
+                    if callee in computations and callee not in repeats:
+                        repeats[callee] = times * (trips or 1), loops + (not trips)
+                        todo.append(callee)
+                        if how == "calls":
+                            fused.add(callee)
     return repeats, fused
 
 

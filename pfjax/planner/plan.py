@@ -29,8 +29,7 @@ def make_plan(
     """What `python -m pfjax.plan` prints, as a dictionary ready for JSON.
 
     Args:
-      config: of the run.
-      base_model: of its checkpoint.
+      config, base_model: of the run and of its checkpoint.
       topology: name of the devices, `v5e:4x4` or `h200:8`.
       response_tokens: mean length of a response, an assumption.
       can_compile: whether to compile for the devices, or to estimate.
@@ -67,20 +66,15 @@ def make_plan(
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
     phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
     phases["score"]["base from the host"] = waiting
-    gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
-    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
+    memory = _memory(state, phases, chip)
     return {
         "model": config.model,
         "topology": topology,
         "devices": devices,
         "compiled": can_compile,
         "mesh": work.mesh,
-        "memory_gib": {
-            "state": gib(state),
-            "phases": {phase: gib(x) for phase, x in phases.items()},
-            **gib({"total": peak, "available": chip.memory}),
-        },
-        "fits": peak <= chip.memory,
+        "memory_gib": memory,
+        "fits": memory["total"] <= memory["available"],
         "error": None,
         **_step(work, sent, chip),
     }
@@ -146,6 +140,15 @@ def _bytes_of(tree: Any) -> int:
     part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
+def _memory(state: dict, phases: dict, chip: hardware.Chip) -> dict[str, Any]:
+    """GiB that stay, that each phase adds, and their sum at the peak of the step."""
+    gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
+    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
+    by_phase = {phase: gib(x) for phase, x in phases.items()}
+    sums = gib({"total": peak, "available": chip.memory})
+    return {"state": gib(state), "phases": by_phase, **sums}
 
 
 def _step(
