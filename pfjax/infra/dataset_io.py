@@ -9,9 +9,7 @@ from etils import epath
 
 from pfjax.infra import storage
 
-# "pfjax/toy/<file>" names a file that ships with pfjax.
-_SHIPPED = "pfjax/toy/"
-_ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "toy"
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 
 def read(source: str) -> list[tuple[str, dict[str, Any]]]:
@@ -26,8 +24,8 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
       ValueError: if there is no such source, or a line is no JSON object (naming it).
     """
     path = pathlib.Path(source).expanduser()
-    if source.startswith(_SHIPPED):
-        path = _ASSETS / source.removeprefix(_SHIPPED)
+    if source.startswith("pfjax/toy/"):
+        path = _ASSETS / source.removeprefix("pfjax/")
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")
     if path.suffix in (".jsonl", ".json"):

@@ -7,11 +7,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# How long a process waits for the others at the start.
-JOIN_SECONDS = 300
-# A process that says nothing for so long is dead, and the others end too.
-HEARTBEAT_SECONDS = 60
-
+JOIN_SECONDS = 300  # that a process waits for the others at the start
+HEARTBEAT_SECONDS = 60  # of silence, after which a process is dead and the others end
 # Where JAX cannot find out by itself, as it can on TPU pods and under Slurm.
 VARIABLES = ("PFJAX_COORDINATOR", "PFJAX_NUM_PROCESSES", "PFJAX_PROCESS_ID")
 
@@ -40,8 +37,7 @@ def join() -> None:
             "num_processes": int(num),
             "process_id": int(index),
         }
-    # JAX ends the process itself when time is up, with no word of what to do: so the
-    # word comes first.
+    # JAX ends the process itself when time is up, with no word of what to do.
     print(
         f"--multihost: joining the other processes{f' at {address}' if address else ''}, "
         f"for at most {seconds} s. Each has to be started by then, with the same arguments",

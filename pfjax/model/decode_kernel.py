@@ -75,10 +75,8 @@ def partial_attention(
     return Part(out, top[..., 0], total[..., 0])
 
 
-def _kernel(
-    length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, *, block, scale
-):
-    j, length = pl.program_id(1), length_ref[pl.program_id(0)]
+def _kernel(length, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, block, scale):
+    j, length = pl.program_id(1), length[pl.program_id(0)]
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
     @pl.when(j == 0)

@@ -18,7 +18,6 @@ from pfjax.infra import sharding, storage
 from pfjax.model import hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
-EMBEDDED = "pfjax/toy"  # ships with this package, see examples/toy_model.py
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
 
@@ -35,7 +34,7 @@ def resolve(
       ValueError: if it is neither a folder with a `config.json` nor on the hub.
     """
     name = os.fspath(path_or_hub_id)
-    if name == EMBEDDED:
+    if name == "pfjax/toy":  # see examples/toy_model.py
         return _ASSETS / "toy"
     path = pathlib.Path(name).expanduser()
     if path.is_dir():

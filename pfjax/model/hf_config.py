@@ -42,17 +42,8 @@ _KNOWN = set(_FIELDS) | {
     "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
     "transformers_version", "use_cache",
 }  # fmt: skip
-# Of RoPE, those named as in `RopeConfig`: the kinds that have them.
-_ROPE_FIELDS = {
-    "factor": ("linear", "dynamic", "yarn", "llama3"),
-    "low_freq_factor": ("llama3",),
-    "high_freq_factor": ("llama3",),
-    "beta_fast": ("yarn",),
-    "beta_slow": ("yarn",),
-    "truncate": ("yarn",),
-    "attention_factor": ("yarn",),
-}
-_ROPE_READ = set(_ROPE_FIELDS) | {
+_ROPE_FIELDS = set().union(*rope.KINDS.values())
+_ROPE_READ = _ROPE_FIELDS | {
     "mscale", "mscale_all_dim", "original_max_position_embeddings",
     "partial_rotary_factor", "rope_theta", "rope_type", "type",
 }  # fmt: skip
@@ -175,8 +166,7 @@ def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": kind}
     if kind in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = c.rope.original_positions
-    named = [name for name, kinds in _ROPE_FIELDS.items() if kind in kinds]
-    parameters |= {name: getattr(c.rope, name) for name in named}
+    parameters |= {name: getattr(c.rope, name) for name in rope.KINDS[kind]}
     out = {
         "architectures": [_ARCHITECTURES[c.family]],
         "model_type": c.family,

@@ -17,8 +17,7 @@ from pfjax.model import attention, transformer
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
-# Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, which makes a
-# forward pass over 151,936 twice as fast. Accelerators take a chunk's whole.
+# Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, twice as fast.
 CPU_TILE = 4096
 # Rows that `score` runs at once.
 SCORE_ROWS = 8
@@ -72,8 +71,8 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 class _Chunks:
     """The tokens of one device that are asked for, in chunks; and what joins devices.
 
-    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens too, and
-    work on the chunks of all of them, each on its part of the vocabulary.
+    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens, and work
+    on the chunks of all of them, each on its part of the vocabulary.
     """
 
     def __init__(self, hidden: Array, head: Array, targets: Array, where: Array):

@@ -14,7 +14,14 @@ from jaxtyping import Float, Int
 
 from pfjax.batch import Array
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+# Kind of scaling -> what it depends on, beside the original positions.
+KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)

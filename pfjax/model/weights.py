@@ -171,7 +171,7 @@ def write_tensors(
     stem: str = "model",
     prefix: str = "",
 ) -> None:
-    """Writes `<stem>.safetensors`, or an index of many; a tensor at a time is on the host.
+    """Writes `<stem>.safetensors`, or many and an index; one tensor is on the host at once.
 
     Every process takes part in the gathering, the first one writes.
     """

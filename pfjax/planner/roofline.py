@@ -80,8 +80,8 @@ def sent(w: Workload, phase: str, found: Iterable[hlo.Collective]) -> list[Sent]
     response_tokens = w.micro_batch * w.response_tokens
     response_tokens /= w.prompt_tokens + w.response_tokens
     chunks = math.ceil(response_tokens / log_probs.CHUNK)
-    # The loops whose length is known only when they run: over tokens or micro-batches,
-    # and within them over chunks of log-probs.
+    # Loops whose length only the running program knows: over tokens or micro-batches, and
+    # within them over chunks of log-probs.
     outer = w.decode_steps if phase == "rollout" else w.micro_batches
     repeats = (1, outer, outer * chunks)
     alike = defaultdict(list)
