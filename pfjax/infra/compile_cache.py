@@ -20,11 +20,11 @@ def use_cache() -> None:
 class Compilations:
     """Seconds and number of compilations since it was asked last."""
 
+    _seconds, _made, _found = 0.0, 0, 0
+
     def __init__(self):
-        self._seconds, self._found, self._made = 0.0, 0, 0
-        monitoring = jax.monitoring
-        monitoring.register_event_duration_secs_listener(self._on_duration)
-        monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, seconds: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -37,7 +37,7 @@ class Compilations:
     def take(self) -> tuple[float, int, int]:
         """Seconds; programs, those found in the cache included; and those found."""
         out = self._seconds, self._made, self._found
-        self._seconds, self._found, self._made = 0.0, 0, 0
+        self._seconds, self._made, self._found = 0.0, 0, 0
         return out
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Rows of JSONL and Parquet files and of data sets on the hub."""
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -8,9 +9,7 @@ from etils import epath
 
 from pfjax.infra import storage
 
-# "pfjax/toy/<file>" names a file that ships with pfjax.
-_SHIPPED = "pfjax/toy/"
-_ASSETS = pathlib.Path(__file__).parents[1] / "assets" / "toy"
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 
 
 def read(source: str) -> list[tuple[str, dict[str, Any]]]:
@@ -24,22 +23,21 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
       ValueError: if there is no such source, or a line is no JSON object (naming it).
     """
-    if source.startswith(_SHIPPED):
-        path = _ASSETS / source.removeprefix(_SHIPPED)
-    else:
-        path = pathlib.Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json") and path.is_file():
+    path = pathlib.Path(source).expanduser()
+    if source.startswith("pfjax/toy/"):
+        path = _ASSETS / source.removeprefix("pfjax/")
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+        raise ValueError(f"prompt file {path} does not exist")
+    if path.suffix in (".jsonl", ".json"):
         return _read_lines(path)
     import datasets
 
     datasets.disable_progress_bars()
-    if path.suffix == ".parquet" and path.is_file():
+    if path.suffix == ".parquet":
         try:
             table = datasets.Dataset.from_parquet(str(path))
         except Exception as error:
             raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    elif path.suffix in (".jsonl", ".json", ".parquet"):
-        raise ValueError(f"prompt file {path} does not exist")
     else:
         name, *config, split = source.split(":") if ":" in source else (source, "train")
         name, _, revision = name.partition("@")
@@ -76,14 +74,10 @@ def _read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
     """Rows of a JSONL file that pfjax wrote, none if there is no file; a last line cut
     short by a kill is left out."""
-    path = storage.place(path)
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    path, rows = storage.place(path), []
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text().splitlines() if path.exists() else ():
+            rows.append(json.loads(line))
     return rows
 
 

@@ -5,13 +5,11 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-# How long a process waits for the others at the start.
-JOIN_SECONDS = 300
-# A process that says nothing for so long is dead, and the others end too.
-HEARTBEAT_SECONDS = 60
-
-# For places where JAX cannot find out by itself (it can on TPU pods and under Slurm).
+JOIN_SECONDS = 300  # that a process waits for the others at the start
+HEARTBEAT_SECONDS = 60  # of silence, after which a process is dead and the others end
+# Where JAX cannot find out by itself, as it can on TPU pods and under Slurm.
 VARIABLES = ("PFJAX_COORDINATOR", "PFJAX_NUM_PROCESSES", "PFJAX_PROCESS_ID")
 
 
@@ -20,29 +18,26 @@ def join() -> None:
 
     On TPU pods and under Slurm JAX finds them; elsewhere the environment says where the
     first process listens (`PFJAX_COORDINATOR=host:port`), how many there are
-    (`PFJAX_NUM_PROCESSES`), and which this is (`PFJAX_PROCESS_ID`, from 0).
-
-    A process that does not find the others in `JOIN_SECONDS` (`PFJAX_JOIN_SECONDS`
-    changes it) is ended.
+    (`PFJAX_NUM_PROCESSES`), and which this is (`PFJAX_PROCESS_ID`, from 0). One that
+    finds no others in `JOIN_SECONDS`, or `PFJAX_JOIN_SECONDS`, is ended.
 
     Raises:
       ValueError: if it is not known where they are.
     """
     seconds = int(os.environ.get("PFJAX_JOIN_SECONDS", JOIN_SECONDS))
-    given = [os.environ.get(name) for name in VARIABLES]
-    address, num, index = given
+    given = {name: os.environ.get(name) for name in VARIABLES}
+    address, num, index = given.values()
     where = {}
-    if any(given):
-        if not all(given) or not (num.isdigit() and index.isdigit()):
-            names = ", ".join(f"{n}={x}" for n, x in zip(VARIABLES, given, strict=True))
+    if any(given.values()):
+        if not (address and num and num.isdigit() and index and index.isdigit()):
+            names = ", ".join(f"{n}={x}" for n, x in given.items())
             raise ValueError(f"--multihost: all of these have to be set: {names}")
         where = {
             "coordinator_address": address,
             "num_processes": int(num),
             "process_id": int(index),
         }
-    # JAX ends the process itself when time is up, with no word of what to do: so the
-    # word comes first.
+    # JAX ends the process itself when time is up, with no word of what to do.
     print(
         f"--multihost: joining the other processes{f' at {address}' if address else ''}, "
         f"for at most {seconds} s. Each has to be started by then, with the same arguments",
@@ -63,10 +58,7 @@ def join() -> None:
 
 
 def check_alone() -> None:
-    """Raises ValueError if this is one worker of a TPU pod.
-
-    Alone it would wait for the others without a word.
-    """
+    """Raises ValueError on one worker of a TPU pod, which would wait without a word."""
     workers = [x for x in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if x]
     if len(workers) > 1:
         raise ValueError(
@@ -82,18 +74,10 @@ def is_first() -> bool:
 
 def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
     """Each flag, true if it is on any process. All processes have to call it."""
-    if jax.process_count() == 1:
-        return flags
-    from jax.experimental import multihost_utils
-
     everyone = multihost_utils.process_allgather(np.array(flags))
-    return tuple(bool(x) for x in everyone.any(axis=0))
+    return tuple(everyone.any(axis=0).tolist())
 
 
 def from_first(x: np.ndarray) -> np.ndarray:
     """The first process's `x`, on all of them. All processes have to call it."""
-    if jax.process_count() == 1:
-        return x
-    from jax.experimental import multihost_utils
-
     return np.asarray(multihost_utils.broadcast_one_to_all(x))

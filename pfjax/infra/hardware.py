@@ -38,8 +38,6 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """Fraction of the peak FLOPs of all devices; None where it is not known."""
+    """Fraction of the peak FLOPs of all devices; None where that is not known."""
     chip = chip_of(jax.devices()[0].device_kind)
-    if chip is None:
-        return None
-    return flops / seconds / (chip.flops * jax.device_count())
+    return chip and flops / seconds / (chip.flops * jax.device_count())

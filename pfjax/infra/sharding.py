@@ -1,25 +1,25 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of a parameter or an activation -> mesh axes it is split over.
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    None: None,
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
     "batch": ("data", "fsdp"),
-    "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
     # The head's vocabulary takes every device that holds weights: then no chunk
     # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
     "vocab": ("fsdp", "tensor"),
@@ -38,12 +38,9 @@ def make_mesh(
       ValueError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    grid = mesh_utils.create_device_mesh(
-        mesh_sizes(data, fsdp, tensor, len(devices)),
-        devices,
-        # Two of the four devices of a side, say, as an axis.
-        allow_split_physical_axes=True,
-    )
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+    # Two of the four devices of a side, say, may be an axis.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -51,7 +48,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
     """Sizes of which one may have been -1; raises as `make_mesh` does."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    given = int(np.prod([size for size in sizes.values() if size != -1]))
+    given = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or given < 1 or devices % given or (not free and given != devices):
         flags = " ".join(f"--config.mesh.{k}={v}" for k, v in sizes.items())
         raise ValueError(
@@ -70,19 +67,16 @@ def spec(
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes.
 
-    Key/value heads too few to split are replicated; so is an axis whose mesh axes
-    an earlier dimension already took, or which the code maps by hand (inside of
-    `over_batch`). Nothing is split over the mesh axes `without`.
+    Key/value heads too few to split are replicated; so is an axis whose mesh axes an
+    earlier dimension took, or `over_batch` did, or which are among `without`.
 
     Raises:
       ValueError: if another dimension does not divide by its mesh axes.
     """
-    parts, taken = [], _manual(mesh) | set(without)
+    parts, taken = [], {*mesh.manual_axes, *without}
     for axis, size in zip(axes, shape, strict=True):
-        rule = RULES[axis]
-        names = (rule,) if isinstance(rule, str) else rule or ()
-        names = tuple(n for n in names if n not in taken and mesh.shape[n] > 1)
-        ways = int(np.prod([mesh.shape[n] for n in names]))
+        names = tuple(n for n in RULES[axis] if n not in taken and mesh.shape[n] > 1)
+        ways = math.prod(mesh.shape[n] for n in names)
         if size % ways and axis == "kv_heads":
             names = ()
         elif size % ways:
@@ -92,13 +86,8 @@ def spec(
                 f"choose mesh sizes whose product divides {size}"
             )
         taken.update(names)
-        parts.append(names if len(names) > 1 else names[0] if names else None)
+        parts.append(names)
     return PartitionSpec(*parts)
-
-
-def _manual(mesh: Mesh | AbstractMesh) -> set[str]:
-    named = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name for name, kind in named if kind == AxisType.Manual}
 
 
 def tree_shardings(
@@ -124,15 +113,13 @@ def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
 
     Every process passes the same whole arrays and keeps its own part.
     """
-
-    put = lambda x: jax.device_put(x, of_batch(mesh, x.shape, dim))
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda x: jax.device_put(x, of_batch(mesh, x.shape, dim)), tree)
 
 
 def of_batch(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dim: int) -> Any:
     """The sharding of an array whose dimension `dim` is split as "batch"."""
-    axes = (None,) * dim + ("batch",) + (None,) * (len(shape) - dim - 1)
-    return NamedSharding(mesh, spec(mesh, axes, shape))
+    axes = ("batch" if i == dim else None for i in range(len(shape)))
+    return NamedSharding(mesh, spec(mesh, tuple(axes), shape))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -147,9 +134,9 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
     """`f` run by each part of the mesh that holds a part of the batch, on its own.
 
     The first `num_whole` arguments are passed whole; the others and the results are
-    split along the first dimension of every array. Inside, nothing is exchanged
-    between the parts, so that each may loop as often as it needs to; the "tensor"
-    axis is still split automatically. Outside `jax.set_mesh`, `f` itself.
+    split along the first dimension of every array. Nothing is exchanged between the
+    parts, so each may loop as often as it needs to; "tensor" is still split
+    automatically. Outside `jax.set_mesh`, `f` itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or batch_ways(mesh) == 1:
@@ -174,45 +161,36 @@ def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
     Outside `jax.set_mesh`, and where one device holds everything, `f` itself.
 
     Args:
-      f: takes arrays.
       in_axes: logical axes of each argument.
       out_axes: of the results, a tree of tuples; each logical axis is split as it is
         in the arguments.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    names = set(mesh.shape) - _manual(mesh)
+    names = set(mesh.shape) - set(mesh.manual_axes)
     if mesh.empty or mesh.size == 1 or not names:
         return f
-    is_axes = lambda x: type(x) is tuple and all(a is None or a in RULES for a in x)
+    is_axes = lambda x: type(x) is tuple and set(x) <= set(RULES)
 
     def parts(*args):
-        specs = [spec(mesh, a, x.shape) for a, x in zip(in_axes, args, strict=True)]
-        split: dict[str | None, Any] = {}
-        for axes, of_axes in zip(in_axes, specs, strict=True):
-            split |= dict(zip(axes, of_axes, strict=True)) | {None: None}
-        out_specs = jax.tree.map(
-            lambda axes: PartitionSpec(*(split[a] for a in axes)),
-            out_axes,
-            is_leaf=is_axes,
+        specs = tuple(
+            spec(mesh, a, x.shape) for a, x in zip(in_axes, args, strict=True)
         )
+        split = {None: None}
+        for axes, of_axes in zip(in_axes, specs, strict=True):
+            split |= dict(zip(axes, of_axes, strict=True))
+        place = lambda axes: PartitionSpec(*(split[a] for a in axes))
+        out_specs = jax.tree.map(place, out_axes, is_leaf=is_axes)
         return jax.shard_map(
-            f,
-            in_specs=tuple(specs),
-            out_specs=out_specs,
-            axis_names=names,
-            check_vma=False,
+            f, in_specs=specs, out_specs=out_specs, axis_names=names, check_vma=False
         )(*args)
 
     return parts
 
 
 def axes_of(axis: str) -> tuple[str, ...]:
-    """Mesh axes, of more than one device, that a logical axis is split over inside of
-    `by_device`."""
+    """Mesh axes of more than one device that a logical axis is split over."""
     mesh = jax.sharding.get_abstract_mesh()
-    rule = RULES[axis]
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    return tuple(n for n in names if not mesh.empty and mesh.shape[n] > 1)
+    return tuple(n for n in RULES[axis] if not mesh.empty and mesh.shape[n] > 1)
 
 
 def platform() -> tuple[str, str]:
@@ -228,8 +206,4 @@ def platform() -> tuple[str, str]:
 
 def fetch(tree: Any) -> Any:
     """Whole host arrays of device arrays, on every process."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)

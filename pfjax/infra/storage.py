@@ -23,21 +23,20 @@ def local_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
 
     That is the folder itself, or one whose files are copied to it in the end.
     """
-    if not is_remote(folder):
+    if is_remote(folder):
+        with tempfile.TemporaryDirectory(prefix="pfjax-") as local:
+            yield pathlib.Path(local)
+            upload(pathlib.Path(local), epath.Path(str(folder)))
+    else:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
         yield pathlib.Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="pfjax-") as name:
-        local = pathlib.Path(name)
-        yield local
-        upload(local, epath.Path(str(folder)))
 
 
 def upload(local: pathlib.Path, folder: epath.Path) -> None:
     """Copies the files of a folder, and of folders in it; `config.json` last, as it
     tells that a model is whole."""
-    found = [x for x in sorted(local.rglob("*")) if x.is_file()]
-    for file in sorted(found, key=lambda x: x.name == "config.json"):
-        target = folder / str(file.relative_to(local))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(file).copy(target, overwrite=True)
+    for file in sorted(local.rglob("*"), key=lambda x: x.name == "config.json"):
+        if file.is_file():
+            target = folder / str(file.relative_to(local))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            epath.Path(file).copy(target, overwrite=True)

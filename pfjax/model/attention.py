@@ -1,7 +1,7 @@
 """Causal attention over packed rows: one function, back ends, one reference.
 
 Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
-comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
+comes unscaled. The tokens of a segment are contiguous, as `batch.pack` lays them.
 
 | back end | for | memory | segments that it skips |
 |---|---|---|---|
@@ -15,6 +15,7 @@ comes unscaled. The tokens of a segment are contiguous, as `packing` lays them.
 import dataclasses
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable
 
@@ -29,8 +30,8 @@ from pfjax.model import chunked_attention
 
 # Kernels read blocks of this many tokens, or of more that divide the row.
 _BLOCK = 128
-# Of the first GPUs whose cuDNN attends over packed rows: Hopper.
-_PACKED_CUDNN = (9, 0)
+# Major version of the first GPUs whose cuDNN attends over packed rows: Hopper.
+_PACKED_CUDNN = 9
 # What is known of a GPU that is not at hand is its name.
 _PACKED_CUDNN_KINDS = ("H100", "H200", "H800", "H20", "B200", "B300")
 
@@ -49,7 +50,6 @@ def packed_attention(
     and value heads too few for it are repeated.
 
     Args:
-      q, k, v: queries, keys, values.
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
         there is finite and means nothing.
       backend: one of `BACKENDS`, or "auto", see `chosen`.
@@ -57,11 +57,8 @@ def packed_attention(
         see `pays_for_segments`.
     """
     backend = chosen(backend, q.shape[-1], q.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    copies = math.lcm(k.shape[2], tensor) // k.shape[2]
-    if copies > 1:
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    k, v = _with_heads(math.lcm(k.shape[2], tensor), k, v)
     heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
     attend = _BACKENDS[backend]
     if backend == "cudnn":
@@ -100,12 +97,11 @@ def _has_packed_cudnn(kind: str) -> bool:
     if not here:
         return any(x in kind for x in _PACKED_CUDNN_KINDS)
     # "9.0"; of AMD a name, "gfx942".
-    major, _, minor = getattr(here[0], "compute_capability", "").partition(".")
-    is_number = major.isdigit() and minor.isdigit()
-    return is_number and (int(major), int(minor)) >= _PACKED_CUDNN
+    capability = re.fullmatch(r"(\d+)\.\d+", getattr(here[0], "compute_capability", ""))
+    return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
-def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
+def _plain(q, k, v, segment_ids):
     b, t, _, c = q.shape
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
@@ -117,83 +113,47 @@ def _plain(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _splash(
-    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
-) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_mask as masks,
-    )
+def _splash(q, k, v, segment_ids, interpret=False):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
-    h, c, padded = q.shape[2], q.shape[3], q.shape[1]
+    t = q.shape[1]
+    q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
+    _, padded, h, c = q.shape
     # Larger blocks do more work a read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
-    run = kernel.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * h),
-        block_sizes=kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
+    sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
+    run = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * h),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(sides, block)),
         residual_checkpoint_name=chunked_attention.SAVED,
         interpret=interpret,
     )
-
-    def one(q, k, v, segment_ids):
-        segments = kernel.SegmentIds(segment_ids, segment_ids)
-        return run(q, k, v, segment_ids=segments)
-
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
-    out = jax.vmap(one)(*heads_first, segment_ids)
+    segments = splash.SegmentIds(segment_ids, segment_ids)
+    out = jax.vmap(run)(*heads_first, segments)
     return jnp.swapaxes(out, 1, 2)[:, :t]
 
 
-def _triton(
-    q: Array, k: Array, v: Array, segment_ids: Array, interpret: bool = False
-) -> Array:
+def _triton(q, k, v, segment_ids, interpret=False):
     with warnings.catch_warnings():  # deprecated in JAX 0.12, and nothing in its place
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention as kernel
 
-    q, k, v, segment_ids, t = _in_blocks(q, k, v, segment_ids)
-    k, v = _for_every_head(q, k, v)
-    sizes = kernel.BlockSizes.get_default()
+    t = q.shape[1]
+    q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
+    k, v = _with_heads(q.shape[2], k, v)
     # A block of queries and two each of keys and values share the memory of a
     # multiprocessor, 99 KiB on consumer cards: 80 KiB at most.
     block = min(_BLOCK, 2**14 // (q.shape[3] * q.dtype.itemsize))
+    sizes = kernel.BlockSizes.get_default()
     sizes = dataclasses.replace(sizes, block_q=block, block_k=block)
-
-    def attend(q, k, v, segment_ids):
-        # By position: custom_vjp takes what is static by number.
-        return kernel.mha(
-            q,
-            k,
-            v,
-            segment_ids,
-            q.shape[-1] ** -0.5,
-            True,
-            sizes,
-            "triton",
-            None,
-            2,
-            None,
-            interpret,
-        )
-
-    return _with_names(attend)(q, k, v, segment_ids)[:, :t]
+    # By position: custom_vjp takes what is static by number.
+    static = (q.shape[-1] ** -0.5, True, sizes, "triton", None, 2, None, interpret)
+    attend = _with_names(lambda *args: kernel.mha(*args, *static))
+    return attend(q, k, v, segment_ids)[:, :t]
 
 
-def _cudnn(
-    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int
-) -> Array:
+def _cudnn(q, k, v, segment_ids, max_segments):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     if q.dtype.itemsize != 2:
@@ -203,20 +163,13 @@ def _cudnn(
         )
     # One head of keys per head of queries: with fewer, JAX before 0.11.2 multiplies the
     # offsets of keys and values by the heads of the queries.
-    k, v = _for_every_head(q, k, v)
+    k, v = _with_heads(q.shape[2], k, v)
 
     def attend(q, k, v, length, offset):
+        mask, scale = cudnn.MaskType.PADDING_CAUSAL, q.shape[-1] ** -0.5
+        extents = (None, None, length, length, offset, offset)  # no bias, no mask
         return cudnn.dot_product_attention(
-            q,
-            k,
-            v,
-            q_seqlen=length,
-            kv_seqlen=length,
-            q_offsets=offset,
-            kv_offsets=offset,
-            scale=q.shape[-1] ** -0.5,
-            mask_type=cudnn.MaskType.PADDING_CAUSAL,
-            qkv_layout="BTNH",
+            q, k, v, *extents, scale=scale, mask_type=mask, qkv_layout="BTNH"
         )
 
     extents = segment_extents(segment_ids, max_segments)
@@ -233,28 +186,18 @@ def segment_extents(
     would shift those of all later rows.
     """
     t = segment_ids.shape[1]
-    is_first = jnp.pad(
-        segment_ids[:, 1:] != segment_ids[:, :-1],
-        ((0, 0), (1, 0)),
-        constant_values=True,
-    )
-    find = functools.partial(jnp.nonzero, size=max_segments, fill_value=t)
-    first = jax.vmap(lambda x: find(x)[0])(is_first).astype(jnp.int32)
-    end = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=t)
+    is_first = jnp.diff(segment_ids, prepend=-1) != 0
+    # One more than may be: the end of the last.
+    find = functools.partial(jnp.flatnonzero, size=max_segments, fill_value=t)
+    first = jax.vmap(find)(is_first).astype(jnp.int32)
+    first = jnp.pad(first, ((0, 0), (0, 1)), constant_values=t)
     is_used = first < t
-    length, offset = (jnp.where(is_used, x, -1) for x in (end - first, first))
-    return length, jnp.pad(offset, ((0, 0), (0, 1)), constant_values=-1)
+    length = jnp.where(is_used[:, :-1], jnp.diff(first), -1)
+    return length, jnp.where(is_used, first, -1)
 
 
 def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel whose residuals bear the name that rematerialisation knows them by.
-
-    Those of JAX for GPUs give none, so that nothing of them could be kept.
-    """
-
-    @jax.custom_vjp
-    def attend(*args):
-        return kernel(*args)
+    """A kernel whose residuals bear the name that rematerialisation keeps them by."""
 
     def forward(*args):
         out, backward = jax.vjp(kernel, *args)
@@ -268,21 +211,17 @@ def _with_names(kernel: Callable[..., Array]) -> Callable[..., Array]:
 
         return named, jax.tree.map(name, backward)
 
+    attend = jax.custom_vjp(kernel)
     attend.defvjp(forward, lambda backward, d_out: backward(d_out))
     return attend
 
 
-def _in_blocks(
-    q: Array, k: Array, v: Array, segment_ids: Array
-) -> tuple[Array, Array, Array, Array, int]:
-    """Rows padded to whole blocks, and their length before."""
-    t = q.shape[1]
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % _BLOCK)] + [(0, 0)] * (x.ndim - 2))
-    return pad(q), pad(k), pad(v), pad(segment_ids), t
+def _in_blocks(*args: Array) -> tuple[Array, ...]:
+    return tuple(chunked_attention.pad(x, _BLOCK) for x in args)
 
 
-def _for_every_head(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    copies = q.shape[2] // k.shape[2]
+def _with_heads(num: int, k: Array, v: Array) -> tuple[Array, Array]:
+    copies = num // k.shape[2]
     return jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
 
 

@@ -1,6 +1,5 @@
 """A comparison, before training, of this machine's attention with the plain form."""
 
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -20,24 +19,20 @@ _TOLERANCE = 0.05  # of the largest number: bfloat16 stays below 0.02
 def check(config: ModelConfig, mesh: Mesh, max_segments: int) -> None:
     """Raises RuntimeError if a kernel of these devices does not compute attention.
 
-    Kernels are chosen by what is known of devices and versions, and a wrong one would
-    train on without a word. So each runs as an update and as a prefill will: two rows
-    per device of unequal segments, since some faults begin in the second row.
+    A wrong one would train on without a word. It runs as an update and as a prefill will:
+    two rows per device of unequal segments, since some faults begin in the second row.
 
     Args:
-      config: of the model.
-      mesh: of the run, and current.
+      config, mesh: of the run; the mesh is current.
       max_segments: of a row of an update, padding included.
     """
     backend = attention.chosen(config.attention, config.head_dim, config.dtype)
     if backend in ("plain", "chunked"):
         return
     most = max_segments - 1
-    # Two tokens each on average.
-    many = tuple(itertools.islice(itertools.cycle((1, 2, 3)), min(most, _LENGTH // 2)))
+    many = ((1, 2, 3) * (_LENGTH // 6))[:most]
     _compare(config, mesh, backend, [(150, 1, 90)[:most], many], max_segments)
-    prompts = [(_LENGTH,), (3,) * (_LENGTH // 3)]
-    _compare(config, mesh, backend, prompts, None)
+    _compare(config, mesh, backend, [(_LENGTH,), (3,) * (_LENGTH // 3)], None)
 
 
 def _compare(
@@ -47,8 +42,8 @@ def _compare(
     rows: Sequence[Sequence[int]],
     max_segments: int | None,
 ) -> None:
-    """Compares a back end with the plain form on rows of these lengths, every device
-    the same; forward only without `max_segments`, as a prefill runs."""
+    """Compares a back end with the plain form on rows of these lengths; forward only, as
+    a prefill runs, without `max_segments`."""
     ids = np.zeros((len(rows), _LENGTH), np.int32)
     for row, lengths in zip(ids, rows, strict=True):
         row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
@@ -68,9 +63,8 @@ def _compare(
 
         if max_segments is None:
             return sharding.fetch((jax.jit(loss)(q, k, v)[1],))
-        (_, out), gradients = jax.jit(
-            jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        )(q, k, v)
+        gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        (_, out), gradients = jax.jit(gradient)(q, k, v)
         return sharding.fetch((out, *gradients))
 
     where = f"on {jax.devices()[0].device_kind} with jax {jax.__version__}"
@@ -78,9 +72,8 @@ def _compare(
     try:
         found = run(backend)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
-        raise RuntimeError(
-            f"{backend} attention does not run {where}; {instead}"
-        ) from e
+        said = f"{backend} attention does not run {where}; {instead}"
+        raise RuntimeError(said) from e
     names = ("output", "d/dq", "d/dk", "d/dv")
     for name, got, want in zip(names, found, run("plain"), strict=False):
         got, want = got.astype(np.float32), want.astype(np.float32)

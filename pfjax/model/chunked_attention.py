@@ -1,8 +1,7 @@
 """Causal attention inside segments, block by block, in plain JAX.
 
-The memory is that of the queries: blocks of logits exist one at a time, in the backward
-pass too. Blocks of keys before the segment of a block of queries are skipped, so the
-work follows the lengths of the segments, not the square of the row's.
+Blocks of logits exist one at a time, in the backward pass too. Blocks of keys before the
+segment of a block of queries are skipped: work follows the lengths of the segments.
 """
 
 import functools
@@ -11,28 +10,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from pfjax.batch import Array
 
-# What a backward pass needs beside q, k and v bears this name, so that a policy of
-# rematerialisation can keep it.
+# By this name a policy of rematerialisation keeps what a backward pass needs.
 SAVED = "attention"
 _BLOCK = 128
 _MASKED = -1e30
 
 
-def attend(
-    q: Float[Array, "b t h c"],
-    k: Float[Array, "b t k c"],
-    v: Float[Array, "b t k c"],
-    segment_ids: Int[Array, "b t"],
-) -> Float[Array, "b t h c"]:
+def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
     """See `attention.packed_attention`. A token of padding attends to itself."""
     b, t, h, c = q.shape
     block = min(_BLOCK, t)
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -t % block)] + [(0, 0)] * (x.ndim - 2))
-    q, k, v, segment_ids = (pad(x) for x in (q, k, v, segment_ids))
+    q, k, v, segment_ids = (pad(x, block) for x in (q, k, v, segment_ids))
     num, num_kv = q.shape[1] // block, k.shape[2]
 
     def blocks(x):  # [b, t, k * g, c] -> [num, b, k, g * block, c]
@@ -45,11 +37,15 @@ def attend(
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, c)[:, :t]
 
 
+def pad(x: Array, multiple: int) -> Array:
+    """Rows `[b, t, ...]` with zeros up to a multiple of tokens."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
 def _segment_start(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Index of the first token that each token may attend to."""
-    at = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    is_first = (segment_ids != before) | (segment_ids == 0)
+    is_first = (jnp.diff(segment_ids, prepend=-1) != 0) | (segment_ids == 0)
+    at = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
     return lax.cummax(jnp.where(is_first, at, 0), axis=1)
 
 
@@ -87,7 +83,8 @@ def _forward(scale, q, k, v, start):
 
         rows = jnp.zeros(q.shape[:-1], jnp.float32)
         empty = (jnp.zeros(q.shape, jnp.float32), rows + _MASKED, rows)
-        out, top, total = lax.fori_loop(_first(start), i + 1, of_keys, empty)
+        first = start.min() // start.shape[-1]  # block of keys that is seen
+        out, top, total = lax.fori_loop(first, i + 1, of_keys, empty)
         out = (out / total[..., None]).astype(q.dtype)
         return None, (out, top + jnp.log(total))
 
@@ -95,16 +92,9 @@ def _forward(scale, q, k, v, start):
     return found
 
 
-def _first(start: Array) -> Array:
-    """First block of keys that a block of queries sees."""
-    return start.min() // start.shape[-1]
-
-
 def _attend_forward(scale, q, k, v, start):
-    out, log_total = (
-        checkpoint_name(x, SAVED) for x in _forward(scale, q, k, v, start)
-    )
-    return out, (q, k, v, start, out, log_total)
+    found = checkpoint_name(_forward(scale, q, k, v, start), SAVED)
+    return found[0], (q, k, v, start, *found)
 
 
 def _attend_backward(scale, saved, d_out):
@@ -120,16 +110,15 @@ def _attend_backward(scale, saved, d_out):
             logits = _logits(scale, q, k[j], start, i, j)
             weights = jnp.exp(logits - log_total[..., None])
             d_weights = _dot("bkmc,bknc->bkmn", d_out, v[j])
-            d_logits = (weights * (d_weights - along[..., None]) * scale).astype(
-                q.dtype
-            )
-            weights = weights.astype(d_out.dtype)
+            d_logits = weights * (d_weights - along[..., None]) * scale
+            d_logits, weights = d_logits.astype(q.dtype), weights.astype(d_out.dtype)
             dv = dv.at[j].add(_dot("bkmn,bkmc->bknc", weights, d_out))
             dk = dk.at[j].add(_dot("bkmn,bkmc->bknc", d_logits, q))
             return dq + _dot("bkmn,bknc->bkmc", d_logits, k[j]), dk, dv
 
         dq = jnp.zeros(q.shape, jnp.float32)
-        dq, dk, dv = lax.fori_loop(_first(start), i + 1, of_keys, (dq, *carry))
+        first = start.min() // start.shape[-1]
+        dq, dk, dv = lax.fori_loop(first, i + 1, of_keys, (dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)

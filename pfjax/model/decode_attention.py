@@ -15,8 +15,7 @@ from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import decode_kernel
 from pfjax.model.decode_kernel import MASKED, Part
-
-KeyValue = tuple[Array, Array]
+from pfjax.model.transformer import KeyValue
 
 
 def decode_attention(
@@ -32,11 +31,9 @@ def decode_attention(
     """Attention of one token per slot over its prompt and its own past, itself included.
 
     A prompt's keys and values are stored once, in a prefix slot, and read by all of its
-    samples: their queries are laid on a grid, `prefix_slots x samples_per_prefix`. The
-    two parts are merged as one softmax.
+    samples: their queries are laid on a grid, `prefix_slots x samples_per_prefix`.
 
     Args:
-      q: queries of the newest tokens.
       own: caches of the slots, see `cache_shapes`.
       prompts: caches of the prefix slots.
       own_length: filled part of `own`.
@@ -44,7 +41,6 @@ def decode_attention(
       grid_index: where each slot stands on the grid (prefix slot times
         `samples_per_prefix` plus column), no two on one. A slot past the grid reads garbage.
       samples_per_prefix: width of the grid.
-      backend: one of `BACKENDS`.
     """
     s, h, c = q.shape
     num_kv = own[0].shape[1]
@@ -52,31 +48,23 @@ def decode_attention(
     block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
     if backend != "xla":
         heads = (None, "kv_heads", None, None)
-        block = sharding.by_device(
-            block, (heads, heads, heads, (None,)), Part(heads, heads[:3], heads[:3])
-        )
+        out = Part(heads, heads[:3], heads[:3])
+        block = sharding.by_device(block, (heads, heads, heads, (None,)), out)
     rows = q.reshape(s, num_kv, h // num_kv, c)
     slot = jnp.zeros(prefix_slots * samples_per_prefix, jnp.int32)
     slot = slot.at[grid_index].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
     grid = rows[slot].reshape(prefix_slots, samples_per_prefix, num_kv, -1, c)
     grid = jnp.swapaxes(grid, 1, 2).reshape(prefix_slots, num_kv, -1, c)
-    first = block(grid, *prompts, prompt_length)
-    prefix_slot, column = (
-        jnp.minimum(grid_index // samples_per_prefix, prefix_slots - 1),
-        grid_index % samples_per_prefix,
-    )
+    prefix_slot, column = jnp.divmod(grid_index, samples_per_prefix)
+    prefix_slot = jnp.minimum(prefix_slot, prefix_slots - 1)
 
-    def back(x):
-        x = x.reshape(
-            prefix_slots, num_kv, samples_per_prefix, h // num_kv, *x.shape[3:]
-        )
-        return x[prefix_slot, :, column]
+    def of_slots(x):
+        shape = (prefix_slots, num_kv, samples_per_prefix, -1, *x.shape[3:])
+        return x.reshape(shape)[prefix_slot, :, column]
 
-    return (
-        merge(jax.tree.map(back, first), block(rows, *own, own_length))
-        .reshape(q.shape)
-        .astype(q.dtype)
-    )
+    first = jax.tree.map(of_slots, block(grid, *prompts, prompt_length))
+    out = merge(first, block(rows, *own, own_length))
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def merge(a: Part, b: Part) -> Array:
@@ -104,15 +92,13 @@ def write(
 ) -> KeyValue:
     """Puts the key and value of one token per slot at index `at` of its cache."""
 
-    def put(axis):
-        def one(c, x, i):
-            x = jnp.expand_dims(x.astype(c.dtype), axis)
-            return lax.dynamic_update_slice_in_dim(c, x, i, axis)
+    def put(axis, c, x):
+        x = jnp.expand_dims(x.astype(c.dtype), axis)
+        one = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(one)(c, x, at)
 
-        return jax.vmap(one)
-
-    key_axis = 2 if backend == "xla" else 1
-    return put(key_axis)(cache[0], new[0], at), put(1)(cache[1], new[1], at)
+    key_axis = 3 if backend == "xla" else 2
+    return put(key_axis, cache[0], new[0]), put(2, cache[1], new[1])
 
 
 def write_prompts(
@@ -123,15 +109,12 @@ def write_prompts(
     at: Int[Array, "b t"],
 ) -> KeyValue:
     """Puts packed prompts' keys and values in their prefix slots; -1 drops them."""
-    keys, values = (x.astype(c.dtype) for x, c in zip(new, cache, strict=True))
-    prefix_slot = jnp.where(prefix_slot < 0, cache[0].shape[0], prefix_slot)
-    index = (prefix_slot, slice(None), slice(None), at)
-    keys = (
-        cache[0].at[index].set(keys, mode="drop")
-        if backend == "xla"
-        else cache[0].at[prefix_slot, :, at].set(keys, mode="drop")
-    )
-    return keys, cache[1].at[prefix_slot, :, at].set(values, mode="drop")
+    prefix_slot = jnp.where(prefix_slot < 0, len(cache[0]), prefix_slot)
+    every = slice(None)
+    of_values = (prefix_slot, every, at)
+    of_keys = (prefix_slot, every, every, at) if backend == "xla" else of_values
+    put = lambda c, index, x: c.at[index].set(x.astype(c.dtype), mode="drop")
+    return put(cache[0], of_keys, new[0]), put(cache[1], of_values, new[1])
 
 
 def _plain_block(
@@ -143,33 +126,27 @@ def _plain_block(
 ) -> Part:
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = scale * dot("nkmc,nkcw->nkmw", q.astype(keys.dtype), keys)
-    is_filled = jnp.arange(keys.shape[-1])[None] < length[:, None]
-    logits = jnp.where(is_filled[:, None, None], logits, MASKED)
+    is_filled = (jnp.arange(keys.shape[-1])[None] < length[:, None])[:, None, None]
+    logits = jnp.where(is_filled, logits, MASKED)
     top = logits.max(axis=-1)
     # A part without any token counts nothing, whatever is in its cache.
-    weights = jnp.where(is_filled[:, None, None], jnp.exp(logits - top[..., None]), 0)
+    weights = jnp.where(is_filled, jnp.exp(logits - top[..., None]), 0)
     out = dot("nkmw,nkwc->nkmc", weights.astype(values.dtype), values)
     return Part(out, top, weights.sum(axis=-1))
 
 
-def _gpu_block(
-    q: Float[Array, "n k m c"],
-    keys: Float[Array, "n k w c"],
-    values: Float[Array, "n k w c"],
-    length: Int[Array, "n"],
-    scale: float,
-    interpret: bool = False,
-) -> Part:
-    """JAX's Triton kernel, whose loop ends where the filled part does."""
+def _gpu_block(q, keys, values, length, scale, interpret=False) -> Part:
+    """As `partial_attention`: JAX's Triton kernel, whose loop ends as the cache does."""
     from jax.experimental.pallas.ops.gpu import decode_attention as kernel
 
     n, k, m, c = q.shape
     width = keys.shape[2]
+    # The kernel swaps them back: no copy is made.
+    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     out, (total, top) = kernel.gqa(
         q.astype(keys.dtype).reshape(n, k * m, c),
-        # The kernel swaps them back: no copy is made.
-        jnp.swapaxes(keys, 1, 2),
-        jnp.swapaxes(values, 1, 2),
+        keys,
+        values,
         kv_seq_len=length,
         sm_scale=scale,
         block_k=min(128, width),
@@ -178,11 +155,8 @@ def _gpu_block(
         return_residuals=True,
         normalize_output=False,
     )
-    return Part(
-        out.reshape(q.shape).astype(jnp.float32),
-        top.reshape(n, k, m),
-        total.reshape(n, k, m),
-    )
+    out = out.reshape(q.shape).astype(jnp.float32)
+    return Part(out, top.reshape(n, k, m), total.reshape(n, k, m))
 
 
 _BLOCKS = {

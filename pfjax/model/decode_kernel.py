@@ -46,35 +46,26 @@ def partial_attention(
     width = keys.shape[2]
     block = next(b for b in (_BLOCK, 256, _LANES) if width % b == 0)
 
-    def of_sequence(i, j, length):
-        return i, 0, 0, 0
+    of_sequence = lambda i, j, length: (i, 0, 0, 0)
 
     def of_block(i, j, length):
         # Past the end the index stays, and the same block is not fetched again.
         last = jnp.maximum(pl.cdiv(length[i], block) - 1, 0)
         return i, 0, jnp.minimum(j, last), 0
 
+    queries = pl.BlockSpec((1, k, m, c), of_sequence)
+    cached = pl.BlockSpec((1, k, block, c), of_block)
+    lanes = pl.BlockSpec((1, k, m, _LANES), of_sequence)
+    result = lambda width: jax.ShapeDtypeStruct((n, k, m, width), jnp.float32)
     out, top, total = pl.pallas_call(
         functools.partial(_kernel, block=block, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(n, width // block),
-            in_specs=[
-                pl.BlockSpec((1, k, m, c), of_sequence),
-                pl.BlockSpec((1, k, block, c), of_block),
-                pl.BlockSpec((1, k, block, c), of_block),
-            ],
-            out_specs=[
-                pl.BlockSpec((1, k, m, c), of_sequence),
-                pl.BlockSpec((1, k, m, _LANES), of_sequence),
-                pl.BlockSpec((1, k, m, _LANES), of_sequence),
-            ],
+            in_specs=[queries, cached, cached],
+            out_specs=[queries, lanes, lanes],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((n, k, m, c), jnp.float32),
-            jax.ShapeDtypeStruct((n, k, m, _LANES), jnp.float32),
-            jax.ShapeDtypeStruct((n, k, m, _LANES), jnp.float32),
-        ],
+        out_shape=[result(c), result(_LANES), result(_LANES)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
         ),
@@ -84,11 +75,9 @@ def partial_attention(
     return Part(out, top[..., 0], total[..., 0])
 
 
-def _kernel(
-    length_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, *, block, scale
-):
-    i, j = pl.program_id(0), pl.program_id(1)
-    length = length_ref[i]
+def _kernel(length, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, block, scale):
+    j, length = pl.program_id(1), length[pl.program_id(0)]
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
     @pl.when(j == 0)
     def _():
@@ -100,21 +89,14 @@ def _kernel(
     def _():
         for head in range(q_ref.shape[1]):
             q, k, v = q_ref[0, head], k_ref[0, head], v_ref[0, head]
-            logits = scale * jax.lax.dot_general(
-                q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            logits = scale * dot(q, k, (((1,), (1,)), ((), ())))
             at = j * block + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
             logits = jnp.where(at < length, logits, MASKED)
             before = top_ref[0, head][:, :1]
             top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
             weights = jnp.exp(logits - top)
             shrink = jnp.exp(before - top)
-            out = jax.lax.dot_general(
-                weights.astype(v.dtype),
-                v,
-                (((1,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
+            out = dot(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
             out_ref[0, head] = shrink * out_ref[0, head] + out
             total = shrink * total_ref[0, head][:, :1] + weights.sum(1, keepdims=True)
             lanes = top_ref.shape[2:]

@@ -1,8 +1,7 @@
 """FLOPs of a pass over sequences and of an update.
 
-Only matrix products count, each multiplication and each addition as one, of real tokens:
-neither padding nor rematerialisation counts. Attention is causal, within a
-sequence; the head is applied to responses only.
+Only matrix products of real tokens count, a multiplication and an addition as two:
+neither padding nor rematerialisation. The head is applied to responses only.
 """
 
 import numpy as np
@@ -15,8 +14,7 @@ from pfjax.model.transformer import ModelConfig
 def weights_per_token(config: ModelConfig) -> int:
     """Weights of the layers that each token is multiplied with, adapters included."""
     blocks = transformer.abstract_params(config)["blocks"]
-    names = [n for n in blocks if n.startswith("w")]
-    return sum(blocks[n].size for n in names)
+    return sum(x.size for name, x in blocks.items() if name.startswith("w"))
 
 
 def forward_flops(
@@ -38,17 +36,13 @@ def update_flops(
     The gradient costs twice a pass; with adapters that of frozen weights is spared.
 
     Args:
-      config: of the policy.
       lengths: of trajectories, prompts included.
       prompts: lengths of their prompts.
     """
     forward = forward_flops(config, lengths, lengths - prompts)
     if not config.lora_rank:
         return 4 * forward
-    frozen = sum(
-        x.size
-        for name, x in transformer.abstract_params(config)["blocks"].items()
-        if name in transformer.PROJECTIONS
-    ) * float(lengths.sum())
+    blocks = transformer.abstract_params(config)["blocks"]
+    frozen = sum(blocks[x].size for x in transformer.PROJECTIONS) * float(lengths.sum())
     head = config.vocab_size * config.embed_dim * float((lengths - prompts).sum())
     return 4 * forward - 2 * (frozen + head)

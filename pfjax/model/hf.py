@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -12,7 +11,6 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -20,9 +18,7 @@ from pfjax.infra import sharding, storage
 from pfjax.model import hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
-EMBEDDED = "pfjax/toy"  # loads the assets of this package, see examples/toy_model.py
-
-
+_ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
 
 
@@ -31,15 +27,15 @@ def resolve(
 ) -> pathlib.Path:
     """A folder on this machine: the embedded model, a path, or a download.
 
-    A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; offline
-    mode (`HF_HUB_OFFLINE`) looks in the local cache only.
+    A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; with
+    `HF_HUB_OFFLINE` set only the local cache is looked in.
 
     Raises:
       ValueError: if it is neither a folder with a `config.json` nor on the hub.
     """
     name = os.fspath(path_or_hub_id)
-    if name == EMBEDDED:
-        return pathlib.Path(str(importlib.resources.files("pfjax") / "assets" / "toy"))
+    if name == "pfjax/toy":  # see examples/toy_model.py
+        return _ASSETS / "toy"
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -50,12 +46,9 @@ def resolve(
     import huggingface_hub
 
     hub_id, _, revision = name.partition("@")
+    wanted = {"revision": revision or None, "allow_patterns": files}
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision or None, allow_patterns=files
-            )
-        )
+        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
         raise ValueError(
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
@@ -64,16 +57,12 @@ def resolve(
 
 
 def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
-    """A folder with the `config.json` of a model, its weights perhaps not there.
+    """As `resolve`, a folder in which only the `config.json` need be.
 
     Those of the recipes ship with pfjax; others are fetched from the hub.
-
-    Raises:
-      ValueError: as `resolve` does.
     """
     name = os.fspath(path_or_hub_id)
-    assets = pathlib.Path(str(importlib.resources.files("pfjax") / "assets"))
-    shipped = assets / name.partition("@")[0].replace("/", "--")
+    shipped = _ASSETS / name.partition("@")[0].replace("/", "--")
     if name.count("/") == 1 and (shipped / "config.json").is_file():
         return shipped
     return resolve(name, files=["config.json", "generation_config.json"])
@@ -99,12 +88,9 @@ def load(
     """Loads a policy from a folder in Hugging Face format, a hub id, or "pfjax/toy".
 
     Args:
-      path_or_hub_id: where; `"pfjax/toy"` is the model that ships with pfjax.
+      path_or_hub_id: where; `"pfjax/toy"` ships with pfjax.
       mesh: places the parameters on this mesh; the default device when None.
       dtype: type of the parameters and of the computation.
-
-    Returns:
-      The policy.
 
     Raises:
       ValueError: if there is no such model, its architecture is not supported, or
@@ -120,24 +106,9 @@ def load(
     if mesh is None:
         where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
     else:
-        where = sharding.tree_shardings(
-            mesh, transformer.logical_axes(config), abstract
-        )
-    tensors = weights.open_folder(folder)
-    weights.check_tensors(folder, tensors, abstract)
-    params: transformer.Params = {}
-    for path, name, dims, leaf in weights.leaves(abstract):
-        is_layer = path[0] == "blocks"
-        read = weights.reader(
-            tensors, name, dims, leaf.shape, is_layer, jnp.dtype(dtype)
-        )
-        at = where
-        for key in path:
-            at = at[key]
-        array = jax.make_array_from_callback(leaf.shape, at, read)
-        target = params.setdefault("blocks", {}) if is_layer else params
-        target[path[-1]] = array
-    return Policy(config, params)
+        axes = transformer.logical_axes(config)
+        where = sharding.tree_shardings(mesh, axes, abstract)
+    return Policy(config, weights.load(folder, abstract, where, jnp.dtype(dtype)))
 
 
 def save(
@@ -148,13 +119,9 @@ def save(
     dtype: str | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a folder that `transformers` and `pfjax.load` read.
-
-    The folder appears whole or not at all: it is written beside its place and
-    renamed.
+    """Writes a folder that `transformers` and `pfjax.load` read, whole or not at all.
 
     Args:
-      policy: what to write.
       out_dir: the folder; an old one of that name is replaced.
       base: a model folder or hub id whose config and tokenizer files are copied;
         without it a minimal `config.json` is written, and no tokenizer.
@@ -175,53 +142,39 @@ def save(
             "the policy has adapters: save lora.merge(policy), or lora.save_peft"
         )
     if storage.is_remote(out_dir):
-        place = epath.Path(os.fspath(out_dir))
+        place = storage.place(out_dir)
         with storage.local_folder(place.parent) as local:
             save(policy, local / place.name, base=base, dtype=dtype, card=card)
         return
     out = pathlib.Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
-    if dtype is None and source is not None:
-        stored = json.loads((source / "config.json").read_text())
-        dtype = stored.get("dtype") or stored.get("torch_dtype")
-    dtype = dtype or str(policy.params["embed"].dtype)
-    if jax.process_index() > 0:  # takes part in gathering only
-        weights.write_tensors(policy.params, out, jnp.dtype(dtype))
-        multihost_utils.sync_global_devices("pfjax.save")
-        return
-    tmp = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        tmp.chmod(0o755)
-        if card is not None:
-            (tmp / "README.md").write_text(card)
-        # The config comes last: without it a folder does not load.
-        weights.write_tensors(policy.params, tmp, jnp.dtype(dtype))
-        if source is None:
-            config = json.dumps(hf_config.to_json(policy.config, dtype), indent=2)
-            (tmp / "config.json").write_text(config + "\n")
-        else:
-            _copy_side_files(source, tmp, dtype)
-        if out.exists():
-            shutil.rmtree(out)
-        tmp.rename(out)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("pfjax.save")
+    config = {} if source is None else json.loads((source / "config.json").read_text())
+    of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
+    of_base = config.get("dtype") or of_base
+    dtype = dtype or of_base or str(policy.params["embed"].dtype)
+    config = config or hf_config.to_json(policy.config, dtype)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+        folder = pathlib.Path(beside) / out.name
+        folder.mkdir()
+        weights.write_tensors(policy.params, folder, jnp.dtype(dtype))
+        if jax.process_index() == 0:
+            if card is not None:
+                (folder / "README.md").write_text(card)
+            if source is not None:
+                _copy_side_files(source, folder)
+            text = json.dumps(config | {"dtype": dtype}, indent=2) + "\n"
+            (folder / "config.json").write_text(text)
+            if out.exists():
+                shutil.rmtree(out)
+            folder.rename(out)
+    multihost_utils.sync_global_devices("pfjax.save")
 
 
-def _copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str) -> None:
-    for file in sorted(source.iterdir()):
-        is_weight = ".safetensors" in file.name or file.suffix in (
-            ".bin",
-            ".pth",
-            ".pt",
-        )
-        if file.is_file() and not is_weight and file.suffix not in (".md", ".jsonl"):
+def _copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
+    # Neither weights nor what describes the base.
+    left_out = (".bin", ".pth", ".pt", ".md", ".jsonl")
+    for file in source.iterdir():
+        is_weight = ".safetensors" in file.name
+        if file.is_file() and not is_weight and file.suffix not in left_out:
             shutil.copyfile(file, out / file.name)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

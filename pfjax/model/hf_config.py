@@ -18,27 +18,34 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_READ = {
-    "architectures", "attention_bias", "auto_map", "dtype", "eos_token_id", "head_dim",
-    "hidden_act", "hidden_size", "intermediate_size", "layer_types",
-    "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "original_max_position_embeddings", "rms_norm_eps", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
-    "torch_dtype", "use_sliding_window", "vocab_size",
-}  # fmt: skip
-# Without effect on the function that is computed.
-_INERT = {
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tied_embeddings",
+    "max_position_embeddings": "max_positions",
+}
+_KNOWN = set(_FIELDS) | {
+    "architectures", "attention_bias", "auto_map", "dtype", "eos_token_id",
+    "hidden_act", "layer_types", "max_window_layers", "mlp_bias", "model_type",
+    "original_max_position_embeddings", "rope_parameters", "rope_scaling",
+    "rope_theta", "sliding_window", "torch_dtype", "use_sliding_window",
+    # Without effect on the function that is computed.
     "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
     "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "id2label",
     "initializer_range", "label2id", "output_attentions", "output_hidden_states",
     "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
     "transformers_version", "use_cache",
 }  # fmt: skip
-_ROPE_READ = {
-    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
-    "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings",
-    "partial_rotary_factor", "rope_theta", "rope_type", "truncate", "type",
+_ROPE_FIELDS = set().union(*rope.KINDS.values())
+_ROPE_READ = _ROPE_FIELDS | {
+    "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    "partial_rotary_factor", "rope_theta", "rope_type", "type",
 }  # fmt: skip
 
 
@@ -54,21 +61,16 @@ def read(folder: pathlib.Path) -> ModelConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     _refuse_unsupported(path, c)
-    family = c["model_type"]
-    heads = c["num_attention_heads"]
-    has_bias = bool(c.get("attention_bias", False))
+    family, heads = c["model_type"], c["num_attention_heads"]
+    has_bias = bool(c.get("attention_bias"))
+    sizes = {
+        "num_key_value_heads": heads,
+        "head_dim": c["hidden_size"] // heads,
+        "tie_word_embeddings": False,
+    } | {name: value for name, value in c.items() if value}
     return ModelConfig(
-        vocab_size=c["vocab_size"],
-        embed_dim=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        mlp_dim=c["intermediate_size"],
+        **{ours: sizes[name] for name, ours in _FIELDS.items()},
         rope=_rope(path, c),
-        norm_eps=float(c["rms_norm_eps"]),
-        tied_embeddings=bool(c.get("tie_word_embeddings", False)),
-        max_positions=int(c["max_position_embeddings"]),
         stop_ids=_stop_ids(folder, c),
         family=family,
         # Qwen2 has these biases always, and no field for them.
@@ -103,8 +105,8 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
     for field, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"{path} sets {field}={c.get(field)!r}: not supported")
-    unknown = {k: v for k, v in c.items() if k not in _READ | _INERT}
-    unknown = {k: v for k, v in unknown.items() if v is not None and v is not False}
+    is_off = lambda value: value is None or value is False
+    unknown = {k: v for k, v in c.items() if k not in _KNOWN and not is_off(v)}
     if unknown:
         raise ValueError(
             f"{path} has fields that pfjax does not know, and that might change what "
@@ -115,97 +117,62 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
 def _rope(path: pathlib.Path, c: dict[str, Any]) -> rope.RopeConfig:
     """Both spellings: transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
     p = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    unknown = sorted(set(p) - _ROPE_READ)
     kind = p.get("rope_type") or p.get("type") or "default"
-    if unknown or kind not in rope.KINDS or p.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{path} sets rope_scaling (rope_parameters) {p}: not supported"
-        )
+    is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
+    said = f"{path} sets rope_scaling (rope_parameters) {p}"
+    if set(p) - _ROPE_READ or kind not in rope.KINDS or is_partial:
+        raise ValueError(f"{said}: not supported")
     if kind != "default" and "factor" not in p:
-        raise ValueError(
-            f"{path} sets rope_scaling (rope_parameters) {p} but no factor"
-        )
-    both = "rope_parameters" in c and c["rope_parameters"]
+        raise ValueError(f"{said} but no factor")
     for field, same in (("rope_theta", p.get("rope_theta")), ("rope_scaling", p)):
-        if both and c.get(field) not in (None, same):
+        if c.get("rope_parameters") and c.get(field) not in (None, same):
             raise ValueError(
                 f"{path} sets {field}={c[field]} beside rope_parameters={p}, and they "
                 "differ; keep one"
             )
-    original = p.get("original_max_position_embeddings") or c.get(
-        "original_max_position_embeddings", c["max_position_embeddings"]
-    )
-    factor = float(p.get("factor") or 1.0)
-    scale = _yarn_attention_factor(factor, p) if kind == "yarn" else 1.0
+    name = "original_max_position_embeddings"
+    original = p.get(name) or c.get(name, c["max_position_embeddings"])
+    fields = {k: float(p[k]) for k in _ROPE_FIELDS if p.get(k) and k != "truncate"}
+    fields["attention_factor"] = _yarn_attention_factor(p) if kind == "yarn" else 1.0
     return rope.RopeConfig(
         theta=float(p.get("rope_theta") or c.get("rope_theta") or 10_000.0),
         kind=kind,
-        factor=factor,
         original_positions=int(original) if kind in ("yarn", "llama3") else 0,
-        low_freq_factor=float(p.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(p.get("high_freq_factor") or 4.0),
-        beta_fast=float(p.get("beta_fast") or 32.0),
-        beta_slow=float(p.get("beta_slow") or 1.0),
         truncate=bool(p.get("truncate", True)),
-        attention_factor=scale,
+        **fields,
     )
 
 
-def _yarn_attention_factor(factor: float, p: dict[str, Any]) -> float:
+def _yarn_attention_factor(p: dict[str, Any]) -> float:
     """YaRN's temperature, as a factor of cosine and sine: 0.1 m ln(factor) + 1."""
-
-    def of(m: float) -> float:
-        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        return of(p["mscale"]) / of(p["mscale_all_dim"])
-    return of(1.0)
+    of = lambda m: 0.1 * m * math.log(max(p["factor"] or 1.0, 1.0)) + 1.0
+    has_both = p.get("mscale") and p.get("mscale_all_dim")
+    return of(p["mscale"]) / of(p["mscale_all_dim"]) if has_both else of(1.0)
 
 
 def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     generation = json.loads(path.read_text()) if path.is_file() else {}
-    ids: set[int] = set()
-    for source in (config, generation):
-        value = source.get("eos_token_id")
-        ids.update(
-            value if isinstance(value, list) else [] if value is None else [value]
-        )
-    return tuple(sorted(ids))
+    found = [x.get("eos_token_id") for x in (config, generation)]
+    ids = (x if isinstance(x, list) else [x] for x in found if x is not None)
+    return tuple(sorted(set().union(*ids)))
 
 
 def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
     """A minimal `config.json` that `read` reads back as `c`, without its `dtype`."""
-    parameters: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": c.rope.kind}
-    if c.rope.kind != "default":
-        parameters["factor"] = c.rope.factor
-    if c.rope.kind in ("yarn", "llama3"):
+    kind = c.rope.kind
+    parameters: dict[str, Any] = {"rope_theta": c.rope.theta, "rope_type": kind}
+    if kind in ("yarn", "llama3"):
         parameters["original_max_position_embeddings"] = c.rope.original_positions
-    if c.rope.kind == "llama3":
-        parameters["low_freq_factor"] = c.rope.low_freq_factor
-        parameters["high_freq_factor"] = c.rope.high_freq_factor
-    if c.rope.kind == "yarn":
-        parameters["beta_fast"] = c.rope.beta_fast
-        parameters["beta_slow"] = c.rope.beta_slow
-        parameters["truncate"] = c.rope.truncate
-        parameters["attention_factor"] = c.rope.attention_factor
+    parameters |= {name: getattr(c.rope, name) for name in rope.KINDS[kind]}
     out = {
         "architectures": [_ARCHITECTURES[c.family]],
         "model_type": c.family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "intermediate_size": c.mlp_dim,
+        **{name: getattr(c, ours) for name, ours in _FIELDS.items()},
         "hidden_act": "silu",
         "rope_parameters": parameters,
-        "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tied_embeddings,
-        "max_position_embeddings": c.max_positions,
         "eos_token_id": list(c.stop_ids),
         "dtype": dtype,
     }

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +10,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from pfjax.batch import (
-    Array,
-    PackedBatch,
-    PackShape,
-    max_microbatches,
-    pack,
-    segments_per_row,
-    trim_segments,
-    unpack_responses,
-)
+from pfjax import batch as packing
+from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import attention, transformer
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
-# Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, which makes a
-# forward pass over 151,936 twice as fast. Accelerators take a chunk's whole.
+# Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, twice as fast.
 CPU_TILE = 4096
 # Rows that `score` runs at once.
 SCORE_ROWS = 8
+_HIDDEN, _HEAD, _TOKEN = ("batch", None, None), ("vocab", None), ("batch", None)
 
 
+@jax.custom_vjp
 def token_log_probs(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "v d"],
@@ -46,74 +40,50 @@ def token_log_probs(
     Args:
       hidden: states from which each target is predicted.
       head: output projection; used in the type of `hidden`.
-      targets: token ids.
       where: tokens that are asked for.
 
     Returns:
       Log-probs (gradients flow to `hidden` and `head`) and the entropy of each
       predicting distribution in nats (no gradient); 0 where not asked for.
     """
-    return _token_log_probs(hidden, head, targets, where)
+    return _forward(hidden, head, targets, where)[0]
 
 
-@jax.custom_vjp
-def _token_log_probs(hidden, head, targets, where):
-    return _forward(hidden, head, targets, where)[:2]
+def _forward(*args):
+    axes = (_HIDDEN, _HEAD, _TOKEN, _TOKEN)
+    run = sharding.by_device(_local_forward, axes, (_TOKEN,) * 3)
+    log_p, entropy, log_total = run(*args)
+    return (log_p, entropy), (*args, log_total)
 
 
-def _on_mesh(f, in_axes, out_axes):
-    axes = {
-        "hidden": ("batch", None, None),
-        "head": ("vocab", None),
-        "token": ("batch", None),
-    }
-    return sharding.by_device(
-        f, tuple(axes[x] for x in in_axes), tuple(axes[x] for x in out_axes)
-    )
-
-
-def _forward(hidden, head, targets, where):
-    run = _on_mesh(_local_forward, ("hidden", "head", "token", "token"), ["token"] * 3)
-    return run(hidden, head, targets, where)
-
-
-def _token_log_probs_forward(hidden, head, targets, where):
-    log_p, entropy, log_total = _forward(hidden, head, targets, where)
-    return (log_p, entropy), (hidden, head, targets, where, log_total)
-
-
-def _token_log_probs_backward(saved, gradient):
-    run = _on_mesh(
-        _local_backward,
-        ("hidden", "head", "token", "token", "token", "token"),
-        ("hidden", "head"),
-    )
+def _backward(saved, gradient):
+    axes = (_HIDDEN, _HEAD, _TOKEN, _TOKEN, _TOKEN, _TOKEN)
+    run = sharding.by_device(_local_backward, axes, (_HIDDEN, _HEAD))
     return *run(*saved, gradient[0]), None, None
 
 
-_token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
+token_log_probs.defvjp(_forward, _backward)
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class _Chunks:
     """The tokens of one device that are asked for, in chunks; and what joins devices.
 
-    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens too, and
-    work on the chunks of all of them, each on its part of the vocabulary.
+    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens, and work
+    on the chunks of all of them, each on its part of the vocabulary.
     """
 
     def __init__(self, hidden: Array, head: Array, targets: Array, where: Array):
-        self.hidden, self.targets = (
-            hidden.reshape(-1, hidden.shape[-1]),
-            targets.ravel(),
-        )
-        self.words = len(head)
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.targets, self.words = targets.ravel(), len(head)
         tile = CPU_TILE if sharding.platform()[0] == "cpu" else self.words
         self.tiles = -(-self.words // tile)
         # [tiles, words, d]; the last are filled up.
-        rows = -(-self.words // self.tiles)
-        fill = ((0, self.tiles * rows - self.words), (0, 0))
+        fill = ((0, -self.words % self.tiles), (0, 0))
         head = jnp.pad(head.astype(hidden.dtype), fill)
-        self.head = head.reshape(self.tiles, rows, -1)
+        self.head = head.reshape(self.tiles, -1, head.shape[1])
         self.over = sharding.axes_of("vocab")
         self.of_tokens = tuple(a for a in sharding.axes_of("batch") if a in self.over)
         tokens = len(self.targets)
@@ -124,34 +94,32 @@ class _Chunks:
         count = -(-where.sum(dtype=jnp.int32) // self.size)
         # The same on every device, as all of them meet in every chunk.
         everyone = tuple(dict.fromkeys(sharding.axes_of("batch") + self.over))
-        self.count = lax.pmax(count, everyone) if everyone else count
+        self.count = lax.pmax(count, everyone)
 
     def index(self, i: Array) -> Int[Array, "n"]:
         return lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
 
-    def gather(self, x: Array) -> Array:
-        """The chunks of all devices that hold other tokens, `[n, ...]` -> `[m, ...]`."""
-        return lax.all_gather(x, self.of_tokens, tiled=True) if self.of_tokens else x
+    def take(self, x: Array, at: Array, **mode: Any) -> Array:
+        """Values of a chunk, on all devices that hold other tokens: `[m, ...]`."""
+        mine = jnp.take(x, at, axis=0, **mode)
+        return lax.all_gather(mine, self.of_tokens, tiled=True)
 
     def own(self, x: Array) -> Array:
-        """This device's part, along the last axis, of what `gather` made."""
-        if not self.of_tokens:
-            return x
+        """This device's part, along the last axis, of what `take` gathered."""
         first = lax.axis_index(self.of_tokens) * self.size
         return lax.dynamic_slice_in_dim(x, first, self.size, axis=-1)
 
     def states(self, at: Array) -> tuple[Array, Array]:
         """States `[m, d]` and targets `[m]` of a chunk."""
-        take = lambda x: self.gather(jnp.take(x, at, axis=0, mode="clip"))
-        return take(self.hidden), take(self.targets)
+        return tuple(self.take(x, at, mode="clip") for x in (self.hidden, self.targets))
 
     def logits(self, states: Array, targets: Array, tile: Array) -> tuple[Array, Array]:
         """Logits of a tile of words and, as `[m, v]` too, which is the target."""
         word = tile * self.head.shape[1] + jnp.arange(self.head.shape[1])[None]
-        first = lax.axis_index(self.over) * self.words if self.over else 0
+        first = lax.axis_index(self.over) * self.words
         x = logits(states, self.head[tile])
         is_target = (targets - first)[:, None] == word
-        if self.tiles * self.head.shape[1] > self.words:
+        if self.words % self.tiles:
             # What fills up the last tile has numbers of words of the next device.
             x = jnp.where(word < self.words, x, -1e30)
             is_target &= word < self.words
@@ -168,16 +136,13 @@ def _local_forward(hidden, head, targets, where):
         def of_tile(tile, carry):
             top, sums = carry
             x, is_target = c.logits(states, of_chunk, tile)
+            total, moment, chosen = sums
             new = jnp.maximum(top, x.max(axis=-1))
-            weights = jnp.exp(x - new[:, None])
-            part = [weights.sum(-1), (weights * x).sum(-1)]
-            chosen = jnp.where(is_target, x, 0.0).sum(axis=-1)
-            shrink = jnp.exp(top - new)
-            sums = [
-                *(shrink * a + b for a, b in zip(sums, part, strict=False)),
-                sums[2] + chosen,
-            ]
-            return new, sums
+            weights, shrink = jnp.exp(x - new[:, None]), jnp.exp(top - new)
+            total = shrink * total + weights.sum(-1)
+            moment = shrink * moment + (weights * x).sum(-1)
+            chosen = chosen + jnp.where(is_target, x, 0.0).sum(axis=-1)
+            return new, [total, moment, chosen]
 
         zero = jnp.zeros(len(states))
         top, sums = lax.fori_loop(0, c.tiles, of_tile, (zero - 1e30, [zero] * 3))
@@ -199,31 +164,27 @@ def _local_forward(hidden, head, targets, where):
 
 def _local_backward(hidden, head, targets, where, log_total, gradient):
     c = _Chunks(hidden, head, targets, where)
-    gradient = jnp.where(where, gradient, 0.0).ravel()
-    log_total = log_total.ravel()
+    gradient = jnp.where(where, gradient, 0.0)
     replicas = tuple(a for a in c.over if a not in c.of_tokens)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(i, carry):
         d_hidden, d_head = carry
         at = c.index(i)
         states, of_chunk = c.states(at)
-        take = lambda y: c.gather(jnp.take(y, at, mode="fill", fill_value=0))[:, None]
+        take = lambda x: c.take(x.ravel(), at, mode="fill", fill_value=0)[:, None]
         scale, shift = take(gradient), take(log_total)
 
         def of_tile(tile, carry):
             d_states, d_head = carry
             x, is_target = c.logits(states, of_chunk, tile)
             d_logits = (scale * (is_target - jnp.exp(x - shift))).astype(states.dtype)
-            d_states = d_states + dot("mv,vd->md", d_logits, c.head[tile])
-            return d_states, d_head.at[tile].add(dot("mv,md->vd", d_logits, states))
+            d_states = d_states + _dot("mv,vd->md", d_logits, c.head[tile])
+            return d_states, d_head.at[tile].add(_dot("mv,md->vd", d_logits, states))
 
         empty = jnp.zeros(states.shape, jnp.float32)
         d_states, d_head = lax.fori_loop(0, c.tiles, of_tile, (empty, d_head))
-        if replicas:
-            d_states = lax.psum(d_states, replicas)
-        if c.of_tokens:
-            d_states = lax.psum_scatter(d_states, c.of_tokens, tiled=True)
+        d_states = lax.psum(d_states, replicas)
+        d_states = lax.psum_scatter(d_states, c.of_tokens, tiled=True)
         return d_hidden.at[at].set(d_states, mode="drop"), d_head
 
     # Both in float32: cast inside of the loop, XLA would add the parts of devices in
@@ -232,7 +193,7 @@ def _local_backward(hidden, head, targets, where, log_total, gradient):
     d_hidden, d_head = lax.fori_loop(0, c.count, body, tuple(empty))
     d_head = d_head.reshape(-1, head.shape[1])[: c.words]
     others = tuple(a for a in sharding.axes_of("batch") if a not in c.over)
-    d_head = lax.psum(d_head, others) if others else d_head
+    d_head = lax.psum(d_head, others)
     d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
     return d_hidden, d_head.astype(head.dtype)
 
@@ -241,12 +202,7 @@ def logits(
     hidden: Float[Array, "*b d"], head: Float[Array, "v d"]
 ) -> Float[Array, "*b v"]:
     """Unnormalised log-probs in float32."""
-    return jnp.einsum(
-        "...d,vd->...v",
-        hidden,
-        head.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return _dot("...d,vd->...v", hidden, head.astype(hidden.dtype))
 
 
 def log_softmax_at(
@@ -270,22 +226,12 @@ def packed_log_probs(
       Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
       hidden states.
     """
+    max_segments = batch.length.shape[-1] + 1  # and padding
     hidden, _ = transformer.forward_packed(
-        config,
-        params,
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        remat,
-        max_segments=batch.length.shape[-1] + 1,  # and padding
+        config, params, *batch[:3], remat, max_segments
     )
-    log_p, entropy = token_log_probs(
-        _predicting(hidden),
-        transformer.head_weight(params),
-        batch.tokens,
-        batch.is_response,
-    )
-    return log_p, entropy, hidden
+    before, head = _predicting(hidden), transformer.head_weight(params)
+    return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden
 
 
 def stop_log_probs(
@@ -332,19 +278,12 @@ def _predicting(hidden: Array) -> Array:
 
 def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) -> Array:
     """Log-sum-exp of the logits of each token, from the one logit and its log-prob."""
-    chosen = jnp.einsum(
-        "btd,btd->bt",
-        before,
-        head[batch.tokens].astype(before.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return chosen - log_p
+    words = head[batch.tokens].astype(before.dtype)
+    return _dot("btd,btd->bt", before, words) - log_p
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _score(
-    config: transformer.ModelConfig, params: transformer.Params, batch: PackedBatch
-):
+def _score(config, params, batch):
     return packed_log_probs(config, params, batch)[0]
 
 
@@ -353,18 +292,15 @@ def score(
     sequences: list[list[int]],
     prompt_lengths: Sequence[int] | np.ndarray,
 ) -> list[np.ndarray]:
-    """Log-probs of the response tokens of each sequence.
-
-    Sequences are packed into rows, so that different lengths cost no padding.
+    """Log-probs of the response tokens of each sequence; they are packed into rows.
 
     Args:
-      policy: the model.
       sequences: prompt and response together, token ids.
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
 
     Returns:
-      One float32 array per sequence, one value in nats per response token: under the
-      full vocabulary, at temperature 1.
+      One float32 array per sequence, a value in nats per response token: under the full
+      vocabulary, at temperature 1.
 
     Raises:
       ValueError: if a sequence lacks a prompt or a response, or is longer than the
@@ -375,33 +311,24 @@ def score(
     >>> [x.shape for x in score(policy, [[2, 10, 3, 4], [2, 3, 4, 5, 6]], [3, 2])]
     [(1,), (3,)]
     """
-    lengths = np.array([len(s) for s in sequences], np.int64)
-    longest = int(lengths.max(initial=0))
-    if longest > policy.config.max_positions:
+    if not sequences:
+        return []
+    c, params = policy
+    longest = max(map(len, sequences))
+    if longest > c.max_positions:
         raise ValueError(
-            f"a sequence has {longest} tokens, the model {policy.config.max_positions} "
-            "positions"
+            f"a sequence has {longest} tokens, the model {c.max_positions} positions"
         )
     # Powers of two: few programs to compile for sequences of any length.
-    pack_length = max(64, 1 << (longest - 1).bit_length()) if longest else 64
-    shape = PackShape(
-        num_microbatches=max_microbatches(
-            max(len(sequences), 1), pack_length, SCORE_ROWS, pack_length
-        ),
-        microbatch_size=SCORE_ROWS,
-        pack_length=pack_length,
-        max_segments=segments_per_row(pack_length, pack_length),
-    )
+    pack_length = max(64, 1 << (longest - 1).bit_length())
+    most = -(-len(sequences) // SCORE_ROWS)
+    segments = packing.segments_per_row(pack_length, pack_length)
+    shape = PackShape(most, SCORE_ROWS, pack_length, segments)
+    arrays = [np.asarray(s, np.int32) for s in sequences]
     starts = np.asarray(prompt_lengths, np.int64)
-    batch, placement, used = pack(
-        [np.asarray(s, np.int32) for s in sequences], starts, shape
-    )
-    c = policy.config
+    batch, placement, used = packing.pack(arrays, starts, shape)
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
-        batch = trim_segments(batch, placement)
+        batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
-    parts = [_score(policy.config, policy.params, part(i)) for i in range(used)]
-    if not parts:
-        return []
-    log_p = np.stack([np.asarray(p) for p in parts])
-    return unpack_responses(log_p, placement)
+    log_p = jax.device_get([_score(c, params, part(i)) for i in range(used)])
+    return packing.unpack_responses(np.stack(log_p), placement)

@@ -1,8 +1,7 @@
 """Low-rank adapters: a small trained part beside a frozen base.
 
-Policy and base then share one copy of the weights: the base is the policy with its
-adapters left out. An adapter of a projection W adds `(alpha / rank) A B` to it; B
-starts at zero, so that training starts at the base.
+Policy and base share one copy of the weights. An adapter of a projection W adds
+`(alpha / rank) A B` to it; B starts at zero, so that training starts at the base.
 
 References:
   Hu et al., arXiv 2106.09685.
@@ -21,13 +20,10 @@ from pfjax.model import transformer, weights
 from pfjax.model.transformer import ModelConfig, Params, Policy
 
 
-def _is_adapter(name: str) -> bool:
-    return name[:-2] in transformer.PROJECTIONS and name[-2:] in ("_a", "_b")
-
-
 def select(tree: Params) -> Params:
-    """The adapters of a tree of parameters (or of shapes, or of axes)."""
-    return {"blocks": {k: v for k, v in tree["blocks"].items() if _is_adapter(k)}}
+    """The adapters of a tree of parameters (or of shapes)."""
+    names = [f"{name}_{x}" for name in transformer.PROJECTIONS for x in "ab"]
+    return {"blocks": {name: tree["blocks"][name] for name in names}}
 
 
 def join(frozen: Params, trained: Params) -> Params:
@@ -38,8 +34,8 @@ def join(frozen: Params, trained: Params) -> Params:
 
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Adapters for a config with a `lora_rank`: A random, B zero, in float32."""
-    shapes = select(transformer.abstract_params(config))["blocks"]
     out = {}
+    shapes = select(transformer.abstract_params(config))["blocks"]
     for name, x in sorted(shapes.items()):
         key, used = jax.random.split(key)
         fan_in = x.size // (x.shape[0] * config.lora_rank)
@@ -54,9 +50,9 @@ def merge(policy: Policy) -> Policy:
     if not config.lora_rank:
         return policy
     scale = config.lora_alpha / config.lora_rank
-    blocks = {k: v for k, v in params["blocks"].items() if not _is_adapter(k)}
+    blocks = dict(params["blocks"])
     for name, (read, written) in transformer.PROJECTIONS.items():
-        a, b = (params["blocks"][f"{name}_{x}"] for x in "ab")
+        a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
         blocks[name] = blocks[name].astype(jnp.float32) + delta
@@ -67,7 +63,6 @@ def merge(policy: Policy) -> Policy:
 def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
     """Writes the adapters as a folder that `peft` loads onto `base`."""
     config = policy.config
-    modules = [weights.LAYER[name][0].split(".")[1] for name in transformer.PROJECTIONS]
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,17 +71,13 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
         "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": [x.partition(".")[2] for x in weights.MODULES.values()],
         "inference_mode": True,
     }
     with storage.local_folder(out_dir) as out:
-        weights.write_tensors(
-            select(policy.params),
-            out,
-            jnp.dtype("float32"),
-            stem="adapter_model",
-            prefix="base_model.model.",
-        )
+        trained, dtype = select(policy.params), jnp.dtype("float32")
+        names = {"stem": "adapter_model", "prefix": "base_model.model."}
+        weights.write_tensors(trained, out, dtype, **names)
         if jax.process_index() == 0:
             text = json.dumps(adapter, indent=2) + "\n"
             (out / "adapter_config.json").write_text(text)

@@ -14,7 +14,14 @@ from jaxtyping import Float, Int
 
 from pfjax.batch import Array
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+# Kind of scaling -> what it depends on, beside the original positions.
+KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +51,12 @@ def frequencies(c: RopeConfig, head_dim: int) -> np.ndarray:
     if c.kind == "linear":
         return freq / np.float32(c.factor)
     if c.kind == "llama3":
-        return _llama3(c, freq)
-    if c.kind == "yarn":
-        return _yarn(c, freq, head_dim)
-    return freq
-
-
-def _llama3(c: RopeConfig, freq: np.ndarray) -> np.ndarray:
-    """Slow pairs are stretched, fast ones kept, those between blended."""
-    turns = c.original_positions * freq / (2 * np.pi)  # in the trained context
-    keep = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return (freq * (keep + (1.0 - keep) / c.factor)).astype(np.float32)
+        # Slow pairs are stretched, fast ones kept, those between blended.
+        turns = c.original_positions * freq / (2 * np.pi)  # in the trained context
+        keep = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return (freq * (keep + (1.0 - keep) / c.factor)).astype(np.float32)
+    return _yarn(c, freq, head_dim) if c.kind == "yarn" else freq
 
 
 def _yarn(c: RopeConfig, freq: np.ndarray, head_dim: int) -> np.ndarray:
@@ -79,10 +80,8 @@ def angles(
     c: RopeConfig, head_dim: int, positions: Int[Array, "*b"]
 ) -> tuple[Float[Array, "*b 1 c"], Float[Array, "*b 1 c"]]:
     """Cosine and sine of the angles at each position, in float32."""
-    freq = frequencies(c, head_dim)
-    angle = positions[..., None, None] * freq.reshape(
-        (1,) * (positions.ndim + 1) + (-1,)
-    )
+    freq = np.expand_dims(frequencies(c, head_dim), tuple(range(positions.ndim + 1)))
+    angle = positions[..., None, None] * freq
     scale = np.float32(c.attention_factor)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 

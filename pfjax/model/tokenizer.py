@@ -16,22 +16,17 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
     Raises:
       ValueError: if the folder holds none that loads without remote code.
     """
-    import transformers
+    from transformers import AutoTokenizer
 
     folder = hf.resolve(path_or_hub_id)
+    said = f"no tokenizer could be read from {folder}"
     # Without any, transformers 5 makes an empty tokenizer of the model's type.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(
-            f"no tokenizer could be read from {folder}: none of {_VOCABULARIES} is there"
-        )
+        raise ValueError(f"{said}: none of {_VOCABULARIES} is there")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(
-            f"no tokenizer could be read from {folder}: {error}"
-        ) from error
+        raise ValueError(f"{said}: {error}") from error
 
 
 def encode_prompt(
@@ -47,15 +42,15 @@ def encode_prompt(
       ValueError: for messages when the tokenizer has no chat template.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
-    if isinstance(prompt, str) and (is_raw or not has_template):
-        return tokenizer.encode(prompt)
+    if isinstance(prompt, str):
+        if is_raw or not has_template:
+            return tokenizer.encode(prompt)
+        prompt = [{"role": "user", "content": prompt}]
     if not has_template:
         raise ValueError(
             "the prompts are messages but the tokenizer has no chat template; "
             "give prompts as plain strings"
         )
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True
     )
@@ -66,10 +61,8 @@ def encode_prompt(
 def stop_ids(tokenizer: Any, config_stop_ids: tuple[int, ...]) -> tuple[int, ...]:
     """Every token that ends a response: the config's, the tokenizer's own, and what its
     chat template ends a turn with (base models of Qwen name that in neither)."""
-    ids = set(config_stop_ids)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    ids.update(_ends_of_turn(tokenizer))
+    ids = {*config_stop_ids, tokenizer.eos_token_id, *_ends_of_turn(tokenizer)}
+    ids.discard(None)
     if not ids:
         raise ValueError(
             "neither the model's config nor its tokenizer names an end-of-sequence "
@@ -79,17 +72,13 @@ def stop_ids(tokenizer: Any, config_stop_ids: tuple[int, ...]) -> tuple[int, ...
 
 
 def _ends_of_turn(tokenizer: Any) -> list[int]:
-    """The special token that a chat template puts behind an assistant's message, if it
-    does."""
+    """The special token that a chat template puts behind an assistant's message."""
     if not getattr(tokenizer, "chat_template", None):
         return []
-    said = "pfjax"
-    messages = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": said},
-    ]
+    turns = [("user", "?"), ("assistant", "pfjax")]
+    messages = [{"role": role, "content": text} for role, text in turns]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    behind = text.rpartition(said)[2].lstrip()
+    behind = text.rpartition("pfjax")[2].lstrip()
     specials = tokenizer.get_added_vocab()
     return [specials[t] for t in specials if t and behind.startswith(t)]
 

@@ -1,8 +1,7 @@
 """The network: a decoder-only transformer whose one forward scores and decodes.
 
-Layers are stacked along a leading axis L and scanned, so compile time does not
-grow with depth. Parameters keep their own type (float32 masters when training)
-and are cast to the compute type where they are used.
+Layers are stacked along a leading axis L and scanned. Parameters keep their own type
+(float32 masters when training) and are cast to the compute type where they are used.
 """
 
 import dataclasses
@@ -55,16 +54,15 @@ class ModelConfig:
 
 
 _policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names(SAVED)
+_dots = _policies.dots_with_no_batch_dims_saveable
 # What the backward pass finds stored of a layer, beside its input; the rest it computes
 # again. "attention" spares the part that grows with the row, for 2 D a token and layer;
 # "dots" all products with weights, for some 10 D.
 REMAT = {
     "full": _policies.nothing_saveable,
-    "attention": _policies.save_only_these_names(SAVED),
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(SAVED),
-    ),
+    "attention": _attention,
+    "dots": _policies.save_from_both_policies(_dots, _attention),
     "none": _policies.everything_saveable,
 }
 
@@ -76,6 +74,15 @@ class Policy(NamedTuple):
     params: Params
 
 
+# Letter of a dimension -> field of the config that sizes it, and its logical axis.
+_DIMS = {
+    "d": ("embed_dim", "embed"),
+    "h": ("num_heads", "heads"),
+    "k": ("num_kv_heads", "kv_heads"),
+    "c": ("head_dim", "head_dim"),
+    "f": ("mlp_dim", "mlp"),
+    "r": ("lora_rank", None),
+}
 # Projection -> letters of the dimensions it reads and writes.
 PROJECTIONS = {
     "wq": ("d", "hc"),
@@ -86,36 +93,20 @@ PROJECTIONS = {
     "w_up": ("d", "f"),
     "w_down": ("f", "d"),
 }
-_AXES = {
-    "d": "embed",
-    "h": "heads",
-    "k": "kv_heads",
-    "c": "head_dim",
-    "f": "mlp",
-    "r": None,
-}
 
 
 class Blocks(nnx.Module):
     """The parameters of all layers; called on one layer's slice of them."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        size = {
-            "d": c.embed_dim,
-            "h": c.num_heads,
-            "k": c.num_kv_heads,
-            "c": c.head_dim,
-            "f": c.mlp_dim,
-            "r": c.lora_rank,
-        }
         ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
         into = nnx.initializers.normal(c.embed_dim**-0.5)
         # Two additions per layer: keeps the residual stream's scale at the start.
         back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
 
         def param(letters, init):
-            shape = (c.num_layers, *(size[x] for x in letters))
-            axes = ("layers", *(_AXES[x] for x in letters))
+            shape = (c.num_layers, *(getattr(c, _DIMS[x][0]) for x in letters))
+            axes = ("layers", *(_DIMS[x][1] for x in letters))
             return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
         self.config = c
@@ -125,93 +116,80 @@ class Blocks(nnx.Module):
             if c.lora_rank:
                 setattr(self, f"{name}_a", param(read + "r", into))
                 setattr(self, f"{name}_b", param("r" + written, zeros))
-        self.attn_norm = param("d", ones)
-        self.mlp_norm = param("d", ones)
+        self.attn_norm, self.mlp_norm = param("d", ones), param("d", ones)
         if c.qk_norm:
-            self.q_norm = param("c", ones)
-            self.k_norm = param("c", ones)
-        if c.qkv_bias:
-            self.bq = param("hc", zeros)
-            self.bk = param("kc", zeros)
-            self.bv = param("kc", zeros)
-        if c.output_bias:
-            self.bo = param("d", zeros)
-        if c.mlp_bias:
-            self.b_gate = param("f", zeros)
-            self.b_up = param("f", zeros)
-            self.b_down = param("d", zeros)
+            self.q_norm, self.k_norm = param("c", ones), param("c", ones)
+        biased = ["wq", "wk", "wv"] if c.qkv_bias else []
+        biased += ["wo"] if c.output_bias else []
+        biased += ["w_gate", "w_up", "w_down"] if c.mlp_bias else []
+        for name in biased:
+            setattr(self, bias_of(name), param(PROJECTIONS[name][1], zeros))
 
-    def __call__(
-        self, x: Array, angles: KeyValue, attend: Attend, cache: Any
-    ) -> tuple[Array, KeyValue]:
+    def __call__(self, x, angles, attend, cache):
         c = self.config
 
-        def project(y, name, bias):
+        def product(y, name, read, written):
+            weight = getattr(self, name)[...].astype(x.dtype)
+            # Tokens of all rows as one dimension: on CPU twice as fast.
+            flat = y.reshape(-1, *weight.shape[: len(read)])
+            out = jnp.einsum(f"n{read},{read}{written}->n{written}", flat, weight)
+            return out.reshape(*y.shape[:2], *out.shape[1:])
+
+        def project(y, name):
             read, written = PROJECTIONS[name]
-
-            def product(y, name, read, written):
-                weight = getattr(self, name)[...].astype(x.dtype)
-                # Tokens of all rows as one dimension: on CPU twice as fast.
-                tokens, inner = y.shape[:2], weight.shape[: len(read)]
-                flat = y.reshape(-1, *inner)
-                out = jnp.einsum(f"n{read},{read}{written}->n{written}", flat, weight)
-                return out.reshape(*tokens, *out.shape[1:])
-
             out = product(y, name, read, written)
             if c.lora_rank:
                 inner = product(y, f"{name}_a", read, "r")
                 adapted = product(inner, f"{name}_b", "r", written)
                 out = out + adapted * (c.lora_alpha / c.lora_rank)
-            if hasattr(self, bias):
-                bias = getattr(self, bias)[...].astype(x.dtype)
-                out = out + _rank_of(out, bias)
+            bias = getattr(self, bias_of(name), None)
+            if bias is not None:
+                out = out + _rank_of(out, bias[...].astype(x.dtype))
             return out
 
         y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q, k, v = (project(y, f"w{i}", f"b{i}") for i in "qkv")
+        q, k, v = (project(y, name) for name in ("wq", "wk", "wv"))
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps)
             k = rms_norm(k, self.k_norm[...], c.norm_eps)
         q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-        x = x + project(attend(q, k, v, cache), "wo", "bo")
+        x = x + project(attend(q, k, v, cache), "wo")
         y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        gate = jax.nn.silu(project(y, "w_gate", "b_gate"))
-        x = x + project(gate * project(y, "w_up", "b_up"), "w_down", "b_down")
+        gate = jax.nn.silu(project(y, "w_gate"))
+        x = x + project(gate * project(y, "w_up"), "w_down")
         return sharding.constrain(x, "batch", None, None), (k, v)
 
 
+def bias_of(name: str) -> str:
+    """The parameter that is the bias of a projection: "bq" of "wq"."""
+    return name.replace("w", "b", 1)
+
+
 class Transformer(nnx.Module):
-    """Tokens to final hidden states; logits are left to `logprobs.py`."""
+    """Tokens to final hidden states; logits are left to `log_probs.py`."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        v, d = c.vocab_size, c.embed_dim
-        normal = nnx.initializers.normal(d**-0.5)
+        normal = nnx.initializers.normal(c.embed_dim**-0.5)
+
+        def table(*axes):
+            shape = (c.vocab_size, c.embed_dim)
+            return nnx.Param(normal(rngs.params(), shape, jnp.float32), axes=axes)
+
         self.config = c
         # A tied table is also the head, whose vocabulary must stay split in place.
-        axes = ("vocab", None) if c.tied_embeddings else (None, "embed")
-        self.embed = nnx.Param(normal(rngs.params(), (v, d), jnp.float32), axes=axes)
+        self.embed = table(*(("vocab", None) if c.tied_embeddings else (None, "embed")))
         self.blocks = Blocks(c, rngs)
-        self.final_norm = nnx.Param(jnp.ones(d), axes=(None,))
+        self.final_norm = nnx.Param(jnp.ones(c.embed_dim), axes=(None,))
         if not c.tied_embeddings:
-            self.head = nnx.Param(
-                normal(rngs.params(), (v, d), jnp.float32), axes=("vocab", None)
-            )
+            self.head = table("vocab", None)
 
-    def __call__(
-        self,
-        tokens: Int[Array, "b t"],
-        positions: Int[Array, "b t"],
-        attend: Attend,
-        cache: Any = None,
-        remat: str = "none",
-    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+    def __call__(self, tokens, positions, attend, cache, remat):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of
         # a frequent token are summed in float32.
         table = sharding.constrain(self.embed[...], None, "embed")
-        x = table[tokens].astype(c.dtype)
-        x = sharding.constrain(x, "batch", None, None)
+        x = sharding.constrain(table[tokens].astype(c.dtype), "batch", None, None)
         angles = rope.angles(c.rope, c.head_dim, positions)
         graphdef, layers = nnx.split(self.blocks)
 
@@ -239,14 +217,8 @@ def _rank_of(x: Array, weight: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig) -> tuple[Any, Any]:
-    module = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
-    return nnx.split(module)
-
-
-@functools.lru_cache(maxsize=64)
-def _block(config: ModelConfig) -> Any:
-    return nnx.split(nnx.eval_shape(lambda: Blocks(config, nnx.Rngs(0))))[0]
+def _abstract(config: ModelConfig, kind: type = Transformer) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -256,10 +228,10 @@ def abstract_params(config: ModelConfig) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """The tree of parameters with the logical axes of each (see `sharding.RULES`)."""
-    state = _abstract(config)[1]
+    axes_of = lambda v: v.get_metadata("axes")
     is_variable = lambda x: isinstance(x, nnx.Variable)
-    axes = jax.tree.map(lambda v: v.get_metadata("axes"), state, is_leaf=is_variable)
-    return nnx.to_pure_dict(axes)
+    state = _abstract(config)[1]
+    return nnx.to_pure_dict(jax.tree.map(axes_of, state, is_leaf=is_variable))
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -279,7 +251,6 @@ def apply(
     """Hidden states after the final norm, and the keys and values of all layers.
 
     Args:
-      tokens: token ids.
       positions: position of each token in its own sequence.
       attend: how a layer attends, see `Attend`.
       cache: a tree of arrays with leading axis L, a slice of which each layer's
@@ -300,13 +271,8 @@ def forward_packed(
     max_segments: int | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """`apply` with causal attention inside each segment of packed rows."""
-
-    def attend(q, k, v, cache):
-        del cache
-        return attention.packed_attention(
-            q, k, v, segment_ids, config.attention, max_segments
-        )
-
+    how = (segment_ids, config.attention, max_segments)
+    attend = lambda q, k, v, _: attention.packed_attention(q, k, v, *how)
     return apply(config, params, tokens, positions, attend, remat=remat)
 
 
@@ -332,8 +298,9 @@ def apply_layers(
     """`apply` for `unstack`ed parameters; `attend` receives a layer's index as cache."""
     x = sharding.constrain(params["embed"][tokens], "batch", None, None)
     angles = rope.angles(config.rope, config.head_dim, positions)
+    graphdef, _ = _abstract(config, Blocks)
     for i, layer in enumerate(params["layers"]):
-        x, _ = nnx.merge(_block(config), layer)(x, angles, attend, i)
+        x, _ = nnx.merge(graphdef, layer)(x, angles, attend, i)
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 

@@ -1,10 +1,5 @@
-"""Programs compiled ahead of time, for TPUs that need not be here.
+"""Programs compiled ahead of time, for TPUs that need not be here, by libtpu."""
 
-Where libtpu is installed, JAX lowers and compiles for a topology by its name; the
-compiled program tells the memory that it needs and what it sends between devices.
-"""
-
-import contextlib
 import importlib.util
 import math
 import os
@@ -65,12 +60,9 @@ def tpu_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
     from jax.experimental import topologies
 
     os.environ |= _ENVIRONMENT
-    found = topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=topology,
-        # Otherwise two devices per chip, which nobody uses.
-        **({"chip_config_name": "megacore"} if topology.startswith("v4:") else {}),
-    )
+    # Otherwise two devices per chip, which nobody uses.
+    chip = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    found = topologies.get_topology_desc(topology, "tpu", **chip)
     return sharding.make_mesh(data, fsdp, tensor, devices=found.devices)
 
 
@@ -86,38 +78,25 @@ def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractM
     )
 
 
-def use_mesh(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
-    """Makes either kind of mesh the current one."""
-    if isinstance(mesh, AbstractMesh):
-        return jax.sharding.use_abstract_mesh(mesh)
-    return jax.set_mesh(mesh)
-
-
 def compile_phases(
     fns: train_fns.TrainFns, batch: tuple[Any, ...], work: Workload
 ) -> dict[str, Any]:
-    """Compiles the programs of a step for the current mesh, one per phase.
-
-    Args:
-      fns: programs of the run.
-      batch: shapes of what an update is given, see `train_fns.abstract_minibatch`.
-      work: the step, with the plan of its rollout.
-    """
+    """Compiles the programs of a step for the current mesh, one per phase; for a `batch`
+    of `train_fns.abstract_minibatch`."""
     scored, number = batch
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}
     policy = lora.join(frozen, fns.state.params["policy"])
-    score = fns.score_base.lower(fns.base, rows, number)
-    update = fns.train_step.lower(fns.state, frozen, scored, number)
-    return {
-        "rollout": _compile_decode(policy, work),
-        "score": score.compile(),
-        "update": update.compile(),
+    phases = {
+        "rollout": _lower_decode(policy, work),
+        "score": fns.score_base.lower(fns.base, rows, number),
+        "update": fns.train_step.lower(fns.state, frozen, scored, number),
     }
+    return {phase: lowered.compile() for phase, lowered in phases.items()}
 
 
-def _compile_decode(params: Params, work: Workload) -> Any:
-    """Compiles the loop over tokens of a rollout, at the widest caches of its plan."""
+def _lower_decode(params: Params, work: Workload) -> Any:
+    """The loop over tokens of a rollout, at the widest caches of its plan."""
     model, plan, g = work.model, work.plan, work.samples_per_prompt
     settings = decode.Settings(
         config=model,
@@ -126,18 +105,14 @@ def _compile_decode(params: Params, work: Workload) -> Any:
         backend=plan.backend,
         cache_dtype=plan.cache_dtype,
     )
-    state = decode.SamplerState(
-        _results(decode.weights, model, params),
-        jax.eval_shape(lambda: jax.random.key(0)),
-        jax.ShapeDtypeStruct((), jnp.float32),
-    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    temperature = jax.ShapeDtypeStruct((), jnp.float32)
+    weights = _results(decode.weights, model, params)
+    state = decode.SamplerState(weights, key, temperature)
     prompts = math.ceil(work.num_prompts / plan.dp_size)
-    array = lambda n, dtype: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
-    queue = decode.Queue(
-        *(array(prompts, jnp.int32) for _ in range(3)),
-        *(array(1, jnp.int32) for _ in range(3)),
-        array(prompts * g, bool),
-    )
+    array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
+    numbers = [*[array(prompts)] * 3, *[array(1)] * 3]
+    queue = decode.Queue(*numbers, array(prompts * g, bool))
     prefixes, of_slots, cache, results = _results(
         decode.start,
         queue,
@@ -149,17 +124,13 @@ def _compile_decode(params: Params, work: Workload) -> Any:
         new=work.max_new_tokens,
     )
     args = (state, prefixes, queue, of_slots, cache, results)
-    return decode.decode.lower(*args, s=settings, samples_per_prefix=g).compile()
+    return decode.decode.lower(*args, s=settings, samples_per_prefix=g)
 
 
 def _results(f: Any, *args: Any, **kwargs: Any) -> Any:
-    """Shapes of what a jitted function returns, with the shardings that its compiled
-    program gives them."""
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        f.eval_shape(*args, **kwargs),
-        f.lower(*args, **kwargs).compile().output_shardings,
-    )
+    """Shapes of what a jitted function returns, sharded as by its compiled program."""
+    shapes, program = f.eval_shape(*args, **kwargs), f.lower(*args, **kwargs).compile()
+    return train_fns.placed(shapes, program.output_shardings)
 
 
 def temporaries(compiled: Any) -> int:

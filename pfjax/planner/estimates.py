@@ -10,13 +10,13 @@ from pfjax.planner.roofline import Sent, Workload
 
 def temporaries(w: Workload) -> dict[str, dict[str, int]]:
     """Bytes that each phase needs on one device, beside its arguments."""
-    # Logits, their noise, and their sum, float32.
-    logits = w.plan.slots * w.model.vocab_size * 12
-    return {
-        "rollout": {"temporaries": logits},
-        "score": {"temporaries": _pass_bytes(w, is_update=False)},
-        "update": {"temporaries": _pass_bytes(w, is_update=True)},
+    found = {
+        # Logits, their noise, and their sum, float32.
+        "rollout": w.plan.slots * w.model.vocab_size * 12,
+        "score": _pass_bytes(w, is_update=False),
+        "update": _pass_bytes(w, is_update=True),
     }
+    return {phase: {"temporaries": x} for phase, x in found.items()}
 
 
 def _pass_bytes(w: Workload, is_update: bool) -> int:
@@ -63,9 +63,8 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
             "data": 2 * 2 * gathered / w.mesh["fsdp"] * fraction["data"],
         },
     }
+    row = lambda axis, x: Sent("", axis, x / 1e9, "(estimated)")
     return {
-        phase: [
-            Sent("", axis, x / 1e9, "(estimated)") for axis, x in sizes.items() if x
-        ]
+        phase: [row(*x) for x in sizes.items() if x[1]]
         for phase, sizes in estimated.items()
     }

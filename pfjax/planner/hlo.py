@@ -1,5 +1,6 @@
 """The collectives of a compiled program, read from its text (HLO)."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -19,10 +20,8 @@ _COMPUTATION = re.compile(
 )
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_RING)})(-start)?\(")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
-_CALLS = re.compile(
-    r"(calls|to_apply|body|condition|branch_computations|called_computations)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
+_CALLERS = "calls|to_apply|body|condition|branch_computations|called_computations"
+_CALLS = re.compile(rf"({_CALLERS})=(\{{[^}}]*\}}|%?[\w.\-]+)")
 
 
 class Collective(NamedTuple):
@@ -46,10 +45,9 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     found, seen = [], set()
     for name, body in computations.items():
         for line in body.splitlines() if name in repeats else ():
-            match = _COLLECTIVE.search(line)
-            if match is None:
+            if not (match := _COLLECTIVE.search(line)):
                 continue
-            _, kind, is_start = match.groups()
+            result, kind, is_start = match.groups()
             if name in fused:
                 # Fused with other work it is written in pieces, all on one channel.
                 piece = kind, re.search(r"channel_id=\d+", line)[0]
@@ -57,12 +55,13 @@ def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
                     continue
                 seen.add(piece)
             group = _group(line) or list(range(mesh.size))  # none stated: all devices
-            arrays = [_array(*x) for x in _SHAPE.findall(match[1])]
+            arrays = [_array(*x) for x in _SHAPE.findall(result)]
             dtype, shape, size = max(arrays, key=lambda x: x[2])
             if kind == "all-reduce" and not is_start:
                 size = sum(x[2] for x in arrays)  # it may sum several arrays at once
             sent = size * _RING[kind](len(group))
-            axes = _axes(group, mesh)
+            at = np.unravel_index(group, tuple(mesh.shape.values()))
+            axes = tuple(a for a, x in zip(mesh.shape, at, strict=True) if np.ptp(x))
             found.append(Collective(kind, dtype, shape, axes, sent, *repeats[name]))
     return found
 
@@ -84,20 +83,18 @@ def _repeats(
                     names = (dict(called)[x].lstrip("%") for x in ("condition", "body"))
                     trips = _trips(line, *(computations.get(x, "") for x in names))
                 for callee in re.findall(r"[\w.\-]+", callees):
-                    if callee not in computations or callee in repeats:
-                        continue
-                    repeats[callee] = times * (trips or 1), loops + (not trips)
-                    todo.append(callee)
-                    if how == "calls":
-                        fused.add(callee)
+                    if callee in computations and callee not in repeats:
+                        repeats[callee] = times * (trips or 1), loops + (not trips)
+                        todo.append(callee)
+                        if how == "calls":
+                            fused.add(callee)
     return repeats, fused
 
 
 def _trips(line: str, condition: str, body: str) -> int | None:
     """Length of a loop: as the compiler notes it, or as the loop counts up to a
     constant; None when only the running program knows."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-    if known:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     compared = re.search(
         r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\).*direction=LT", condition
@@ -124,9 +121,8 @@ def _constants(computation: str) -> dict[str, int]:
 
 def _array(dtype: str, dims: str) -> tuple[str, tuple[int, ...], int]:
     """The type, the shape and the bytes of an array."""
-    shape = _integers(dims)
-    bits = int(re.sub(r"\D", "", dtype) or 8)
-    return dtype, shape, int(np.prod(shape, dtype=np.int64)) * bits // 8
+    shape, bits = _integers(dims), int(re.sub(r"\D", "", dtype) or 8)
+    return dtype, shape, math.prod(shape) * bits // 8
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -136,36 +132,24 @@ def _integers(text: str) -> tuple[int, ...]:
 def _group(line: str) -> list[int]:
     """Devices that exchange with each other, in the first such group; of a permutation,
     those that its first cycle visits. Empty when the line states none."""
-    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
-    if pairs:
-        steps = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
-        follows = {int(a): int(b) for a, b in steps}
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", line):
+        follows = dict(map(_integers, re.findall(r"\{(\d+,\d+)\}", pairs[1])))
         ring = [min(follows)]
         while follows.get(ring[-1], ring[0]) not in ring:
             ring.append(follows[ring[-1]])
         return ring
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    if listed:
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return list(_integers(listed[1]))
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
-    if named:
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = {a: int(n) for a, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         chosen = re.findall(r"'(\w+)'", named[2])
-        ids = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
-        at = [slice(None) if axis in chosen else 0 for axis in sizes]
-        return ids[tuple(at)].ravel().tolist()
+        return ids[*(slice(None) if a in chosen else 0 for a in sizes)].ravel().tolist()
     iota = re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
     )
     if iota is None:
         return []
     groups, dims, order = (_integers(x or "") for x in iota.groups())
-    ids = np.arange(np.prod(dims)).reshape(dims)
+    ids = np.arange(math.prod(dims)).reshape(dims)
     return ids.transpose(order or None).reshape(groups)[0].tolist()
-
-
-def _axes(group: list[int], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Mesh axes along which the devices of a group differ."""
-    at = np.unravel_index(group, tuple(mesh.shape.values()))
-    varies = (len(set(x.tolist())) > 1 for x in at)
-    return tuple(a for a, v in zip(mesh.axis_names, varies, strict=True) if v)

@@ -29,8 +29,7 @@ def make_plan(
     """What `python -m pfjax.plan` prints, as a dictionary ready for JSON.
 
     Args:
-      config: of the run.
-      base_model: of its checkpoint.
+      config, base_model: of the run and of its checkpoint.
       topology: name of the devices, `v5e:4x4` or `h200:8`.
       response_tokens: mean length of a response, an assumption.
       can_compile: whether to compile for the devices, or to estimate.
@@ -39,7 +38,9 @@ def make_plan(
       ValueError: if the topology is unknown or sizes do not divide.
     """
     chip, devices = aot.parse(topology)
-    make_mesh = aot.tpu_mesh if can_compile else aot.abstract_mesh
+    make_mesh, use_mesh = aot.abstract_mesh, jax.sharding.use_abstract_mesh
+    if can_compile:
+        make_mesh, use_mesh = aot.tpu_mesh, jax.set_mesh
     mesh = make_mesh(topology, **config.mesh)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
@@ -50,10 +51,10 @@ def make_plan(
     waiting = state.pop("base") if config.offload_ref else 0
     free = int(chip.memory) - sum(state.values())
     try:
-        with aot.use_mesh(mesh):
+        with use_mesh(mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
             if can_compile:
-                phases, sent = _compile(fns, work, config, mesh)
+                phases, sent = _compile(fns, work, mesh)
             else:
                 phases, sent = estimates.temporaries(work), estimates.sent(work)
     except (slots.NoRoom, jax.errors.JaxRuntimeError) as error:
@@ -120,10 +121,7 @@ def _workload(
 
 
 def _compile(
-    fns: train_fns.TrainFns,
-    work: roofline.Workload,
-    config: ml_collections.FrozenConfigDict,
-    mesh: Mesh,
+    fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
     """What each phase needs beside the state, and sends, as its program says."""
     batch = train_fns.abstract_minibatch(fns, mesh)
@@ -144,18 +142,13 @@ def _bytes_of(tree: Any) -> int:
     return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
-def _memory(
-    state: dict[str, int], phases: dict[str, dict[str, int]], chip: hardware.Chip
-) -> dict[str, Any]:
+def _memory(state: dict, phases: dict, chip: hardware.Chip) -> dict[str, Any]:
     """GiB that stay, that each phase adds, and their sum at the peak of the step."""
-    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
     gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
-    return {
-        "state": gib(state),
-        "phases": {phase: gib(x) for phase, x in phases.items()},
-        "total": peak / hardware.GIB,
-        "available": chip.memory / hardware.GIB,
-    }
+    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
+    by_phase = {phase: gib(x) for phase, x in phases.items()}
+    sums = gib({"total": peak, "available": chip.memory})
+    return {"state": gib(state), "phases": by_phase, **sums}
 
 
 def _step(
@@ -165,14 +158,13 @@ def _step(
     phases = roofline.bounds(work, sent, chip)
     slowest = max(phases, key=lambda phase: phases[phase]["seconds"])
     seconds = sum(x["seconds"] for x in phases.values())
-    parts, prompts, notes = work.plan.dp_size, work.num_prompts, []
-    if prompts % parts:
-        idle = 1 - prompts / parts / math.ceil(prompts / parts)
-        notes = [
-            f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of "
-            + "the devices idle in rollouts; prompts_per_step a multiple of mesh.data * "
-            + "mesh.fsdp does not"
-        ]
+    parts, prompts = work.plan.dp_size, work.num_prompts
+    idle = 1 - prompts / parts / math.ceil(prompts / parts)
+    note = (
+        f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of the "
+        "devices idle in rollouts; prompts_per_step a multiple of mesh.data * mesh.fsdp "
+        "does not"
+    )
     rows = [(phase, x) for phase, rows in sent.items() for x in rows]
     return {
         "responses": work.responses,
@@ -186,7 +178,7 @@ def _step(
         "tokens_per_s": work.responses * work.response_tokens / seconds,
         "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
         "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
-        "notes": notes,
+        "notes": [note] if prompts % parts else [],
     }
 
 

@@ -1,9 +1,8 @@
 """The least time that each phase of a step can take, by a roofline.
 
-A step has three phases: rollout (the policy decodes responses), score (the base's
-log-probs of them) and update (gradients of the policy and the optimizer). A phase is
-bound by the slowest of three: its FLOPs, the bytes that a device moves in its memory,
-and those that it sends to others, each at the peak that the vendor states.
+The phases are rollout, score (the base's log-probs) and update. Each is bound by the
+slowest of three: its FLOPs, the bytes that a device moves in its memory, and those that
+it sends to others, at the peaks that the vendor states.
 """
 
 import dataclasses
@@ -55,11 +54,11 @@ class Workload:
     @property
     def decode_steps(self) -> float:
         """Tokens that the busiest part of the batch decodes one after the other."""
-        samples = math.ceil(self.num_prompts / self.plan.dp_size)
-        samples *= self.samples_per_prompt
+        prompts = math.ceil(self.num_prompts / self.plan.dp_size)
+        tokens = prompts * self.samples_per_prompt * self.response_tokens
         # The longest response is decoded alone at the end.
         longest = min(3 * self.response_tokens, self.max_new_tokens)
-        return max(samples * self.response_tokens / self.plan.slots, float(longest))
+        return max(tokens / self.plan.slots, float(longest))
 
     @property
     def layer_bytes(self) -> float:
@@ -81,19 +80,19 @@ def sent(w: Workload, phase: str, found: Iterable[hlo.Collective]) -> list[Sent]
     response_tokens = w.micro_batch * w.response_tokens
     response_tokens /= w.prompt_tokens + w.response_tokens
     chunks = math.ceil(response_tokens / log_probs.CHUNK)
-    # The loops whose length is known only when they run: over tokens or micro-batches,
-    # and within them over chunks of log-probs.
+    # Loops whose length only the running program knows: over tokens or micro-batches, and
+    # within them over chunks of log-probs.
     outer = w.decode_steps if phase == "rollout" else w.micro_batches
     repeats = (1, outer, outer * chunks)
     alike = defaultdict(list)
     for x in found:
         alike[x.kind, "+".join(x.axes)].append(x)
     rows = []
-    for (kind, axes), group in alike.items():
+    for kind_and_axes, group in alike.items():
         total = sum(x.sent * x.times * repeats[min(x.loops, 2)] for x in group)
         largest = max(group, key=lambda x: x.sent)
-        shape = ",".join(map(str, largest.shape))
-        rows.append(Sent(kind, axes, total / 1e9, f"{largest.dtype}[{shape}]"))
+        array = f"{largest.dtype}[{','.join(map(str, largest.shape))}]"
+        rows.append(Sent(*kind_and_axes, total / 1e9, array))
     return rows
 
 

@@ -178,10 +178,10 @@ class Leaf:
     def __init__(self, shape): self.shape = shape
 shapes = transformer.abstract_params(hf_config.read(folder))
 dtype = jnp.dtype("bfloat16")
-tensors = [
-    (name, shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
-    for name, shape, _ in weights._hf_tensors(shapes, dtype)
-]
+tensors = {
+    name: (shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
+    for name, (shape, _) in weights._hf_tensors(shapes, dtype).items()
+}
 weights._write_file(folder / "model.safetensors", tensors, dtype)
 """
     read = """
