@@ -117,10 +117,8 @@ def _lower_decode(params: Params, work: Workload) -> Any:
         decode.start,
         queue,
         s=settings,
-        slots=plan.slots,
+        plan=plan,
         width=plan.widths[-1],
-        prefix_slots=plan.prefix_slots,
-        prompt_width=plan.prompt_width,
         new=work.max_new_tokens,
     )
     args = (state, prefixes, queue, of_slots, cache, results)

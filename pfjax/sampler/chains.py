@@ -7,6 +7,7 @@ and is an outcome like any other.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pfjax.batch import Array, Rollout
+from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, slots
 from pfjax.targets import Target
@@ -74,7 +76,8 @@ def _check(target: Target, reward: Reward | None, temperature: float | None) -> 
 
 
 def draw(
-    program: Callable[..., tuple[Array, ...]],
+    method: Callable[..., tuple["Chains", Array, Array]],
+    constants: tuple[int, ...],
     policy: Policy,
     prompts: list[list[int]],
     chains_per_prompt: int,
@@ -90,8 +93,8 @@ def draw(
     """Runs as many prompts at once as memory holds, with one program for all.
 
     Args:
-      program: jitted; takes the state, log Z, the tokens, lengths and ids of prompts, and
-        `spec=`, and returns `results`.
+      method: takes what `begin` returns, and `constants`; returns the responses, how many
+        steps they took, and `[P]` an estimate of the target's log sum.
       (the others): as in `mcmc.metropolis_hastings`.
     """
     _check(target, reward, temperature)
@@ -125,13 +128,31 @@ def draw(
         ids = np.arange(first, first + at_once, dtype=np.int32)
         index = np.minimum(ids, len(prompts) - 1)  # the last fills up a group
         group = (np.float32(log_z), tokens[index], lengths[index], ids)
-        found = jax.device_get(program(state, *group, spec=spec))
+        found = _draw(state, *group, spec=spec, method=method, constants=constants)
+        found = jax.device_get(found)
         groups.append([x[: len(prompts) - first] for x in found])
     tokens, log_p, length, is_stopped, evidence, steps = (
         np.concatenate(x) for x in zip(*groups, strict=True)
     )
     out = Rollout(tokens, length, log_p, is_stopped, int(steps.sum()))
     return out, evidence
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "method", "constants"))
+def _draw(
+    *whole_and_prompts: Any, spec: Spec, method: Callable, constants: tuple[int, ...]
+) -> tuple[Array, ...]:
+    """Tokens, log-probs, lengths, ends `[P, G, ...]`; evidence and slot-steps `[P]`."""
+
+    def local(state, log_z, *prompts):
+        y, steps, evidence = method(*begin(spec, state, log_z, *prompts), *constants)
+        num = len(evidence)
+        split = lambda x: x.reshape(num, -1, *x.shape[1:])
+        out = tuple(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped))
+        work = jnp.full(num, steps * out[2].shape[1], jnp.int32)
+        return (*out, evidence, work)
+
+    return sharding.over_batch(local, 2)(*whole_and_prompts)
 
 
 def begin(
@@ -255,17 +276,3 @@ def uniform(
     key = jax.random.fold_in(jax.random.fold_in(run.state.key, name), number)
     of_prompt = jax.vmap(lambda i: jax.random.fold_in(key, i))(run.prompt_id)
     return jax.vmap(lambda k: jax.random.uniform(k, shape))(of_prompt)
-
-
-def results(
-    y: Chains, steps: Int[Array, ""], evidence: Float[Array, "p"], samples: int
-) -> tuple[Array, ...]:
-    """Tokens, log-probs, lengths, ends `[P, G, ...]`; evidence and slot-steps `[P]`."""
-    num = len(evidence)
-    split = lambda x: x.reshape(num, samples, *x.shape[1:])
-    work = jnp.full(num, steps * samples, jnp.int32)
-    return (
-        *(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped)),
-        evidence,
-        work,
-    )

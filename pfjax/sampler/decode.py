@@ -24,6 +24,7 @@ from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.sampler import filters
 from pfjax.sampler.options import NO_FILTERS, TokenFilters
+from pfjax.sampler.slots import Plan
 
 
 class Settings(NamedTuple):
@@ -103,24 +104,14 @@ def placed(caches: Cache) -> Cache:
     return jax.tree.map(place, caches)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("s", "slots", "width", "prefix_slots", "prompt_width", "new"),
-)
+@functools.partial(jax.jit, static_argnames=("s", "plan", "width", "new"))
 def start(
-    queue: Queue,
-    *,
-    s: Settings,
-    slots: int,
-    width: int,
-    prefix_slots: int,
-    prompt_width: int,
-    new: int,
+    queue: Queue, *, s: Settings, plan: Plan, width: int, new: int
 ) -> tuple[Prompts, Slots, Cache, Results]:
     """Nothing begun, nothing prefilled; `new` tokens are kept of each sample."""
 
     def local(queue):
-        n = queue.is_cut.shape[0]
+        n, slots, prefix_slots = len(queue.is_cut), plan.slots, plan.prefix_slots
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
         empty = Slots(
             sample=jnp.full(slots, n, jnp.int32),
@@ -134,7 +125,7 @@ def start(
             zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
         )
         prompts = Prompts(
-            empty_cache(s, prefix_slots, prompt_width), zeros(prefix_slots)
+            empty_cache(s, prefix_slots, plan.prompt_width), zeros(prefix_slots)
         )
         return prompts, empty, empty_cache(s, slots, width), results
 

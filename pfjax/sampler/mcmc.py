@@ -8,17 +8,14 @@ sampling does. (Sampling at temperature 1/alpha is neither: it sharpens each tok
 own.)
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from pfjax.batch import Array, Rollout
-from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
-from pfjax.sampler import chains, decode
+from pfjax.sampler import chains
 from pfjax.sampler.chains import Chains, Run
 from pfjax.targets import Target
 
@@ -83,7 +80,8 @@ def metropolis_hastings(
       for responses whose length may change.
     """
     return chains.draw(
-        functools.partial(_program, blocks=blocks, steps=steps),
+        _grow,
+        (blocks, steps),
         policy,
         prompts,
         samples_per_prompt,
@@ -97,39 +95,26 @@ def metropolis_hastings(
     )[0]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "blocks", "steps"))
-def _program(
-    state: decode.SamplerState,
-    log_z: Float[Array, ""],
-    tokens: Int[Array, "p t"],
-    length: Int[Array, "p"],
-    prompt_id: Int[Array, "p"],
-    *,
-    spec: chains.Spec,
-    blocks: int,
-    steps: int,
-) -> tuple[Array, ...]:
-    def local(state, log_z, *prompts):
-        run, y = chains.begin(spec, state, log_z, *prompts)
+def _grow(
+    run: Run, y: Chains, blocks: int, steps: int
+) -> tuple[Chains, Int[Array, ""], Float[Array, "p"]]:
+    """Grows the chains by blocks; there is no estimate of the target's sum."""
 
-        def grow(block, carry):
+    def grow(block, carry):
+        y, work = carry
+        end = -(-(block + 1) * run.spec.max_new_tokens // blocks)
+        number = block * (steps + 1)
+        n, y = _extend(run, y, y.length, ~y.is_stopped, end, number)
+
+        def step(k, carry):
             y, work = carry
-            end = -(-(block + 1) * spec.max_new_tokens // blocks)
-            number = block * (steps + 1)
-            n, y = _extend(run, y, y.length, ~y.is_stopped, end, number)
+            n, y = _step(run, y, end, number + 1 + k)
+            return y, work + n
 
-            def step(k, carry):
-                y, work = carry
-                n, y = _step(run, y, end, number + 1 + k)
-                return y, work + n
+        return lax.fori_loop(0, steps, step, (y, work + n))
 
-            return lax.fori_loop(0, steps, step, (y, work + n))
-
-        y, work = lax.fori_loop(0, blocks, grow, (y, jnp.int32(0)))
-        nothing = jnp.zeros(len(run.tokens))
-        return chains.results(y, work, nothing, spec.settings.samples_per_prompt)
-
-    return sharding.over_batch(local, 2)(state, log_z, tokens, length, prompt_id)
+    y, work = lax.fori_loop(0, blocks, grow, (y, jnp.int32(0)))
+    return y, work, jnp.zeros(len(run.tokens))
 
 
 def _extend(

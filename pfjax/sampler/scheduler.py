@@ -76,13 +76,7 @@ class Scheduler:
         self.drawn = np.zeros((d, plan.slots), np.int32)
         self.begun = np.zeros(d, np.int32)
         self.on_device = decode.start(
-            self._queue(),
-            s=settings,
-            slots=plan.slots,
-            width=self.width,
-            prefix_slots=plan.prefix_slots,
-            prompt_width=plan.prompt_width,
-            new=max_new_tokens,
+            self._queue(), s=settings, plan=plan, width=self.width, new=max_new_tokens
         )
 
     def to_end(self) -> Rollout:

@@ -3,7 +3,6 @@
 It draws from the same targets as `mcmc` does, and estimates what each sums to.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,9 +12,8 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax.batch import Array, Rollout
-from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
-from pfjax.sampler import chains, decode
+from pfjax.sampler import chains
 from pfjax.sampler.chains import Chains, Run
 from pfjax.targets import Target
 
@@ -69,7 +67,8 @@ def sequential_monte_carlo(
       Power-SMC, arXiv 2602.10273.
     """
     return chains.draw(
-        functools.partial(_program, samples=samples_per_prompt, ramp=ramp),
+        _evolve,
+        (samples_per_prompt, ramp),
         policy,
         prompts,
         particles,
@@ -92,45 +91,33 @@ class _Population(NamedTuple):
     evidence: Float[Array, "p"]  # what resampling took off the weights so far
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "samples", "ramp"))
-def _program(
-    state: decode.SamplerState,
-    log_z: Float[Array, ""],
-    tokens: Int[Array, "p t"],
-    length: Int[Array, "p"],
-    prompt_id: Int[Array, "p"],
-    *,
-    spec: chains.Spec,
-    samples: int,
-    ramp: int,
-) -> tuple[Array, ...]:
-    def local(state, log_z, *prompts):
-        run, y = chains.begin(spec, state, log_z, *prompts)
-        num, n = len(run.tokens), spec.settings.samples_per_prompt
-        power = lambda t: 1 + (spec.target.alpha - 1) * jnp.minimum(t / ramp, 1)
+def _evolve(
+    run: Run, y: Chains, samples: int, ramp: int
+) -> tuple[Chains, Int[Array, ""], Float[Array, "p"]]:
+    """Draws all particles to their ends, and `samples` of each population."""
+    num, n = len(run.tokens), run.spec.settings.samples_per_prompt
+    power = lambda t: 1 + (run.spec.target.alpha - 1) * jnp.minimum(t / ramp, 1)
 
-        def body(carry):
-            t, population = carry
-            return t + 1, _step(run, population, t, power(t + 1))
+    def body(carry):
+        t, population = carry
+        return t + 1, _step(run, population, t, power(t + 1))
 
-        empty = chains.log_density(run, y, power(0))
-        start = _Population(y, empty, empty, jnp.zeros(num))
-        t, end = lax.while_loop(
-            lambda carry: chains.is_open(run, carry[1].y).any(),
-            body,
-            (jnp.int32(0), start),
-        )
-        # All may have ended before the power had grown to alpha.
-        log_w = end.log_w + chains.log_density(run, end.y) - end.log_density
-        groups = log_w.reshape(num, n)
-        total = jax.nn.logsumexp(groups, axis=1)
-        offset = chains.uniform(run, _RESAMPLE, spec.max_new_tokens)
-        source = _systematic(groups - total[:, None], offset, samples)
-        index = (n * jnp.arange(num)[:, None] + source).ravel()
-        y = jax.tree.map(lambda x: x[index], end.y._replace(cache=()))
-        return chains.results(y, t, end.evidence + total - jnp.log(n), samples)
-
-    return sharding.over_batch(local, 2)(state, log_z, tokens, length, prompt_id)
+    empty = chains.log_density(run, y, power(0))
+    start = _Population(y, empty, empty, jnp.zeros(num))
+    t, end = lax.while_loop(
+        lambda carry: chains.is_open(run, carry[1].y).any(),
+        body,
+        (jnp.int32(0), start),
+    )
+    # All may have ended before the power had grown to alpha.
+    log_w = end.log_w + chains.log_density(run, end.y) - end.log_density
+    groups = log_w.reshape(num, n)
+    total = jax.nn.logsumexp(groups, axis=1)
+    offset = chains.uniform(run, _RESAMPLE, run.spec.max_new_tokens)
+    source = _systematic(groups - total[:, None], offset, samples)
+    index = (n * jnp.arange(num)[:, None] + source).ravel()
+    y = jax.tree.map(lambda x: x[index], end.y._replace(cache=()))
+    return y, t, end.evidence + total - jnp.log(n)
 
 
 def _step(

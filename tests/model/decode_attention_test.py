@@ -67,14 +67,9 @@ def _attend(backend, q, own, prompts):
         samples_per_prefix=SAMPLES_PER_PREFIX,
         backend=backend,
     )
-    return jax.jit(run)(
-        q,
-        _caches(backend, *own),
-        _caches(backend, *prompts),
-        OWN_LENGTH,
-        PROMPT_LENGTH,
-        GRID_INDEX,
-    )
+    caches = _caches(backend, *own), _caches(backend, *prompts)
+    out = jax.jit(run)(q, *caches, OWN_LENGTH, PROMPT_LENGTH, GRID_INDEX)
+    return np.asarray(out)  # waits: callers change the arrays in place
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
