@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
-from pfjax.sampler import decode, options
+from pfjax.sampler import decode
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
@@ -29,9 +29,7 @@ CONFIG = transformer.ModelConfig(
     stop_ids=(151_643,),
     dtype="bfloat16",
 )
-SETTINGS = decode.Settings(
-    CONFIG, G, CONFIG.stop_ids, False, options.NO_FILTERS, "tpu", "bfloat16"
-)
+SETTINGS = decode.Settings(CONFIG, G, CONFIG.stop_ids, "tpu", "bfloat16")
 
 
 def _compile(mesh):
