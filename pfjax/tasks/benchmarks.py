@@ -1,15 +1,16 @@
 """Sets of problems: where they come from, how they are asked, what is right.
 
-A set of `BENCHMARKS` is read from the hub, or from a file of the same form,
-`<folder>/<name>.jsonl` or `.parquet`. Any other name is a file or data set as in
-training, see `from_row`.
+A set of `BENCHMARKS` is read from the hub, or from a copy in a folder; any other name is a
+file or data set. Rows of all are read by `from_row`, as those of training are.
 """
 
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import random
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ class Problem(NamedTuple):
 class Benchmark(NamedTuple):
     source: str  # as in `dataset_io.read`; "": none, of creative prompts
     size: int  # items that published scores are over; 0: as many as there are
-    problem: Callable[[dict[str, Any]], Problem]
+    problem: Callable[[str, dict[str, Any], int, int], Problem]  # see `from_row`
+    aliases: tuple[str, ...] = ()  # names of copies, beside its own
 
 
 class Style(NamedTuple):
@@ -74,7 +76,8 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
 
     Args:
       name: of `BENCHMARKS`, or a source of `dataset_io.read`.
-      folder: with local copies of sets; "" for the hub.
+      folder: with local copies of sets, `<name>.<suffix>` or `<name>/test.<suffix>`, the
+        suffix one of `dataset_io.FILES`; "" for the hub.
       seed: of the order of choices, where there are any.
 
     Raises:
@@ -91,10 +94,12 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
         return [from_row(where, row, i) for i, (where, row) in found]
     source = known.source
     if folder:
-        files = [pathlib.Path(folder).expanduser() / f"{name}{x}" for x in _SUFFIXES]
-        source = next((str(p) for p in files if p.is_file()), None)
+        stems = [x + y for x in (name, *known.aliases) for y in ("", "/test")]
+        files = [stem + suffix for stem in stems for suffix in dataset_io.FILES]
+        places = [pathlib.Path(folder).expanduser() / file for file in files]
+        source = next((str(p) for p in places if p.is_file()), None)
         if source is None:
-            raise ValueError(f"{folder} has none of {[p.name for p in files]}")
+            raise ValueError(f"{folder} has none of {files}")
     if not source:
         raise ValueError(
             f"the prompts of {name!r} are on no hub: give --data=DIR, a folder with "
@@ -103,11 +108,13 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
     problems = []
     for i, (where, row) in enumerate(dataset_io.read(source)):
         try:
-            problems.append(known.problem({"_row": i, "_seed": seed, **row}))
-        except (KeyError, TypeError, IndexError) as error:
+            problems.append(known.problem(where, row, i, seed))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"{where} is not of the form of {name}: {error!r} in {sorted(row)}"
             ) from error
+        if known.source and problems[-1].gold is None:
+            raise ValueError(f"{where} has no answer, in {sorted(row)}")
     if not problems:
         raise ValueError(f"{source} is empty")
     if known.size and len(problems) != known.size:
@@ -130,14 +137,21 @@ def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
     return style.template.replace("{question}", problem.question)
 
 
-def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
-    """A row of a prompt file, as in training, verl's and TRL's.
+def from_row(where: str, row: dict[str, Any], number: int = 0, _: int = 0) -> Problem:
+    """A row of a prompt file: of the sets' own forms, verl's, TRL's, Qwen's.
 
-    It has `prompt`, `problem` or `question`: a string, or messages; and perhaps
-    `answer` or `reward_model.ground_truth`, for evaluation and objectives that grade.
+    It has `prompt`, `problem` or `question`, a string or messages; and perhaps an answer,
+    for evaluation and objectives that grade: the first that there is of `answer`,
+    `final_answer`, `ground_truth`, `reward_model.ground_truth`, and what a `solution` ends
+    with (see `gold_of`).
+
+    Args:
+      where: named in errors.
+      number: of the row, its id where it has none.
 
     Raises:
-      ValueError: if it has no prompt, or one that is neither text nor messages.
+      ValueError: if it has no prompt, one that is neither text nor messages, or an
+        answer of several parts.
     """
     field = next((f for f in _QUESTIONS if row.get(f)), None)
     if field is None:
@@ -145,20 +159,66 @@ def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
             f"{where}: no prompt; expected one of {_QUESTIONS}, got {sorted(row)}"
         )
     question = row[field]
-    is_message = lambda m: isinstance(m, dict) and {"role", "content"} <= set(m)
-    is_messages = isinstance(question, list) and all(map(is_message, question))
-    if not (isinstance(question, str) or is_messages):
-        raise ValueError(
-            f"{where}: {field} must be a string or a list of messages with 'role' and "
-            f"'content', got {question!r}"
-        )
-    gold = row.get("answer")
+    if isinstance(question, list):
+        question = [_message(where, field, m) for m in question]
+    elif not isinstance(question, str):
+        raise ValueError(f"{where}: {field} {_NO_PROMPT}, got {question!r}")  # noqa: TRY004
+    final, tolerance = row.get("final_answer"), None
+    if final and row.get("error"):  # OlympiadBench
+        tolerance = float(row["error"])
+    if isinstance(final, list):  # there, one string per answer or all in one
+        final = ",".join(map(str, final)).replace("$", "")
+    nested = row.get("reward_model")
+    nested = nested.get("ground_truth") if isinstance(nested, dict) else None
+    values = (row.get("answer"), final, row.get("ground_truth"), nested)
+    golds = (gold_of(where, x) for x in values)
+    gold = next((g for g in golds if g is not None), None)
     if gold is None:
-        gold = (row.get("reward_model") or {}).get("ground_truth")
-    if isinstance(gold, list):  # EMPO's files
-        gold = gold[0] if gold else None
-    name = _id({"_row": number, **row}, "id", "unique_id")
-    return Problem(name, question, None if gold is None else str(gold))
+        gold = _marked(str(row.get("solution") or ""))
+    return Problem(_id(row, number), question, gold, tolerance)
+
+
+_NO_PROMPT = "must be a string or a list of messages with 'role' and 'content'"
+
+
+def _message(where: str, field: str, m: Any) -> dict[str, Any]:
+    """A message of text; parts of text are joined, as templates of text models do not."""
+    content = m.get("content") if isinstance(m, dict) and "role" in m else None
+    if isinstance(content, list) and all(isinstance(x, dict) for x in content):
+        parts = [x.get("text") for x in content]
+        content = "".join(parts) if all(isinstance(x, str) for x in parts) else None
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: {field} {_NO_PROMPT}, got {m!r}")  # noqa: TRY004
+    return {**m, "content": content}
+
+
+def gold_of(where: str, value: Any) -> str | None:
+    """What a right answer equals; None where there is none.
+
+    Of a list the first counts (EMPO's files), of an object its one value, and of a worked
+    solution the answer that it marks; a number has no decimal point that says nothing.
+
+    Raises:
+      ValueError: for an object of several values.
+    """
+    while isinstance(value, list | dict):
+        if isinstance(value, dict) and len(value) > 1:
+            raise ValueError(f"{where}: an answer must be one string, got {value!r}")
+        values = [*value.values()] if isinstance(value, dict) else value
+        value = values[0] if values else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():  # 27.0 in copies of AMC
+        value = int(value)
+    text = str(value).strip()
+    return _marked(text) if re.search(r"####|\\boxed", text) else text or None
+
+
+def _marked(text: str) -> str | None:
+    r"""The answer that a worked solution marks: behind GSM8K's `####`, in `\boxed{}`."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip().replace(",", "") or None
+    return grading.last_boxed(text)
 
 
 def text_of(problem: Problem) -> str:
@@ -167,71 +227,40 @@ def text_of(problem: Problem) -> str:
     return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
-def _id(row: dict[str, Any], *fields: str) -> str:
-    return str(next((row[f] for f in fields if row.get(f) is not None), row["_row"]))
+def _id(row: dict[str, Any], number: int) -> str:
+    names = ("unique_id", "id", "Record ID")
+    return str(next((row[x] for x in names if row.get(x) is not None), number))
 
 
-def _question(row: dict[str, Any]) -> str:
-    return row["problem"] if "problem" in row else row["question"]
-
-
-def _answered(row: dict[str, Any]) -> Problem:
-    """MATH-500, AIME, AMC."""
-    answer = row["answer"]
-    if isinstance(answer, float) and answer.is_integer():  # 27.0 in copies of AMC
-        answer = int(answer)
-    return Problem(_id(row, "unique_id", "id"), _question(row), str(answer))
-
-
-def _olympiad(row: dict[str, Any]) -> Problem:
-    # A list of one element, itself comma-joined where there are several answers.
-    answer, error = row["final_answer"], row.get("error")
-    gold = ",".join(answer) if isinstance(answer, list) else str(answer)
-    tolerance = float(error) if error else None
-    gold = gold.replace("$", "").strip()
-    return Problem(_id(row, "id"), row["question"], gold, tolerance)
-
-
-def _gsm8k(row: dict[str, Any]) -> Problem:
-    gold = row["answer"].split("####")[1].strip().replace(",", "")
-    return Problem(_id(row, "id"), row["question"], gold)
-
-
-def _minerva(row: dict[str, Any]) -> Problem:
-    gold = row.get("answer") or grading.last_boxed(row["solution"])
-    if gold is None:
-        raise KeyError("no \\boxed{} in solution")
-    return Problem(_id(row, "id"), _question(row), str(gold))
-
-
-def _gpqa(row: dict[str, Any]) -> Problem:
+def _gpqa(where: str, row: dict[str, Any], number: int, seed: int) -> Problem:
     # The set lists the right one first.
     keys = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
-    random.Random(f"{row['_seed']} {row['_row']}").shuffle(keys)
+    random.Random(f"{seed} {number}").shuffle(keys)
     choices = [f"{x}. {row[k].strip()}" for x, k in zip("ABCD", keys, strict=True)]
     asked = "The answer is the letter of the right choice."
     question = "\n\n".join([row["Question"].strip(), "\n".join(choices), asked])
     gold = "ABCD"[keys.index("Correct Answer")]
-    return Problem(_id(row, "Record ID", "id"), question, gold)
+    return Problem(_id(row, number), question, gold)
 
 
-def _creative(row: dict[str, Any]) -> Problem:
-    return Problem(_id(row, "id"), row["prompt"], None)
+def _creative(where: str, row: dict[str, Any], number: int, _: int) -> Problem:
+    return from_row(where, row, number)._replace(gold=None)
 
 
 _QUESTIONS = ("prompt", "problem", "question")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500:test", 500, _answered),
+    "math500": Benchmark("HuggingFaceH4/MATH-500:test", 500, from_row, ("MATH-500",)),
     "olympiadbench": Benchmark(
-        "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", 674, _olympiad
+        "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", 674, from_row
     ),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024:train", 30, _answered),
-    "aime25": Benchmark("math-ai/aime25:test", 30, _answered),
-    "amc23": Benchmark("math-ai/amc23:test", 40, _answered),
+    "aime24": Benchmark("HuggingFaceH4/aime_2024:train", 30, from_row, ("aime_2024",)),
+    "aime25": Benchmark("math-ai/aime25:test", 30, from_row, ("aime_2025",)),
+    "amc23": Benchmark("math-ai/amc23:test", 40, from_row),
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond:train", 198, _gpqa),
-    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, _gsm8k),
-    "minerva": Benchmark("math-ai/minervamath:test", 272, _minerva),
+    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, from_row),
+    "minerva": Benchmark(
+        "math-ai/minervamath:test", 272, from_row, ("minerva_math", "minervamath")
+    ),
     **dict.fromkeys(("poem", "story", "joke"), Benchmark("", 0, _creative)),
 }

@@ -60,7 +60,7 @@ _BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
 
 
 def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
-    r"""What stands in the last or first closed `\boxed{...}`, or None.
+    r"""What stands in the last or first closed `\boxed{...}`; None where nothing does.
 
     Braces are balanced. Of adjacent boxes (`\boxed{5} or \boxed{4}`) one is taken too:
     given both, math-verify would grade the set of them. `\fbox`, `\boxed 5` and a box
@@ -74,7 +74,8 @@ def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
         elif brace[0] == "}" and open_braces and (opened := open_braces.pop())["box"]:
             found[opened.start()] = text[opened.end() : brace.start()]
     pick = max if policy == "last" else min
-    return found[pick(found)] if found else None
+    text = found[pick(found)] if found else ""
+    return text if text.strip() else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -103,12 +103,76 @@ def test_another_number_of_items_is_said(tmp_path, caplog):
 
 
 def test_a_row_of_another_form_is_named(tmp_path):
-    _write(tmp_path, "gsm8k.jsonl", FORMS["gsm8k"][0], {"question": "?", "answer": "7"})
-    with pytest.raises(ValueError, match=r"gsm8k.jsonl:2 is not of the form of gsm8k"):
-        benchmarks.read("gsm8k", str(tmp_path))
+    for answer in (None, "", " ", [], [""], {"target": []}, float("nan"), "#### "):
+        row = {"question": "?", "answer": answer}
+        _write(tmp_path, "gsm8k.jsonl", FORMS["gsm8k"][0], row)
+        with pytest.raises(ValueError, match=r"gsm8k.jsonl:2 has no answer, in \['ans"):
+            benchmarks.read("gsm8k", str(tmp_path))
     _write(tmp_path, "math500.jsonl", {"text": "?"})
-    with pytest.raises(ValueError, match=r"math500.jsonl:1 is not .* in \['text'\]"):
+    with pytest.raises(ValueError, match=r"math500.jsonl:1: no prompt.*\['text'\]"):
         benchmarks.read("math500", str(tmp_path))
+    _write(tmp_path, "gpqa.jsonl", {"Question": "?"})
+    with pytest.raises(ValueError, match=r"gpqa.jsonl:1 is not of the form of gpqa"):
+        benchmarks.read("gpqa", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "row, gold",
+    [
+        ({"answer": ["9.6\n"]}, "9.6"),
+        ({"answer": {"target": ["5"]}}, "5"),
+        ({"answer": 27.0}, "27"),
+        ({"answer": 2.5}, "2.5"),
+        ({"answer": "6 - 2 = <<6-2=4>>4\n#### 1,004"}, "1004"),
+        ({"answer": r"So it is $\boxed{\frac{1}{2}}$."}, r"\frac{1}{2}"),
+        ({"answer": None, "solution": "That makes\n#### 18"}, "18"),
+        ({"answer": "", "solution": r"Thus \boxed{7}."}, "7"),
+        ({"solution": "It holds for all of them."}, None),
+        ({"reward_model": {"ground_truth": {"target": ["5"]}, "style": "rule"}}, "5"),
+        ({"reward_model": None}, None),
+        ({"ground_truth": "3"}, "3"),
+        ({"final_answer": ["$-1$,$7$"]}, "-1,7"),
+        ({"final_answer": ["3", "4"]}, "3,4"),
+    ],
+)
+def test_an_answer_is_what_is_to_be_equalled(row, gold):
+    assert benchmarks.from_row("f:1", {"prompt": "?", **row}).gold == gold
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": {"a": "1", "b": "2"}},
+        {"prompt": [{"role": "user", "content": None}]},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"prompt": [{"content": "no role"}]},
+        {"prompt": [["no message"]]},
+        {"prompt": 3},
+    ],
+)
+def test_what_is_no_row_is_named(row):
+    with pytest.raises(ValueError, match="^f:1: "):
+        benchmarks.from_row("f:1", {"prompt": "?", **row})
+
+
+def test_parts_of_text_are_a_message():
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]
+    row = {"prompt": [{"role": "user", "content": parts}]}
+    (message,) = benchmarks.from_row("f:1", row).question
+    assert message == {"role": "user", "content": "1+2"}
+
+
+@pytest.mark.parametrize(
+    "file", ["minerva_math/test.jsonl", "minerva.json", "minerva.csv"]
+)
+def test_copies_of_a_set_have_several_names_and_forms(tmp_path, file):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    row = {"problem": "How far?", "answer": "1.5e-3"}
+    text = {".jsonl": json.dumps(row), ".json": json.dumps([row], indent=1)}
+    path.write_text(text.get(path.suffix, "problem,answer\nHow far?,1.5e-3\n"))
+    (problem,) = benchmarks.read("minerva", str(tmp_path))
+    assert problem == Problem("0", "How far?", "1.5e-3")
 
 
 def test_versions_of_a_set_differ_by_question_and_gold():

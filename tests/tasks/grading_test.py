@@ -30,7 +30,10 @@ def grader():
         (r"\boxed{a \\} \boxed{b}", r"a \\", "b"),
         (r"\boxed {6}", "6", "6"),
         (r"\\boxed{6}", "6", "6"),  # escaped twice, as in JSON
-        (r"\boxed{}", "", ""),
+        # The instruction, repeated, is no answer.
+        (r"\boxed{}", None, None),
+        ("\\boxed{ \n}", None, None),
+        (r"\boxed{5}: within \boxed{}.", "5", None),
         ("82", None, None),
         (r"\boxed 82", None, None),
         (r"\boxed{5", None, None),
