@@ -218,7 +218,8 @@ def _marked(text: str) -> str | None:
     r"""The answer that a worked solution marks: behind GSM8K's `####`, in `\boxed{}`."""
     if "####" in text:
         return text.rpartition("####")[2].strip().replace(",", "") or None
-    return grading.last_boxed(text)
+    answer = grading.last_boxed(text)
+    return answer and " ".join(answer.split())
 
 
 def text_of(problem: Problem) -> str:
