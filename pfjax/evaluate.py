@@ -96,7 +96,7 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                 samples_per_prompt=k,
                 max_new_tokens=FLAGS.max_new_tokens,
                 temperature=FLAGS.temperature,
-                stop_ids=tokenizer.stop_ids(tok, policy.config.stop_ids),
+                stop_ids=tokenizer.stop_ids(tok, policy.config),
                 seed=FLAGS.seed,
                 prompt_width=max(len(p) for p in prompts),
                 token_filters=cli.token_filters(),

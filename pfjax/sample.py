@@ -127,7 +127,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
     print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
     is_low = FLAGS.method == "low_temperature"
     stop = options.StopConditions(
-        tokenizer.stop_ids(tok, policy.config.stop_ids),
+        tokenizer.stop_ids(tok, policy.config),
         tuple(FLAGS.stop),
         functools.partial(tokenizer.decode, tok),
         FLAGS.max_total_tokens,
@@ -158,7 +158,7 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
     target = targets.Target(FLAGS.alpha, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
-    stop_ids = tokenizer.stop_ids(tok, policy.config.stop_ids)
+    stop_ids = tokenizer.stop_ids(tok, policy.config)
     kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
     if FLAGS.method == "mh":
         kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}

@@ -123,8 +123,9 @@ def save(
 
     Args:
       out_dir: the folder; an old one of that name is replaced.
-      base: a model folder or hub id whose config and tokenizer files are copied;
-        without it a minimal `config.json` is written, and no tokenizer.
+      base: a model folder or hub id whose config and tokenizer files are copied, but for
+        the stop tokens, which are the policy's; without it a minimal `config.json` is
+        written, and no tokenizer.
       dtype: type of the tensors; that of the base, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
 
@@ -163,12 +164,21 @@ def save(
                 (folder / "README.md").write_text(card)
             if source is not None:
                 _copy_side_files(source, folder)
-            text = json.dumps(config | {"dtype": dtype}, indent=2) + "\n"
+            stop_ids = {"eos_token_id": list(policy.config.stop_ids)}
+            _update(folder / "generation_config.json", stop_ids)
+            config |= {"tie_word_embeddings": policy.config.tied_embeddings}
+            text = json.dumps(config | stop_ids | {"dtype": dtype}, indent=2) + "\n"
             (folder / "config.json").write_text(text)
             if out.exists():
                 shutil.rmtree(out)
             folder.rename(out)
     multihost_utils.sync_global_devices("pfjax.save")
+
+
+def _update(path: pathlib.Path, values: dict) -> None:
+    """Sets values of a JSON file that may not be there."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | values, indent=2) + "\n")
 
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:

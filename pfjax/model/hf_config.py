@@ -7,9 +7,10 @@ it: a wrong rope base or an ignored scaling gives fluent and wrong text.
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
-from pfjax.model import rope
+from pfjax.model import rope, weights
 from pfjax.model.transformer import ModelConfig
 
 _ARCHITECTURES = {
@@ -35,13 +36,20 @@ _KNOWN = set(_FIELDS) | {
     "hidden_act", "layer_types", "max_window_layers", "mlp_bias", "model_type",
     "original_max_position_embeddings", "rope_parameters", "rope_scaling",
     "rope_theta", "sliding_window", "torch_dtype", "use_sliding_window",
-    # Without effect on the function that is computed.
-    "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
-    "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "id2label",
-    "initializer_range", "label2id", "output_attentions", "output_hidden_states",
-    "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
-    "transformers_version", "use_cache",
 }  # fmt: skip
+# Without effect on the function that is computed: names, other tokens, what is recorded of
+# where a folder comes from, settings of training and of `generate`.
+_INERT = re.compile(
+    r"_.*|.*_token_id|unsloth_.*|transformers\.js.*|output_.*|.*_dropout|.*_pdrop"
+    r"|(num_)?(beams?|beam_groups|return_sequences)|(max|min)_length|(top|typical)_[kp]"
+    r"|attn_implementation|bad_words_ids|(begin_)?suppress_tokens|chunk_size_feed_forward"
+    r"|diversity_penalty|do_sample|early_stopping|exponential_decay_length_penalty"
+    r"|finetuning_task|id2label|initializer_range|is_llama_config|label2id"
+    r"|length_penalty|(encoder_)?no_repeat_ngram_size|prefix|pretraining_tp|problem_type"
+    r"|remove_invalid_values|repetition_penalty|return_dict(_in_generate)?"
+    r"|task_specific_params|temperature|tokenizer_class|torchscript"
+    r"|transformers_version|use_cache"
+)
 _ROPE_FIELDS = set().union(*rope.KINDS.values())
 _ROPE_READ = _ROPE_FIELDS | {
     "mscale", "mscale_all_dim", "original_max_position_embeddings",
@@ -68,6 +76,8 @@ def read(folder: pathlib.Path) -> ModelConfig:
         "head_dim": c["hidden_size"] // heads,
         "tie_word_embeddings": False,
     } | {name: value for name, value in c.items() if value}
+    if sizes["tie_word_embeddings"] and any(folder.glob("*.safetensors")):
+        sizes["tie_word_embeddings"] = not weights.has_own_head(folder)
     return ModelConfig(
         **{ours: sizes[name] for name, ours in _FIELDS.items()},
         rope=_rope(path, c),
@@ -105,8 +115,10 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
     for field, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"{path} sets {field}={c.get(field)!r}: not supported")
-    is_off = lambda value: value is None or value is False
-    unknown = {k: v for k, v in c.items() if k not in _KNOWN and not is_off(v)}
+    # Off, or nothing: `pruned_heads` is {} in folders of transformers 4.
+    is_off = lambda value: value is None or value is False or value in ([], {})
+    is_known = lambda name: name in _KNOWN or _INERT.fullmatch(name)
+    unknown = {k: v for k, v in c.items() if not (is_known(k) or is_off(v))}
     if unknown:
         raise ValueError(
             f"{path} has fields that pfjax does not know, and that might change what "

@@ -314,6 +314,7 @@ def score(
     if not sequences:
         return []
     c, params = policy
+    transformer.check_tokens(c, sequences)
     longest = max(map(len, sequences))
     if longest > c.max_positions:
         raise ValueError(

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from pfjax.model import hf
+from pfjax.model.transformer import ModelConfig
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -58,15 +59,49 @@ def encode_prompt(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def stop_ids(tokenizer: Any, config_stop_ids: tuple[int, ...]) -> tuple[int, ...]:
+def oddities(
+    tokenizer: Any,
+    prompt: str | list[Message],
+    ids: list[int],
+    stop_ids: tuple[int, ...],
+) -> list[str]:
+    """What is strange about a prompt and its token ids, as ends of "prompts ...".
+
+    Most often it has been rendered before, or its tokenizer adds what the chat template
+    has already written.
+    """
+    texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    found = [
+        x for x in tokenizer.all_special_tokens if any(x in text for text in texts)
+    ]
+    bos = tokenizer.bos_token
+    is_odd = {
+        f"hold special tokens, which the model reads as such ({found})": bool(found),
+        f"begin with {bos} twice": bos and ids[:2] == [tokenizer.bos_token_id] * 2,
+        "end with a token that ends a response": bool(ids) and ids[-1] in stop_ids,
+    }
+    return [what for what, is_so in is_odd.items() if is_so]
+
+
+def stop_ids(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
     """Every token that ends a response: the config's, the tokenizer's own, and what its
-    chat template ends a turn with (base models of Qwen name that in neither)."""
-    ids = {*config_stop_ids, tokenizer.eos_token_id, *_ends_of_turn(tokenizer)}
+    chat template ends a turn with (base models of Qwen name that in neither).
+
+    Raises:
+      ValueError: if there is none, or one that the model cannot draw.
+    """
+    ids = {*config.stop_ids, tokenizer.eos_token_id, *_ends_of_turn(tokenizer)}
     ids.discard(None)
     if not ids:
         raise ValueError(
             "neither the model's config nor its tokenizer names an end-of-sequence "
             "token: responses would never stop"
+        )
+    if beyond := [i for i in ids if i >= config.vocab_size]:
+        raise ValueError(
+            f"responses end with {tokenizer.convert_ids_to_tokens(beyond)} (ids {beyond}), "
+            f"which a model with a vocabulary of {config.vocab_size} cannot draw: is this "
+            "its tokenizer?"
         )
     return tuple(sorted(ids))
 

@@ -6,7 +6,7 @@ Layers are stacked along a leading axis L and scanned. Parameters keep their own
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -274,6 +274,19 @@ def forward_packed(
     how = (segment_ids, config.attention, max_segments)
     attend = lambda q, k, v, _: attention.packed_attention(q, k, v, *how)
     return apply(config, params, tokens, positions, attend, remat=remat)
+
+
+def check_tokens(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError for a token id that the model does not have: JAX would read
+    another's embedding without a word."""
+    for i, ids in enumerate(sequences):
+        ends = (min(ids, default=0), max(ids, default=0))
+        wrong = [t for t in ends if not 0 <= t < config.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"sequence {i} holds token id {wrong[0]}, the model has 0 to "
+                f"{config.vocab_size - 1}: is this its tokenizer?"
+            )
 
 
 def unstack(config: ModelConfig, params: Params) -> Params:

@@ -53,6 +53,8 @@ for _name, _module in MODULES.items():
     _LAYER[f"{_name}_b"] = f"{_module}.lora_B.weight"
     _NUM_READ[_name] = _NUM_READ[f"{_name}_a"] = len(transformer.PROJECTIONS[_name][0])
     _NUM_READ[f"{_name}_b"] = 1
+# Rows of two matrices that are compared at once.
+_COMPARED_ROWS = 8192
 # Buffers that some checkpoints carry and nothing reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -84,11 +86,19 @@ def _layouts(params: transformer.Params) -> list[tuple[_Layout, Any]]:
 
 
 def _open_folder(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[int]]]:
-    """HF name -> file and shape, of one file or of an index of many."""
+    """HF name -> file and shape, of one file or of an index of many: as transformers, of
+    one file if both are there."""
     index, names = folder / _INDEX, ["model.safetensors"]
-    if index.is_file():
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds adapters beside the model (adapter_config.json), which "
+            "transformers would add to it: merge them first, or move them elsewhere"
+        )
+    if (folder / names[0]).is_file():
+        pass
+    elif index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif not (folder / names[0]).is_file():
+    else:
         raise ValueError(
             f"{folder} holds neither model.safetensors nor {_INDEX}; weights in other "
             "formats (pytorch_model.bin) are not loaded: convert them with transformers"
@@ -110,7 +120,7 @@ def _check(folder: pathlib.Path, tensors: dict, abstract: transformer.Params) ->
     wanted = {name: x.shape for x, _ in _layouts(abstract) for name in x.names}
     present = {name for name in tensors if not _IGNORED.search(name)}
     if "head" not in abstract:
-        present.discard(_TOP["head"])  # a copy of the tied embedding
+        present.discard(_TOP["head"])  # a copy of the embedding, see `has_own_head`
     problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
     problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
     problems += [
@@ -122,6 +132,34 @@ def _check(folder: pathlib.Path, tensors: dict, abstract: transformer.Params) ->
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not match its config.json:\n  {shown}{more}")
+
+
+def has_own_head(folder: pathlib.Path) -> bool:
+    """Whether the files hold a head other than the embedding. Then transformers uses it,
+    even if `config.json` ties the two."""
+    names = [_TOP["embed"], _TOP["head"]]
+    tensors = _open_folder(folder)
+    if not set(names) <= tensors.keys():
+        return False
+    shapes = [tensors[name][1] for name in names]
+    if shapes[0] != shapes[1]:
+        return True
+    for first in range(0, shapes[0][0], _COMPARED_ROWS):
+        parts, end = [], min(first + _COMPARED_ROWS, shapes[0][0])
+        for name in names:
+            with safetensors.safe_open(tensors[name][0], "numpy") as handle:
+                parts.append(handle.get_slice(name)[first:end])
+        if not np.array_equal(*parts):
+            return True
+    return False
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+    """Type of the weights in the files; float32 for one that is not written here."""
+    file, _ = _open_folder(folder)[_TOP["embed"]]
+    with safetensors.safe_open(file, "numpy") as handle:
+        kind = handle.get_slice(_TOP["embed"]).get_dtype()
+    return next((name for name, x in _DTYPES.items() if x == kind), "float32")
 
 
 def load(

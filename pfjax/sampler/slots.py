@@ -169,6 +169,7 @@ def check_prompts(
       ValueError: if one is empty, or the model has no positions for what follows it.
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
+    transformer.check_tokens(config, prompts)
     if not len(lengths) or not lengths.min():
         raise ValueError(f"prompts must not be empty, got lengths {lengths.tolist()}")
     if lengths.max() + max_new_tokens > config.max_positions:

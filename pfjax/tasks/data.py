@@ -9,6 +9,7 @@ import numpy as np
 
 from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
+from pfjax.model.transformer import ModelConfig
 from pfjax.targets import Target
 from pfjax.tasks import benchmarks
 
@@ -23,7 +24,11 @@ class PromptSet(NamedTuple):
 
 
 def load_prompts(
-    source: str, tok: Any, max_prompt_tokens: int, suffix: str = ""
+    source: str,
+    tok: Any,
+    max_prompt_tokens: int,
+    suffix: str = "",
+    model: ModelConfig | None = None,
 ) -> PromptSet:
     """Reads prompts and perhaps answers, see `dataset_io.read` and `benchmarks.from_row`.
 
@@ -32,12 +37,17 @@ def load_prompts(
       tok: a tokenizer.
       max_prompt_tokens: longer prompts are skipped, with one warning.
       suffix: added to each prompt, to its last message; no braces are interpreted.
+      model: that the prompts are for, whose tokens they are then known to be.
 
     Raises:
-      ValueError: if there is no such source, a row has no prompt (naming file and
-        line), or no prompt is left.
+      ValueError: if there is no such source, a row has no prompt, one that the chat
+        template refuses or tokens that the model lacks (naming file and line), or no
+        prompt is left.
     """
     problems, tokens = [], []
+    odd, stop_ids = collections.defaultdict(list), ()
+    if model:
+        stop_ids = tokenizer.stop_ids(tok, model)
     rows = dataset_io.read(source)
     for number, (where, row) in enumerate(rows):
         problem = benchmarks.from_row(where, row, number)
@@ -47,7 +57,20 @@ def load_prompts(
         else:
             *before, last = prompt
             prompt = [*before, {**last, "content": last["content"] + suffix}]
-        ids = tokenizer.encode_prompt(tok, prompt)
+        try:
+            ids = tokenizer.encode_prompt(tok, prompt)
+        except Exception as error:  # templates raise what they like
+            raise ValueError(
+                f"{where}: no prompt can be made of it: {error}"
+            ) from error
+        if model and (beyond := [i for i in ids if i >= model.vocab_size]):
+            raise ValueError(
+                f"{where}: token {tok.convert_ids_to_tokens(beyond[0])!r} has id "
+                f"{beyond[0]}, but the model has a vocabulary of {model.vocab_size}: is "
+                "this its tokenizer?"
+            )
+        for what in tokenizer.oddities(tok, problem.question, ids, stop_ids):
+            odd[what].append(where)
         if len(ids) <= max_prompt_tokens:
             problems.append(problem._replace(question=prompt))
             tokens.append(ids)
@@ -57,6 +80,8 @@ def load_prompts(
     if not tokens:
         reason = "all are too long" if too_long else "it is empty"
         raise ValueError(f"no prompts left in {source}: {reason}")
+    for what, places in odd.items():
+        _LOG.warning(f"{len(places)} of {len(rows)} prompts {what}: {places[0]}")
     if repeated := len(tokens) - len({tuple(x) for x in tokens}):
         _LOG.warning(f"{source}: {repeated} prompts are duplicates")
     return PromptSet(problems, tokens)

@@ -6,12 +6,13 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
 
 from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
-from pfjax.model import hf, lora
+from pfjax.model import hf, lora, weights
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
@@ -151,6 +152,7 @@ class _Run:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
+            self.grader.check_golds(self.trainer.golds)
             self._evaluate_at_the_start(state, start)
             for step in range(start + 1, self.num_steps + 1):
                 stuck = health_checks.watch(step, self.health.step_seconds)
@@ -252,7 +254,19 @@ def export(
     """Writes adapters and the model, and prints the table of before and after."""
     if config.lora.rank:
         lora.save_peft(policy, folder / "adapter", config.model)
+        policy = _beside_stored_base(policy, config.model)
     card = model_card.model_card(config.to_dict(), history)
     hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
     if distributed.is_first():
         print(progress.before_and_after(history, folder))
+
+
+def _beside_stored_base(policy: Any, model: str) -> Any:
+    """The adapters beside the base as it is stored, if training rounded it: what was not
+    trained is exported as it came."""
+    source = hf.resolve(model)
+    stored, used = weights.stored_dtype(source), policy.config.dtype
+    if jnp.promote_types(stored, used) == jnp.dtype(used):
+        return policy
+    base = hf.load(source, jax.sharding.get_mesh(), stored).params
+    return policy._replace(params=lora.join(base, lora.select(policy.params)))

@@ -1,6 +1,8 @@
 """Builds what a run needs from its config; what it builds reads none."""
 
+import dataclasses
 import functools
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 
 from pfjax.evaluation import elbo, scores
 from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
-from pfjax.model.transformer import Params, Policy, abstract_params
+from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
 from pfjax.trainer import settings
@@ -26,6 +28,7 @@ class Trainer(NamedTuple):
     frozen: Params  # of the policy's parameters; empty without LoRA
     base: Callable[[], Params]  # the frozen base, on the devices
     prompts: list[list[int]]  # to train on
+    golds: list[str | None]  # that responses are graded by
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, prompts, step, prompt_ids -> Rollout
     compute_rewards: Callable  # indices, rollout, grader -> RolloutBatch
@@ -43,11 +46,13 @@ def setup(
     and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
     base_model, tok = hf_config.read(source), tokenizer.load(source)
-    train, held_out = _load_prompts(config, tok)
+    train, held_out = _load_prompts(config, tok, base_model)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     settings.check_lengths(config, longest, base_model.max_positions)
-    stop_ids = tokenizer.stop_ids(tok, base_model.stop_ids)
-    fns = train_fns(config, base_model, longest, mesh, stop_ids)
+    # The list that is trained with, sampled with, and exported.
+    stop_ids = tokenizer.stop_ids(tok, base_model)
+    base_model = dataclasses.replace(base_model, stop_ids=stop_ids)
+    fns = train_fns(config, base_model, longest, mesh)
     target = None
     if config.data.target:
         target = data.load_target(config.data.target, fns.objective.target)
@@ -57,10 +62,13 @@ def setup(
     state = first_state(fns, trained, config.seed, mesh)
     rate, warmup = config.optim.learning_rate, max(config.optim.warmup_steps, 1)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
-    bind = functools.partial
+    bind, graded = functools.partial, [held_out] if held_out else []
+    if fns.objective.kind.reward == "correct":
+        graded.append(train)
     trainer = Trainer(
         fns,
         prompts=train.tokens,
+        golds=[p.gold for s in graded for p in s.problems],
         frozen=base if config.lora.rank else {},
         base=on_devices,
         next_prompts=bind(
@@ -72,7 +80,6 @@ def setup(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=config.seed,
-            stop=options.StopConditions(stop_ids),
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
         compute_rewards=bind(
@@ -82,19 +89,21 @@ def setup(
             reward=fns.objective.kind.reward,
             format_penalty=config.format_penalty,
         ),
-        evaluate=_evaluation(
-            config, fns, on_devices, tok, held_out, target, stop_ids, longest
-        ),
+        evaluate=_evaluation(config, fns, on_devices, tok, held_out, target, longest),
         learning_rate=lambda step: rate * min(1.0, step / warmup),
     )
-    return trainer, state, _describe(config, fns, mesh, plan, train, held_out)
+    about = _describe(config, fns, mesh, plan, train, held_out)
+    first = textwrap.shorten(
+        repr(tok.decode(train.tokens[0])), 400, placeholder=" ...'"
+    )
+    return trainer, state, f"{about}\nfirst prompt, as the model sees it: {first}"
 
 
 def _load_prompts(
-    config: ml_collections.FrozenConfigDict, tok: Any
+    config: ml_collections.FrozenConfigDict, tok: Any, model: ModelConfig
 ) -> tuple[data.PromptSet, data.PromptSet | None]:
     """Those to train on, and those held out."""
-    args = (tok, config.data.max_prompt_tokens, config.data.suffix)
+    args = (tok, config.data.max_prompt_tokens, config.data.suffix, model)
     train, held_out = data.load_prompts(config.data.train, *args), None
     if config.data.eval:
         held_out = data.load_prompts(config.data.eval, *args)
@@ -139,14 +148,13 @@ def _evaluation(
     tok: Any,
     held_out: data.PromptSet | None,
     target: data.TargetSamples | None,
-    stop_ids: tuple[int, ...],
     prompt_width: int,
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "stop_ids": stop_ids,
+        "stop_ids": fns.base_model.stop_ids,
     }
     how = scores.Settings(
         samples_per_prompt=config.eval_samples,

@@ -41,10 +41,9 @@ def train_fns(
     base_model: ModelConfig,
     longest_prompt: int,
     mesh: Mesh | AbstractMesh,
-    stop_ids: tuple[int, ...] = (),
 ) -> TrainFns:
     """Builds them from a config for the devices of `mesh`. If these are absent, it must
-    not be current (see `jax.set_mesh`). `stop_ids` are the checkpoint's when not given."""
+    not be current (see `jax.set_mesh`)."""
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
@@ -55,7 +54,7 @@ def train_fns(
     trained = lora.select(trained) if rank else trained
     optimizer = optim.make_optimizer(**config.optim)
     state = _abstract_state(trained, model, optimizer, mesh)
-    objective, stop_ids = _objective(config), stop_ids or base_model.stop_ids
+    objective, stop_ids = _objective(config), base_model.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()

@@ -1,5 +1,6 @@
 """Folders in and out: exact, strict, whole or not at all."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from pfjax.infra import sharding
-from pfjax.model import hf, tokenizer, transformer, weights
+from pfjax.model import hf, log_probs, tokenizer, transformer, weights
+from pfjax.sampler import engine
 from tests.conftest import run_on_two_processes
 
 
@@ -134,6 +136,102 @@ def test_a_tied_checkpoint_may_carry_a_copy_of_its_head(folder):
         hf.load(folder)
 
 
+def test_a_head_of_its_own_is_read_and_written_though_the_config_ties_it(
+    folder, tmp_path
+):
+    """As transformers does."""
+    import torch
+    import transformers
+
+    _edit_config(folder, tie_word_embeddings=True)
+    policy = hf.load(folder)
+    assert not policy.config.tied_embeddings
+    hf.save(policy, tmp_path / "again", base=folder)
+    ids = [3, 5, 7, 2]
+    with torch.no_grad():
+        for place in (folder, tmp_path / "again"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(place)
+            want = torch.log_softmax(model(torch.tensor([ids])).logits, -1)[0]
+            want = want[range(3), ids[1:]].numpy()
+            (got,) = log_probs.score(hf.load(place), [ids], [1])
+            np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_of_two_sets_of_weights_that_of_transformers_is_read(folder, tiny_policy):
+    """The one file, not the index beside it."""
+    weight_map = {"model.norm.weight": "old.safetensors"}
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+    shutil.copyfile(folder / "model.safetensors", folder / "old.safetensors")
+    np.testing.assert_array_equal(
+        hf.load(folder).params["embed"], tiny_policy.params["embed"]
+    )
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapters beside the model"):
+        hf.load(folder)
+
+
+# Of SmolLM2, unsloth's copies, transformers.js, and folders that transformers 4 wrote.
+INERT = {
+    "is_llama_config": True, "rope_interleaved": False, "unsloth_fixed": True,
+    "unsloth_version": "2025.1", "transformers.js_config": {"dtype": "q4"},
+    "_model_name_or_path": "a/b", "_commit_hash": "abc", "sep_token_id": 5,
+    "decoder_start_token_id": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+    "typical_p": 1.0, "num_beams": 1, "max_length": 20, "pruned_heads": {},
+    "is_decoder": False, "task_specific_params": None, "bad_words_ids": None,
+    "tf_legacy_loss": False, "tokenizer_class": "PreTrainedTokenizerFast",
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_passed_over(folder, tiny_policy):
+    _edit_config(folder, **INERT)
+    assert hf.load(folder).config == tiny_policy.config
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"final_logit_softcapping": 30.0},
+        {"quantization_config": {"bits": 4}},
+        {"is_decoder": True},
+        {"pruned_heads": {"0": [1]}},
+        {"logit_scale": 0.5},
+    ],
+)
+def test_what_might_change_something_is_refused(folder, field):
+    _edit_config(folder, **field)
+    with pytest.raises(ValueError, match=f"pfjax does not know.*{next(iter(field))}"):
+        hf.load(folder)
+
+
+def test_stop_tokens_of_the_policy_are_exported(folder, tmp_path, tiny_policy):
+    """Those it was trained with, in both places that others read them from."""
+    import transformers
+
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 5}')
+    config = dataclasses.replace(tiny_policy.config, stop_ids=(1, 3))
+    hf.save(tiny_policy._replace(config=config), tmp_path / "out", base=folder)
+    assert hf.load(tmp_path / "out").config.stop_ids == (1, 3)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == [1, 3] and generation.top_k == 5
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [
+        1,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("token", [-1, 16, 99])
+def test_a_token_that_the_model_lacks_is_refused(tiny_policy, token):
+    with pytest.raises(
+        ValueError, match=f"sequence 1 holds token id {token}, the model"
+    ):
+        log_probs.score(tiny_policy, [[3, 4], [5, token]], [1, 1])
+    with pytest.raises(
+        ValueError, match=f"sequence 1 holds token id {token}, the model"
+    ):
+        engine.rollout(tiny_policy, [[3, 4], [5, token]], 1, 2)
+
+
 def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
@@ -230,7 +328,7 @@ def test_embedded_model_loads_and_reads_its_prompts():
     assert tok.convert_ids_to_tokens(ids) == [
         "<|user|>", "4", "7", "+", "3", "5", "<|assistant|>",
     ]  # fmt: skip
-    assert tokenizer.stop_ids(tok, policy.config.stop_ids) == (tok.eos_token_id,)
+    assert tokenizer.stop_ids(tok, policy.config) == (tok.eos_token_id,)
     text = "7+5=12,4+3+1=8;\\boxed{82}"
     assert tokenizer.decode(tok, tok.encode(text) + [tok.eos_token_id]) == text
     assert sum(x.size for x in jax.tree.leaves(policy.params)) < 1_000_000

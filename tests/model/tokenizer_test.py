@@ -1,12 +1,13 @@
 """Tokenizers: both kinds, templates, beginning and end tokens."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 import sentencepiece
 
-from pfjax.model import hf_config, tokenizer
+from pfjax.model import hf, hf_config, tokenizer
 
 # As Qwen's: brings a system prompt of its own when the messages have none.
 TEMPLATE = (
@@ -113,6 +114,38 @@ def test_messages_need_a_template(folder):
         tokenizer.encode_prompt(tok, [{"role": "user", "content": "two"}])
 
 
+def _stopping(*ids, vocab_size=100):
+    config = hf_config.read(hf.resolve("pfjax/toy"))
+    return dataclasses.replace(config, stop_ids=ids, vocab_size=vocab_size)
+
+
+def test_a_stop_id_that_cannot_be_drawn_is_refused(folder):
+    tok = tokenizer.load(folder)
+    with pytest.raises(
+        ValueError, match=r"\['.*'\] \(ids \[.*2\]\), which a model with"
+    ):
+        tokenizer.stop_ids(tok, _stopping(vocab_size=2))
+
+
+@pytest.mark.parametrize(
+    "prompt, ids, what",
+    [
+        ("one <|im_end|>", [3, 4], "hold special tokens"),
+        ([{"role": "user", "content": "<|im_end|>"}], [3, 4], "hold special tokens"),
+        ("one", [1, 1, 3], "begin with <s> twice"),
+        ("one", [1, 3, 2], "end with a token that ends a response"),
+        ("one", [1, 3, 1], None),
+    ],
+)
+def test_what_is_strange_about_a_prompt(folder, prompt, ids, what):
+    tok = tokenizer.load(folder)
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tok.bos_token = "<s>"
+    ids = [tok.bos_token_id if i == 1 else i for i in ids]
+    found = tokenizer.oddities(tok, prompt, ids, (2,))
+    assert [x.startswith(what or "-") for x in found] == ([True] if what else [])
+
+
 def test_every_stop_id_counts(folder, tmp_path):
     """The config's, the generation config's (a list), and the tokenizer's differ."""
     tok = tokenizer.load(folder)
@@ -124,10 +157,10 @@ def test_every_stop_id_counts(folder, tmp_path):
     from_files = hf_config.read(tmp_path).stop_ids
     assert set(from_files) == {2, 7, im_end}
     tok.eos_token = "<|im_end|>"
-    assert set(tokenizer.stop_ids(tok, (7,))) == {7, im_end}
+    assert set(tokenizer.stop_ids(tok, _stopping(7))) == {7, im_end}
     tok.eos_token = None
     with pytest.raises(ValueError, match="would never stop"):
-        tokenizer.stop_ids(tok, ())
+        tokenizer.stop_ids(tok, _stopping())
 
 
 def test_what_a_template_ends_a_turn_with_ends_a_response(folder):
@@ -142,9 +175,9 @@ def test_what_a_template_ends_a_turn_with_ends_a_response(folder):
         "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id, im_end}
+    assert set(tokenizer.stop_ids(tok, _stopping(7))) == {7, tok.eos_token_id, im_end}
     tok.chat_template = TEMPLATE  # ends turns with nothing
-    assert set(tokenizer.stop_ids(tok, (7,))) == {7, tok.eos_token_id}
+    assert set(tokenizer.stop_ids(tok, _stopping(7))) == {7, tok.eos_token_id}
 
 
 def test_a_folder_without_a_tokenizer_is_said(tmp_path):

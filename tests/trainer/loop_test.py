@@ -10,11 +10,12 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding
-from pfjax.model import attention, hf, log_probs
+from pfjax.model import attention, hf, log_probs, tokenizer
 from pfjax.trainer import loop, setup
 from tests.conftest import (
     all_responses,
@@ -249,6 +250,62 @@ def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
         a, b, c = (m(tokens).logits for m in (whole, parts, load(config.model)))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert (a - c).abs().max() > 1e-3
+
+
+def test_adapters_on_a_base_that_training_rounds_leave_the_rest_as_it_came(
+    config, tmp_path
+):
+    """float16 holds what bfloat16 does not."""
+    hf.save(
+        hf.load(config.model), tmp_path / "half", base=config.model, dtype="float16"
+    )
+    config.model, config.dtype = str(tmp_path / "half"), "bfloat16"
+    config.lora.rank, config.num_steps = 2, 1
+    config.optim.learning_rate = 1e-9  # the adapters stay next to nothing
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    before, after = (
+        safetensors.numpy.load_file(tmp_path / x / "model.safetensors")
+        for x in ("half", "run/hf")
+    )
+    for name, x in before.items():
+        assert after[name].dtype == np.float16
+        np.testing.assert_array_equal(after[name], x, err_msg=name)
+
+
+def test_answers_that_nothing_equals_are_said_before_training(config, tmp_path):
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"prompt": PROMPT, "answer": "}{"}) + "\n")
+    config.data.eval = str(path)
+    with pytest.raises(ValueError, match=r"1 of 1 gold answers are not equal to them"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.data.train, config.data.eval, config.objective = str(path), "", "grpo"
+    with pytest.raises(ValueError, match=r"1 of 1 gold answers are not equal to them"):
+        loop.train_and_evaluate(config, str(tmp_path / "run2"))
+
+
+def test_what_is_exported_answers_as_the_run_did(tmp_path, monkeypatch):
+    """Greedy text and stops of `transformers.generate` are those of the evaluation."""
+    import torch
+    import transformers
+
+    use_one_device(monkeypatch)
+    c = smoke.get_config()
+    c.num_steps, c.prompts_per_step, c.eval_samples = 1, 8, 1
+    c.eval_sampling.temperature = 0.0
+    loop.train_and_evaluate(c, str(tmp_path / "run"))
+    folder = tmp_path / "run/hf"
+    tok = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for row in dataset_io.read_jsonl(tmp_path / "run/completions/step_000001.jsonl")[
+        :8
+    ]:
+        ids = tokenizer.encode_prompt(tok, row["prompt"])
+        with torch.no_grad():
+            out = model.generate(
+                torch.tensor([ids]), max_new_tokens=c.max_new_tokens, do_sample=False
+            )[0, len(ids) :].tolist()
+        assert tok.decode(out, skip_special_tokens=True) == row["completion"]
+        assert out[-1] in model.generation_config.eos_token_id
 
 
 def test_evaluation_has_sampling_options_of_its_own(config, tmp_path):
