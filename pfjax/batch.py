@@ -279,11 +279,8 @@ def pack_prompts(
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     for i, row, start, length in zip(some, rows, starts, lengths, strict=True):
         at = (row, slice(start, start + length))
-        tokens[at], positions[at], segment_ids[at] = (
-            prompts[i],
-            np.arange(length),
-            i + 1,
-        )
+        tokens[at], positions[at] = prompts[i], np.arange(length)
+        segment_ids[at] = i + 1
     return tokens, positions, segment_ids
 
 

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from pfjax.evaluation.scores import Row, Settings, in_order
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 from pfjax.tasks import benchmarks
 from pfjax.tasks.benchmarks import Problem, Style
 
@@ -101,9 +101,8 @@ class Record:
         return json.loads(self._scores.read_text())
 
     def _write(self, content: dict[str, Any]) -> None:
-        tmp = self._scores.with_suffix(".tmp")
-        tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        tmp.replace(self._scores)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        storage.write_text(self._scores, text)
 
 
 def describe(

@@ -1,6 +1,7 @@
 """Prompts -> responses -> scores: sample, grade, summarise."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pfjax.tasks import grading
 from pfjax.tasks.benchmarks import Problem, text_of
 
 Row = dict[str, Any]
+in_order = operator.itemgetter("prompt_id", "sample")  # what rows are sorted by
 
 
 class Settings(NamedTuple):
@@ -55,11 +57,6 @@ def evaluate(
     sample(policy, tok, problems, prompts, settings, keep)
     rows.sort(key=in_order)
     return summarise(rows, settings.samples_per_prompt, grader), rows
-
-
-def in_order(row: Row) -> tuple[int, int]:
-    """What rows are sorted by."""
-    return row["prompt_id"], row["sample"]
 
 
 def sample(

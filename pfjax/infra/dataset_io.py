@@ -85,6 +85,5 @@ def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
     path = storage.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    tmp.replace(path)
+    lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    storage.write_text(path, "".join(lines))

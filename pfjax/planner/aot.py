@@ -98,13 +98,7 @@ def compile_phases(
 def _lower_decode(params: Params, work: Workload) -> Any:
     """The loop over tokens of a rollout, at the widest caches of its plan."""
     model, plan, g = work.model, work.plan, work.samples_per_prompt
-    settings = decode.Settings(
-        config=model,
-        samples_per_prompt=g,
-        stop_ids=model.stop_ids,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
-    )
+    settings = decode.Settings(model, plan, g, model.stop_ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     weights = _results(decode.weights, model, params)
@@ -117,7 +111,6 @@ def _lower_decode(params: Params, work: Workload) -> Any:
         decode.start,
         queue,
         s=settings,
-        plan=plan,
         width=plan.widths[-1],
         new=work.max_new_tokens,
     )

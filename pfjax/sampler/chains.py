@@ -83,7 +83,6 @@ def draw(
     chains_per_prompt: int,
     max_new_tokens: int,
     target: Target,
-    *,
     log_z: float,
     reward: Reward | None,
     temperature: float | None,
@@ -109,10 +108,9 @@ def draw(
     at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
     settings = decode.Settings(
         config=policy.config,
+        plan=plan,
         samples_per_prompt=chains_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
     )
     spec = Spec(settings, target, reward, plan.widths[-1], max_new_tokens)
     state = decode.SamplerState(

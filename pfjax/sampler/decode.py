@@ -31,10 +31,9 @@ class Settings(NamedTuple):
     """What the programs are compiled for, besides shapes. Hashable."""
 
     config: ModelConfig
+    plan: Plan
     samples_per_prompt: int  # G
     stop_ids: tuple[int, ...]
-    backend: str  # of `decode_attention.decode_attention`
-    cache_dtype: str
     is_greedy: bool = False  # the most likely token; filters are then ignored
     token_filters: TokenFilters = NO_FILTERS
 
@@ -90,11 +89,10 @@ class Results(NamedTuple):
 
 
 def empty_cache(s: Settings, batch: int, width: int) -> Cache:
-    c = s.config
-    shapes = decode_attention.cache_shapes(
-        s.backend, batch, c.num_kv_heads, width, c.head_dim
-    )
-    one = lambda shape: jnp.zeros(shape, s.cache_dtype)
+    c, p = s.config, s.plan
+    sizes = (batch, c.num_kv_heads, width, c.head_dim)
+    shapes = decode_attention.cache_shapes(p.backend, *sizes)
+    one = lambda shape: jnp.zeros(shape, p.cache_dtype)
     return placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
 
 
@@ -104,14 +102,14 @@ def placed(caches: Cache) -> Cache:
     return jax.tree.map(place, caches)
 
 
-@functools.partial(jax.jit, static_argnames=("s", "plan", "width", "new"))
+@functools.partial(jax.jit, static_argnames=("s", "width", "new"))
 def start(
-    queue: Queue, *, s: Settings, plan: Plan, width: int, new: int
+    queue: Queue, *, s: Settings, width: int, new: int
 ) -> tuple[Prompts, Slots, Cache, Results]:
     """Nothing begun, nothing prefilled; `new` tokens are kept of each sample."""
 
     def local(queue):
-        n, slots, prefix_slots = len(queue.is_cut), plan.slots, plan.prefix_slots
+        n, slots, prefix_slots = len(queue.is_cut), s.plan.slots, s.plan.prefix_slots
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
         empty = Slots(
             sample=jnp.full(slots, n, jnp.int32),
@@ -125,7 +123,7 @@ def start(
             zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
         )
         prompts = Prompts(
-            empty_cache(s, prefix_slots, plan.prompt_width), zeros(prefix_slots)
+            empty_cache(s, prefix_slots, s.plan.prompt_width), zeros(prefix_slots)
         )
         return prompts, empty, empty_cache(s, slots, width), results
 
@@ -156,7 +154,7 @@ def prefill_local(
         cache = prompts.cache[layer]
         new.append(
             decode_attention.write_prompts(
-                s.backend, cache, (k, v), prefix_slot, positions
+                s.plan.backend, cache, (k, v), prefix_slot, positions
             )
         )
         return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
@@ -259,7 +257,7 @@ def forward(
     def attend(q, k, v, layer):
         # Written before it is read: the loop then updates the cache in place.
         own = decode_attention.write(
-            s.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
+            s.plan.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
         )
         new.append(own)
         out = decode_attention.decode_attention(
@@ -270,7 +268,7 @@ def forward(
             prompts.length,
             slots.grid_index,
             samples_per_prefix,
-            s.backend,
+            s.plan.backend,
         )
         return out[:, None]
 
@@ -349,16 +347,7 @@ def weights(config: ModelConfig, params: Params) -> Params:
     if mesh.empty or mesh.size == 1:
         return out
     axes = transformer.logical_axes(config)
-    blocks = jax.tree.map(lambda a: a[1:], axes.pop("blocks"), is_leaf=_is_axes)
+    blocks = {name: of[1:] for name, of in axes.pop("blocks").items()}
     axes["layers"] = [blocks] * config.num_layers
-    return jax.tree.map(
-        lambda x, a: lax.with_sharding_constraint(
-            x, sharding.spec(mesh, a, x.shape, without=("fsdp",))
-        ),
-        out,
-        axes,
-    )
-
-
-def _is_axes(x: object) -> bool:
-    return isinstance(x, tuple)
+    where = sharding.tree_shardings(mesh, axes, out, without=("fsdp",))
+    return lax.with_sharding_constraint(out, where)

@@ -90,12 +90,11 @@ def rollout(
     )
     settings = decode.Settings(
         config=policy.config,
+        plan=plan,
         samples_per_prompt=samples_per_prompt,
         stop_ids=policy.config.stop_ids if stop.stop_ids is None else stop.stop_ids,
         is_greedy=temperature == 0,
         token_filters=token_filters,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
     )
     state = decode.SamplerState(
         decode.weights(policy.config, policy.params),
@@ -103,7 +102,7 @@ def rollout(
         np.float32(temperature or 1.0),
     )
     return Scheduler(
-        plan, settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
+        settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
     ).to_end()
 
 

@@ -79,20 +79,9 @@ def metropolis_hastings(
       Karan and Du, arXiv 2510.14901, Algorithm 1; the acceptance is that of its text,
       for responses whose length may change.
     """
-    return chains.draw(
-        _grow,
-        (blocks, steps),
-        policy,
-        prompts,
-        samples_per_prompt,
-        max_new_tokens,
-        target,
-        log_z=log_z,
-        reward=reward,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=stop_ids,
-    )[0]
+    what = (policy, prompts, samples_per_prompt, max_new_tokens, target, log_z)
+    how = (reward, temperature, seed, stop_ids)
+    return chains.draw(_grow, (blocks, steps), *what, *how)[0]
 
 
 def _grow(

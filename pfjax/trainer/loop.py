@@ -142,12 +142,8 @@ class _Run:
         state, start, cursor = self._restore(state)
         self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
         self.progress = progress.Progress(start, self.num_steps, self.log_every)
-        compilations = compile_cache.Compilations()
-        with (
-            contextlib.closing(compilations),
-            contextlib.closing(self.writer),
-            contextlib.closing(self.progress),
-        ):
+        compilations, closing = compile_cache.Compilations(), contextlib.closing
+        with closing(compilations), closing(self.writer), self.progress:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
+from pfjax.infra import storage
 from pfjax.sampler.options import TokenFilters
 
 
@@ -304,6 +305,4 @@ def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None
         "backend": jax.devices()[0].device_kind,
     }
     out = {"config": json.loads(c.to_json()), "versions": versions}
-    tmp = folder / ".config.json.tmp"
-    tmp.write_text(json.dumps(out, indent=2) + "\n")
-    tmp.replace(folder / "config.json")
+    storage.write_text(folder / "config.json", json.dumps(out, indent=2) + "\n")
