@@ -227,9 +227,8 @@ def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
 def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
     if len(lengths) and lengths.max() > pack_length:
         i = int(lengths.argmax())
-        raise ValueError(
-            f"trajectory {i} has {lengths[i]} tokens but a row holds {pack_length}"
-        )
+        said = f"trajectory {i} has {lengths[i]} tokens"
+        raise ValueError(f"{said} but a row holds {pack_length}")
     bad = np.flatnonzero((prompt_lengths < 1) | (prompt_lengths >= lengths))
     if len(bad):
         i = int(bad[0])

@@ -17,12 +17,7 @@ _MAY_CHANGE = ("model", "mesh", "device", "jax")
 
 
 class Record:
-    """`NAME.jsonl` and `NAME.json` in a folder.
-
-    Attributes:
-      name: of the set.
-      path: of the responses.
-    """
+    """`NAME.jsonl`, the responses to a set (`path`), and `NAME.json` in a folder."""
 
     def __init__(self, folder: pathlib.Path, name: str):
         self.name = name

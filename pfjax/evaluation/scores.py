@@ -12,8 +12,8 @@ from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.sampler.options import NO_FILTERS, Capacity, StopConditions, TokenFilters
-from pfjax.tasks import grading
 from pfjax.tasks.benchmarks import Problem, text_of
+from pfjax.tasks.grading import Grader, boxed
 
 Row = dict[str, Any]
 in_order = operator.itemgetter("prompt_id", "sample")  # what rows are sorted by
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 def evaluate(
     policy: Policy,
     tok: Any,
-    grader: grading.Grader,
+    grader: Grader,
     problems: list[Problem],
     prompts: list[list[int]],
     settings: Settings,
@@ -105,22 +105,19 @@ def sample(
         )
 
 
-def grade(
-    new: list[Row], problems: list[Problem], grader: grading.Grader, box: str
-) -> None:
+def grade(new: list[Row], problems: list[Problem], grader: Grader, box: str) -> None:
     """Puts `answer`, `gold` and `correct` into rows, anew where they are."""
     for row in new:
         _, _, gold, tolerance = problems[row["prompt_id"]]
-        answer = grading.boxed(row["completion"], box)
+        answer = boxed(row["completion"], box)
         row |= {"answer": answer, "gold": gold, "correct": None}
         if gold is not None:
-            row["correct"] = answer is not None and grader.is_equal(
-                gold, answer, tolerance
-            )
+            same = answer is not None and grader.is_equal(gold, answer, tolerance)
+            row["correct"] = same
 
 
 def summarise(
-    rows: list[Row], k: int, grader: grading.Grader, fewer: tuple[int, ...] = ()
+    rows: list[Row], k: int, grader: Grader, fewer: tuple[int, ...] = ()
 ) -> dict[str, float]:
     """Scores of rows.
 

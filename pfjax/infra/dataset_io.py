@@ -42,9 +42,8 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
         name, *config, split = source.split(":") if ":" in source else (source, "train")
         name, _, revision = name.partition("@")
         try:
-            table = datasets.load_dataset(
-                name, *config, split=split, revision=revision or None
-            )
+            wanted = {"split": split, "revision": revision or None}
+            table = datasets.load_dataset(name, *config, **wanted)
         except Exception as error:
             raise ValueError(
                 f"prompts {source!r} are no .jsonl or .parquet file and could not be "
@@ -83,7 +82,5 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
 
 def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
-    path = storage.place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     storage.write_text(path, "".join(lines))

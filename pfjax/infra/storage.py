@@ -17,8 +17,10 @@ def place(path: epath.PathLike) -> epath.Path:
     return epath.Path(str(path) if is_remote(path) else pathlib.Path(path).expanduser())
 
 
-def write_text(path: epath.Path, text: str) -> None:
+def write_text(path: epath.PathLike, text: str) -> None:
     """The file appears whole or not at all."""
+    path = place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     tmp.write_text(text)
     tmp.replace(path)

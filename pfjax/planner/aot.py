@@ -107,14 +107,9 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 3, *[array(1)] * 3]
     queue = decode.Queue(*numbers, array(prompts * g, bool))
-    prefixes, of_slots, cache, results = _results(
-        decode.start,
-        queue,
-        s=settings,
-        width=plan.widths[-1],
-        new=work.max_new_tokens,
-    )
-    args = (state, prefixes, queue, of_slots, cache, results)
+    sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
+    prefixes, *others = _results(decode.start, queue, s=settings, **sizes)
+    args = (state, prefixes, queue, *others)
     return decode.decode.lower(*args, s=settings, samples_per_prefix=g)
 
 

@@ -190,11 +190,8 @@ def begin(
 def one_token(
     run: Run, y: Chains, is_active: Bool[Array, "s"], number: Int[Array, ""] | int
 ) -> Chains:
-    """Draws the next token of the active responses; those that end are stopped.
-
-    Args:
-      number: in the random numbers, so that a place that is drawn again is drawn anew.
-    """
+    """Draws the next token of the active responses; those that end are stopped. `number`
+    enters the random numbers, so that a place that is drawn again is drawn anew."""
     s, g = run.spec.settings, run.spec.settings.samples_per_prompt
     slot = jnp.arange(len(y.length), dtype=jnp.int32)
     prompt = slot // g
@@ -241,14 +238,9 @@ def is_open(run: Run, y: Chains) -> Bool[Array, "s"]:
     return ~y.is_stopped & (y.length < run.spec.max_new_tokens)
 
 
-def log_density(
-    run: Run, y: Chains, alpha: Float[Array, ""] | None = None
-) -> Float[Array, "s"]:
-    """The target's, of responses as far as they go; the reward counts once they end.
-
-    Args:
-      alpha: in place of the target's.
-    """
+def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array, "s"]:
+    """The target's, with `alpha` in place of its own if given, of responses as far as they
+    go; the reward counts once they end."""
     target, reward = run.spec.target, 0.0
     if alpha is not None:
         target = dataclasses.replace(target, alpha=alpha)

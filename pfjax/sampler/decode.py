@@ -119,12 +119,10 @@ def start(
             begun=zeros(1),
             slot_steps=zeros(1),
         )
-        results = Results(
-            zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
-        )
-        prompts = Prompts(
-            empty_cache(s, prefix_slots, s.plan.prompt_width), zeros(prefix_slots)
-        )
+        log_p, is_stopped = jnp.zeros((n, new)), jnp.zeros(n, bool)
+        results = Results(zeros(n, new), log_p, zeros(n), is_stopped)
+        cache = empty_cache(s, prefix_slots, s.plan.prompt_width)
+        prompts = Prompts(cache, zeros(prefix_slots))
         return prompts, empty, empty_cache(s, slots, width), results
 
     return sharding.over_batch(local, 0)(queue)
@@ -148,15 +146,11 @@ def prefill_local(
       prefix_slot: where each token's keys and values go; -1 drops them.
       length: new lengths of all prefix slots.
     """
-    new = []
+    new, at = [], (prefix_slot, positions)
 
     def attend(q, k, v, layer):
-        cache = prompts.cache[layer]
-        new.append(
-            decode_attention.write_prompts(
-                s.plan.backend, cache, (k, v), prefix_slot, positions
-            )
-        )
+        own = (s.plan.backend, prompts.cache[layer], (k, v))
+        new.append(decode_attention.write_prompts(*own, *at))
         return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
 
     transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
@@ -164,12 +158,10 @@ def prefill_local(
 
 
 @functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
-def prefill(
-    state: SamplerState, prompts: Prompts, *rows: Array, s: Settings
-) -> Prompts:
-    """Fills prefix slots of all parts; `rows` and the rest as `prefill_local` takes them."""
+def prefill(state: SamplerState, prompts: Prompts, *new: Array, s: Settings) -> Prompts:
+    """Fills prefix slots of all parts; `new` and the rest as `prefill_local` takes them."""
     local = functools.partial(prefill_local, s=s)
-    return sharding.over_batch(local, 1)(state, prompts, *rows)
+    return sharding.over_batch(local, 1)(state, prompts, *new)
 
 
 @functools.partial(
@@ -207,17 +199,13 @@ def decode(
             slots, results = _record(s, state, queue, slots, results, logits)
             return i + 1, slots, cache, results
 
-        start = (jnp.int32(0), _cut(queue, slots), cache, results)
+        is_cut = jnp.append(queue.is_cut, False)[slots.sample]
+        slots = slots._replace(sample=jnp.where(is_cut, n, slots.sample))
+        start = (jnp.int32(0), slots, cache, results)
         return lax.while_loop(is_busy, body, start)[1:]
 
     args = (prompts, queue, slots, cache, results)
     return sharding.over_batch(local, 1)(state, *args)
-
-
-def _cut(queue: Queue, slots: Slots) -> Slots:
-    n = queue.is_cut.shape[0]
-    is_cut = jnp.append(queue.is_cut, False)[slots.sample]
-    return slots._replace(sample=jnp.where(is_cut, n, slots.sample))
 
 
 def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
@@ -231,9 +219,8 @@ def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> 
     # On a grid narrower than the samples per prompt nothing is left to begin.
     grid_index = of_prompt(queue.prefix_slot) * samples_per_prefix + sample % g
     nowhere = jnp.iinfo(jnp.int32).max
-    grid_index = jnp.where(
-        takes, grid_index, jnp.where(is_idle, nowhere, slots.grid_index)
-    )
+    before = jnp.where(is_idle, nowhere, slots.grid_index)
+    grid_index = jnp.where(takes, grid_index, before)
     return slots._replace(
         sample=sample,
         grid_index=grid_index,
@@ -256,32 +243,22 @@ def forward(
 
     def attend(q, k, v, layer):
         # Written before it is read: the loop then updates the cache in place.
-        own = decode_attention.write(
-            s.plan.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
-        )
+        kv, backend = (k[:, 0], v[:, 0]), s.plan.backend
+        own = decode_attention.write(backend, cache[layer], kv, slots.drawn)
         new.append(own)
-        out = decode_attention.decode_attention(
-            q[:, 0],
-            own,
-            prompts.cache[layer],
-            slots.drawn + 1,
-            prompts.length,
-            slots.grid_index,
-            samples_per_prefix,
-            s.plan.backend,
-        )
+        caches, lengths = (own, prompts.cache[layer]), (slots.drawn + 1, prompts.length)
+        how = (*lengths, slots.grid_index, samples_per_prefix, backend)
+        out = decode_attention.decode_attention(q[:, 0], *caches, *how)
         return out[:, None]
 
-    prefix_slot = jnp.minimum(
-        slots.grid_index // samples_per_prefix, len(prompts.length) - 1
-    )
+    prefix_slot = slots.grid_index // samples_per_prefix
+    prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
     positions = prompts.length[prefix_slot] + slots.drawn
     hidden = transformer.apply_layers(
         s.config, state.weights, slots.last[:, None], positions[:, None], attend
     )
-    return log_probs.logits(
-        hidden[:, 0], transformer.head_weight(state.weights)
-    ), placed(new)
+    head = transformer.head_weight(state.weights)
+    return log_probs.logits(hidden[:, 0], head), placed(new)
 
 
 def _record(

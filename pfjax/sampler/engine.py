@@ -68,11 +68,9 @@ def rollout(
     (1, 2, 5)
     """
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
-    prompt_width = capacity.prompt_width or longest
-    if longest > prompt_width:
-        raise ValueError(
-            f"a prompt has {longest} tokens, prompt_width is {prompt_width}"
-        )
+    width = capacity.prompt_width or longest
+    if longest > width:
+        raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     num_samples = len(prompts) * samples_per_prompt
@@ -86,7 +84,7 @@ def rollout(
         num_prompts=len(prompts),
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
-        **dataclasses.asdict(capacity) | {"prompt_width": prompt_width},
+        **dataclasses.asdict(capacity) | {"prompt_width": width},
     )
     settings = decode.Settings(
         config=policy.config,

@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     samples_per_prefix: int  # width of the grid
 
 
-@functools.partial(jax.jit, static_argnames=("s", "before", "after", "private_prefix"))
+@functools.partial(jax.jit, static_argnames=("s", "before", "after"))
 def resize(
     prompts: Prompts,
     slots: Slots,
@@ -27,13 +27,12 @@ def resize(
     s: Settings,
     before: Sizes,
     after: Sizes,
-    private_prefix: bool,
 ) -> tuple[Prompts, Slots, Cache]:
     """Other numbers of slots, of tokens per slot, and width of the grid.
 
-    With fewer slots the busy ones, which must fit, move together. A narrower grid, or
-    a prompt of its own for every slot (`private_prefix`), only after the last sample of
-    the queue has begun.
+    With fewer slots the busy ones, which must fit, move together. That, a narrower grid,
+    or a prompt of its own for every slot (a width of 1), only after the last sample of the
+    queue has begun.
     """
 
     def fit(x: Array, axis: int) -> Array:
@@ -42,8 +41,10 @@ def resize(
         padding[axis] = (0, after.width - x.shape[axis])
         return jnp.pad(x, padding)
 
+    is_fewer = after.slots < before.slots
+
     def local(prompts, slots, cache):
-        if after.slots < len(slots.sample):
+        if is_fewer:
             idle_last = jnp.argsort(slots.sample, stable=True)
             order = idle_last[: after.slots]
             names = ("sample", "grid_index", "drawn", "last")
@@ -51,10 +52,9 @@ def resize(
             cache = jax.tree.map(lambda x: x[order], cache)
         key_axis = 3 if s.plan.backend == "xla" else 2
         cache = [(fit(k, key_axis), fit(v, 2)) for k, v in cache]
-        prefix_slot = jnp.minimum(
-            slots.grid_index // before.samples_per_prefix, len(prompts.length) - 1
-        )
-        if private_prefix:
+        prefix_slot = slots.grid_index // before.samples_per_prefix
+        prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
+        if is_fewer and after.samples_per_prefix == 1:
             prompts = jax.tree.map(lambda x: x[prefix_slot], prompts)
             slots = slots._replace(grid_index=jnp.arange(after.slots, dtype=jnp.int32))
         elif after.samples_per_prefix < before.samples_per_prefix:

@@ -108,17 +108,10 @@ class Scheduler:
         )
 
     def _decode(self) -> tuple[decode.Slots, decode.Results]:
-        prompts, of_slots, cache, results = self.on_device
-        of_slots, cache, results = decode.decode(
-            self.state,
-            prompts,
-            self._queue(),
-            of_slots,
-            cache,
-            results,
-            s=self.settings,
-            samples_per_prefix=self.sizes.samples_per_prefix,
-        )
+        prompts, *before = self.on_device
+        args = (self.state, prompts, self._queue(), *before)
+        grid = {"samples_per_prefix": self.sizes.samples_per_prefix}
+        of_slots, cache, results = decode.decode(*args, s=self.settings, **grid)
         self.on_device = (prompts, of_slots, cache, results)
         return of_slots, results
 
@@ -135,9 +128,8 @@ class Scheduler:
             self._cut_at_strings(before, results)
         if self.stop.max_total_tokens is not None:
             known = np.where(self.cut > 0, self.cut, self.known)
-            self.limit = limits.common_length(
-                known, self.limit, self.stop.max_total_tokens
-            )
+            budget = self.stop.max_total_tokens
+            self.limit = limits.common_length(known, self.limit, budget)
         elif self.on_finish is not None:
             self._report(self._ended(results))
 
@@ -191,7 +183,7 @@ class Scheduler:
 
     def _resize(self) -> None:
         """Takes slots away when no sample waits for one; widens the caches in time."""
-        now, private_prefix, is_busy = self.sizes, False, self._is_busy()
+        now, is_busy = self.sizes, self._is_busy()
         size, _, samples_per_prefix = now
         if (self.begun >= self.num_samples).all():
             busy = is_busy.sum(axis=1).max()
@@ -207,15 +199,11 @@ class Scheduler:
         prompts, *_, results = self.on_device
         if size < now.slots:
             # As soon as there are no more slots than prefix slots, one prompt each.
-            private_prefix = size <= len(prompts.length) // self.plan.dp_size
-            samples_per_prefix = 1 if private_prefix else min(samples_per_prefix, size)
+            is_private = size <= len(prompts.length) // self.plan.dp_size
+            samples_per_prefix = 1 if is_private else min(samples_per_prefix, size)
         self.sizes = resize.Sizes(size, width, samples_per_prefix)
         resized = resize.resize(
-            *self.on_device[:3],
-            s=self.settings,
-            before=now,
-            after=self.sizes,
-            private_prefix=private_prefix,
+            *self.on_device[:3], s=self.settings, before=now, after=self.sizes
         )
         self.on_device = (*resized, results)
 
@@ -223,12 +211,9 @@ class Scheduler:
         tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
         is_new = (self.known > checked) & (self.cut == 0)
         for at in zip(*np.nonzero(is_new), strict=True):
-            self.cut[at] = limits.stop_string_end(
-                tokens[at][: self.known[at]].tolist(),
-                int(checked[at]),
-                self.stop.stop_strings,
-                self.stop.decode_text,
-            )
+            known = tokens[at][: self.known[at]].tolist()
+            how = (self.stop.stop_strings, self.stop.decode_text)
+            self.cut[at] = limits.stop_string_end(known, int(checked[at]), *how)
 
     def _ended(self, results: decode.Results) -> decode.Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""

@@ -106,14 +106,9 @@ def _evolve(
     return y, t, end.evidence + total - jnp.log(n)
 
 
-def _step(
-    run: Run, now: _Population, t: Int[Array, ""], alpha: Float[Array, ""]
-) -> _Population:
-    """Draws the token at index t, weighs all particles, and resamples where needed.
-
-    Args:
-      alpha: the power after it.
-    """
+def _step(run: Run, now: _Population, t: Int[Array, ""], alpha: Array) -> _Population:
+    """Draws the token at index t, weighs all particles by the power `alpha` after it, and
+    resamples where needed."""
     num, n = len(run.tokens), run.spec.settings.samples_per_prompt
     is_active = chains.is_open(run, now.y)
     y = chains.one_token(run, now.y, is_active, 0)

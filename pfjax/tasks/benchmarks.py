@@ -141,9 +141,8 @@ def from_row(where: str, row: dict[str, Any], number: int = 0) -> Problem:
     """
     field = next((f for f in _QUESTIONS if row.get(f)), None)
     if field is None:
-        raise ValueError(
-            f"{where}: no prompt; expected one of {_QUESTIONS}, got {sorted(row)}"
-        )
+        got = f"expected one of {_QUESTIONS}, got {sorted(row)}"
+        raise ValueError(f"{where}: no prompt; {got}")
     question = row[field]
     is_message = lambda m: isinstance(m, dict) and {"role", "content"} <= set(m)
     is_messages = isinstance(question, list) and all(map(is_message, question))
@@ -215,10 +214,7 @@ def _gpqa(row: dict[str, Any]) -> Problem:
     return Problem(_id(row, "Record ID", "id"), question, gold)
 
 
-def _creative(row: dict[str, Any]) -> Problem:
-    return Problem(_id(row, "id"), row["prompt"], None)
-
-
+_creative = lambda row: Problem(_id(row, "id"), row["prompt"], None)
 _QUESTIONS = ("prompt", "problem", "question")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 

@@ -181,11 +181,8 @@ class Checkpoints:
             yield
         except Exception as error:
             good = [s for s in self.steps if (self._directory / str(s)).exists()]
-            kept = (
-                f"that of step {good[-1]} is whole"
-                if good
-                else "there is none before it"
-            )
+            whole = [f"that of step {s} is whole" for s in good]
+            kept = whole[-1] if whole else "there is none before it"
             lines = str(error).splitlines() or [repr(error)]
             reason = next((x for x in lines if "No space" in x), lines[0])[:500]
             raise OSError(

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from pfjax.evaluation import elbo, scores
 from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
@@ -36,9 +36,7 @@ class Trainer(NamedTuple):
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
 
 
-def setup(
-    config: ml_collections.FrozenConfigDict, mesh: Mesh
-) -> tuple[Trainer, TrainState, str]:
+def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
@@ -57,15 +55,16 @@ def setup(
     state = first_state(fns, trained, config.seed, mesh)
     rate, warmup = config.optim.learning_rate, max(config.optim.warmup_steps, 1)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
-    bind = functools.partial
+    worth = {"reward": fns.objective.kind.reward}
+    worth["format_penalty"] = config.format_penalty
+    of_run = (config, fns, on_devices)
+    bind, num = functools.partial, config.prompts_per_step
     trainer = Trainer(
         fns,
         prompts=train.tokens,
         frozen=base if config.lora.rank else {},
         base=on_devices,
-        next_prompts=bind(
-            data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
-        ),
+        next_prompts=bind(data.next_prompts, train, num=num, seed=config.seed),
         rollout=bind(
             engine.rollout,
             samples_per_prompt=config.samples_per_prompt,
@@ -75,23 +74,15 @@ def setup(
             stop=options.StopConditions(stop_ids),
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
-        compute_rewards=bind(
-            rewards.compute_rewards,
-            tok=tok,
-            prompts=train,
-            reward=fns.objective.kind.reward,
-            format_penalty=config.format_penalty,
-        ),
-        evaluate=_evaluation(
-            config, fns, on_devices, tok, held_out, target, stop_ids, longest
-        ),
+        compute_rewards=bind(rewards.compute_rewards, tok=tok, prompts=train, **worth),
+        evaluate=_evaluation(*of_run, tok, held_out, target, stop_ids, longest),
         learning_rate=lambda step: rate * min(1.0, step / warmup),
     )
     return trainer, state, _describe(config, fns, mesh, plan, train, held_out)
 
 
 def _load_prompts(
-    config: ml_collections.FrozenConfigDict, tok: Any
+    config: FrozenConfigDict, tok: Any
 ) -> tuple[data.PromptSet, data.PromptSet | None]:
     """Those to train on, and those held out."""
     args = (tok, config.data.max_prompt_tokens, config.data.suffix)
@@ -104,7 +95,7 @@ def _load_prompts(
 
 
 def _load_params(
-    config: ml_collections.FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
+    config: FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
 ) -> tuple[Params, Callable[[], Params], Params]:
     """The frozen base, where it waits and on the devices; and what is trained."""
     trained = params = hf.load(source, mesh).params
@@ -121,7 +112,7 @@ def _load_params(
     return base, place if config.offload_ref else lambda: base, trained
 
 
-def _plan(c: ml_collections.FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
+def _plan(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
     return slots.make_plan(
         policy,
         num_prompts=c.prompts_per_step,
@@ -133,7 +124,7 @@ def _plan(c: ml_collections.FrozenConfigDict, policy: Policy, width: int) -> slo
 
 
 def _evaluation(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     fns: TrainFns,
     base: Callable[[], Params],
     tok: Any,
@@ -143,11 +134,8 @@ def _evaluation(
     prompt_width: int,
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
-    shared = {
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "stop_ids": stop_ids,
-    }
+    shared = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    shared["stop_ids"] = stop_ids
     how = scores.Settings(
         samples_per_prompt=config.eval_samples,
         temperature=config.eval_sampling.temperature,
@@ -164,22 +152,17 @@ def _evaluation(
                 policy, tok, grader, held_out.problems, held_out.tokens, how
             )
         if target is not None:
-            values = values | elbo.bounds(
-                policy,
-                Policy(fns.base_model, base()),
-                target,
-                fns.objective.target,
-                tok,
-                format_penalty=config.format_penalty,
-                **shared,
-            )
+            policies = (policy, Policy(fns.base_model, base()))
+            what = (target, fns.objective.target, tok)
+            psi = {"format_penalty": config.format_penalty}
+            values = values | elbo.bounds(*policies, *what, **psi, **shared)
         return values, rows
 
     return evaluate
 
 
 def _describe(
-    c: ml_collections.FrozenConfigDict,
+    c: FrozenConfigDict,
     fns: TrainFns,
     mesh: Mesh,
     plan: slots.Plan,
