@@ -199,8 +199,8 @@ class Scheduler:
         prompts, *_, results = self.on_device
         if size < now.slots:
             # As soon as there are no more slots than prefix slots, one prompt each.
-            is_private = size <= len(prompts.length) // self.plan.dp_size
-            samples_per_prefix = 1 if is_private else min(samples_per_prefix, size)
+            private_prefix = size <= len(prompts.length) // self.plan.dp_size
+            samples_per_prefix = 1 if private_prefix else min(samples_per_prefix, size)
         self.sizes = resize.Sizes(size, width, samples_per_prefix)
         resized = resize.resize(
             *self.on_device[:3], s=self.settings, before=now, after=self.sizes

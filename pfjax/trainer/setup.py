@@ -57,7 +57,6 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     worth = {"reward": fns.objective.kind.reward}
     worth["format_penalty"] = config.format_penalty
-    of_run = (config, fns, on_devices)
     bind, num = functools.partial, config.prompts_per_step
     trainer = Trainer(
         fns,
@@ -75,7 +74,9 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
         compute_rewards=bind(rewards.compute_rewards, tok=tok, prompts=train, **worth),
-        evaluate=_evaluation(*of_run, tok, held_out, target, stop_ids, longest),
+        evaluate=_evaluation(
+            config, fns, on_devices, tok, held_out, target, stop_ids, longest
+        ),
         learning_rate=lambda step: rate * min(1.0, step / warmup),
     )
     return trainer, state, _describe(config, fns, mesh, plan, train, held_out)
