@@ -227,9 +227,8 @@ def trim_segments(batch: PackedBatch, placement: Placement) -> PackedBatch:
 def _check(lengths: np.ndarray, prompt_lengths: np.ndarray, pack_length: int) -> None:
     if len(lengths) and lengths.max() > pack_length:
         i = int(lengths.argmax())
-        raise ValueError(
-            f"trajectory {i} has {lengths[i]} tokens but a row holds {pack_length}"
-        )
+        said = f"trajectory {i} has {lengths[i]} tokens"
+        raise ValueError(f"{said} but a row holds {pack_length}")
     bad = np.flatnonzero((prompt_lengths < 1) | (prompt_lengths >= lengths))
     if len(bad):
         i = int(bad[0])
@@ -279,11 +278,8 @@ def pack_prompts(
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     for i, row, start, length in zip(some, rows, starts, lengths, strict=True):
         at = (row, slice(start, start + length))
-        tokens[at], positions[at], segment_ids[at] = (
-            prompts[i],
-            np.arange(length),
-            i + 1,
-        )
+        tokens[at], positions[at] = prompts[i], np.arange(length)
+        segment_ids[at] = i + 1
     return tokens, positions, segment_ids
 
 

@@ -9,6 +9,7 @@ Prompts without answers (poem, story and joke: files with a `prompt` per line) h
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
 
+import functools
 import pathlib
 import sys
 
@@ -88,10 +89,8 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
         }
         for name, problems in sets.items():
             style, k = _style(name), FLAGS.samples
-            asked = [benchmarks.prompt_of(p, style) for p in problems]
-            prompts = [
-                tokenizer.encode_prompt(tok, x, is_raw=style.is_raw) for x in asked
-            ]
+            encode = functools.partial(tokenizer.encode_prompt, is_raw=style.is_raw)
+            prompts = [encode(tok, benchmarks.prompt_of(p, style)) for p in problems]
             settings = scores.Settings(
                 samples_per_prompt=k,
                 max_new_tokens=FLAGS.max_new_tokens,

@@ -43,7 +43,6 @@ def trajectory_balance(
     References:
       Malkin et al., arXiv 2201.13259, Eq. 14; PowerFlow, arXiv 2603.18363, Eq. 5.
 
-    >>> import jax.numpy as jnp
     >>> trajectory_balance(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5))
     Array([2.25], dtype=float32)
     """
@@ -78,7 +77,6 @@ def length_aware_trajectory_balance(
     References:
       PowerFlow, arXiv 2603.18363, section 3.
 
-    >>> import jax.numpy as jnp
     >>> length_aware_trajectory_balance(
     ...     jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5), jnp.array([2]))
     Array([1.], dtype=float32)
@@ -125,7 +123,6 @@ def powerflow(
     References:
       PowerFlow, arXiv 2603.18363, Eq. 10.
 
-    >>> import jax.numpy as jnp
     >>> powerflow(jnp.array([-3.0]), jnp.array([-2.0]), jnp.array(-1.0),
     ...           jnp.array([2]), alpha=4.0)
     Array([2.25], dtype=float32)
@@ -164,7 +161,6 @@ def importance_weight(
     References:
       PowerFlow, arXiv 2603.18363, Eq. 10, with the clamps of its trainer.
 
-    >>> import jax.numpy as jnp
     >>> importance_weight(jnp.array([-1.0, -1.0, -2.0]), jnp.array([-1.0, -2.0, -1.0]))
     Array([1.  , 1.28, 0.8 ], dtype=float32)
     """
@@ -209,7 +205,6 @@ def group_log_z(
     References:
       VarGrad, arXiv 2010.10436; used for language models in arXiv 2503.18929.
 
-    >>> import jax.numpy as jnp
     >>> group_log_z(jnp.array([-2.0, -4.0]), jnp.array([-4.0, -8.0]),
     ...             jnp.array([1, 2]), jnp.array([0, 0]), 1)
     Array([-2., -2.], dtype=float32)
@@ -242,7 +237,6 @@ def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
     Raises:
       ValueError: if the shapes differ.
 
-    >>> import jax.numpy as jnp
     >>> masked_mean(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
     Array(2., dtype=float32)
     """

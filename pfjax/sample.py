@@ -186,12 +186,9 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
         "log_prob": float(response.log_probs.sum(dtype="float64")),
     }
     if FLAGS.method in _OF_SEQUENCES:  # as --config.data.target takes them
-        row |= {
-            "alpha": FLAGS.alpha,
-            "log_z": FLAGS.log_z,
-            "prompt_tokens": prompts[response.prompt],
-            "completion_tokens": tokens,
-        }
+        row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
+        row["prompt_tokens"] = prompts[response.prompt]
+        row["completion_tokens"] = tokens
     return row
 
 

@@ -61,10 +61,8 @@ def bounds(
         plain = target.log_density(log_p_base, length, samples.log_z)
         return (density - log_p).reshape(-1, num), (density - plain).reshape(-1, num)
 
-    stop = StopConditions(stop_ids)
-    drawn = engine.rollout(
-        policy, samples.prompts, num, max_new_tokens, seed=seed, stop=stop
-    )
+    how = {"seed": seed, "stop": StopConditions(stop_ids)}
+    drawn = engine.rollout(policy, samples.prompts, num, max_new_tokens, **how)
     lower, _ = gap([y.tokens.tolist() for y in engine.all_finished(drawn)])
     upper, added = gap(samples.responses)
     weight = np.exp(added - added.max(axis=1, keepdims=True))

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from pfjax.evaluation.scores import Row, Settings, in_order
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 from pfjax.tasks import benchmarks
 from pfjax.tasks.benchmarks import Problem, Style
 
@@ -17,12 +17,7 @@ _MAY_CHANGE = ("model", "mesh", "device", "jax")
 
 
 class Record:
-    """`NAME.jsonl` and `NAME.json` in a folder.
-
-    Attributes:
-      name: of the set.
-      path: of the responses.
-    """
+    """`NAME.jsonl`, the responses to a set (`path`), and `NAME.json` in a folder."""
 
     def __init__(self, folder: pathlib.Path, name: str):
         self.name = name
@@ -101,9 +96,8 @@ class Record:
         return json.loads(self._scores.read_text())
 
     def _write(self, content: dict[str, Any]) -> None:
-        tmp = self._scores.with_suffix(".tmp")
-        tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        tmp.replace(self._scores)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        storage.write_text(self._scores, text)
 
 
 def describe(

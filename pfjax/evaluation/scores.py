@@ -1,6 +1,7 @@
 """Prompts -> responses -> scores: sample, grade, summarise."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.sampler.options import NO_FILTERS, Capacity, StopConditions, TokenFilters
-from pfjax.tasks import grading
 from pfjax.tasks.benchmarks import Problem, text_of
+from pfjax.tasks.grading import Grader, boxed
 
 Row = dict[str, Any]
+in_order = operator.itemgetter("prompt_id", "sample")  # what rows are sorted by
 
 
 class Settings(NamedTuple):
@@ -33,7 +35,7 @@ class Settings(NamedTuple):
 def evaluate(
     policy: Policy,
     tok: Any,
-    grader: grading.Grader,
+    grader: Grader,
     problems: list[Problem],
     prompts: list[list[int]],
     settings: Settings,
@@ -55,11 +57,6 @@ def evaluate(
     sample(policy, tok, problems, prompts, settings, keep)
     rows.sort(key=in_order)
     return summarise(rows, settings.samples_per_prompt, grader), rows
-
-
-def in_order(row: Row) -> tuple[int, int]:
-    """What rows are sorted by."""
-    return row["prompt_id"], row["sample"]
 
 
 def sample(
@@ -108,22 +105,19 @@ def sample(
         )
 
 
-def grade(
-    new: list[Row], problems: list[Problem], grader: grading.Grader, box: str
-) -> None:
+def grade(new: list[Row], problems: list[Problem], grader: Grader, box: str) -> None:
     """Puts `answer`, `gold` and `correct` into rows, anew where they are."""
     for row in new:
         _, _, gold, tolerance = problems[row["prompt_id"]]
-        answer = grading.boxed(row["completion"], box)
+        answer = boxed(row["completion"], box)
         row |= {"answer": answer, "gold": gold, "correct": None}
         if gold is not None:
-            row["correct"] = answer is not None and grader.is_equal(
-                gold, answer, tolerance
-            )
+            same = answer is not None and grader.is_equal(gold, answer, tolerance)
+            row["correct"] = same
 
 
 def summarise(
-    rows: list[Row], k: int, grader: grading.Grader, fewer: tuple[int, ...] = ()
+    rows: list[Row], k: int, grader: Grader, fewer: tuple[int, ...] = ()
 ) -> dict[str, float]:
     """Scores of rows.
 

@@ -46,9 +46,8 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
         name, *config, split = source.split(":") if ":" in source else (source, "train")
         name, _, revision = name.partition("@")
         try:
-            table = datasets.load_dataset(
-                name, *config, split=split, revision=revision or None
-            )
+            wanted = {"split": split, "revision": revision or None}
+            table = datasets.load_dataset(name, *config, **wanted)
         except Exception as error:
             raise ValueError(
                 f"prompts {source!r} are no {', '.join(FILES)} file and could not be "
@@ -153,8 +152,5 @@ def _without_torn_character(content: bytes) -> bytes:
 
 def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
-    path = storage.place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    tmp.replace(path)
+    lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    storage.write_text(path, "".join(lines))

@@ -8,6 +8,7 @@ import jax
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of a parameter or an activation -> mesh axes it is split over.
@@ -60,7 +61,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
 
 
 def spec(
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
     without: tuple[str, ...] = (),
@@ -91,7 +92,7 @@ def spec(
 
 
 def tree_shardings(
-    mesh: Mesh | AbstractMesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
+    mesh: AnyMesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
 ) -> Any:
     """Shardings of a tree of parameters from their logical axes and shapes."""
     return jax.tree.map(
@@ -99,11 +100,11 @@ def tree_shardings(
     )
 
 
-def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+def batch_ways(mesh: AnyMesh) -> int:
     """Number of devices that a batch is split over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -116,7 +117,7 @@ def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, of_batch(mesh, x.shape, dim)), tree)
 
 
-def of_batch(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], dim: int) -> Any:
+def of_batch(mesh: AnyMesh, shape: tuple[int, ...], dim: int) -> Any:
     """The sharding of an array whose dimension `dim` is split as "batch"."""
     axes = ("batch" if i == dim else None for i in range(len(shape)))
     return NamedSharding(mesh, spec(mesh, tuple(axes), shape))
@@ -172,9 +173,8 @@ def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
     is_axes = lambda x: type(x) is tuple and set(x) <= set(RULES)
 
     def parts(*args):
-        specs = tuple(
-            spec(mesh, a, x.shape) for a, x in zip(in_axes, args, strict=True)
-        )
+        pairs = zip(in_axes, args, strict=True)
+        specs = tuple(spec(mesh, axes, x.shape) for axes, x in pairs)
         split = {None: None}
         for axes, of_axes in zip(in_axes, specs, strict=True):
             split |= dict(zip(axes, of_axes, strict=True))

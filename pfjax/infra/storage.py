@@ -17,6 +17,15 @@ def place(path: epath.PathLike) -> epath.Path:
     return epath.Path(str(path) if is_remote(path) else pathlib.Path(path).expanduser())
 
 
+def write_text(path: epath.PathLike, text: str) -> None:
+    """The file appears whole or not at all."""
+    path = place(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(text)
+    tmp.replace(path)
+
+
 @contextlib.contextmanager
 def local_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
     """Where code that knows local files only writes what shall be in `folder`.

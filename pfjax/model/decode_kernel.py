@@ -57,6 +57,7 @@ def partial_attention(
     cached = pl.BlockSpec((1, k, block, c), of_block)
     lanes = pl.BlockSpec((1, k, m, _LANES), of_sequence)
     result = lambda width: jax.ShapeDtypeStruct((n, k, m, width), jnp.float32)
+    semantics = ("parallel", "arbitrary")
     out, top, total = pl.pallas_call(
         functools.partial(_kernel, block=block, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -66,9 +67,7 @@ def partial_attention(
             out_specs=[queries, lanes, lanes],
         ),
         out_shape=[result(c), result(_LANES), result(_LANES)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name="decode_attention",
     )(length, q.astype(keys.dtype), keys, values)

@@ -13,12 +13,8 @@ from typing import Any
 from pfjax.model import rope, weights
 from pfjax.model.transformer import ModelConfig
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in _FAMILIES}
 _FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "embed_dim",

@@ -226,10 +226,8 @@ def packed_log_probs(
       Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
       hidden states.
     """
-    max_segments = batch.length.shape[-1] + 1  # and padding
-    hidden, _ = transformer.forward_packed(
-        config, params, *batch[:3], remat, max_segments
-    )
+    how = (remat, batch.length.shape[-1] + 1)  # segments, and padding
+    hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)
     return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden
 

@@ -8,8 +8,6 @@ from pfjax.model.transformer import ModelConfig
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-Message = dict[str, str]
-
 
 def load(path_or_hub_id: str | os.PathLike) -> Any:
     """The tokenizer of a model folder (a `transformers` tokenizer).
@@ -31,7 +29,7 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str | list[Message], *, is_raw: bool = False
+    tokenizer: Any, prompt: str | list[dict[str, str]], *, is_raw: bool = False
 ) -> list[int]:
     """Token ids of a prompt, up to where the response begins.
 
@@ -52,16 +50,15 @@ def encode_prompt(
             "the prompts are messages but the tokenizer has no chat template; "
             "give prompts as plain strings"
         )
-    text = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=True
-    )
+    how = {"tokenize": False, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(prompt, **how)
     # The template writes a BOS itself where the model wants one.
     return tokenizer.encode(text, add_special_tokens=False)
 
 
 def oddities(
     tokenizer: Any,
-    prompt: str | list[Message],
+    prompt: str | list[dict[str, str]],
     ids: list[int],
     stop_ids: tuple[int, ...],
 ) -> list[str]:

@@ -109,10 +109,8 @@ def _open_folder(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[int
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
                     tensors[name] = file, list(handle.get_slice(name).get_shape())
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(
-                f"{file} cannot be read as safetensors: {error}"
-            ) from error
+        except (OSError, safetensors.SafetensorError) as e:
+            raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
     return tensors
 
 
@@ -234,9 +232,7 @@ def write_tensors(
 _Lazy = tuple[list[int], Callable[[], np.ndarray]]
 
 
-def _write_file(
-    path: pathlib.Path, tensors: dict[str, _Lazy], dtype: jnp.dtype
-) -> None:
+def _write_file(path: os.PathLike, tensors: dict[str, _Lazy], dtype: jnp.dtype) -> None:
     """One safetensors file. The library's own writer wants all tensors in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

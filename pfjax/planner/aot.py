@@ -98,13 +98,7 @@ def compile_phases(
 def _lower_decode(params: Params, work: Workload) -> Any:
     """The loop over tokens of a rollout, at the widest caches of its plan."""
     model, plan, g = work.model, work.plan, work.samples_per_prompt
-    settings = decode.Settings(
-        config=model,
-        samples_per_prompt=g,
-        stop_ids=model.stop_ids,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
-    )
+    settings = decode.Settings(model, plan, g, model.stop_ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     weights = _results(decode.weights, model, params)
@@ -113,15 +107,9 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 3, *[array(1)] * 3]
     queue = decode.Queue(*numbers, array(prompts * g, bool))
-    prefixes, of_slots, cache, results = _results(
-        decode.start,
-        queue,
-        s=settings,
-        plan=plan,
-        width=plan.widths[-1],
-        new=work.max_new_tokens,
-    )
-    args = (state, prefixes, queue, of_slots, cache, results)
+    sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
+    prefixes, *others = _results(decode.start, queue, s=settings, **sizes)
+    args = (state, prefixes, queue, *others)
     return decode.decode.lower(*args, s=settings, samples_per_prefix=g)
 
 

@@ -64,7 +64,5 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
         },
     }
     row = lambda axis, x: Sent("", axis, x / 1e9, "(estimated)")
-    return {
-        phase: [row(*x) for x in sizes.items() if x[1]]
-        for phase, sizes in estimated.items()
-    }
+    rows = lambda sizes: [row(*x) for x in sizes.items() if x[1]]
+    return {phase: rows(sizes) for phase, sizes in estimated.items()}

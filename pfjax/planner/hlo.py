@@ -5,7 +5,8 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+
+from pfjax.infra.sharding import AnyMesh
 
 # Bytes that one of n devices sends in a ring, as a multiple of those of the result.
 _RING = {
@@ -36,7 +37,7 @@ class Collective(NamedTuple):
     loops: int  # loops around it whose length only the running program knows
 
 
-def collectives(text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
+def collectives(text: str, mesh: AnyMesh) -> list[Collective]:
     """Lists the collectives of a program, from `compiled.as_text()` and its mesh."""
     matches = list(_COMPUTATION.finditer(text))
     computations = {x[2]: x[3] for x in matches}
@@ -96,9 +97,8 @@ def _trips(line: str, condition: str, body: str) -> int | None:
     constant; None when only the running program knows."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    compared = re.search(
-        r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\).*direction=LT", condition
-    )
+    less = r"ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\).*direction=LT"
+    compared = re.search(less, condition)
     end = compared and _constants(condition).get(compared[2])
     if not end:
         return None
@@ -145,10 +145,8 @@ def _group(line: str) -> list[int]:
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
         chosen = re.findall(r"'(\w+)'", named[2])
         return ids[*(slice(None) if a in chosen else 0 for a in sizes)].ravel().tolist()
-    iota = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
-    )
-    if iota is None:
+    pattern = r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if not (iota := re.search(pattern, line)):
         return []
     groups, dims, order = (_integers(x or "") for x in iota.groups())
     ids = np.arange(math.prod(dims)).reshape(dims)

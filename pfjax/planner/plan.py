@@ -7,11 +7,12 @@ import math
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import hardware, sharding
+from pfjax.infra.sharding import AnyMesh
 from pfjax.model import transformer
 from pfjax.model.transformer import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
@@ -20,7 +21,7 @@ from pfjax.trainer import train_fns
 
 
 def make_plan(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     base_model: ModelConfig,
     topology: str,
     response_tokens: int,
@@ -81,9 +82,9 @@ def make_plan(
 
 
 def _workload(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     fns: train_fns.TrainFns,
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
     free: int,
     response_tokens: int,
 ) -> roofline.Workload:
@@ -183,7 +184,7 @@ def _step(
 
 
 def advise(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     base_model: ModelConfig,
     topology: str,
     response_tokens: int,
@@ -208,9 +209,7 @@ def advise(
     return "no change of a setting would make it fit: take more or larger devices"
 
 
-def _changed(
-    config: ml_collections.FrozenConfigDict, changes: dict[str, Any]
-) -> ml_collections.FrozenConfigDict:
-    out = ml_collections.ConfigDict(config).lock()
+def _changed(config: FrozenConfigDict, changes: dict[str, Any]) -> FrozenConfigDict:
+    out = ConfigDict(config).lock()
     out.update_from_flattened_dict(changes)
-    return ml_collections.FrozenConfigDict(out)
+    return FrozenConfigDict(out)

@@ -132,9 +132,8 @@ def bounds(
 def _decoded_bytes(w: Workload) -> float:
     """Bytes that decoding reads: at each token the weights and what caches hold."""
     plan = w.plan
-    cached = plan.slots * plan.widths[-1] + plan.prefix_slots * plan.prompt_width
     busy = w.responses / plan.dp_size * w.response_tokens / w.decode_steps
     # On average a response is half done. Samples of a prompt share its cache.
     prompts = min(plan.prefix_slots, math.ceil(busy / w.samples_per_prompt))
     tokens = busy * w.response_tokens / 2 + prompts * w.prompt_tokens
-    return w.decode_steps * (w.weight_bytes + plan.cache_bytes / cached * tokens)
+    return w.decode_steps * (w.weight_bytes + plan.token_bytes * tokens)

@@ -206,11 +206,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
         usual[key] = value if count > 0.75 * len(table) else None
     words = {k: k.rpartition(".")[2].replace("_", " ") + " " for k in chosen}
     words["objective"] = ""  # its values say what they are
-    names = (
-        ", ".join(words[k] + row[k] for k in chosen if row[k] != usual.get(k))
-        for row in table
-    )
-    return [name or "common settings" for name in names]
+    said = lambda row: (words[k] + row[k] for k in chosen if row[k] != usual.get(k))
+    return [", ".join(said(row)) or "common settings" for row in table]
 
 
 def _keys(table: Sequence[dict[str, str]]) -> list[str]:

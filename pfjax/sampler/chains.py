@@ -83,7 +83,6 @@ def draw(
     chains_per_prompt: int,
     max_new_tokens: int,
     target: Target,
-    *,
     log_z: float,
     reward: Reward | None,
     temperature: float | None,
@@ -109,10 +108,9 @@ def draw(
     at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
     settings = decode.Settings(
         config=policy.config,
+        plan=plan,
         samples_per_prompt=chains_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
     )
     spec = Spec(settings, target, reward, plan.widths[-1], max_new_tokens)
     state = decode.SamplerState(
@@ -192,11 +190,8 @@ def begin(
 def one_token(
     run: Run, y: Chains, is_active: Bool[Array, "s"], number: Int[Array, ""] | int
 ) -> Chains:
-    """Draws the next token of the active responses; those that end are stopped.
-
-    Args:
-      number: in the random numbers, so that a place that is drawn again is drawn anew.
-    """
+    """Draws the next token of the active responses; those that end are stopped. `number`
+    enters the random numbers, so that a place that is drawn again is drawn anew."""
     s, g = run.spec.settings, run.spec.settings.samples_per_prompt
     slot = jnp.arange(len(y.length), dtype=jnp.int32)
     prompt = slot // g
@@ -243,14 +238,9 @@ def is_open(run: Run, y: Chains) -> Bool[Array, "s"]:
     return ~y.is_stopped & (y.length < run.spec.max_new_tokens)
 
 
-def log_density(
-    run: Run, y: Chains, alpha: Float[Array, ""] | None = None
-) -> Float[Array, "s"]:
-    """The target's, of responses as far as they go; the reward counts once they end.
-
-    Args:
-      alpha: in place of the target's.
-    """
+def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array, "s"]:
+    """The target's, with `alpha` in place of its own if given, of responses as far as they
+    go; the reward counts once they end."""
     target, reward = run.spec.target, 0.0
     if alpha is not None:
         target = dataclasses.replace(target, alpha=alpha)

@@ -31,10 +31,9 @@ class Settings(NamedTuple):
     """What the programs are compiled for, besides shapes. Hashable."""
 
     config: ModelConfig
+    plan: Plan
     samples_per_prompt: int  # G
     stop_ids: tuple[int, ...]
-    backend: str  # of `decode_attention.decode_attention`
-    cache_dtype: str
     is_greedy: bool = False  # the most likely token; filters are then ignored
     token_filters: TokenFilters = NO_FILTERS
 
@@ -90,11 +89,10 @@ class Results(NamedTuple):
 
 
 def empty_cache(s: Settings, batch: int, width: int) -> Cache:
-    c = s.config
-    shapes = decode_attention.cache_shapes(
-        s.backend, batch, c.num_kv_heads, width, c.head_dim
-    )
-    one = lambda shape: jnp.zeros(shape, s.cache_dtype)
+    c, p = s.config, s.plan
+    sizes = (batch, c.num_kv_heads, width, c.head_dim)
+    shapes = decode_attention.cache_shapes(p.backend, *sizes)
+    one = lambda shape: jnp.zeros(shape, p.cache_dtype)
     return placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
 
 
@@ -104,14 +102,14 @@ def placed(caches: Cache) -> Cache:
     return jax.tree.map(place, caches)
 
 
-@functools.partial(jax.jit, static_argnames=("s", "plan", "width", "new"))
+@functools.partial(jax.jit, static_argnames=("s", "width", "new"))
 def start(
-    queue: Queue, *, s: Settings, plan: Plan, width: int, new: int
+    queue: Queue, *, s: Settings, width: int, new: int
 ) -> tuple[Prompts, Slots, Cache, Results]:
     """Nothing begun, nothing prefilled; `new` tokens are kept of each sample."""
 
     def local(queue):
-        n, slots, prefix_slots = len(queue.is_cut), plan.slots, plan.prefix_slots
+        n, slots, prefix_slots = len(queue.is_cut), s.plan.slots, s.plan.prefix_slots
         zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
         empty = Slots(
             sample=jnp.full(slots, n, jnp.int32),
@@ -121,12 +119,10 @@ def start(
             begun=zeros(1),
             slot_steps=zeros(1),
         )
-        results = Results(
-            zeros(n, new), jnp.zeros((n, new)), zeros(n), jnp.zeros(n, bool)
-        )
-        prompts = Prompts(
-            empty_cache(s, prefix_slots, plan.prompt_width), zeros(prefix_slots)
-        )
+        log_p, is_stopped = jnp.zeros((n, new)), jnp.zeros(n, bool)
+        results = Results(zeros(n, new), log_p, zeros(n), is_stopped)
+        cache = empty_cache(s, prefix_slots, s.plan.prompt_width)
+        prompts = Prompts(cache, zeros(prefix_slots))
         return prompts, empty, empty_cache(s, slots, width), results
 
     return sharding.over_batch(local, 0)(queue)
@@ -150,15 +146,11 @@ def prefill_local(
       prefix_slot: where each token's keys and values go; -1 drops them.
       length: new lengths of all prefix slots.
     """
-    new = []
+    new, at = [], (prefix_slot, positions)
 
     def attend(q, k, v, layer):
-        cache = prompts.cache[layer]
-        new.append(
-            decode_attention.write_prompts(
-                s.backend, cache, (k, v), prefix_slot, positions
-            )
-        )
+        own = (s.plan.backend, prompts.cache[layer], (k, v))
+        new.append(decode_attention.write_prompts(*own, *at))
         return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
 
     transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
@@ -166,12 +158,10 @@ def prefill_local(
 
 
 @functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
-def prefill(
-    state: SamplerState, prompts: Prompts, *rows: Array, s: Settings
-) -> Prompts:
-    """Fills prefix slots of all parts; `rows` and the rest as `prefill_local` takes them."""
+def prefill(state: SamplerState, prompts: Prompts, *new: Array, s: Settings) -> Prompts:
+    """Fills prefix slots of all parts; `new` and the rest as `prefill_local` takes them."""
     local = functools.partial(prefill_local, s=s)
-    return sharding.over_batch(local, 1)(state, prompts, *rows)
+    return sharding.over_batch(local, 1)(state, prompts, *new)
 
 
 @functools.partial(
@@ -209,17 +199,13 @@ def decode(
             slots, results = _record(s, state, queue, slots, results, logits)
             return i + 1, slots, cache, results
 
-        start = (jnp.int32(0), _cut(queue, slots), cache, results)
+        is_cut = jnp.append(queue.is_cut, False)[slots.sample]
+        slots = slots._replace(sample=jnp.where(is_cut, n, slots.sample))
+        start = (jnp.int32(0), slots, cache, results)
         return lax.while_loop(is_busy, body, start)[1:]
 
     args = (prompts, queue, slots, cache, results)
     return sharding.over_batch(local, 1)(state, *args)
-
-
-def _cut(queue: Queue, slots: Slots) -> Slots:
-    n = queue.is_cut.shape[0]
-    is_cut = jnp.append(queue.is_cut, False)[slots.sample]
-    return slots._replace(sample=jnp.where(is_cut, n, slots.sample))
 
 
 def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
@@ -233,9 +219,8 @@ def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> 
     # On a grid narrower than the samples per prompt nothing is left to begin.
     grid_index = of_prompt(queue.prefix_slot) * samples_per_prefix + sample % g
     nowhere = jnp.iinfo(jnp.int32).max
-    grid_index = jnp.where(
-        takes, grid_index, jnp.where(is_idle, nowhere, slots.grid_index)
-    )
+    before = jnp.where(is_idle, nowhere, slots.grid_index)
+    grid_index = jnp.where(takes, grid_index, before)
     return slots._replace(
         sample=sample,
         grid_index=grid_index,
@@ -258,32 +243,22 @@ def forward(
 
     def attend(q, k, v, layer):
         # Written before it is read: the loop then updates the cache in place.
-        own = decode_attention.write(
-            s.backend, cache[layer], (k[:, 0], v[:, 0]), slots.drawn
-        )
+        kv, backend = (k[:, 0], v[:, 0]), s.plan.backend
+        own = decode_attention.write(backend, cache[layer], kv, slots.drawn)
         new.append(own)
-        out = decode_attention.decode_attention(
-            q[:, 0],
-            own,
-            prompts.cache[layer],
-            slots.drawn + 1,
-            prompts.length,
-            slots.grid_index,
-            samples_per_prefix,
-            s.backend,
-        )
+        caches, lengths = (own, prompts.cache[layer]), (slots.drawn + 1, prompts.length)
+        how = (*lengths, slots.grid_index, samples_per_prefix, backend)
+        out = decode_attention.decode_attention(q[:, 0], *caches, *how)
         return out[:, None]
 
-    prefix_slot = jnp.minimum(
-        slots.grid_index // samples_per_prefix, len(prompts.length) - 1
-    )
+    prefix_slot = slots.grid_index // samples_per_prefix
+    prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
     positions = prompts.length[prefix_slot] + slots.drawn
     hidden = transformer.apply_layers(
         s.config, state.weights, slots.last[:, None], positions[:, None], attend
     )
-    return log_probs.logits(
-        hidden[:, 0], transformer.head_weight(state.weights)
-    ), placed(new)
+    head = transformer.head_weight(state.weights)
+    return log_probs.logits(hidden[:, 0], head), placed(new)
 
 
 def _record(
@@ -349,16 +324,7 @@ def weights(config: ModelConfig, params: Params) -> Params:
     if mesh.empty or mesh.size == 1:
         return out
     axes = transformer.logical_axes(config)
-    blocks = jax.tree.map(lambda a: a[1:], axes.pop("blocks"), is_leaf=_is_axes)
+    blocks = {name: of[1:] for name, of in axes.pop("blocks").items()}
     axes["layers"] = [blocks] * config.num_layers
-    return jax.tree.map(
-        lambda x, a: lax.with_sharding_constraint(
-            x, sharding.spec(mesh, a, x.shape, without=("fsdp",))
-        ),
-        out,
-        axes,
-    )
-
-
-def _is_axes(x: object) -> bool:
-    return isinstance(x, tuple)
+    where = sharding.tree_shardings(mesh, axes, out, without=("fsdp",))
+    return lax.with_sharding_constraint(out, where)

@@ -68,11 +68,9 @@ def rollout(
     (1, 2, 5)
     """
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
-    prompt_width = capacity.prompt_width or longest
-    if longest > prompt_width:
-        raise ValueError(
-            f"a prompt has {longest} tokens, prompt_width is {prompt_width}"
-        )
+    width = capacity.prompt_width or longest
+    if longest > width:
+        raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     num_samples = len(prompts) * samples_per_prompt
@@ -86,16 +84,15 @@ def rollout(
         num_prompts=len(prompts),
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
-        **dataclasses.asdict(capacity) | {"prompt_width": prompt_width},
+        **dataclasses.asdict(capacity) | {"prompt_width": width},
     )
     settings = decode.Settings(
         config=policy.config,
+        plan=plan,
         samples_per_prompt=samples_per_prompt,
         stop_ids=policy.config.stop_ids if stop.stop_ids is None else stop.stop_ids,
         is_greedy=temperature == 0,
         token_filters=token_filters,
-        backend=plan.backend,
-        cache_dtype=plan.cache_dtype,
     )
     state = decode.SamplerState(
         decode.weights(policy.config, policy.params),
@@ -103,7 +100,7 @@ def rollout(
         np.float32(temperature or 1.0),
     )
     return Scheduler(
-        plan, settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
+        settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
     ).to_end()
 
 

@@ -3,9 +3,8 @@ r"""Metropolis-Hastings: samples of a target without training for it.
 Any target of `pfjax.targets` can be drawn from: `Target(alpha, has_format=False)` is the one
 that PowerFlow trains toward, :math:`p^\alpha e^{-\lambda|y|}` with
 :math:`\lambda = \log Z'`, and with :math:`\lambda = 0` the power distribution of whole
-responses. It costs many times what
-sampling does. (Sampling at temperature 1/alpha is neither: it sharpens each token on its
-own.)
+responses. It costs many times what sampling does. (Sampling at temperature 1/alpha is
+neither: it sharpens each token on its own.)
 """
 
 import jax
@@ -79,20 +78,9 @@ def metropolis_hastings(
       Karan and Du, arXiv 2510.14901, Algorithm 1; the acceptance is that of its text,
       for responses whose length may change.
     """
-    return chains.draw(
-        _grow,
-        (blocks, steps),
-        policy,
-        prompts,
-        samples_per_prompt,
-        max_new_tokens,
-        target,
-        log_z=log_z,
-        reward=reward,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=stop_ids,
-    )[0]
+    what = (policy, prompts, samples_per_prompt, max_new_tokens, target, log_z)
+    how = (reward, temperature, seed, stop_ids)
+    return chains.draw(_grow, (blocks, steps), *what, *how)[0]
 
 
 def _grow(
@@ -125,14 +113,10 @@ def _extend(
     end: Int[Array, ""],
     number: Int[Array, ""],
 ) -> tuple[Int[Array, ""], Chains]:
-    """Cuts the responses `is_in` to `first` and draws them anew, up to `end`.
-
-    Returns:
-      The steps it took; the responses.
-    """
-    y = y._replace(
-        length=jnp.where(is_in, first, y.length), is_stopped=y.is_stopped & ~is_in
-    )
+    """Cuts the responses `is_in` to `first` and draws them anew, up to `end`; also returns
+    the steps it took."""
+    length = jnp.where(is_in, first, y.length)
+    y = y._replace(length=length, is_stopped=y.is_stopped & ~is_in)
     is_active = lambda y: is_in & ~y.is_stopped & (y.length < end)
 
     def body(carry):

@@ -1,6 +1,7 @@
 """Fewer slots, and wider caches, in the course of a rollout."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,64 +12,56 @@ from pfjax.infra import sharding
 from pfjax.sampler.decode import Cache, Prompts, Settings, Slots, placed
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "s",
-        "to_slots",
-        "width",
-        "samples_per_prefix",
-        "to_samples_per_prefix",
-        "private_prefix",
-    ),
-)
+class Sizes(NamedTuple):
+    slots: int
+    width: int  # tokens kept of each
+    samples_per_prefix: int  # width of the grid
+
+
+@functools.partial(jax.jit, static_argnames=("s", "before", "after"))
 def resize(
     prompts: Prompts,
     slots: Slots,
     cache: Cache,
     *,
     s: Settings,
-    to_slots: int,
-    width: int,
-    samples_per_prefix: int,
-    to_samples_per_prefix: int,
-    private_prefix: bool,
+    before: Sizes,
+    after: Sizes,
 ) -> tuple[Prompts, Slots, Cache]:
     """Other numbers of slots, of tokens per slot, and width of the grid.
 
-    With fewer slots the busy ones, which must fit, move together. A narrower grid, or
-    a prompt of its own for every slot (`private_prefix`), only after the last sample of
-    the queue has begun.
+    With fewer slots the busy ones, which must fit, move together. That, a narrower grid,
+    or a prompt of its own for every slot (a width of 1), only after the last sample of the
+    queue has begun.
     """
 
     def fit(x: Array, axis: int) -> Array:
-        now = x.shape[axis]
+        x = lax.slice_in_dim(x, 0, min(after.width, x.shape[axis]), axis=axis)
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, max(width - now, 0))
-        return jnp.pad(lax.slice_in_dim(x, 0, min(width, now), axis=axis), padding)
+        padding[axis] = (0, after.width - x.shape[axis])
+        return jnp.pad(x, padding)
+
+    is_fewer = after.slots < before.slots
 
     def local(prompts, slots, cache):
-        if to_slots < len(slots.sample):
-            order = jnp.argsort(slots.sample, stable=True)[:to_slots]  # idle ones last
+        if is_fewer:
+            idle_last = jnp.argsort(slots.sample, stable=True)
+            order = idle_last[: after.slots]
             names = ("sample", "grid_index", "drawn", "last")
             slots = slots._replace(**{x: getattr(slots, x)[order] for x in names})
             cache = jax.tree.map(lambda x: x[order], cache)
-        key_axis = 3 if s.backend == "xla" else 2
+        key_axis = 3 if s.plan.backend == "xla" else 2
         cache = [(fit(k, key_axis), fit(v, 2)) for k, v in cache]
-        prefix_slot = jnp.minimum(
-            slots.grid_index // samples_per_prefix, len(prompts.length) - 1
-        )
-        if private_prefix:
+        prefix_slot = slots.grid_index // before.samples_per_prefix
+        prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
+        if is_fewer and after.samples_per_prefix == 1:
             prompts = jax.tree.map(lambda x: x[prefix_slot], prompts)
-            slots = slots._replace(grid_index=jnp.arange(to_slots, dtype=jnp.int32))
-        elif to_samples_per_prefix < samples_per_prefix:
-            earlier = jnp.tri(to_slots, k=-1, dtype=bool)
+            slots = slots._replace(grid_index=jnp.arange(after.slots, dtype=jnp.int32))
+        elif after.samples_per_prefix < before.samples_per_prefix:
+            earlier = jnp.tri(after.slots, k=-1, dtype=bool)
             rank = (earlier & (prefix_slot[:, None] == prefix_slot[None])).sum(axis=1)
-            slots = slots._replace(
-                grid_index=(prefix_slot * to_samples_per_prefix + rank).astype(
-                    jnp.int32
-                )
-            )
+            grid_index = prefix_slot * after.samples_per_prefix + rank
+            slots = slots._replace(grid_index=grid_index.astype(jnp.int32))
         prompts = prompts._replace(cache=placed(prompts.cache))
         return prompts, slots, placed(cache)
 

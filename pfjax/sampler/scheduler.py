@@ -13,7 +13,7 @@ import numpy as np
 
 from pfjax.batch import Rollout, pack_prompts
 from pfjax.infra import sharding
-from pfjax.sampler import decode, limits, resize, slots
+from pfjax.sampler import decode, limits, resize
 from pfjax.sampler.options import StopConditions
 
 # Prompt tokens that one prefill runs at most.
@@ -39,7 +39,6 @@ class Scheduler:
 
     def __init__(
         self,
-        plan: slots.Plan,
         settings: decode.Settings,
         state: decode.SamplerState,
         prompts: list[list[int]],
@@ -48,6 +47,7 @@ class Scheduler:
         stop: StopConditions,
         on_finish: Callable[[list[Finished]], None] | None,
     ):
+        plan = settings.plan
         d, g = plan.dp_size, settings.samples_per_prompt
         per_part = -(-len(prompts) // d)
         self.plan, self.settings, self.state = plan, settings, state
@@ -70,13 +70,13 @@ class Scheduler:
         self.is_reported = np.zeros(self.cut.shape, bool)
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
-        self.size, self.width, self.samples_per_prefix = plan.slots, plan.widths[0], g
+        self.sizes = resize.Sizes(plan.slots, plan.widths[0], g)
         # The slots as last seen: nothing has begun.
         self.sample = np.full((d, plan.slots), self.cut.shape[1])
         self.drawn = np.zeros((d, plan.slots), np.int32)
         self.begun = np.zeros(d, np.int32)
         self.on_device = decode.start(
-            self._queue(), s=settings, plan=plan, width=self.width, new=max_new_tokens
+            self._queue(), s=settings, width=plan.widths[0], new=max_new_tokens
         )
 
     def to_end(self) -> Rollout:
@@ -108,17 +108,10 @@ class Scheduler:
         )
 
     def _decode(self) -> tuple[decode.Slots, decode.Results]:
-        prompts, of_slots, cache, results = self.on_device
-        of_slots, cache, results = decode.decode(
-            self.state,
-            prompts,
-            self._queue(),
-            of_slots,
-            cache,
-            results,
-            s=self.settings,
-            samples_per_prefix=self.samples_per_prefix,
-        )
+        prompts, *before = self.on_device
+        args = (self.state, prompts, self._queue(), *before)
+        grid = {"samples_per_prefix": self.sizes.samples_per_prefix}
+        of_slots, cache, results = decode.decode(*args, s=self.settings, **grid)
         self.on_device = (prompts, of_slots, cache, results)
         return of_slots, results
 
@@ -135,9 +128,8 @@ class Scheduler:
             self._cut_at_strings(before, results)
         if self.stop.max_total_tokens is not None:
             known = np.where(self.cut > 0, self.cut, self.known)
-            self.limit = limits.common_length(
-                known, self.limit, self.stop.max_total_tokens
-            )
+            budget = self.stop.max_total_tokens
+            self.limit = limits.common_length(known, self.limit, budget)
         elif self.on_finish is not None:
             self._report(self._ended(results))
 
@@ -163,11 +155,9 @@ class Scheduler:
         packed = []
         for part, pairs in enumerate(chosen):
             prompts = [self.prompts[part][q][:-1] for q, _ in pairs]
-            prefix_slots = np.array(
-                [-1, *(prefix_slot for _, prefix_slot in pairs)], np.int32
-            )
-            tokens, positions, segment_ids = pack_prompts(prompts, width)
-            packed.append((tokens, positions, segment_ids, prefix_slots[segment_ids]))
+            places = np.array([-1, *(x for _, x in pairs)], np.int32)
+            rows = pack_prompts(prompts, width)
+            packed.append((*rows, places[rows[-1]]))
             for (q, prefix_slot), prompt in zip(pairs, prompts, strict=True):
                 self.prefix_slot[part, q] = prefix_slot
                 self.prompt_length[part, prefix_slot] = len(prompt)
@@ -176,17 +166,11 @@ class Scheduler:
         # Powers of two: few programs.
         batch = min(1 << (num_rows - 1).bit_length(), max(PREFILL_TOKENS // width, 1))
         num_rows = -(-num_rows // batch) * batch
-
-        def rows(x: np.ndarray, padding: int) -> np.ndarray:
-            fill = ((0, num_rows - len(x)), (0, 0))
-            return np.pad(x, fill, constant_values=padding)
-
-        args = [
-            np.stack([rows(x, padding) for x in arrays])
-            for arrays, padding in zip(
-                zip(*packed, strict=True), (0, 0, 0, -1), strict=True
-            )
-        ]
+        shape = (len(packed), num_rows, width)
+        args = [np.full(shape, padding, np.int32) for padding in (0, 0, 0, -1)]
+        for part, rows in enumerate(packed):
+            for whole, x in zip(args, rows, strict=True):
+                whole[part, : len(x)] = x
         for i in range(0, num_rows, batch):
             prompts = decode.prefill(
                 self.state,
@@ -199,57 +183,42 @@ class Scheduler:
 
     def _resize(self) -> None:
         """Takes slots away when no sample waits for one; widens the caches in time."""
-        size, samples_per_prefix = self.size, self.samples_per_prefix
-        private_prefix, is_busy = False, self._is_busy()
+        now, is_busy = self.sizes, self._is_busy()
+        size, _, samples_per_prefix = now
         if (self.begun >= self.num_samples).all():
             busy = is_busy.sum(axis=1).max()
-            size = min(x for x in self.plan.ladder if busy <= x <= self.size)
+            size = min(x for x in self.plan.ladder if busy <= x <= size)
         # What is in flight, and what is dispatched next.
         longest = int((self.drawn * is_busy).max()) + 2 * self.steps
         longest = min(longest, self.max_new_tokens)
         width = next(x for x in self.plan.widths if x >= longest)
-        if size == self.size:
-            width = max(width, self.width)
-        if (size, width) == (self.size, self.width):
+        if size == now.slots:
+            width = max(width, now.width)
+        if (size, width) == now[:2]:
             return
-        if size < self.size:
+        prompts, *_, results = self.on_device
+        if size < now.slots:
             # As soon as there are no more slots than prefix slots, one prompt each.
-            private_prefix = size <= len(self.on_device[0].length) // self.plan.dp_size
+            private_prefix = size <= len(prompts.length) // self.plan.dp_size
             samples_per_prefix = 1 if private_prefix else min(samples_per_prefix, size)
-        prompts, of_slots, cache, results = self.on_device
-        self.on_device = (
-            *resize.resize(
-                prompts,
-                of_slots,
-                cache,
-                s=self.settings,
-                to_slots=size,
-                width=width,
-                samples_per_prefix=self.samples_per_prefix,
-                to_samples_per_prefix=samples_per_prefix,
-                private_prefix=private_prefix,
-            ),
-            results,
+        self.sizes = resize.Sizes(size, width, samples_per_prefix)
+        resized = resize.resize(
+            *self.on_device[:3], s=self.settings, before=now, after=self.sizes
         )
-        self.size, self.width, self.samples_per_prefix = size, width, samples_per_prefix
+        self.on_device = (*resized, results)
 
     def _cut_at_strings(self, checked: np.ndarray, results: decode.Results) -> None:
         tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
         is_new = (self.known > checked) & (self.cut == 0)
         for at in zip(*np.nonzero(is_new), strict=True):
-            self.cut[at] = limits.stop_string_end(
-                tokens[at][: self.known[at]].tolist(),
-                int(checked[at]),
-                self.stop.stop_strings,
-                self.stop.decode_text,
-            )
+            known = tokens[at][: self.known[at]].tolist()
+            how = (self.stop.stop_strings, self.stop.decode_text)
+            self.cut[at] = limits.stop_string_end(known, int(checked[at]), *how)
 
     def _ended(self, results: decode.Results) -> decode.Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""
-        arrays = (
-            x.reshape(*self.cut.shape, *x.shape[1:]) for x in sharding.fetch(results)
-        )
-        tokens, log_probs, length, is_stopped = arrays
+        split = lambda x: x.reshape(*self.cut.shape, *x.shape[1:])
+        tokens, log_probs, length, is_stopped = map(split, sharding.fetch(results))
         is_cut = self.cut > 0
         length = np.where(is_cut, self.cut, length)
         return decode.Results(tokens, log_probs, length, is_stopped | is_cut)
@@ -279,20 +248,18 @@ class Scheduler:
         ended = self._ended(results)
         # The budget's length cuts some on the devices, and some that ended past it.
         length = np.where(ended.length > 0, ended.length, self.limit)
-        ended = ended._replace(
-            is_stopped=ended.is_stopped & (length <= self.limit),
-            length=np.minimum(length, self.limit),
-        )
+        is_stopped = ended.is_stopped & (length <= self.limit)
+        # Samples of prompts that only fill up the last part never began.
+        is_real = np.arange(length.shape[1]) < self.num_samples[:, None]
+        length = np.where(is_real, np.minimum(length, self.limit), 0)
+        ended = ended._replace(length=length, is_stopped=is_stopped)
+        if self.on_finish is not None:
+            self._report(ended)
 
         def by_prompt(x: np.ndarray) -> np.ndarray:
             x = x.reshape(len(x), -1, self.settings.samples_per_prompt, *x.shape[2:])
             return np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: self.num_prompts]
 
-        # Samples of prompts that only fill up the last part never began.
-        is_real = np.arange(length.shape[1])[None] < self.num_samples[:, None]
-        ended = ended._replace(length=np.where(is_real, ended.length, 0))
-        if self.on_finish is not None:
-            self._report(ended)
         return Rollout(
             tokens=by_prompt(ended.tokens),
             lengths=by_prompt(ended.length),

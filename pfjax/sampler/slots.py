@@ -41,28 +41,6 @@ def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> i
     return 2 * config.num_layers * k * config.head_dim * np.dtype(cache_dtype).itemsize
 
 
-def cache_bytes(
-    config: ModelConfig,
-    cache_dtype: str,
-    *,
-    slots: int,
-    width: int,
-    prefix_slots: int,
-    prompt_width: int,
-    tensor: int = 1,
-) -> int:
-    """Bytes of the caches of a rollout on one device.
-
-    Args:
-      slots: samples decoded at once by one part of the batch.
-      width: tokens kept of each.
-      prefix_slots: prompts kept.
-      prompt_width: tokens kept of each prompt.
-    """
-    tokens = slots * width + prefix_slots * prompt_width
-    return tokens * bytes_per_token(config, cache_dtype, tensor)
-
-
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of the copy of the weights that a rollout reads."""
     shapes = jax.tree.leaves(transformer.abstract_params(config))
@@ -114,17 +92,11 @@ def most_slots(
     Raises:
       NoRoom: if not even one sample fits.
     """
-    num_samples = num_prompts * samples_per_prompt
-    for slots in [*ladder(num_samples, "xla"), 3, 2, 1]:
-        need = _GROWTH * cache_bytes(
-            config,
-            cache_dtype,
-            slots=slots,
-            width=width,
-            prefix_slots=num_prefix_slots(slots, num_prompts, samples_per_prompt),
-            prompt_width=prompt_width,
-            tensor=tensor,
-        )
+    per_token = bytes_per_token(config, cache_dtype, tensor)
+    for slots in [*ladder(num_prompts * samples_per_prompt, "xla"), 3, 2, 1]:
+        prefix_slots = num_prefix_slots(slots, num_prompts, samples_per_prompt)
+        tokens = slots * width + prefix_slots * prompt_width
+        need = _GROWTH * (tokens * per_token)
         need += slots * config.vocab_size * _LOGITS_BYTES // tensor
         if need <= _FRACTION * free_bytes:
             return slots
@@ -192,7 +164,13 @@ class Plan:
     widths: tuple[int, ...]
     cache_dtype: str
     backend: str
-    cache_bytes: int  # on one device, when the caches are at their widest
+    token_bytes: int  # of a token's keys and values, on one device
+
+    @property
+    def cache_bytes(self) -> int:
+        """On one device, when the caches are at their widest."""
+        tokens = self.slots * self.widths[-1] + self.prefix_slots * self.prompt_width
+        return tokens * self.token_bytes
 
     def __str__(self) -> str:
         return (
@@ -240,34 +218,29 @@ def plan_for(
         cache_dtype = config.dtype if platform == "cpu" else "bfloat16"
     multiple = decode_attention.WIDTH_MULTIPLE[backend]
     prompts = math.ceil(num_prompts / dp_size)
+    prompt_width = math.ceil(prompt_width / multiple) * multiple
     widths = response_widths(max_new_tokens, backend)
-    shape = {
-        "prompt_width": math.ceil(prompt_width / multiple) * multiple,
-        "width": widths[-1],
-        "tensor": tensor,
-    }
     if num_slots is None:
         slots = most_slots(
             config,
             cache_dtype,
             num_prompts=prompts,
             samples_per_prompt=samples_per_prompt,
+            width=widths[-1],
+            prompt_width=prompt_width,
+            tensor=tensor,
             free_bytes=memory() - weight_bytes(config) // tensor,
-            **shape,
         )
     else:
         slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
-    prefix_slots = num_prefix_slots(slots, prompts, samples_per_prompt)
     return Plan(
         dp_size=dp_size,
         slots=slots,
-        prefix_slots=prefix_slots,
-        prompt_width=shape["prompt_width"],
+        prefix_slots=num_prefix_slots(slots, prompts, samples_per_prompt),
+        prompt_width=prompt_width,
         ladder=tuple(ladder(slots, backend)),
         widths=tuple(widths),
         cache_dtype=cache_dtype,
         backend=backend,
-        cache_bytes=cache_bytes(
-            config, cache_dtype, slots=slots, prefix_slots=prefix_slots, **shape
-        ),
+        token_bytes=bytes_per_token(config, cache_dtype, tensor),
     )

@@ -66,20 +66,9 @@ def sequential_monte_carlo(
     References:
       Power-SMC, arXiv 2602.10273.
     """
-    return chains.draw(
-        _evolve,
-        (samples_per_prompt, ramp),
-        policy,
-        prompts,
-        particles,
-        max_new_tokens,
-        target,
-        log_z=log_z,
-        reward=reward,
-        temperature=temperature,
-        seed=seed,
-        stop_ids=stop_ids,
-    )
+    what = (policy, prompts, particles, max_new_tokens, target, log_z)
+    how = (reward, temperature, seed, stop_ids)
+    return chains.draw(_evolve, (samples_per_prompt, ramp), *what, *how)
 
 
 class _Population(NamedTuple):
@@ -104,11 +93,8 @@ def _evolve(
 
     empty = chains.log_density(run, y, power(0))
     start = _Population(y, empty, empty, jnp.zeros(num))
-    t, end = lax.while_loop(
-        lambda carry: chains.is_open(run, carry[1].y).any(),
-        body,
-        (jnp.int32(0), start),
-    )
+    is_left = lambda carry: chains.is_open(run, carry[1].y).any()
+    t, end = lax.while_loop(is_left, body, (jnp.int32(0), start))
     # All may have ended before the power had grown to alpha.
     log_w = end.log_w + chains.log_density(run, end.y) - end.log_density
     groups = log_w.reshape(num, n)
@@ -120,14 +106,9 @@ def _evolve(
     return y, t, end.evidence + total - jnp.log(n)
 
 
-def _step(
-    run: Run, now: _Population, t: Int[Array, ""], alpha: Float[Array, ""]
-) -> _Population:
-    """Draws the token at index t, weighs all particles, and resamples where needed.
-
-    Args:
-      alpha: the power after it.
-    """
+def _step(run: Run, now: _Population, t: Int[Array, ""], alpha: Array) -> _Population:
+    """Draws the token at index t, weighs all particles by the power `alpha` after it, and
+    resamples where needed."""
     num, n = len(run.tokens), run.spec.settings.samples_per_prompt
     is_active = chains.is_open(run, now.y)
     y = chains.one_token(run, now.y, is_active, 0)

@@ -155,9 +155,8 @@ def from_row(where: str, row: dict[str, Any], number: int = 0, _: int = 0) -> Pr
     """
     field = next((f for f in _QUESTIONS if row.get(f)), None)
     if field is None:
-        raise ValueError(
-            f"{where}: no prompt; expected one of {_QUESTIONS}, got {sorted(row)}"
-        )
+        got = f"expected one of {_QUESTIONS}, got {sorted(row)}"
+        raise ValueError(f"{where}: no prompt; {got}")
     question = row[field]
     if isinstance(question, list):
         question = [_message(where, field, m) for m in question]

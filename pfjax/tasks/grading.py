@@ -86,11 +86,8 @@ def last_boxed(text: str) -> str | None:
 
 
 class Grader(contextlib.AbstractContextManager):
-    """Compares answers; a context manager that holds one worker process.
-
-    Attributes:
-      timeouts: comparisons that were cut off.
-    """
+    """Compares answers; a context manager that holds one worker process. `timeouts` is the
+    number of comparisons that were cut off."""
 
     def __init__(self, deadline_seconds: float = DEADLINE_SECONDS):
         self.timeouts = 0

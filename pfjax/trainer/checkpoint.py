@@ -10,6 +10,7 @@ over; and the caller cuts `metrics.jsonl` back to that step.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -28,8 +29,6 @@ from orbax.checkpoint import v1 as ocp
 from pfjax.infra import distributed, storage
 from pfjax.targets import Array
 from pfjax.trainer.settings import OtherRun, check_same
-
-KEEP = 2  # the latest, and the one before should that be damaged
 
 
 class Checkpoints:
@@ -52,7 +51,8 @@ class Checkpoints:
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
-        kept = policies.AnyPreservationPolicy([policies.LatestN(KEEP), best])
+        latest = policies.LatestN(2)  # one should the other be damaged
+        kept = policies.AnyPreservationPolicy([latest, best])
         self._checkpointer = ocp.training.Checkpointer(
             directory if storage.is_remote(directory) else directory.absolute(),
             preservation_policy=kept,
@@ -181,11 +181,8 @@ class Checkpoints:
             yield
         except Exception as error:
             good = [s for s in self.steps if (self._directory / str(s)).exists()]
-            kept = (
-                f"that of step {good[-1]} is whole"
-                if good
-                else "there is none before it"
-            )
+            whole = [f"that of step {s} is whole" for s in good]
+            kept = whole[-1] if whole else "there is none before it"
             lines = str(error).splitlines() or [repr(error)]
             reason = next((x for x in lines if "No space" in x), lines[0])[:500]
             raise OSError(
@@ -224,13 +221,8 @@ def _opened(sealed: dict[str, str]) -> dict[str, Any]:
 
 
 def _checksums(tree: Any) -> dict[str, int]:
-    leaves, _ = jax.tree.flatten_with_path(_checksum_each(tree))
+    leaves = jax.tree.leaves_with_path(_checksum_each(tree))
     return {jax.tree_util.keystr(path): int(x) for path, x in leaves}
-
-
-@jax.jit
-def _checksum_each(tree: Any) -> Any:
-    return jax.tree.map(checksum, tree)
 
 
 def checksum(x: Array) -> UInt32[Array, ""]:
@@ -245,3 +237,6 @@ def checksum(x: Array) -> UInt32[Array, ""]:
         index += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     # Odd weights have inverses modulo 2^32.
     return jnp.sum(value * (2 * index + 1), dtype=jnp.uint32)
+
+
+_checksum_each = jax.jit(functools.partial(jax.tree.map, checksum))

@@ -37,10 +37,8 @@ def step_metrics(
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
     # Of the policy that sampled: later updates of a step have moved it.
     drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
-    pairs = zip(minibatches, drawn, strict=True)
-    scored = [
-        y for m, values in pairs for y in batch.unpack_responses(values, m.placement)
-    ]
+    pairs = zip(drawn, (m.placement for m in minibatches), strict=True)
+    scored = [y for pair in pairs for y in batch.unpack_responses(*pair)]
     prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size

@@ -50,11 +50,9 @@ def apply_head(
     is reported to cost accuracy (FlowRL, issue 3).
     """
     mask = prompt_mask(batch)
-    max_segments = batch.length.shape[-1]
-    total = segment_sum(
-        jnp.where(mask[..., None], hidden, 0), batch.segment_ids, max_segments
-    )
-    count = segment_sum(mask.astype(jnp.float32), batch.segment_ids, max_segments)
+    where = (batch.segment_ids, batch.length.shape[-1])
+    total = segment_sum(jnp.where(mask[..., None], hidden, 0), *where)
+    count = segment_sum(mask.astype(jnp.float32), *where)
     mean = total / jnp.maximum(count, 1.0)[..., None]
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Head(mean.shape[-1], nnx.Rngs(0))))
     return nnx.merge(graphdef, params)(mean)

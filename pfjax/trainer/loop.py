@@ -1,36 +1,31 @@
 """The training loop: one iteration from top to bottom, and what happens between them."""
 
 import contextlib
+import functools
 import json
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
 from pfjax.model import hf, lora, weights
 from pfjax.tasks import grading
-from pfjax.trainer import (
-    checkpoint,
-    diagnostics,
-    health_checks,
-    logging,
-    model_card,
-    preemption,
-    profiling,
-    progress,
-    settings,
-)
+from pfjax.trainer import checkpoint, diagnostics, health_checks, preemption, settings
+from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
+from pfjax.trainer.model_card import model_card
+from pfjax.trainer.profiling import Clock, Profiler
+from pfjax.trainer.progress import Progress, before_and_after
 from pfjax.trainer.setup import Trainer, setup
 from pfjax.trainer.step import TrainState
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
+def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     """Trains a policy toward the alpha-power distribution of its base.
 
     A run found in `workdir` is continued from its latest checkpoint that is undamaged.
@@ -46,7 +41,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> None:
       preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
       OSError: if a file could not be written.
     """
-    config = ml_collections.FrozenConfigDict(config)
+    config = FrozenConfigDict(config)
     settings.check(config)
     folder = storage.place(workdir)
     mesh = sharding.make_mesh(**config.mesh)
@@ -69,7 +64,7 @@ def train_iteration(
     Returns the new state, the new data cursor, and the step's metrics. Raises
     FloatingPointError if the loss or a gradient is not finite.
     """
-    clock = profiling.Clock()
+    clock = Clock()
     fns, policy = trainer.fns, trainer.policy(state)
     indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
@@ -82,11 +77,9 @@ def train_iteration(
     groups = enumerate(np.array_split(by_prompt, fns.num_updates))
     with clock.part("base_pass"):
         base = trainer.base()
+        prepare = functools.partial(prepare_minibatch, fns, data)
         minibatches = [
-            prepare_minibatch(
-                fns, data, x.ravel(), policy.params, base, is_first=i == 0
-            )
-            for i, x in groups
+            prepare(x.ravel(), policy.params, base, is_first=i == 0) for i, x in groups
         ]
         if step == 1 and fns.objective.log_z_source == "head":
             head = init_log_z(state.params["log_z"], minibatches, fns.objective)
@@ -118,7 +111,7 @@ class _Run:
 
     def __init__(
         self,
-        config: ml_collections.FrozenConfigDict,
+        config: FrozenConfigDict,
         folder: epath.Path,
         trainer: Trainer,
         stack: contextlib.ExitStack,
@@ -135,20 +128,16 @@ class _Run:
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
         )
         self.grader = stack.enter_context(grading.Grader())
-        self.profiler = profiling.Profiler(folder / "profile", *config.profile_steps)
+        self.profiler = Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
     def train(self, state: TrainState, about: str) -> TrainState:
         """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
-        self.writer = logging.Writer(self.folder, start or -1, self.wandb_project)
-        self.progress = progress.Progress(start, self.num_steps, self.log_every)
-        compilations = compile_cache.Compilations()
-        with (
-            contextlib.closing(compilations),
-            contextlib.closing(self.writer),
-            contextlib.closing(self.progress),
-        ):
+        self.writer = Writer(self.folder, start or -1, self.wandb_project)
+        self.progress = Progress(start, self.num_steps, self.log_every)
+        compilations, closing = compile_cache.Compilations(), contextlib.closing
+        with closing(compilations), closing(self.writer), self.progress:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
@@ -246,19 +235,16 @@ class _Run:
 
 
 def export(
-    config: ml_collections.FrozenConfigDict,
-    folder: epath.Path,
-    policy: Any,
-    history: list[dict[str, Any]],
+    config: FrozenConfigDict, folder: epath.Path, policy: Any, history: list[dict]
 ) -> None:
     """Writes adapters and the model, and prints the table of before and after."""
     if config.lora.rank:
         lora.save_peft(policy, folder / "adapter", config.model)
         policy = _beside_stored_base(policy, config.model)
-    card = model_card.model_card(config.to_dict(), history)
+    card = model_card(config.to_dict(), history)
     hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
     if distributed.is_first():
-        print(progress.before_and_after(history, folder))
+        print(before_and_after(history, folder))
 
 
 def _beside_stored_base(policy: Any, model: str) -> Any:

@@ -4,19 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pfjax import batch as packing
 from pfjax import losses, objectives
-from pfjax.batch import (
-    Array,
-    Minibatch,
-    PackedBatch,
-    Placement,
-    RolloutBatch,
-    from_segments,
-    pack,
-    response_sum,
-    to_segments,
-    trim_segments,
-)
+from pfjax.batch import Array, Minibatch, PackedBatch, Placement, RolloutBatch
 from pfjax.infra import sharding
 from pfjax.model import attention
 from pfjax.model.transformer import Params
@@ -47,29 +37,25 @@ def prepare_minibatch(
     mesh, num_microbatches = jax.sharding.get_mesh(), jnp.int32(used)
     batch = sharding.put_batch(mesh, host, dim=1)
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
-    reward, log_p, advantage = data.reward[indices], None, None
+    reward, log_p = data.reward[indices], None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
     needs_certainty = kind.reward == "self_certainty"
     if is_group or needs_certainty or not is_first:
         log_p, _, certainty = fns.score_policy(policy, batch, num_microbatches)
     if needs_certainty:
-        sums = jax.vmap(response_sum)(certainty, batch)
-        reward = from_segments(sums, placement) / placement.length
+        sums = jax.vmap(packing.response_sum)(certainty, batch)
+        reward = packing.from_segments(sums, placement) / placement.length
     if kind.reward:
         normalized = rewards.group_normalized(reward, samples)
-        segments = to_segments(normalized, placement, host.length.shape)
-        advantage = sharding.put_batch(mesh, segments, dim=1)
-    batch = batch._replace(
-        log_p_base=log_p_base, advantage=advantage, log_stop_base=log_stop_base
-    )
+        segments = packing.to_segments(normalized, placement, host.length.shape)
+        batch = batch._replace(advantage=sharding.put_batch(mesh, segments, dim=1))
+    batch = batch._replace(log_p_base=log_p_base, log_stop_base=log_stop_base)
     if is_group:
-        residual = _residual_without_log_z(fns.objective, batch, log_p)
+        residual = _residuals(fns.objective, batch, log_p)
         zero, one = jnp.zeros_like(residual), jnp.ones_like(residual)
-        batch = batch._replace(
-            log_z=losses.group_log_z(
-                residual, zero, one, batch.prompt_index, len(data.prompts)
-            )
-        )
+        groups = (batch.prompt_index, len(data.prompts))
+        log_z = losses.group_log_z(residual, zero, one, *groups)
+        batch = batch._replace(log_z=log_z)
     if fns.num_updates > 1:  # one program for all updates
         batch = batch._replace(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
@@ -83,11 +69,9 @@ def _pack(
 ) -> tuple[PackedBatch, Placement, int]:
     prompt_index = indices // samples
     prompts = [data.prompts[q] for q in prompt_index]
-    host, placement, used = pack(
-        [
-            np.append(p, data.responses[i])
-            for p, i in zip(prompts, indices, strict=True)
-        ],
+    pairs = zip(prompts, indices, strict=True)
+    host, placement, used = packing.pack(
+        [np.append(p, data.responses[i]) for p, i in pairs],
         np.array([len(x) for x in prompts]),
         fns.shape,
         psi=data.psi[indices],
@@ -95,19 +79,15 @@ def _pack(
     )
     c = fns.base_model
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
-        host = trim_segments(host, placement)
+        host = packing.trim_segments(host, placement)
     return host, placement, used
 
 
-def _residual_without_log_z(
-    objective: ObjectiveConfig, batch: PackedBatch, log_p: Array
-) -> Array:
+def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> Array:
     """Residuals `[M, B, N]` of the target at log Z = 0."""
-    log_pf, log_p_base = (
-        jax.vmap(response_sum)(x, batch) for x in (log_p, batch.log_p_base)
-    )
-    tilt = objectives.tilt(batch)
-    return objective.target.residual(log_pf, log_p_base, batch.length, 0.0, **tilt)
+    total, tilt = jax.vmap(packing.response_sum), objectives.tilt(batch)
+    sums = (total(log_p, batch), total(batch.log_p_base, batch))
+    return objective.target.residual(*sums, batch.length, 0.0, **tilt)
 
 
 def init_log_z(
@@ -121,7 +101,7 @@ def init_log_z(
     total = count = 0.0
     for batch, *_ in minibatches:
         # The policy is still the base: its log-probs are the base's.
-        residual = _residual_without_log_z(objective, batch, batch.log_p_base)
+        residual = _residuals(objective, batch, batch.log_p_base)
         total += float(jnp.where(batch.is_real, residual, 0.0).sum())
         count += float(batch.is_real.sum())
     out = {**params["out"], "bias": params["out"]["bias"] - total / count}

@@ -32,8 +32,7 @@ by pfjax.
 | metric | step {first["step"]} | step {last["step"]} |
 |---|---|---|
 """
-        names = [k.removeprefix("eval/") for k in first if k.startswith("eval/")]
-        for name in names:
-            before, after = first[f"eval/{name}"], last[f"eval/{name}"]
-            card += f"| {name} | {before:.3f} | {after:.3f} |\n"
+        for key in (k for k in first if k.startswith("eval/")):
+            name = key.removeprefix("eval/")
+            card += f"| {name} | {first[key]:.3f} | {last[key]:.3f} |\n"
     return card

@@ -1,12 +1,12 @@
 """What a person sees of a run: a bar or lines while it trains, a table at its end."""
 
 import functools
-import sys
 from typing import Any
 
 from etils import epath
 
 from pfjax.infra import distributed
+from pfjax.sampler.progress import Bar
 
 _SHOWN = {
     "tb/loss": "loss",
@@ -17,38 +17,24 @@ _SHOWN = {
 }
 
 
-class Progress:
+class Progress(Bar):
     """A progress bar when a person watches, plain lines when nobody does."""
 
     def __init__(self, start: int, total: int, every: int):
-        self._every, self._total, self._bar = every, total, None
+        super().__init__("step {task.completed}/{task.total}", total, start, False)
+        self._every, self._total = every, total
         # For a line that stays.
         self.note = functools.partial(print, flush=True)
         if not distributed.is_first():
             self.note = lambda _: None
-        elif sys.stderr.isatty():
-            import rich.progress as rp
-
-            self._bar = rp.Progress(
-                rp.TextColumn("step {task.completed}/{task.total}"),
-                rp.BarColumn(),
-                rp.TextColumn("{task.description}"),
-                rp.TimeRemainingColumn(),
-            )
-            self._task = self._bar.add_task("", total=total, completed=start)
-            self._bar.start()
+        elif self._bar is not None:
             self.note = self._bar.console.print
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif step % self._every == 0 or step == self._total:
+        is_due = step % self._every == 0 or step == self._total
+        if not self.show(step, text) and is_due:
             self.note(f"step {step}/{self._total}  {text}")
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:

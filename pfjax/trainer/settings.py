@@ -3,9 +3,8 @@ whether a run may be continued with another value.
 
 `configs/default.py` makes the config from here, recipes change what differs, `check`
 refuses invalid values. A setting that an older run did not know has its default there.
-Values that the paper leaves open are marked "chosen".
-
-The module is light: it is loaded while flags are read, before JAX.
+Values that the paper leaves open are marked "chosen". Loaded while flags are read, before
+JAX: imports nothing heavy.
 """
 
 import dataclasses
@@ -16,9 +15,10 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import ml_collections
 from etils import epath
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from pfjax.infra import storage
 from pfjax.sampler.options import TokenFilters
 
 
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 _DTYPES = ("bfloat16", "float32")
-_BACKENDS = _names("pfjax.model.attention", "BACKENDS")
+_ATTENTION = lambda: ["auto", *_names("pfjax.model.attention", "BACKENDS")()]
 
 
 def _positive(default: Any, about: str) -> Setting:
@@ -84,16 +84,12 @@ _DECIDING: dict[str, Setting] = {
     "flowrl_beta": Setting(15.0, "of the advantage in FlowRL's target"),
     "reward_kl": Setting(0.0, "of KL to the base per token: grpo and its kin, empo"),
     "optim.learning_rate": Setting(1e-6, "of the policy, constant after the warm-up"),
-    "optim.log_z_learning_rate": Setting(
-        1e-3, "nats log Z' may move per step (chosen)"
-    ),
+    "optim.log_z_learning_rate": Setting(1e-3, "nats log Z' moves per step (chosen)"),
     "optim.warmup_steps": Setting(0, "steps of linear warm-up"),
     "optim.weight_decay": Setting(0.1, "of matrices"),
     "optim.clip_norm": Setting(1.0, "of the gradient, each group on its own"),
     "optim.mu_dtype": Setting(
-        "float32",
-        "of Adam's first moment; bfloat16 saves a sixth of the state",
-        _DTYPES,
+        "float32", "Adam's first moment; bfloat16 saves a sixth of the state", _DTYPES
     ),
     # Low-rank adapters instead of all weights; policy and base then share theirs.
     "lora.rank": Setting(0, "0 trains all weights"),
@@ -104,9 +100,7 @@ _DECIDING: dict[str, Setting] = {
     "dtype": Setting("bfloat16", "of the computation; weights are float32", _DTYPES),
     "offload_ref": Setting(False, "frozen base in host memory between its passes"),
     "attention": Setting(
-        "auto",
-        "back end over packed rows; see pfjax/model/attention.py",
-        lambda: ["auto", *_BACKENDS()],
+        "auto", "back end over packed rows; see pfjax/model/attention.py", _ATTENTION
     ),
     "remat": Setting(
         "full",
@@ -146,9 +140,7 @@ _FREE: dict[str, Setting] = {
         "stop", "when one of these has lasted", ("stop", "warn", "off")
     ),
     "health_checks.patience": _positive(10, "steps that a symptom must last"),
-    "health_checks.length_floor": Setting(
-        0.25, "mean length, as a part of the start's"
-    ),
+    "health_checks.length_floor": Setting(0.25, "mean length, a part of the start's"),
     "health_checks.truncated_ceiling": Setting(0.99, "fraction of responses cut"),
     "health_checks.rollout_kl": Setting(0.05, "sampler to scorer, nats per token"),
     "health_checks.step_seconds": _positive(3600.0, "then a stuck step tells where"),
@@ -157,14 +149,14 @@ _FREE: dict[str, Setting] = {
 SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> ConfigDict:
     """A config of all defaults, locked."""
     tree: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
         group, _, last = name.rpartition(".")
         at = tree.setdefault(group, {}) if group else tree
         at[last] = setting.default
-    return ml_collections.ConfigDict(tree).lock()
+    return ConfigDict(tree).lock()
 
 
 _WHY_NOT_GREEDY = (
@@ -173,7 +165,7 @@ _WHY_NOT_GREEDY = (
 )
 
 
-def check(c: ml_collections.FrozenConfigDict) -> None:
+def check(c: FrozenConfigDict) -> None:
     """Raises ValueError for invalid values."""
     for name, setting in SETTINGS.items():
         value, choices = operator.attrgetter(name)(c), setting.choices
@@ -215,9 +207,7 @@ def check(c: ml_collections.FrozenConfigDict) -> None:
         )
 
 
-def check_answers(
-    c: ml_collections.FrozenConfigDict, answers: list[str | None]
-) -> None:
+def check_answers(c: FrozenConfigDict, answers: list[str | None]) -> None:
     """Raises ValueError if the objective grades answers and the prompts have none."""
     from pfjax.objectives import OBJECTIVES
 
@@ -231,9 +221,7 @@ def check_answers(
         )
 
 
-def check_lengths(
-    c: ml_collections.FrozenConfigDict, longest_prompt: int, max_positions: int
-) -> None:
+def check_lengths(c: FrozenConfigDict, longest_prompt: int, max_positions: int) -> None:
     """Raises ValueError if a trajectory could exceed a row or the model."""
     need = longest_prompt + c.max_new_tokens
     new = f"max_new_tokens {c.max_new_tokens}"
@@ -252,15 +240,14 @@ class OtherRun(ValueError):
     """A folder belongs to another model or config."""
 
 
-def check_workdir(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
+def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     """Raises OtherRun if the folder holds a run with another config."""
     path = folder / "config.json"
     if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
         return  # nothing that would be continued
     old, new = json.loads(path.read_text())["config"], json.loads(c.to_json())
-    check_same(
-        f"{folder} holds a run with another config", identity(old), identity(new)
-    )
+    said = f"{folder} holds a run with another config"
+    check_same(said, identity(old), identity(new))
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +278,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
 
 
-def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None:
+def write_config(c: FrozenConfigDict, folder: epath.Path) -> None:
     """Writes `config.json`: every value, and the versions that computed with it."""
     import jax
 
@@ -304,6 +291,4 @@ def write_config(c: ml_collections.FrozenConfigDict, folder: epath.Path) -> None
         "backend": jax.devices()[0].device_kind,
     }
     out = {"config": json.loads(c.to_json()), "versions": versions}
-    tmp = folder / ".config.json.tmp"
-    tmp.write_text(json.dumps(out, indent=2) + "\n")
-    tmp.replace(folder / "config.json")
+    storage.write_text(folder / "config.json", json.dumps(out, indent=2) + "\n")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from pfjax.evaluation import elbo, scores
 from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
@@ -39,9 +39,7 @@ class Trainer(NamedTuple):
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
 
 
-def setup(
-    config: ml_collections.FrozenConfigDict, mesh: Mesh
-) -> tuple[Trainer, TrainState, str]:
+def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
@@ -100,7 +98,7 @@ def setup(
 
 
 def _load_prompts(
-    config: ml_collections.FrozenConfigDict, tok: Any, model: ModelConfig
+    config: FrozenConfigDict, tok: Any, model: ModelConfig
 ) -> tuple[data.PromptSet, data.PromptSet | None]:
     """Those to train on, and those held out."""
     args = (tok, config.data.max_prompt_tokens, config.data.suffix, model)
@@ -113,7 +111,7 @@ def _load_prompts(
 
 
 def _load_params(
-    config: ml_collections.FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
+    config: FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
 ) -> tuple[Params, Callable[[], Params], Params]:
     """The frozen base, where it waits and on the devices; and what is trained."""
     trained = params = hf.load(source, mesh).params
@@ -130,7 +128,7 @@ def _load_params(
     return base, place if config.offload_ref else lambda: base, trained
 
 
-def _plan(c: ml_collections.FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
+def _plan(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
     return slots.make_plan(
         policy,
         num_prompts=c.prompts_per_step,
@@ -142,7 +140,7 @@ def _plan(c: ml_collections.FrozenConfigDict, policy: Policy, width: int) -> slo
 
 
 def _evaluation(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     fns: TrainFns,
     base: Callable[[], Params],
     tok: Any,
@@ -172,22 +170,17 @@ def _evaluation(
                 policy, tok, grader, held_out.problems, held_out.tokens, how
             )
         if target is not None:
-            values = values | elbo.bounds(
-                policy,
-                Policy(fns.base_model, base()),
-                target,
-                fns.objective.target,
-                tok,
-                format_penalty=config.format_penalty,
-                **shared,
-            )
+            policies = (policy, Policy(fns.base_model, base()))
+            what = (target, fns.objective.target, tok)
+            psi = {"format_penalty": config.format_penalty}
+            values = values | elbo.bounds(*policies, *what, **psi, **shared)
         return values, rows
 
     return evaluate
 
 
 def _describe(
-    c: ml_collections.FrozenConfigDict,
+    c: FrozenConfigDict,
     fns: TrainFns,
     mesh: Mesh,
     plan: slots.Plan,

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from pfjax import batch
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
+from pfjax.infra.sharding import AnyMesh
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
@@ -37,10 +38,10 @@ class TrainFns(NamedTuple):
 
 
 def train_fns(
-    config: ml_collections.FrozenConfigDict,
+    config: FrozenConfigDict,
     base_model: ModelConfig,
     longest_prompt: int,
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
 ) -> TrainFns:
     """Builds them from a config for the devices of `mesh`. If these are absent, it must
     not be current (see `jax.set_mesh`)."""
@@ -61,14 +62,9 @@ def train_fns(
     score_base = bind(step.score_step, model=base_model, stop_ids=stops)
     has_certainty = kind.reward == "self_certainty"
     score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
-    train_step = bind(
-        step.train_step,
-        optimizer=optimizer,
-        model=model,
-        objective=objective,
-        stop_ids=stop_ids,
-        remat=config.remat,
-    )
+    static = {"model": model, "objective": objective, "stop_ids": stop_ids}
+    static |= {"optimizer": optimizer, "remat": config.remat}
+    train_step = bind(step.train_step, **static)
     return TrainFns(
         model=model,
         base_model=base_model,
@@ -86,15 +82,13 @@ def train_fns(
     )
 
 
-def _objective(c: ml_collections.FrozenConfigDict) -> ObjectiveConfig:
+def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
     same = ("alpha", "log_z", "clip_low", "clip_high", "mask_clipped_tokens")
     same = {name: c[name] for name in same}
     return ObjectiveConfig(c.objective, beta=c.flowrl_beta, kl=c.reward_kl, **same)
 
 
-def _pack_shape(
-    c: ml_collections.FrozenConfigDict, longest_prompt: int, mesh: Mesh | AbstractMesh
-) -> PackShape:
+def _pack_shape(c: FrozenConfigDict, longest_prompt: int, mesh: AnyMesh) -> PackShape:
     """A shape that fits the responses of any update."""
     max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
@@ -104,7 +98,7 @@ def _pack_shape(
 
 
 def abstract_minibatch(
-    fns: TrainFns, mesh: Mesh | AbstractMesh
+    fns: TrainFns, mesh: AnyMesh
 ) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
     """Shapes and shardings of what an update is given: a packed batch and its scores, and
     the number of micro-batches."""
@@ -126,9 +120,7 @@ def abstract_minibatch(
     return PackedBatch(**fields), jax.ShapeDtypeStruct((), "int32")
 
 
-def _abstract_params(
-    model: ModelConfig, mesh: Mesh | AbstractMesh, dtype: str
-) -> Params:
+def _abstract_params(model: ModelConfig, mesh: AnyMesh, dtype: str) -> Params:
     """Shapes and shardings of a model's parameters."""
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
     return placed(shapes, sharding.tree_shardings(mesh, axes, shapes), dtype)
@@ -148,7 +140,7 @@ def _abstract_state(
     trained: Params,
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh | AbstractMesh,
+    mesh: AnyMesh,
 ) -> step.TrainState:
     """Shapes and shardings of all that an update changes."""
     everywhere = sharding.replicated(mesh)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
-from pfjax.sampler import decode
+from pfjax.sampler import decode, slots
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
@@ -29,7 +29,10 @@ CONFIG = transformer.ModelConfig(
     stop_ids=(151_643,),
     dtype="bfloat16",
 )
-SETTINGS = decode.Settings(CONFIG, G, CONFIG.stop_ids, "tpu", "bfloat16")
+PLAN = slots.Plan(
+    1, SLOTS, PREFIX_SLOTS, PROMPT_WIDTH, (SLOTS,), (WIDTH,), "bfloat16", "tpu", 0
+)
+SETTINGS = decode.Settings(CONFIG, PLAN, G, CONFIG.stop_ids)
 
 
 def _compile(mesh):
@@ -73,12 +76,19 @@ def _compile(mesh):
         *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(3)), bools
     )
     prompts = decode.Prompts(caches(PREFIX_SLOTS, PROMPT_WIDTH), int32(PREFIX_SLOTS))
-    slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
+    of_slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
     log_probs = array((parts * n, WIDTH), jnp.float32, split)
     results = decode.Results(int32(n, WIDTH), log_probs, int32(n), bools)
     cache = caches(SLOTS, WIDTH)
     lowered = decode.decode.lower(
-        state, prompts, queue, slots, cache, results, s=SETTINGS, samples_per_prefix=G
+        state,
+        prompts,
+        queue,
+        of_slots,
+        cache,
+        results,
+        s=SETTINGS,
+        samples_per_prefix=G,
     )
     per_device = SLOTS * WIDTH * 128 * 2 * (1 if kv_axis else 2)
     return lowered.compile(), per_device

@@ -261,7 +261,7 @@ def test_golds_of_this_file_equal_themselves(grader):
 def test_a_gold_that_nothing_equals_is_named(grader, gold):
     assert grader.is_equal(gold, gold)  # the short cut would hide it
     with pytest.raises(
-        ValueError, match="1 gold answers.*leave their prompts out"
+        ValueError, match="1 of 3 gold answers.*leave their prompts out"
     ) as e:
         grader.check_golds(["5", gold, r"\frac{1}{2}"])
     assert repr([gold]) in str(e.value)
