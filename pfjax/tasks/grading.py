@@ -1,8 +1,9 @@
 r"""Answers to right or wrong, by math-verify in a process that can be killed.
 
 The worker, `python -m pfjax.tasks.grading`, answers each line of JSON with one. Some
-answers send sympy into arithmetic that no alarm can interrupt (`\boxed{9^{9^{9^9}}}`):
-it is killed, the answer counts as wrong, and a new one starts.
+answers send sympy into arithmetic that no alarm can interrupt (`\boxed{9^{9^{9^9}}}`): the
+kernel ends it after some seconds of its own processor time, so that no verdict depends on
+how busy a machine is, the answer counts as wrong, and a new one starts.
 
 math-verify compares mathematics. Rules before it decide what is not mathematics:
 
@@ -15,6 +16,12 @@ math-verify compares mathematics. Rules before it decide what is not mathematics
   one that was asked for: `2516_8` = `2516`, but not `2516_9`.
 - *Tuples are ordered, lists are not*: `(1,2)` is neither `1,2` nor `(2,1)`, while
   `1,2` = `2,1` = `\{1,2\}`. `1,000` is a number and `1, 000` a list.
+- *Scientific notation*: `4.5e33` is 4.5 times 10 to the 33rd, not a product with Euler's
+  number.
+- *Exact values exactly*: two fractions are equal only if they are, and so are equations
+  but for a factor. math-verify would find `1/2004!` = `1/2006!` and `x^2+1=0` = `x^2+2=0`.
+- *Choices and times*: `C. 45` is the choice `C`, `7:30 \text{ p.m.}` the time `7:30`.
+- *A decimal comma* is one where the gold is one number: `0,5` = `0.5`.
 - *All or nothing*: an answer that does not parse as a whole is compared as a string.
   math-verify would grade its last number, and find `3` in `\frac{1}{2} & 3`.
 
@@ -24,8 +31,7 @@ equals a fraction or a root when six decimals agree (`0.333` is not a third).
 
 Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); decimals below
 1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product;
-three-digit numbers without spaces (`100,200`) are one number; a decimal comma (`0,5`),
-`\text{(A)} 5`, a base in words and `x < 1 \text{ or } x > 2` for an interval are not
+three-digit numbers without spaces (`100,200`) are one number; a base in words and `x < 1 \text{ or } x > 2` for an interval are not
 understood; of an equation in the answer the right side counts, `2x + z = 1` is 1.
 """
 
@@ -34,8 +40,11 @@ import functools
 import itertools
 import json
 import logging
+import os
 import re
+import resource
 import select
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -43,10 +52,14 @@ from typing import Literal
 
 # Golds that a check at the start looks at: a few seconds.
 _CHECKED = 1000
-DEADLINE_SECONDS = 5.0
-START_SECONDS = 60.0  # importing sympy on a busy machine
+DEADLINE_SECONDS = 2.0  # of the worker's processor time, for one comparison
+# Of wall time, where something hangs: nothing is said of how long it takes.
+_PATIENCE = 600.0
+_MEMORY_BYTES = 4 * 2**30
+# Characters of an answer; the longest gold of the sets has 210.
+_LONGEST = 2000
 # Counts changes of the rules above: scores of different numbers do not compare.
-RULES_VERSION = 1
+RULES_VERSION = 2
 
 # A command is skipped with the character after its backslash: `\{` is no brace.
 _BRACES = re.compile(r"(?P<box>\\+boxed\s*\{)|\\.|[{}]", re.DOTALL)
@@ -56,8 +69,35 @@ _WRAPPED = re.compile(
     re.DOTALL,
 )
 _THOUSANDS = re.compile(
-    r"\s*([-+]?\d{1,3})((?:(?:,\\!|\{,\}|,|~|\\[,;: ])\d{3})+)(\.\d+)?\s*"
+    r"\s*([-+]?\d{1,3})((?:(?:,\\!|\{,\}|,|~|\\[,;: ]|[ \xa0\u202f])\d{3})+)(\.\d+)?\s*"
 )
+# What people write for LaTeX.
+_SYMBOLS = str.maketrans(
+    {
+        "°": r"^\circ ", "∞": r"\infty ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ",
+        "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "−": "-", "∪": r"\cup ",
+        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
+        "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+    }
+)  # fmt: skip
+_REWRITTEN = (
+    (re.compile(r"√\s*(\{[^{}]*\}|\([^()]*\)|\d+(?:\.\d+)?|[a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\\big(cup|cap)"), r"\\\1"),
+    # Bold numbers; words have rules of their own.
+    (
+        re.compile(r"\\(?:mathbf|textbf|boldsymbol|bm|mathrm)\s*\{([^{}]*\d[^{}]*)\}"),
+        r"\1",
+    ),
+    (
+        re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([-+]?\d+)(?![\w.])"),
+        r"\1 \\times 10^{\2}",
+    ),
+)
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
+_CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
+_TIME = re.compile(r"\d{1,2}:\d\d")
+_BESIDE_TIME = re.compile(r"\\text\w*\s*\{[^{}]*\}|[{}\s]|\\[,;: ]|[aApP]\.?[mM]\.?")
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
 
 
@@ -93,10 +133,15 @@ class Grader(contextlib.AbstractContextManager):
         self.timeouts = 0
         self._deadline = deadline_seconds
         self._worker: subprocess.Popen | None = None
+        # Started once one was killed, as others will be.
+        self._spare: subprocess.Popen | None = None
         self._endless: set[str] = set()  # cannot even be compared with 0
+        self._fine: set[str] = set()  # has been compared, so is never one of these
         self._judge_once = functools.cache(self._judge)
 
     def __exit__(self, *unused) -> None:
+        self._stop()
+        self._worker, self._spare = self._spare, None
         self._stop()
 
     def describe(self) -> dict[str, str | float]:
@@ -135,6 +180,8 @@ class Grader(contextlib.AbstractContextManager):
             of OlympiadBench); absolute.
         """
         same = gold.strip() == answer.strip()
+        if not same and max(len(gold), len(answer)) > _LONGEST:
+            return False
         return same or self._judge_once(gold, answer, tolerance)
 
     def classes(self, answers: list[str | None]) -> list[int]:
@@ -164,34 +211,42 @@ class Grader(contextlib.AbstractContextManager):
             self.timeouts += 1
             # Whose fault? It would else cost a deadline and a worker against every
             # other answer of its prompt.
-            self._endless |= {t for t in (answer, gold) if self._ask(t, "0") is None}
+            for text in {answer, gold} - self._fine:
+                if self._ask(text, "0") is None:
+                    self._endless.add(text)
         return bool(verdict)
 
     def _ask(
         self, gold: str, answer: str, tolerance: float | None = None
     ) -> bool | None:
-        """The worker's verdict; None if it had to be killed or died."""
+        """The worker's verdict; None if it ran out of time or memory, or died."""
         if self._worker is None:
-            command, pipe = [sys.executable, "-m", __spec__.name], subprocess.PIPE
-            self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-            if not self._read_line(START_SECONDS):
+            self._worker, self._spare = self._spare or self._start(), None
+            if not self._read_line():
                 self._stop()
                 raise RuntimeError("the grading process did not start; see above")
         request = json.dumps([gold, answer, tolerance])
         try:
             print(request, file=self._worker.stdin, flush=True)
-        except BrokenPipeError:  # it has died meanwhile (of memory, say)
+        except BrokenPipeError:  # it has died meanwhile
             self._stop()
             return self._ask(gold, answer, tolerance)
-        if line := self._read_line(self._deadline):
+        if line := self._read_line():
+            self._fine |= {gold, answer}
             return json.loads(line)
         self._stop()
+        self._spare = self._spare or self._start()
         return None
 
-    def _read_line(self, seconds: float) -> str:
-        """A line, which the worker writes whole; "" when time is up or it died."""
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-m", __spec__.name, str(self._deadline)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def _read_line(self) -> str:
+        """A line, which the worker writes whole; "" when it died."""
         out = self._worker.stdout
-        return out.readline() if select.select([out], [], [], seconds)[0] else ""
+        return out.readline() if select.select([out], [], [], _PATIENCE)[0] else ""
 
     def _stop(self) -> None:
         if self._worker is not None:
@@ -203,6 +258,10 @@ class Grader(contextlib.AbstractContextManager):
 def _equal_by_rule(gold: str, answer: str) -> bool | None:
     """The verdict of the rules in the module's docstring, None where none applies."""
     (word, is_text), (other, is_other_text) = _word(gold), _word(answer)
+    if word and len(word) == 1 and (choice := _CHOICE.fullmatch(answer)):
+        return choice[1] == word
+    if _TIME.fullmatch(gold):
+        return _BESIDE_TIME.sub("", answer).lstrip("0") == gold.lstrip("0")
     if word and other and (is_text or is_other_text or len(word) != 2):
         return word == other or (len(word) > 1 and word.casefold() == other.casefold())
     based, other_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
@@ -216,8 +275,11 @@ def _equal_by_rule(gold: str, answer: str) -> bool | None:
 
 
 def _plain(text: str) -> str:
-    """Without dollars, a final full stop and separators of thousands."""
+    """Without dollars, a final full stop and separators of thousands; in LaTeX."""
     text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
+    text = text.translate(_SYMBOLS).strip()
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
     if number := _THOUSANDS.fullmatch(text):
         return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
     return text
@@ -250,7 +312,7 @@ def _is_ordered(text: str) -> bool | None:
 def _serve() -> None:
     """The worker: reads comparisons from standard input until it closes."""
     import math_verify
-    from sympy import Eq, FiniteSet
+    from sympy import Eq, Expr, FiniteSet, Float, simplify
 
     # It warns that its own alarms are off; this process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -276,8 +338,22 @@ def _serve() -> None:
         except (TypeError, ValueError):
             return []
 
+    def exact(gold: str, answer: str) -> bool | None:
+        """Of equations and of fractions; None where only math-verify knows."""
+        x, y = ((parse(text) or [None])[0] for text in (gold, answer))
+        if isinstance(x, Eq) and isinstance(y, Eq) and not x.lhs.is_Symbol:
+            factor = simplify((x.lhs - x.rhs) / (y.lhs - y.rhs))
+            return bool(factor.is_number and factor.is_finite and factor != 0)
+        is_exact = lambda v: isinstance(v, Expr) and v.is_number and not v.has(Float)
+        if "%" in gold + answer or not (is_exact(x) and is_exact(y)):
+            return None
+        x, y = x.doit(), y.doit()
+        return bool(x == y) if x.is_Rational and y.is_Rational else None
+
     def compare(gold: str, answer: str, tolerance: float | None) -> bool:
         gold, answer = _plain(gold), _plain(answer)
+        if _NUMBER.fullmatch(gold):
+            answer = _DECIMAL_COMMA.sub(r"\1.\2", answer)
         if (by_rule := _equal_by_rule(gold, answer)) is not None:
             return by_rule
         if tolerance is not None:
@@ -286,6 +362,8 @@ def _serve() -> None:
                 off = max(abs(x - y) for x, y in zip(want, have, strict=True))
                 if off <= tolerance * (1 + 1e-9):  # 1.1 is 0.1 from 1
                     return True
+        if (by_value := exact(gold, answer)) is not None:
+            return by_value
         return math_verify.verify(
             parse(gold),
             parse(answer),
@@ -295,9 +373,18 @@ def _serve() -> None:
             timeout_seconds=None,
         )
 
+    # Ends the process, whatever it is doing.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(bool(compare(*json.loads(line)))), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, float(sys.argv[1]))
+        try:
+            verdict = bool(compare(*json.loads(line)))
+        except MemoryError:
+            os._exit(1)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 r"""Grading: boxes, equality, classes, and a worker that cannot hang a run."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -138,6 +140,38 @@ RIGHT = [
     (r"(-\infty, 3]", r"x \le 3"),
     ("[-2,7]", r"x \in [-2,7]"),
     (r"(-\infty,0)\cup(1,2)", r"(1,2)\cup(-\infty,0)"),
+    # Scientific notation.
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    (r"4.5 \times 10^{33}", "4.5e33"),
+    ("1e11", "100000000000"),
+    ("3.0E-4", "0.0003"),
+    # Exact values.
+    (r"\frac{1}{2004!}", r"\frac{1}{2003! \cdot 2004}"),
+    ("x^2+1=0", "2x^2+2=0"),
+    ("x^2+y^2=4", "4-x^2=y^2"),
+    # As people write.
+    ("90", "90°"),
+    (r"90^\circ", "90°"),
+    (r"3\sqrt{13}", "3√13"),
+    (r"\sqrt{x+1}", "√(x+1)"),
+    (r"(2,\infty)", "(2,∞)"),
+    ("13535", "13 535"),
+    ("13,535", r"13\,535"),
+    ("0.5", "0,5"),
+    ("3.25", "3{,}25"),
+    (r"(-\infty,0)\cup(1,2)", r"(-\infty,0)\bigcup(1,2)"),
+    (r"(-\infty,0)\cup(1,2)", "(−∞,0)∪(1,2)"),
+    ("45", r"\mathbf{45}"),
+    (r"\frac{1}{2}", r"\textbf{1/2}"),
+    ("C", "C. 45"),
+    ("A", "(A) 5"),
+    ("C", r"(C) \frac{1}{2}"),
+    ("C", r"\text{(C)} 45"),
+    ("C", r"\textbf{(C) } 45"),
+    ("7:30", r"7:30 \text{ p.m.}"),
+    ("7:30", "07:30"),
+    (r"2\pi", "2π"),
+    (r"x \le 3", "x≤3"),
     # Six decimals.
     (r"\frac13", "0.333333"),
     (r"\pi", "3.141593"),
@@ -213,6 +247,23 @@ WRONG = [
     ("[-2,7]", "-2 < x < 7"),
     ("[-2,7]", r"x \ge -2"),
     (r"-2 \le x \le 7", r"-2 \le y \le 7"),
+    # Scientific notation.
+    ("1e11", "11e"),
+    ("4.5e33", "4.5e34"),
+    ("1e3", "e"),
+    # Exact values.
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+    (r"\frac{1}{10^{12}}", r"\frac{1}{10^{13}}"),
+    ("x^2+1=0", "x^2+2=0"),
+    ("x^2+y^2=4", "x^2+y^2=5"),
+    ("x^2+1=0", "0=0"),
+    # Choices and times, numbers with commas.
+    ("C", "B. 45"),
+    ("C", "(A) C"),
+    ("7:30", "7:31"),
+    ("7:30", "730"),
+    ("0.5", "0,6"),
+    ("1.5", "1, 5"),
     # Too few decimals.
     (r"\frac13", "0.333"),
     (r"2\pi", "6.28"),
@@ -226,11 +277,9 @@ KNOWN_LIMITS = [
     ("1", "2x + z = 1", True),
     # Wrong by mistake.
     ("100,200", "100, 200", False),
-    ("0.5", "0,5", False),
     ("1", r"\tan 45^\circ", False),
     ("xyz", "zyx", False),
     ("5", r"\textbf{(A)}\ 5", False),
-    ("A", "(A) 5", False),
     ("2516_8", r"2516_{\text{eight}}", False),
     (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2", False),
     (r"\pi", "pi", False),
@@ -332,6 +381,41 @@ def test_an_answer_without_end_costs_its_deadline_once():
         answers = ["5", "9^{9^{9^9}}+1", "6", "7", "9^{9^{9^9}}+1", "5.0"]
         assert grader.classes(answers) == [0, 1, 2, 3, 1, 0]
         assert grader.timeouts == 1
+
+
+def test_an_answer_that_takes_all_memory_or_has_no_end_is_wrong():
+    with grading.Grader() as grader:
+        assert grader.is_equal("2", "1+1")
+        for answer in ("{" * 10**6, "1+" * 10**6 + "1", r"\frac{" * 5000):
+            assert not grader.is_equal("2", answer)
+        assert grader.timeouts == 0  # not even looked at
+        assert not grader.is_equal("2", "(10^{9})!")
+        assert grader.is_equal("3", "2+1")
+
+
+def test_what_has_passed_is_never_condemned():
+    with grading.Grader(deadline_seconds=1.0) as grader:
+        grader.check_golds(["7"])
+        assert not grader.is_equal("7", "9^{9^{9^9}}+1")
+        assert grader.is_equal("7", "3+4") and grader._endless == {"9^{9^{9^9}}+1"}
+
+
+@pytest.mark.slow
+def test_no_right_answer_is_lost_on_a_busy_machine():
+    """Eight loops that compute: a deadline of wall time condemned three answers."""
+    loops = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)
+    ]
+    try:
+        with grading.Grader(deadline_seconds=1.0) as grader:
+            grader.check_golds([gold for gold, _ in RIGHT])
+            for gold, answer in RIGHT:
+                assert grader.is_equal(gold, answer), (gold, answer)
+            assert grader.timeouts == 0
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def test_a_worker_that_died_is_replaced():
