@@ -1,0 +1,116 @@
+"""Real benchmark files and a real pretrained model, where they are at hand.
+
+They are kept beside the project, not in it: `PFJAX_REAL` names the folder.
+"""
+
+import os
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from configs import default
+from pfjax.infra import dataset_io
+from pfjax.model import hf, log_probs, tokenizer
+from pfjax.sampler import engine
+from pfjax.tasks import benchmarks, grading
+from pfjax.trainer import loop
+from tests.conftest import ROOT, use_one_device
+
+REAL = pathlib.Path(os.environ.get("PFJAX_REAL", ROOT.parent / "shared/real"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}"),
+]
+# Items, as docs/benchmarks.md has them.
+SETS = {
+    "qwen/math500.jsonl": 500,
+    "qwen/gsm8k.jsonl": 1319,
+    "qwen/minerva_math.jsonl": 272,
+    "qwen/olympiadbench.jsonl": 675,
+    "qwen/olympiadbench.test.json": 675,
+    "qwen/aime24.jsonl": 30,
+    "qwen/amc23.jsonl": 40,
+    "other/bupo_math500.parquet": 500,
+    "other/powersampling_MATH500.json": 500,
+    "other/ttrl_MATH-TTT.json": 500,
+    "other/openai_gsm8k_test.jsonl": 1319,
+    "other/gsm8k-test-00000-of-00001.parquet": 1319,
+    "other/rllm_gsm8k.json": 1319,
+    "other/rllm_minerva.json": 272,
+    "other/bupo_aime_2024.parquet": 30,
+    "other/ttrl_AIME-TTT.json": 30,
+    "other/aditya_aime_2024.csv": 30,
+    "other/fireopd_aime25.jsonl": 30,
+    "other/aimo-validation-amc.jsonl": 83,
+}
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with grading.Grader() as g:
+        yield g
+
+
+def _spellings(gold: str):
+    """The same answer as others write it."""
+    yield f"${gold}$"
+    yield gold.replace(r"\frac", r"\dfrac")
+    if power := re.fullmatch(r"([-+]?\d+\.?\d*)e([-+]?\d+)", gold):
+        yield rf"{power[1]} \times 10^{{{power[2]}}}"
+    if re.fullmatch(r"-?\d+", gold):
+        yield from (f"{gold}.0", f"x = {gold}")
+    if thousands := re.fullmatch(r"(-?\d{1,3})(\d{3})", gold):
+        yield from (f"{thousands[1]}{x}{thousands[2]}" for x in (",", " ", r"\,"))
+
+
+@pytest.mark.parametrize("file", SETS)
+def test_every_item_of_a_real_set_has_an_answer_that_other_spellings_equal(
+    file, grader
+):
+    problems = benchmarks.read(str(REAL / "sets" / file))
+    assert len(problems) == SETS[file]
+    golds = {p.gold for p in problems}
+    assert None not in golds and not any("\n" in g or "####" in g for g in golds)
+    wrong = [
+        (gold, other)
+        for gold in golds
+        for other in _spellings(gold)
+        if not grader.is_equal(gold, other)
+    ]
+    assert not wrong and grader.timeouts == 0
+
+
+def test_a_real_model_scores_and_writes_as_with_transformers(tmp_path, monkeypatch):
+    """As it came, and after three steps of training and the export."""
+    import torch
+    import transformers
+
+    use_one_device(monkeypatch)
+    folder, new = REAL / "stories260k", 32
+    config = default.get_config()
+    config.model = str(folder)
+    config.data.train = str(REAL / "story_prompts.jsonl")
+    config.data.eval = ""
+    config.num_steps, config.prompts_per_step, config.samples_per_prompt = 3, 4, 4
+    config.max_new_tokens, config.pack_length = new, 128
+    config.dtype, config.objective = "float32", "tb_token"
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    for place in (folder, tmp_path / "run/hf"):
+        policy, tok = hf.load(place), tokenizer.load(place)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place)
+        rows = dataset_io.read(str(REAL / "story_prompts.jsonl"))[:8]
+        prompts = [tokenizer.encode_prompt(tok, row["prompt"]) for _, row in rows]
+        drawn = engine.rollout(policy, prompts, 1, new, temperature=0.0)
+        for i, ids in enumerate(prompts):
+            y = drawn.tokens[i, 0, : drawn.lengths[i, 0]].tolist()
+            with torch.no_grad():
+                want = model.generate(
+                    torch.tensor([ids]), max_new_tokens=new, do_sample=False
+                )[0, len(ids) :].tolist()
+                logits = model(torch.tensor([ids + y])).logits[0, len(ids) - 1 : -1]
+            assert y == want
+            (scored,) = log_probs.score(policy, [ids + y], [len(ids)])
+            wanted = torch.log_softmax(logits, -1)[range(len(y)), y].numpy()
+            np.testing.assert_allclose(scored, wanted, atol=1e-4)
