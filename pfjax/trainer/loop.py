@@ -122,7 +122,8 @@ class _Run:
         self.best_metric, self.log_every = config.best_metric, config.log_every
         self.health, self.wandb_project = config.health_checks, config.wandb_project
         base = hf.fingerprint(hf.resolve(config.model))
-        self.identity = settings.identity(json.loads(config.to_json())) | {"base": base}
+        values = settings.identity(json.loads(config.to_json()))
+        self.identity = values | {"base": base} | trainer.inputs
         self.preempted = stack.enter_context(preemption.Preemption())
         self.checkpoints = stack.enter_context(
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)

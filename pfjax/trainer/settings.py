@@ -270,9 +270,10 @@ def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`name: old -> new` of what differs; a setting that is absent has its default."""
+    """`name: old -> new` of what differs; a setting that is absent has its default, and of
+    other things an older run may know less."""
     default = {k: s.default for k, s in SETTINGS.items()}
-    names = sorted(old.keys() | new.keys())
+    names = sorted(old.keys() | (new.keys() & default.keys()))
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
     pairs = [(k, value(old, k), value(new, k)) for k in names]
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]

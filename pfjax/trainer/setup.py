@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ class Trainer(NamedTuple):
     base: Callable[[], Params]  # the frozen base, on the devices
     prompts: list[list[int]]  # to train on
     golds: list[str | None]  # that responses are graded by
+    inputs: dict[str, str]  # what decides beside config and base, by fingerprint
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, prompts, step, prompt_ids -> Rollout
     compute_rewards: Callable  # indices, rollout, grader -> RolloutBatch
@@ -67,6 +70,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
+        inputs=_inputs(tok, train, held_out),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         next_prompts=bind(
@@ -108,6 +112,19 @@ def _load_prompts(
         data.warn_of_overlap(train, held_out)
     settings.check_answers(config, [p.gold for p in train.problems])
     return train, held_out
+
+
+def _inputs(
+    tok: Any, train: data.PromptSet, held_out: data.PromptSet | None
+) -> dict[str, str]:
+    """Fingerprints of what the model is given and of what its tokens mean: a file, a chat
+    template or a tokenizer may change under a config that does not."""
+    of = lambda s: [s.tokens, [p.gold for p in s.problems]]
+    found = {"prompts": of(train), "tokens": sorted(tok.get_vocab().items())}
+    if held_out:
+        found["prompts of the evaluation"] = of(held_out)
+    digest = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+    return {name: digest(x) for name, x in found.items()}
 
 
 def _load_params(

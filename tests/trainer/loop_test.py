@@ -272,6 +272,40 @@ def test_adapters_on_a_base_that_training_rounds_leave_the_rest_as_it_came(
         np.testing.assert_array_equal(after[name], x, err_msg=name)
 
 
+def _other_prompt(config):
+    prompts = pathlib.Path(config.data.train)
+    prompts.write_text(json.dumps({"prompt": "b a", "answer": "1"}) + "\n")
+
+
+def _other_template(config):
+    template = "{% for m in messages %}b {{ m['content'] }}{% endfor %}"
+    (pathlib.Path(config.model) / "chat_template.jinja").write_text(template)
+
+
+def _other_tokens(config):
+    path = pathlib.Path(config.model) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 2', '"c": 2'))
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (_other_prompt, "prompts"),
+        (_other_template, "prompts"),
+        (_other_tokens, "tokens"),
+    ],
+)
+def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change, what):
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.num_steps = 2
+    change(config)
+    with pytest.raises(
+        ValueError, match=rf"another run.*\n(.*\n)?  {what}: \w+ -> \w+"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+
 def test_answers_that_nothing_equals_are_said_before_training(config, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"prompt": PROMPT, "answer": "}{"}) + "\n")
