@@ -47,6 +47,8 @@ def define_model_flags() -> None:
         "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
     )
     flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
+    about = 'arguments of the chat template, JSON: {"enable_thinking": false}'
+    flags.DEFINE_string("chat_template_kwargs", "", about)
 
 
 def define_sampling_flags() -> None:
@@ -66,7 +68,7 @@ def token_filters() -> options.TokenFilters:
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
     source = hf.resolve(flags.FLAGS.model)
-    return source, tokenizer.load(source)
+    return source, tokenizer.load(source, flags.FLAGS.chat_template_kwargs)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,11 @@ def main(_: list[str]) -> None:
         problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
         sets[name] = problems[: FLAGS.limit or None]
     out = pathlib.Path(FLAGS.out).expanduser()
+    if len({pathlib.Path(name).stem for name in sets}) < len(FLAGS.benchmark):
+        raise ValueError(
+            f"--benchmark={','.join(FLAGS.benchmark)}: two sets of one name would share "
+            f"files in {out}; give each an --out of its own"
+        )
     with grading.Grader() as grader:
         for problems in sets.values():
             grader.check_golds([p.gold for p in problems])
@@ -87,6 +92,8 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
+        if FLAGS.chat_template_kwargs:
+            about_model["chat_template_kwargs"] = FLAGS.chat_template_kwargs
         for name, problems in sets.items():
             style, k = _style(name), FLAGS.samples
             encode = functools.partial(tokenizer.encode_prompt, is_raw=style.is_raw)

@@ -120,6 +120,14 @@ def test_grading_again_needs_no_model(scored, tmp_path):
             "--style=x: neither one of",
         ),
         (("--benchmark=pfjax/toy/eval.jsonl", "--regrade"), "holds no responses"),
+        (
+            ("--benchmark=pfjax/toy/eval.jsonl,pfjax/assets/toy/eval.jsonl",),
+            "two sets of one name would share files",
+        ),
+        (
+            ("--benchmark=pfjax/toy/eval.jsonl", "--chat_template_kwargs=x"),
+            "chat_template_kwargs must be a JSON object, got 'x'",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, args, message):

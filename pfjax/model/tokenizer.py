@@ -1,5 +1,7 @@
 """Text <-> token ids: chat template, stop ids."""
 
+import functools
+import json
 import os
 from typing import Any
 
@@ -9,11 +11,16 @@ from pfjax.model.transformer import ModelConfig
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load(path_or_hub_id: str | os.PathLike) -> Any:
+def load(path_or_hub_id: str | os.PathLike, template_kwargs: str = "") -> Any:
     """The tokenizer of a model folder (a `transformers` tokenizer).
 
+    Args:
+      template_kwargs: arguments of its chat template whenever it is used, such as
+        `{"enable_thinking": false}`; "" for none.
+
     Raises:
-      ValueError: if the folder holds none that loads without remote code.
+      ValueError: if the folder holds none that loads without remote code, or the
+        arguments are no JSON object.
     """
     from transformers import AutoTokenizer
 
@@ -23,9 +30,27 @@ def load(path_or_hub_id: str | os.PathLike) -> Any:
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ValueError(f"{said}: none of {_VOCABULARIES} is there")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{said}: {error}") from error
+    if template_kwargs:
+        bound = functools.partial(
+            tokenizer.apply_chat_template, **_parse(template_kwargs)
+        )
+        tokenizer.apply_chat_template = bound
+    return tokenizer
+
+
+def _parse(template_kwargs: str) -> dict[str, Any]:
+    try:
+        found = json.loads(template_kwargs)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(  # noqa: TRY004
+            f"chat_template_kwargs must be a JSON object, got {template_kwargs!r}"
+        )
+    return found
 
 
 def encode_prompt(

@@ -64,6 +64,9 @@ _DECIDING: dict[str, Setting] = {
     "data.target": Setting(
         "", "samples by pfjax.sample --method=smc, for bounds (eval/elbo, eval/eubo)"
     ),
+    "data.chat_template_kwargs": Setting(
+        "", 'arguments of the chat template, JSON: {"enable_thinking": false}'
+    ),
     "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
     "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
     # A step: two batch numbers; the rest follows from them.

@@ -46,7 +46,10 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
-    base_model, tok = hf_config.read(source), tokenizer.load(source)
+    base_model, tok = (
+        hf_config.read(source),
+        tokenizer.load(source, config.data.chat_template_kwargs),
+    )
     train, held_out = _load_prompts(config, tok, base_model)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
     settings.check_lengths(config, longest, base_model.max_positions)

@@ -108,6 +108,23 @@ def test_a_system_prompt_of_the_prompts_own_stands_alone(folder):
     assert text.split() == ["system:", "the", "\\boxed{}", "user:", "two", "answer:"]
 
 
+def test_arguments_of_the_template_are_used_wherever_it_is(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if enable_thinking %} two{% endif %}"
+    )
+    texts = []
+    for kwargs in ("", '{"enable_thinking": true}', '{"enable_thinking": false}'):
+        tok = tokenizer.load(tmp_path, kwargs)
+        texts.append(tokenizer.decode(tok, tokenizer.encode_prompt(tok, "the")))
+    assert texts == ["the", "the two", "the"]
+    for wrong in ("enable_thinking", "[1]", "{"):
+        with pytest.raises(ValueError, match="must be a JSON object, got"):
+            tokenizer.load(tmp_path, wrong)
+
+
 def test_messages_need_a_template(folder):
     tok = tokenizer.load(folder)
     with pytest.raises(ValueError, match="no chat template"):
