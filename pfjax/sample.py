@@ -126,9 +126,10 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
     )
     print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
     is_low = FLAGS.method == "low_temperature"
+    stop_ids, strings = tokenizer.split_stops(tok, tuple(FLAGS.stop))
     stop = options.StopConditions(
-        tokenizer.stop_ids(tok, policy.config),
-        tuple(FLAGS.stop),
+        tokenizer.stop_ids(tok, policy.config) + stop_ids,
+        strings,
         functools.partial(tokenizer.decode, tok),
         FLAGS.max_total_tokens,
     )

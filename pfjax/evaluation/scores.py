@@ -73,6 +73,7 @@ def sample(
     rows as they end."""
     todo = [i for i in range(len(prompts)) if i not in done]
     decode = functools.partial(tokenizer.decode, tok)
+    ids, strings = tokenizer.split_stops(tok, settings.stop_strings)
 
     def row(response: engine.Finished) -> Row:
         text = decode(response.tokens.tolist())
@@ -99,7 +100,7 @@ def sample(
             settings.seed,
             prompt_ids=todo,
             token_filters=settings.token_filters,
-            stop=StopConditions(settings.stop_ids, settings.stop_strings, decode),
+            stop=StopConditions(settings.stop_ids + ids, strings, decode),
             capacity=Capacity(prompt_width=settings.prompt_width),
             on_finish=lambda finished: on_rows([row(x) for x in finished]),
         )

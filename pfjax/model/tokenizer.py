@@ -128,6 +128,17 @@ def stop_ids(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def split_stops(
+    tokenizer: Any, strings: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Of stop strings, the ids of those that are one special token, which `decode` leaves
+    out, so that they would never be seen in the text; and the others."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    special = {token.content: i for i, token in tokens if token.special}
+    ids = tuple(special[x] for x in strings if x in special)
+    return ids, tuple(x for x in strings if x not in special)
+
+
 def _ends_of_turn(tokenizer: Any) -> list[int]:
     """The special token that a chat template puts behind an assistant's message."""
     if not getattr(tokenizer, "chat_template", None):

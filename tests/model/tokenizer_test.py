@@ -180,6 +180,16 @@ def test_every_stop_id_counts(folder, tmp_path):
         tokenizer.stop_ids(tok, _stopping())
 
 
+def test_stop_strings_that_are_special_tokens_are_stop_ids(folder):
+    """As text they would never be seen."""
+    tok = tokenizer.load(folder)
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    im_end = tok.convert_tokens_to_ids("<|im_end|>")
+    strings = ("\nQuestion:", "<|im_end|>", "</s>")
+    assert tokenizer.split_stops(tok, strings) == ((im_end, 2), ("\nQuestion:",))
+    assert "<|im_end|>" not in tokenizer.decode(tok, [5, im_end])
+
+
 def test_what_a_template_ends_a_turn_with_ends_a_response(folder):
     """Qwen's base models: the config and the tokenizer name <|endoftext|> only."""
     tok = tokenizer.load(folder)
