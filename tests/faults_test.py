@@ -172,6 +172,16 @@ def kill_and_resume(workdir, rng, kills):
 
 
 @pytest.mark.slow
+def test_a_folder_with_a_living_run_is_refused(tmp_path):
+    first = start(tmp_path / "run")
+    wait_for_step(tmp_path / "run", 1, first)
+    status, errors = finish(start(tmp_path / "run", "--config.alpha=2"))
+    assert status == 1 and "belongs to a run that is alive: process" in errors
+    assert finish(first)[0] == 0
+    assert not (tmp_path / "run/owner.json").exists()
+
+
+@pytest.mark.slow
 def test_killed_runs_end_as_if_never_stopped(whole, tmp_path):
     kill_and_resume(tmp_path / "run", random.Random(0), kills=2)
     same(tmp_path / "run", whole)

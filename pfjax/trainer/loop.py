@@ -16,6 +16,7 @@ from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storag
 from pfjax.model import hf, lora, weights
 from pfjax.tasks import grading
 from pfjax.trainer import checkpoint, diagnostics, health_checks, preemption, settings
+from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
 from pfjax.trainer.model_card import model_card
@@ -35,7 +36,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
       workdir: the run's folder, local or `gs://`; the same for all processes.
 
     Raises:
-      ValueError: for a mistake in the config or its files, before training starts.
+      ValueError: for a mistake in the config or its files, or a folder that another run
+        is writing to, before training starts.
       FloatingPointError: if the loss or a gradient is not finite.
       health_checks.Unhealthy: if metrics say that the run goes wrong.
       preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
@@ -50,6 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         trainer, state, about = setup(config, mesh)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
+            stack.enter_context(Lease(folder))
             settings.write_config(config, folder)
         run = _Run(config, folder, trainer, stack)
         state = run.train(state, about)

@@ -1,0 +1,92 @@
+"""One run per folder: two that write into one would each lose what the other wrote."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from typing import Any
+
+from etils import epath
+
+from pfjax.infra import storage
+
+# Seconds between two signs of life.
+_RENEWED_EVERY = 20.0
+
+
+class Lease(contextlib.AbstractContextManager):
+    """`owner.json` in a folder: host, process and time, renewed while the process lives.
+
+    One whose process is gone is taken over. Of another host that is known by the time,
+    which then does not change.
+
+    Raises:
+      ValueError: on entering, if the owner lives.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._path, self._is_over = folder / "owner.json", threading.Event()
+        self._me = {"host": socket.gethostname(), "process": _name_of(os.getpid())}
+
+    def __enter__(self) -> "Lease":  # noqa: PYI034
+        owner = self._read()
+        if owner and self._is_alive(owner):
+            raise ValueError(
+                f"{self._path.parent} belongs to a run that is alive: process "
+                f"{owner['process']} on {owner['host']}; stop it, or choose another "
+                "--workdir"
+            )
+        self._renew()
+        threading.Thread(target=self._keep, daemon=True).start()
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self._is_over.set()
+        if self._is_mine(self._read()):
+            self._path.unlink(missing_ok=True)
+
+    def _keep(self) -> None:
+        while not self._is_over.wait(_RENEWED_EVERY):
+            with contextlib.suppress(OSError):  # the next time, then
+                self._renew()
+
+    def _renew(self) -> None:
+        storage.write_text(self._path, json.dumps(self._me | {"time": time.time()}))
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._path.read_text())
+        except (OSError, json.JSONDecodeError):  # none, or a write that was cut short
+            return None
+
+    def _is_mine(self, owner: dict[str, Any] | None) -> bool:
+        return bool(owner) and all(owner[k] == v for k, v in self._me.items())
+
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        if owner["host"] == self._me["host"]:
+            pid = int(owner["process"].partition("@")[0])
+            return pid != os.getpid() and owner["process"] == _name_of(pid)
+        # Clocks of hosts differ: it lives if it renews.
+        end = time.monotonic() + 2.5 * _RENEWED_EVERY
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            if self._read() != owner:
+                return self._read() is not None
+        return False
+
+
+def _name_of(pid: int) -> str:
+    """The process of that number, told from a later one by when it began."""
+    try:
+        fields = (
+            pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        )
+        return f"{pid}@{fields[19]}"
+    except OSError:  # gone, or not Linux
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, 0)
+            return f"{pid}@"
+        return "gone"

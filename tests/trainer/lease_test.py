@@ -1,0 +1,60 @@
+"""One owner per folder: the living are refused, the dead are succeeded."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from pfjax.trainer import lease
+from pfjax.trainer.lease import Lease
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def _owned(folder, **owner):
+    (folder / "owner.json").write_text(json.dumps({"time": 0.0, **owner}))
+
+
+def test_a_living_process_is_refused_and_a_dead_one_succeeded(folder):
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    host = Lease(folder)._me["host"]
+    _owned(folder, host=host, process=lease._name_of(sleeper.pid))
+    with pytest.raises(
+        ValueError, match=rf"alive: process {sleeper.pid}@\d+ on {host}"
+    ):
+        Lease(folder).__enter__()
+    sleeper.kill()
+    sleeper.wait()
+    with Lease(folder):
+        owner = json.loads((folder / "owner.json").read_text())
+        assert owner["process"].startswith(f"{os.getpid()}@")
+    assert not (folder / "owner.json").exists()
+
+
+def test_another_process_of_the_same_number_is_no_owner(folder):
+    _owned(folder, host=Lease(folder)._me["host"], process=f"{os.getppid()}@1")
+    with Lease(folder):
+        pass
+
+
+def test_of_another_host_one_that_renews_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(lease, "_RENEWED_EVERY", 0.2)
+    _owned(folder, host="elsewhere", process="7@7")
+    with Lease(folder):  # it gives no sign
+        pass
+    other = Lease(folder)
+    other._me = {"host": "elsewhere", "process": "7@7"}
+    with other, pytest.raises(ValueError, match="alive: process 7@7 on elsewhere"):
+        Lease(folder).__enter__()
+
+
+def test_damage_is_no_owner(folder):
+    (folder / "owner.json").write_text('{"host"')
+    with Lease(folder):
+        pass
