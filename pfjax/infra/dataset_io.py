@@ -31,7 +31,7 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix in FILES and not path.is_file():
         raise ValueError(f"prompt file {path} does not exist")
     if path.suffix in (".jsonl", ".json"):
-        return _read_json(path)
+        return _characters(_read_json(path))
     if path.suffix == ".csv":
         return _read_csv(path)
     import datasets
@@ -115,13 +115,19 @@ def _parse(where: str, text: str) -> dict[str, Any]:
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be a JSON object, got {row!r}")  # noqa: TRY004
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: half of a surrogate pair, which is no character: {error}"
-        ) from error
     return row
+
+
+def _characters(rows: list[tuple[str, dict[str, Any]]]) -> list:
+    """The rows; what no tokenizer takes is named."""
+    for where, row in rows:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: half of a surrogate pair, which is no character: {error}"
+            ) from error
+    return rows
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
