@@ -173,11 +173,15 @@ def kill_and_resume(workdir, rng, kills):
 
 @pytest.mark.slow
 def test_a_folder_with_a_living_run_is_refused(tmp_path):
-    first = start(tmp_path / "run")
+    """Before its first checkpoint too, when nothing else tells of its settings."""
+    names = ("num_steps", "checkpoint_every", "eval_every")
+    long = [f"--config.{name}=100000" for name in names]
+    first = start(tmp_path / "run", *long)
     wait_for_step(tmp_path / "run", 1, first)
-    status, errors = finish(start(tmp_path / "run", "--config.alpha=2"))
+    status, errors = finish(start(tmp_path / "run", "--config.alpha=2", *long))
     assert status == 1 and "belongs to a run that is alive: process" in errors
-    assert finish(first)[0] == 0
+    first.send_signal(signal.SIGTERM)
+    assert finish(first)[0] == 75
     assert not (tmp_path / "run/owner.json").exists()
 
 
