@@ -1,8 +1,8 @@
 r"""Sharpens the embedded base model on a laptop.
 
 Hardware: 2 CPU cores, 4 GB. Takes about a minute.
-Result: avg@8 from 0.59 to 0.97..0.99 (0.93 with one rounding of seven), mean length from
-    17 to 21.
+Result: avg@8 from 0.59 to 0.98, median of ten seeds and roundings (0.93 to 1.00); mean
+    length from 17 to 21.
 Command: bash launch/local.sh
     (that is: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke)
 """
