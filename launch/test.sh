@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 prepare dev
 cd "$ROOT"
-exec "$PYTHON" -m pytest -n auto "$@"
+exec "$PYTHON" -m pytest -n auto --dist worksteal "$@"

@@ -49,6 +49,8 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
     about = 'arguments of the chat template, JSON: {"enable_thinking": false}'
     flags.DEFINE_string("chat_template_kwargs", "", about)
+    about = "time that the chat template is told if it asks, ISO 8601; default: now"
+    flags.DEFINE_string("clock", "", about)
 
 
 def define_sampling_flags() -> None:
@@ -68,7 +70,8 @@ def token_filters() -> options.TokenFilters:
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
     source = hf.resolve(flags.FLAGS.model)
-    return source, tokenizer.load(source, flags.FLAGS.chat_template_kwargs)
+    how = flags.FLAGS.chat_template_kwargs, flags.FLAGS.clock
+    return source, tokenizer.load(source, *how)
 
 
 @contextlib.contextmanager

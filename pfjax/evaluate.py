@@ -22,6 +22,7 @@ with epy.lazy_imports():
     import jax
 
     from pfjax.evaluation import results, scores
+    from pfjax.infra import dataset_io
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, grading
@@ -71,8 +72,9 @@ def main(_: list[str]) -> None:
             values = scores.summarise(rows, k, grader, fewer)
             about = {"grader": grader.describe() | {"box": FLAGS.box}}
             files.score(rows, {"graded": about, "scores": values})
-            version = benchmarks.fingerprint(problems)
-            print(f"{name}: {len(problems)} problems x {k} ({version})")
+            version = dataset_io.fingerprint(problems)
+            found = benchmarks.recognise(problems) or "a set of no name here"
+            print(f"{name}: {len(problems)} problems x {k} ({version}, {found})")
             for key, value in values.items():
                 if not key.endswith("_se"):
                     error = values.get(f"{key}_se")
@@ -82,6 +84,7 @@ def main(_: list[str]) -> None:
 
 def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     """Draws the responses that the folder lacks."""
+    FLAGS.clock = FLAGS.clock or results.clock_of(out, sets) or tokenizer.now()
     source, tok = cli.find_model()
     with cli.load(source) as policy:
         about_model = {
@@ -94,6 +97,8 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
         }
         if FLAGS.chat_template_kwargs:
             about_model["chat_template_kwargs"] = FLAGS.chat_template_kwargs
+        if tokenizer.asks_for_time(source):
+            about_model["clock"] = FLAGS.clock
         for name, problems in sets.items():
             style, k = _style(name), FLAGS.samples
             encode = functools.partial(tokenizer.encode_prompt, is_raw=style.is_raw)
@@ -110,8 +115,11 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             )
             files = results.Record(out, name)
             about = results.describe(name, problems, style, settings)
-            first = tok.decode(prompts[0])
-            done = files.begin(about_model | about | {"first_prompt": first})
+            about |= {
+                "first_prompt": tok.decode(prompts[0]),
+                "prompts": dataset_io.fingerprint(prompts),
+            }
+            done = files.begin(about_model | about)
             before = f", {len(done)} done before" if done else ""
             print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
             with progress.Progress(len(prompts) * k, len(done) * k) as bar:

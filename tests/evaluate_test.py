@@ -1,6 +1,8 @@
 """python -m pfjax.evaluate, as a person runs it."""
 
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +79,36 @@ def test_other_settings_do_not_mix_with_what_is_there(scored):
     done = _run(*args, "--temperature=0.5")
     assert done.returncode == 1 and "temperature: 1.0 -> 0.5" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path):
+    """Other prompts are refused: under another time, or another template."""
+    from pfjax.model import hf
+
+    model = pathlib.Path(shutil.copytree(hf.resolve("pfjax/toy"), tmp_path / "model"))
+    template = model / "chat_template.jinja"
+    template.write_text(
+        "<|user|>{{ messages[-1]['content'] }}{{ 1 if strftime_now('%Y') == '1999' }}"
+        "<|assistant|>"
+    )
+    args = (
+        f"--model={model}", "--benchmark=pfjax/toy/eval.jsonl", "--limit=2",
+        "--samples=1", f"--out={tmp_path}/out",
+    )  # fmt: skip
+    assert _run(*args, "--clock=1999-12-31").returncode == 0
+    settings = json.loads((tmp_path / "out/eval.json").read_text())["settings"]
+    assert settings["clock"] == "1999-12-31" and "1<|as" in settings["first_prompt"]
+    assert _run(*args).returncode == 0
+    done = _run(*args, "--clock=2026-01-01")
+    assert done.returncode == 1 and "clock: '1999-12-31' -> '2026" in done.stderr
+    # The first prompt is the same, the second is not.
+    template.write_text(
+        template.read_text().replace(
+            "<|ass", "{{ 'a' if '48+98' in messages[-1]['content'] }}<|ass"
+        )
+    )
+    done = _run(*args)
+    assert done.returncode == 1 and "\n  prompts: " in done.stderr, done.stderr
 
 
 def test_responses_of_unknown_settings_are_not_taken_over(tmp_path):

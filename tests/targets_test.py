@@ -79,7 +79,7 @@ def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
     kwargs = {"log_z": log_z, "reward": _count_of_2}
     chains = mcmc.metropolis_hastings(*args, blocks=2, steps=30, **kwargs)
     particles, evidence = smc.sequential_monte_carlo(
-        *args, particles=enumerable.SAMPLES, ramp=2, **kwargs
+        *args, particles=4 * enumerable.SAMPLES, ramp=2, **kwargs
     )
     for out in (chains, particles):
         assert total_variation(enumerable.frequencies(out), exact) < floor

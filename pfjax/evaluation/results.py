@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from pfjax.evaluation.scores import Row, Settings, in_order
@@ -74,7 +75,7 @@ class Record:
                 f"{self.path} holds no responses: evaluate without --regrade"
             )
         settings = self._read()["settings"]
-        version, k = benchmarks.fingerprint(problems), settings["samples"]
+        version, k = dataset_io.fingerprint(problems), settings["samples"]
         if settings["version"] != version:
             raise ValueError(
                 f"{self.path} holds responses to version {settings['version']} of "
@@ -100,6 +101,13 @@ class Record:
         storage.write_text(self._scores, text)
 
 
+def clock_of(folder: pathlib.Path, names: Iterable[str]) -> str:
+    """The time that prompts of the first of these sets were told; "" for none."""
+    scores = [(folder / pathlib.Path(n).stem).with_suffix(".json") for n in names]
+    found = (json.loads(x.read_text())["settings"] for x in scores if x.exists())
+    return next((settings.get("clock", "") for settings in found), "")
+
+
 def describe(
     name: str, problems: list[Problem], style: Style, settings: Settings
 ) -> dict[str, Any]:
@@ -108,7 +116,8 @@ def describe(
     return {
         "source": known.source if known else name,
         "items": len(problems),
-        "version": benchmarks.fingerprint(problems),
+        "version": dataset_io.fingerprint(problems),
+        "recognised": benchmarks.recognise(problems),
         "template": style.template,
         "chat_template": not style.is_raw,
         "samples": settings.samples_per_prompt,

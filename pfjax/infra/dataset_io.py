@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -154,6 +155,11 @@ def _without_torn_character(content: bytes) -> bytes:
     """A kill may cut within a character of the last line."""
     *lines, last = content.split(b"\n")
     return b"\n".join([*lines, last.decode(errors="ignore").encode()])
+
+
+def fingerprint(values: Any) -> str:
+    """Tells one version of data from another; `values` are those of JSON."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:

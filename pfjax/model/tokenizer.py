@@ -1,22 +1,29 @@
 """Text <-> token ids: chat template, stop ids."""
 
+import datetime
 import functools
 import json
 import os
+import re
 from typing import Any
 
 from pfjax.model import hf
 from pfjax.model.transformer import ModelConfig
 
+_TIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load(path_or_hub_id: str | os.PathLike, template_kwargs: str = "") -> Any:
+def load(
+    path_or_hub_id: str | os.PathLike, template_kwargs: str = "", clock: str = ""
+) -> Any:
     """The tokenizer of a model folder (a `transformers` tokenizer).
 
     Args:
       template_kwargs: arguments of its chat template whenever it is used, such as
         `{"enable_thinking": false}`; "" for none.
+      clock: the time that a chat template is told if it asks, ISO 8601; "" for now. It is
+        the same in all prompts.
 
     Raises:
       ValueError: if the folder holds none that loads without remote code, or the
@@ -33,12 +40,38 @@ def load(path_or_hub_id: str | os.PathLike, template_kwargs: str = "") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{said}: {error}") from error
+    if asks_for_time(folder):
+        time = _time(clock or now())
+        template = tokenizer.chat_template
+        if isinstance(template, str):
+            # transformers hands no functions on to a template: it gets what they return.
+            told = lambda call: repr(time.strftime(call[2]))
+            tokenizer.chat_template = _TIME.sub(told, template)
     if template_kwargs:
         bound = functools.partial(
             tokenizer.apply_chat_template, **_parse(template_kwargs)
         )
         tokenizer.apply_chat_template = bound
     return tokenizer
+
+
+def now() -> str:
+    """The local time, ISO 8601, to the second."""
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def _time(clock: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(clock)
+    except ValueError:
+        raise ValueError(f"clock must be a time in ISO 8601, got {clock!r}") from None
+
+
+def asks_for_time(path_or_hub_id: str | os.PathLike) -> bool:
+    """Whether the chat template of a model folder writes today's date into prompts."""
+    folder = hf.resolve(path_or_hub_id)
+    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return any(f.is_file() and "strftime_now" in f.read_text("utf-8") for f in files)
 
 
 def _parse(template_kwargs: str) -> dict[str, Any]:

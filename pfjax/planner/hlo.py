@@ -56,6 +56,8 @@ def collectives(text: str, mesh: AnyMesh) -> list[Collective]:
                     continue
                 seen.add(piece)
             group = _group(line) or list(range(mesh.size))  # none stated: all devices
+            if len(group) == 1:
+                continue  # nothing is sent
             arrays = [_array(*x) for x in _SHAPE.findall(result)]
             dtype, shape, size = max(arrays, key=lambda x: x[2])
             if kind == "all-reduce" and not is_start:

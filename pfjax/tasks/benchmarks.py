@@ -5,7 +5,6 @@ file or data set. Rows of all are read by `from_row`, as those of training are.
 """
 
 import hashlib
-import json
 import logging
 import math
 import pathlib
@@ -32,6 +31,7 @@ class Benchmark(NamedTuple):
     size: int  # items that published scores are over; 0: as many as there are
     problem: Callable[[str, dict[str, Any], int, int], Problem]  # see `from_row`
     aliases: tuple[str, ...] = ()  # names of copies, beside its own
+    contents: tuple[str, ...] = ()  # see `recognise`; one per wording in circulation
 
 
 class Style(NamedTuple):
@@ -91,7 +91,12 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
                 f"{', '.join(BENCHMARKS)}"
             )
         found = enumerate(dataset_io.read(name))
-        return [from_row(where, row, i) for i, (where, row) in found]
+        problems = [from_row(where, row, i) for i, (where, row) in found]
+        stem = pathlib.Path(name).stem
+        _check_content(
+            next((k for k in BENCHMARKS if _is_named(k, stem)), ""), problems
+        )
+        return problems
     source = known.source
     if folder:
         stems = [x + y for x in (name, *known.aliases) for y in ("", "/test")]
@@ -120,13 +125,34 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
     if known.size and len(problems) != known.size:
         found = f"{source} has {len(problems)} items"
         _LOG.warning(f"{found}, published scores are over {known.size}")
+    _check_content(name, problems)
     return problems
 
 
-def fingerprint(problems: list[Problem]) -> str:
-    """Tells one version of a set from another: of ids, questions and golds."""
-    text = json.dumps(problems, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def recognise(problems: list[Problem]) -> str | None:
+    """The set of `BENCHMARKS` that these questions are, whatever file they came from.
+
+    Compared are the letters and digits of all questions, in any order.
+    """
+    plain = [re.sub(r"[^a-z0-9]", "", text_of(p).lower()) for p in problems]
+    content = hashlib.sha256("\n".join(sorted(plain)).encode()).hexdigest()[:10]
+    return next((k for k, b in BENCHMARKS.items() if content in b.contents), None)
+
+
+def _is_named(benchmark: str, stem: str) -> bool:
+    names = (benchmark, *BENCHMARKS[benchmark].aliases)
+    return stem.lower() in {name.lower() for name in names}
+
+
+def _check_content(name: str, problems: list[Problem]) -> None:
+    """Warns if a set that is called by the name of a benchmark holds other questions."""
+    known, found = BENCHMARKS.get(name), recognise(problems)
+    if known and known.contents and found != name:
+        what = f"those of {found}" if found else f"no wording of {name} known here"
+        _LOG.warning(
+            f"the {len(problems)} questions read as {name} are {what}: their scores are "
+            f"not comparable with published ones of {name}"
+        )
 
 
 def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
@@ -250,17 +276,32 @@ def _creative(where: str, row: dict[str, Any], number: int, _: int) -> Problem:
 _QUESTIONS = ("prompt", "problem", "question")
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "math500": Benchmark("HuggingFaceH4/MATH-500:test", 500, from_row, ("MATH-500",)),
+    "math500": Benchmark(
+        "HuggingFaceH4/MATH-500:test", 500, from_row, ("MATH-500",), ("a46e75825b",)
+    ),
+    # The hub's has 674 problems, Qwen's, whose content is known, 675.
     "olympiadbench": Benchmark(
         "Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", 674, from_row
     ),
-    "aime24": Benchmark("HuggingFaceH4/aime_2024:train", 30, from_row, ("aime_2024",)),
-    "aime25": Benchmark("math-ai/aime25:test", 30, from_row, ("aime_2025",)),
-    "amc23": Benchmark("math-ai/amc23:test", 40, from_row),
+    "aime24": Benchmark(
+        "HuggingFaceH4/aime_2024:train",
+        30,
+        from_row,
+        ("aime_2024",),
+        ("ace8cbe816", "459531b104", "94d9500cff", "feb3b60293"),
+    ),
+    "aime25": Benchmark(
+        "math-ai/aime25:test", 30, from_row, ("aime_2025",), ("6fc60b2ced",)
+    ),
+    "amc23": Benchmark("math-ai/amc23:test", 40, from_row, (), ("3cd04b74a4",)),
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond:train", 198, _gpqa),
-    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, from_row),
+    "gsm8k": Benchmark("openai/gsm8k:main:test", 1319, from_row, (), ("f8ecc2cb64",)),
     "minerva": Benchmark(
-        "math-ai/minervamath:test", 272, from_row, ("minerva_math", "minervamath")
+        "math-ai/minervamath:test",
+        272,
+        from_row,
+        ("minerva_math", "minervamath"),
+        ("036f2232fe",),
     ),
     **dict.fromkeys(("poem", "story", "joke"), Benchmark("", 0, _creative)),
 }

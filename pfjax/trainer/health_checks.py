@@ -64,6 +64,21 @@ def symptoms(
     return out
 
 
+def suspicions(history: Sequence[dict[str, Any]], patience: int) -> list[str]:
+    """What deserves a look in the last `patience` rows, but may be meant; as `symptoms`."""
+    rows = [r for r in history if "reward/mean" in r][-patience:]
+    seen = {(r["reward/mean"], r["reward/std"]) for r in rows}
+    if len(rows) < patience or len(seen) > 1 or rows[-1]["reward/std"]:
+        return []
+    mean = rows[-1]["reward/mean"]
+    said = (
+        f"every response of the last {patience} steps had the same reward, {mean:g} "
+        "(reward/mean, reward/std): nothing is learned. Likely the answers are not of the "
+        "form that responses give them in; compare `gold` and `answer` in completions/"
+    )
+    return [said]
+
+
 @contextlib.contextmanager
 def watch(step: int, limit_seconds: float) -> Iterator[None]:
     """Says on standard error, with the stacks of this process, if a step is stuck."""

@@ -47,6 +47,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     settings.check(config)
     folder = storage.place(workdir)
     mesh = sharding.make_mesh(**config.mesh)
+    config = settings.with_clock(config, folder)
     settings.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh)
@@ -187,7 +188,7 @@ class _Run:
                 f"stopped after step {step}: {reasons}. "
                 "--config.health_checks.action=warn continues"
             )
-        for symptom in wrong:
+        for symptom in wrong + self._suspicions():
             self.progress.note(f"warning: {symptom}")
         is_last = step == self.num_steps
         if self._is_due(step, self.eval_every) and (is_last or not is_preempted):
@@ -227,6 +228,12 @@ class _Run:
         self.progress.note(f"step {step}  " + "  ".join(shown))
         values = {f"eval/{k}": v for k, v in values.items()}
         return values | {"time/eval": time.perf_counter() - begin}
+
+    def _suspicions(self) -> list[str]:
+        health, history = self.health, self.writer.history
+        if health.action == "off" or history[-1]["step"] % health.patience:
+            return []
+        return health_checks.suspicions(history, health.patience)
 
     def _symptoms(self) -> list[str]:
         """What is wrong now; with `warn`, once in `patience` steps."""

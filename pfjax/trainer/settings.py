@@ -8,6 +8,7 @@ JAX: imports nothing heavy.
 """
 
 import dataclasses
+import datetime
 import difflib
 import importlib.metadata
 import json
@@ -131,6 +132,10 @@ _FREE: dict[str, Setting] = {
         for x in dataclasses.fields(TokenFilters)
     },
     "eval_sampling.stop_strings": Setting((), "texts that end a response"),
+    # Prompts are fingerprinted as encoded, so that another time is noticed.
+    "data.clock": Setting(
+        "", 'time that chat templates are told, ISO 8601; "" for that of the start'
+    ),
     # Records.
     "log_every": _positive(1, "steps between lines when stderr is no terminal"),
     "checkpoint_every": _positive(40, "steps between checkpoints"),
@@ -251,6 +256,24 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     old, new = json.loads(path.read_text())["config"], json.loads(c.to_json())
     said = f"{folder} holds a run with another config"
     check_same(said, identity(old), identity(new))
+
+
+def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
+    """The config with the time that the chat template of its model is told, if it asks:
+    that of a run found in the folder, else now. All processes have to call it."""
+    import numpy as np
+
+    from pfjax.infra import distributed
+    from pfjax.model import tokenizer
+
+    if c.data.clock or not tokenizer.asks_for_time(c.model):
+        return c
+    path, now = folder / "config.json", datetime.datetime.now().timetuple()[:6]
+    now = datetime.datetime(*distributed.from_first(np.array(now, np.int32)).tolist())
+    old = json.loads(path.read_text())["config"] if path.exists() else {}
+    out = ConfigDict(c)
+    out.data.clock = old.get("data", {}).get("clock", "") or now.isoformat()
+    return FrozenConfigDict(out)
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from pfjax.evaluation import elbo, scores
+from pfjax.infra import dataset_io
 from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
 from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
@@ -48,7 +47,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     source = hf.resolve(config.model)
     base_model, tok = (
         hf_config.read(source),
-        tokenizer.load(source, config.data.chat_template_kwargs),
+        tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock),
     )
     train, held_out = _load_prompts(config, tok, base_model)
     longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
@@ -101,6 +100,10 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     first = textwrap.shorten(
         repr(tok.decode(train.tokens[0])), 400, placeholder=" ...'"
     )
+    if config.data.clock:
+        about += (
+            f"\nthe chat template is told that it is {config.data.clock} (data.clock)"
+        )
     return trainer, state, f"{about}\nfirst prompt, as the model sees it: {first}"
 
 
@@ -126,8 +129,7 @@ def _inputs(
     found = {"prompts": of(train), "tokens": sorted(tok.get_vocab().items())}
     if held_out:
         found["prompts of the evaluation"] = of(held_out)
-    digest = lambda x: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
-    return {name: digest(x) for name, x in found.items()}
+    return {name: dataset_io.fingerprint(x) for name, x in found.items()}
 
 
 def _load_params(

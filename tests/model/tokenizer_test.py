@@ -125,6 +125,31 @@ def test_arguments_of_the_template_are_used_wherever_it_is(folder, tmp_path):
             tokenizer.load(tmp_path, wrong)
 
 
+def test_a_template_is_told_one_time_only(folder, tmp_path, monkeypatch):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert not tokenizer.asks_for_time(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if strftime_now('%Y') == '1999' %} two{% endif %}"
+    )
+    assert tokenizer.asks_for_time(tmp_path)
+    then, now = (tokenizer.load(tmp_path, "", x) for x in ("1999-12-31T23:59:59", ""))
+    texts = [
+        tokenizer.decode(t, tokenizer.encode_prompt(t, "the")) for t in (then, now)
+    ]
+    assert texts == ["the two", "the"]
+    with pytest.raises(
+        ValueError, match="clock must be a time in ISO 8601, got 'noon'"
+    ):
+        tokenizer.load(tmp_path, "", "noon")
+    # What is told is of when the tokenizer was loaded, not of when a prompt is encoded.
+    monkeypatch.setattr(tokenizer, "now", lambda: "1999-12-31T23:59:59")
+    late = tokenizer.load(tmp_path)
+    monkeypatch.setattr(tokenizer, "now", lambda: "2000-01-01T00:00:00")
+    assert tokenizer.decode(late, tokenizer.encode_prompt(late, "the")) == "the two"
+
+
 def test_messages_need_a_template(folder):
     tok = tokenizer.load(folder)
     with pytest.raises(ValueError, match="no chat template"):

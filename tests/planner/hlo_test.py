@@ -72,12 +72,14 @@ def test_a_shift_along_an_axis(mesh):
 
 
 def test_groups_as_compilers_write_them(mesh):
-    """Transposed lists of devices, and starts of asynchronous operations."""
+    """Transposed lists of devices, starts of asynchronous operations, and groups of one
+    device, which send nothing."""
     text = """
 ENTRY %main (p: f32[4]) -> f32[8] {
   %a = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
   %b = f32[8]{0} all-gather-done(%a)
   %c = (bf16[4]{0:T(8,128)}, bf16[2]{0}) all-reduce(%p, %q), replica_groups={{0,4},{1,5}}, to_apply=%add
+  %d = f32[4]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3}}, to_apply=%add
 }
 """
     gather, reduce = hlo.collectives(text, mesh)

@@ -1,5 +1,6 @@
 r"""Sets of problems: each form by hand, with the traps of its source."""
 
+import hashlib
 import json
 import logging
 
@@ -102,6 +103,41 @@ def test_another_number_of_items_is_said(tmp_path, caplog):
     assert "has 1 items, published scores are over 500" in caplog.text
 
 
+def test_a_set_is_recognised_by_its_questions(tmp_path, caplog, monkeypatch):
+    """In any order and spacing, whatever the file is called."""
+    questions = ["What is 1 + 1?", "How far is 3?"]
+    known = benchmarks.BENCHMARKS["math500"]
+    letters = "\n".join(sorted(["whatis11", "howfaris3"]))
+    content = hashlib.sha256(letters.encode()).hexdigest()[:10]
+    monkeypatch.setitem(
+        benchmarks.BENCHMARKS, "math500", known._replace(contents=("0", content))
+    )
+    rows = [{"problem": q, "answer": "2"} for q in questions]
+    for file, asked in (
+        ("mine.jsonl", rows[::-1]),
+        ("math500.jsonl", rows),
+        ("MATH-500.jsonl", [{"prompt": r["problem"].replace(" ", "\n")} for r in rows]),
+    ):
+        _write(tmp_path, file, *asked)
+        with caplog.at_level(logging.WARNING):
+            problems = benchmarks.read(str(tmp_path / file))
+        assert benchmarks.recognise(problems) == "math500" and not caplog.text
+    # Called by the name of another, or of one whose questions it has not.
+    for file, asked, message in (
+        ("gsm8k.jsonl", rows, "the 2 questions read as gsm8k are those of math500"),
+        (
+            "MATH-500.jsonl",
+            rows[:1],
+            "the 1 questions read as math500 are no wording of",
+        ),
+    ):
+        _write(tmp_path, file, *asked)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            benchmarks.read(str(tmp_path / file))
+        assert message in caplog.text
+
+
 def test_a_row_of_another_form_is_named(tmp_path):
     for answer in (None, "", " ", [], [""], {"target": []}, float("nan"), "#### "):
         row = {"question": "?", "answer": answer}
@@ -177,11 +213,11 @@ def test_copies_of_a_set_have_several_names_and_forms(tmp_path, file):
 
 def test_versions_of_a_set_differ_by_question_and_gold():
     one = [Problem("0", "?", "7")]
-    assert benchmarks.fingerprint(one) == benchmarks.fingerprint(
+    assert dataset_io.fingerprint(one) == dataset_io.fingerprint(
         [Problem("0", "?", "7")]
     )
     for other in (Problem("0", "?!", "7"), Problem("0", "?", "8")):
-        assert benchmarks.fingerprint(one) != benchmarks.fingerprint([other])
+        assert dataset_io.fingerprint(one) != dataset_io.fingerprint([other])
 
 
 def test_styles_keep_the_braces_of_questions_and_their_own():

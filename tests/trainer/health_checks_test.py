@@ -63,6 +63,38 @@ def test_truncation_of_all():
     assert not health_checks.symptoms(rows, **LIMITS)
 
 
+@pytest.mark.parametrize(
+    "rewards, spread, is_constant",
+    [
+        ([0.5, 0.0, 0.0, 0.0], 0.0, True),
+        ([1.0, 1.0, 1.0], 0.0, True),
+        ([0.0, 0.0, 0.1], 0.0, False),  # prompts of the last step differ
+        ([0.5, 0.5, 0.5], 0.5, False),  # responses to a prompt do
+        ([0.0, 0.0], 0.0, False),  # not for long enough
+        ([], 0.0, False),
+    ],
+)
+def test_a_reward_that_is_constant_is_said(rewards, spread, is_constant):
+    rows = [{"step": 0}] + [
+        {"step": i, "reward/mean": x, "reward/std": spread}
+        for i, x in enumerate(rewards, start=1)
+    ]
+    found = health_checks.suspicions(rows, patience=3)
+    assert len(found) == is_constant
+    if found:
+        assert f"had the same reward, {rewards[-1]:g} " in found[0]
+
+
+def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
+    """Responses of one token hold no answer."""
+    config.objective, config.samples_per_prompt = "grpo", 8
+    config.health_checks.truncated_ceiling = 2.0
+    with open(config.data.train, "w") as file:
+        file.write('{"prompt": "a b", "answer": "7"}\n')
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert capsys.readouterr().out.count("warning: every response of the last 2") == 2
+
+
 @pytest.fixture
 def config(enumerable_folder, tmp_path):
     from configs import smoke

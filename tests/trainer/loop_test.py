@@ -306,6 +306,31 @@ def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change
         loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
+def test_a_template_that_asks_for_the_time_is_told_that_of_the_start(
+    config, tmp_path, monkeypatch, capsys
+):
+    (pathlib.Path(config.model) / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'b ' if strftime_now('%Y') == '1999' else 'a ' }}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    config.num_steps, config.data.clock = 1, "1999-12-31T23:59:59"
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    # The same command without that goes on with the prompts of then.
+    config.num_steps, config.data.clock = 2, ""
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    stored = json.loads((tmp_path / "run/config.json").read_text())
+    assert stored["config"]["data"]["clock"] == "1999-12-31T23:59:59"
+    assert capsys.readouterr().out.count("is told that it is 1999-12-31T23:59:59") == 2
+    config.num_steps, config.data.clock = 3, "2026-01-01"
+    with pytest.raises(ValueError, match=r"another run.*\n  prompts: \w+ -> \w+"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    # One that begins now is told now, and keeps it.
+    config.num_steps, config.data.clock = 1, ""
+    loop.train_and_evaluate(config, str(tmp_path / "new"))
+    new = json.loads((tmp_path / "new/config.json").read_text())
+    assert new["config"]["data"]["clock"].startswith("20")
+
+
 def test_answers_that_nothing_equals_are_said_before_training(config, tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"prompt": PROMPT, "answer": "}{"}) + "\n")
