@@ -19,7 +19,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():  # flags are parsed, and --help answers, without them
     import jax
 
-    from pfjax.infra import compile_cache, sharding
+    from pfjax.infra import compile_cache, distributed, sharding
     from pfjax.model import hf, tokenizer, transformer
     from pfjax.trainer import health_checks
 
@@ -38,6 +38,20 @@ def define_config_flag() -> flags.FlagHolder:
     config = config_flags.DEFINE_config_file("config", lock_config=True)
     flags.mark_flag_as_required("config")
     return config
+
+
+def define_multihost_flag() -> None:
+    """Declares --multihost; see `join`."""
+    about = "one of several processes, which find each other"
+    flags.DEFINE_bool("multihost", False, about)
+
+
+def join() -> None:
+    """Finds the other processes if there should be some, before JAX looks for devices."""
+    if flags.FLAGS.multihost:
+        distributed.join()
+    else:
+        distributed.check_alone()
 
 
 def define_model_flags() -> None:

@@ -3,7 +3,8 @@ r"""Scores: python -m pfjax.evaluate --model=runs/math/hf --benchmark=math500,ai
 Sets come from the hub, or from --data=DIR with DIR/math500.jsonl and so on; a set may also
 be a file as in training. Each leaves two files in --out: NAME.jsonl, one line per response, and
 NAME.json, its scores with every setting that moves them. The same command goes on where it
-was stopped; --regrade grades the responses there again, without the model.
+was stopped; --regrade grades the responses there again, without the model. All devices are
+used; with --multihost this is one of several processes, the first of which writes.
 
 Prompts without answers (poem, story and joke: files with a `prompt` per line) have lengths
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
@@ -20,9 +21,10 @@ from pfjax import cli
 
 with epy.lazy_imports():
     import jax
+    import numpy as np
 
     from pfjax.evaluation import results, scores
-    from pfjax.infra import dataset_io
+    from pfjax.infra import dataset_io, distributed
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, grading
@@ -30,6 +32,7 @@ with epy.lazy_imports():
 FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
+cli.define_multihost_flag()
 flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
 flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
@@ -48,6 +51,7 @@ flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 @cli.mistakes_in_one_line()
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    cli.join()
     sets = {}
     for name in FLAGS.benchmark:
         problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
@@ -58,12 +62,14 @@ def main(_: list[str]) -> None:
             f"--benchmark={','.join(FLAGS.benchmark)}: two sets of one name would share "
             f"files in {out}; give each an --out of its own"
         )
+    is_first = distributed.is_first()  # which alone reads and writes --out, and grades
     with grading.Grader() as grader:
         for problems in sets.values():
             grader.check_golds([p.gold for p in problems])
         if not FLAGS.regrade:
             _sample(sets, out)
-        for name, problems in sets.items():
+        distributed.leave()
+        for name, problems in sets.items() if is_first else ():
             files = results.Record(out, name)
             rows = files.rows(problems)
             scores.grade(rows, problems, grader, FLAGS.box)
@@ -84,7 +90,8 @@ def main(_: list[str]) -> None:
 
 def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
     """Draws the responses that the folder lacks."""
-    FLAGS.clock = FLAGS.clock or results.clock_of(out, sets) or tokenizer.now()
+    clock = FLAGS.clock or results.clock_of(out, sets) or tokenizer.now()
+    FLAGS.clock = distributed.text_from_first(clock)
     source, tok = cli.find_model()
     with cli.load(source) as policy:
         about_model = {
@@ -119,13 +126,18 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                 "first_prompt": tok.decode(prompts[0]),
                 "prompts": dataset_io.fingerprint(prompts),
             }
-            done = files.begin(about_model | about)
+            is_done = np.zeros(len(prompts), bool)
+            if is_first := distributed.is_first():
+                is_done[list(files.begin(about_model | about))] = True
+            done = frozenset(np.flatnonzero(distributed.from_first(is_done)).tolist())
             before = f", {len(done)} done before" if done else ""
-            print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
+            if is_first:
+                print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
             with progress.Progress(len(prompts) * k, len(done) * k) as bar:
 
-                def keep(new: list, files=files, bar=bar) -> None:
-                    files.add(new)
+                def keep(new: list, files=files, bar=bar, is_first=is_first) -> None:
+                    if is_first:
+                        files.add(new)
                     bar.add(len(new), sum(r["tokens"] for r in new))
 
                 scores.sample(policy, tok, problems, prompts, settings, keep, done=done)

@@ -13,9 +13,7 @@ from pfjax import cli
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-_MULTIHOST = flags.DEFINE_bool(
-    "multihost", False, "one of several processes, which find each other"
-)
+cli.define_multihost_flag()
 
 
 def main(_: list[str]) -> None:
@@ -24,16 +22,13 @@ def main(_: list[str]) -> None:
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
         import jax
 
-        from pfjax.infra import compile_cache, distributed
+        from pfjax.infra import compile_cache
         from pfjax.trainer import loop, preemption
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     compile_cache.use_cache()
     with cli.mistakes_in_one_line():
-        if _MULTIHOST.value:
-            distributed.join()
-        else:
-            distributed.check_alone()
+        cli.join()
         try:
             loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
         except preemption.Preempted as stop:

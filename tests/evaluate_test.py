@@ -1,14 +1,18 @@
 """python -m pfjax.evaluate, as a person runs it."""
 
 import json
+import os
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from pfjax.evaluation import results
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 def _run(*args):
@@ -104,7 +108,7 @@ def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path)
     # The first prompt is the same, the second is not.
     template.write_text(
         template.read_text().replace(
-            "<|ass", "{{ 'a' if '48+98' in messages[-1]['content'] }}<|ass"
+            "<|ass", "{{ 1 if '48+98' in messages[-1]['content'] }}<|ass"
         )
     )
     done = _run(*args)
@@ -116,6 +120,46 @@ def test_responses_of_unknown_settings_are_not_taken_over(tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"prompt_id": 0, "sample": 0}\n')
     with pytest.raises(ValueError, match="but eval.json, which tells how"):
         files.begin({"samples": 1})
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does_and_the_first_writes(tmp_path):
+    """Of greedy responses, which rounding moves least; then one of them goes on alone."""
+
+    def start(out, limit, devices, index=None, port=None):
+        command = [
+            sys.executable, "-m", "pfjax.evaluate", "--benchmark=pfjax/toy/eval.jsonl",
+            "--temperature=0", "--samples=1", "--max_new_tokens=32",
+            f"--limit={limit}", f"--out={tmp_path / out}",
+        ]  # fmt: skip
+        env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        if port:
+            command.append("--multihost")
+            names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
+            values = (f"localhost:{port}", "2", str(index))
+            env |= {f"PFJAX_{k}": v for k, v in zip(names, values, strict=True)}
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def finish(*processes):
+        for process in processes:
+            out, errors = process.communicate(timeout=900)
+            assert process.returncode == 0, errors
+            lines = out.splitlines(keepends=True)
+            yield "".join(x for x in lines if not x.startswith("[Gloo]"))
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    printed = [*finish(*(start("two", 8, 1, i, port) for i in range(2)))]
+    assert "avg@1" in printed[0] and not printed[1]
+    (alone,) = finish(start("one", 8, 2))
+    assert alone == printed[0]
+    assert _rows(tmp_path / "two/eval.jsonl") == _rows(tmp_path / "one/eval.jsonl")
+    (again,) = finish(start("two", 8, 2))
+    assert again == alone
 
 
 def test_grading_again_needs_no_model(scored, tmp_path):

@@ -78,6 +78,18 @@ def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
     return tuple(everyone.any(axis=0).tolist())
 
 
+def text_from_first(text: str) -> str:
+    """The first process's `text`, of at most 64 bytes, on all of them. All have to call it."""
+    padded = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)
+    return from_first(padded).astype(np.uint8).tobytes().rstrip(b"\0").decode()
+
+
+def leave() -> None:
+    """Ends what `join` began: processes may then end at different times."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+
+
 def from_first(x: np.ndarray) -> np.ndarray:
     """The first process's `x`, on all of them. All processes have to call it."""
     return np.asarray(multihost_utils.broadcast_one_to_all(x))

@@ -8,7 +8,6 @@ JAX: imports nothing heavy.
 """
 
 import dataclasses
-import datetime
 import difflib
 import importlib.metadata
 import json
@@ -261,18 +260,16 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
 def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
     """The config with the time that the chat template of its model is told, if it asks:
     that of a run found in the folder, else now. All processes have to call it."""
-    import numpy as np
-
     from pfjax.infra import distributed
     from pfjax.model import tokenizer
 
     if c.data.clock or not tokenizer.asks_for_time(c.model):
         return c
-    path, now = folder / "config.json", datetime.datetime.now().timetuple()[:6]
-    now = datetime.datetime(*distributed.from_first(np.array(now, np.int32)).tolist())
+    path = folder / "config.json"
     old = json.loads(path.read_text())["config"] if path.exists() else {}
+    clock = old.get("data", {}).get("clock", "") or tokenizer.now()
     out = ConfigDict(c)
-    out.data.clock = old.get("data", {}).get("clock", "") or now.isoformat()
+    out.data.clock = distributed.text_from_first(clock)
     return FrozenConfigDict(out)
 
 
