@@ -1,6 +1,9 @@
 """Symptoms of runs that go wrong; steps that are stuck; signals."""
 
+import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 
@@ -139,7 +142,29 @@ def test_a_run_stops_or_warns_as_the_config_says(config, tmp_path, capsys, actio
     assert capsys.readouterr().out.count("warning: responses") == 2 * (action == "warn")
 
 
-def test_a_stuck_step_tells_where_it_stands(capfd):
+@contextlib.contextmanager
+def _stderr_in(path):
+    """What this process writes to standard error, threads and C too, is in a file: pytest
+    loses what is written while it reads."""
+    saved, before = os.dup(2), sys.stderr
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            with open(2, "w", closefd=False, buffering=1) as sys.stderr:
+                yield
+        finally:
+            sys.stderr = before
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def test_a_stuck_step_tells_where_it_stands(tmp_path):
+    err = tmp_path / "stderr"
+    with _stderr_in(err):
+        _stuck_steps(err)
+
+
+def _stuck_steps(err):
     end = threading.Event()
     others = [threading.Thread(target=end.wait) for _ in range(120)]
     for thread in others:  # faulthandler shows the youngest hundred
@@ -149,17 +174,16 @@ def test_a_stuck_step_tells_where_it_stands(capfd):
         "Timeout",
         "in test_a_stuck_step_tells_where_it_stands",
     )
-    said, patience = "", time.monotonic() + 120
+    patience = time.monotonic() + 120
     with health_checks.watch(7, 0.2):
-        while not all(text in said for text in wanted):
-            assert time.monotonic() < patience, said
+        while not all(text in err.read_text() for text in wanted):
+            assert time.monotonic() < patience, err.read_text()[:5000]
             time.sleep(0.1)
-            said += capfd.readouterr().err
     end.set()
     with health_checks.watch(8, 2.0):
         pass
     time.sleep(2.5)
-    assert "step 8" not in capfd.readouterr().err
+    assert "step 8" not in err.read_text()
 
 
 @pytest.fixture
