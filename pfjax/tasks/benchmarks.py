@@ -4,6 +4,8 @@ A set of `BENCHMARKS` is read from the hub, or from a copy in a folder; any othe
 file or data set. Rows of all are read by `from_row`, as those of training are.
 """
 
+import ast
+import contextlib
 import hashlib
 import logging
 import math
@@ -220,12 +222,16 @@ def _message(where: str, field: str, m: Any) -> dict[str, Any]:
 def gold_of(where: str, value: Any) -> str | None:
     """What a right answer equals; None where there is none.
 
-    Of a list the first counts (EMPO's files), of an object its one value, and of a worked
-    solution the answer that it marks; a number has no decimal point that says nothing.
+    Of a list the first counts (EMPO's files), of an object its one value, as text of
+    Python too, and of a worked solution the answer that it marks; words around an answer
+    (`Answer: 5`) are dropped; a number has no decimal point that says nothing.
 
     Raises:
       ValueError: for an object of several values.
     """
+    if isinstance(value, str) and _CONTAINER.match(value):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value.strip())
     while isinstance(value, list | dict):
         if isinstance(value, dict) and len(value) > 1:
             raise ValueError(f"{where}: an answer must be one string, got {value!r}")
@@ -236,7 +242,22 @@ def gold_of(where: str, value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():  # 27.0 in copies of AMC
         value = int(value)
     text = str(value).strip()
-    return _marked(text) if re.search(r"####|\\boxed", text) else text or None
+    if re.search(r"####|\\boxed", text):
+        return _marked(text)
+    while match := _AROUND.fullmatch(text):
+        text = next(x for x in match.groups() if x is not None).strip()
+    return None if text in _MISSING else text
+
+
+# How Python, JSON and pandas write that there is nothing.
+_MISSING = ("", "None", "null", "nan", "NaN", "N/A", "<NA>", "[]", "{}")
+# A list or an object as Python and JSON print it: it begins with a quote, unlike intervals.
+_CONTAINER = re.compile(r"""\s*[\[{]\s*["']""")
+_AROUND = re.compile(
+    r"<answer>(.*)</answer>|\**(?:the )?(?:final )?answer\**(?: is:?|:)\**\s*(.+?)\.?"
+    r"|\*\*([^*]+)\*\*|\\\[(.*)\\\]",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def _marked(text: str) -> str | None:

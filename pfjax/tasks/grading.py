@@ -57,6 +57,7 @@ DEADLINE_SECONDS = 2.0  # of the worker's processor time, for one comparison
 _PATIENCE = 600.0
 _MEMORY_BYTES = 4 * 2**30
 # Characters of an answer; the longest gold of the sets has 210.
+_MANY_WORDS = 20  # golds of the sets have up to 12
 _LONGEST = 2000
 # Counts changes of the rules above: scores of different numbers do not compare.
 RULES_VERSION = 2
@@ -125,6 +126,12 @@ def last_boxed(text: str) -> str | None:
     return boxed(text)
 
 
+def _is_text(gold: str) -> bool:
+    """Whether it is of several lines or many words: a solution, not an answer."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", gold)
+    return "\n" in gold or len(words) >= _MANY_WORDS
+
+
 class Grader(contextlib.AbstractContextManager):
     """Compares answers; a context manager that holds one worker process. `timeouts` is the
     number of comparisons that were cut off."""
@@ -162,13 +169,12 @@ class Grader(contextlib.AbstractContextManager):
           ValueError: naming the golds that no answer would equal.
         """
         known = [*dict.fromkeys(g for g in golds if g is not None)][:_CHECKED]
-        # Of several lines is a text, not an answer.
-        wrong = [g for g in known if "\n" in g or not self._ask(g, g)]
+        wrong = [g for g in known if _is_text(g) or not self._ask(g, g)]
         if wrong:
             raise ValueError(
                 f"{len(wrong)} of {len(known)} gold answers are not equal to themselves: "
-                f"{wrong[:20]}; correct them (LaTeX, as inside a box) or leave their "
-                "prompts out"
+                f"{wrong[:20]}; correct them (LaTeX, as inside a box, without a solution) "
+                "or leave their prompts out"
             )
 
     def is_equal(self, gold: str, answer: str, tolerance: float | None = None) -> bool:

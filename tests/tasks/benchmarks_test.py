@@ -169,6 +169,22 @@ def test_a_row_of_another_form_is_named(tmp_path):
         ({"ground_truth": "3"}, "3"),
         ({"final_answer": ["$-1$,$7$"]}, "-1,7"),
         ({"final_answer": ["3", "4"]}, "3,4"),
+        # As text: by str() of Python, JSON in a column, pandas.
+        ({"answer": "['9.6\\n']"}, "9.6"),
+        ({"answer": '["-3", "x"]'}, "-3"),
+        ({"answer": "{'target': ['5']}"}, "5"),
+        ({"answer": "['not closed"}, "['not closed"),
+        ({"answer": "[2, 5]"}, "[2, 5]"),
+        ({"answer": "[]", "ground_truth": "4"}, "4"),
+        *(({"answer": x}, None) for x in ("None", "nan", "null", "N/A", "{}", "<NA>")),
+        # With words around it.
+        ({"answer": "<answer> 5 </answer>"}, "5"),
+        ({"answer": "Answer: 12"}, "12"),
+        ({"answer": "The final answer is $5$."}, "$5$"),
+        ({"answer": "**Answer:** 5"}, "5"),
+        ({"answer": "**5**"}, "5"),
+        ({"answer": r"\[x^2\]"}, "x^2"),
+        ({"answer": "2**3"}, "2**3"),
     ],
 )
 def test_an_answer_is_what_is_to_be_equalled(row, gold):

@@ -306,7 +306,10 @@ def test_golds_of_this_file_equal_themselves(grader):
     grader.check_golds([gold for gold, _ in RIGHT + WRONG] + ["5", "5"])
 
 
-@pytest.mark.parametrize("gold", ["", " ", "}{"])
+_SOLUTION = "So we add all of them and " * 4 + "it is 5"
+
+
+@pytest.mark.parametrize("gold", ["", " ", "}{", "5\n6", _SOLUTION])
 def test_a_gold_that_nothing_equals_is_named(grader, gold):
     assert grader.is_equal(gold, gold)  # the short cut would hide it
     with pytest.raises(
