@@ -72,7 +72,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=_inputs(tok, train, held_out),
+        inputs=_inputs(tok, train, held_out, target),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         next_prompts=bind(
@@ -121,7 +121,10 @@ def _load_prompts(
 
 
 def _inputs(
-    tok: Any, train: data.PromptSet, held_out: data.PromptSet | None
+    tok: Any,
+    train: data.PromptSet,
+    held_out: data.PromptSet | None,
+    target: data.TargetSamples | None,
 ) -> dict[str, str]:
     """Fingerprints of what the model is given and of what its tokens mean: a file, a chat
     template or a tokenizer may change under a config that does not."""
@@ -129,6 +132,8 @@ def _inputs(
     found = {"prompts": of(train), "tokens": sorted(tok.get_vocab().items())}
     if held_out:
         found["prompts of the evaluation"] = of(held_out)
+    if target:
+        found["samples of the target"] = target
     return {name: dataset_io.fingerprint(x) for name, x in found.items()}
 
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import pathlib
+import shutil
 
 import jax
 import ml_collections
@@ -281,6 +282,21 @@ def _other_template(config):
     (pathlib.Path(config.model) / "chat_template.jinja").write_text(template)
 
 
+def _other_answer(config):
+    prompts = pathlib.Path(config.data.eval)
+    prompts.write_text(prompts.read_text().replace('"1"', '"2"'))
+
+
+def _write_samples(config, response):
+    row = {"prompt_id": 0, "alpha": 4.0, "log_z": 0.0, "prompt_tokens": [2, 3]}
+    text = json.dumps(row | {"completion_tokens": response}) + "\n"
+    pathlib.Path(config.data.target).write_text(2 * text)
+
+
+def _other_samples(config):
+    _write_samples(config, [3, 1])
+
+
 def _other_tokens(config):
     path = pathlib.Path(config.model) / "tokenizer.json"
     path.write_text(path.read_text().replace('"a": 2', '"c": 2'))
@@ -292,15 +308,20 @@ def _other_tokens(config):
         (_other_prompt, "prompts"),
         (_other_template, "prompts"),
         (_other_tokens, "tokens"),
+        (_other_answer, "prompts of the evaluation"),
+        (_other_samples, "samples of the target"),
     ],
 )
 def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change, what):
     config.num_steps = 1
+    config.data.eval = str(shutil.copy(config.data.train, tmp_path / "eval.jsonl"))
+    config.data.target = str(tmp_path / "target.jsonl")
+    _write_samples(config, [2, 1])
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     config.num_steps = 2
     change(config)
     with pytest.raises(
-        ValueError, match=rf"another run.*\n(.*\n)?  {what}: \w+ -> \w+"
+        ValueError, match=rf"another run.*\n(.*\n)*  {what}: \w+ -> \w+"
     ):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
 
