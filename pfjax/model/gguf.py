@@ -255,7 +255,9 @@ def _lazy_tensors(path: pathlib.Path, tensors: dict, config: dict) -> dict[str, 
         elif name == _ROPE_FACTORS:
             continue
         else:
-            raise ValueError(f"{path} holds {name}: no tensor of a model that pfjax has")
+            raise ValueError(
+                f"{path} holds {name}: no tensor of a model that pfjax has"
+            )
         shape = [int(n) for n in reversed(tensor.shape)]
         num_heads = heads.get(part, 0) if is_llama else 0
         out[of_hf] = shape, functools.partial(fetch, tensor, num_heads)

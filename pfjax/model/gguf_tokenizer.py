@@ -30,7 +30,9 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
 
     get = lambda name, default=None: values.get(f"tokenizer.ggml.{name}", default)
     kind, pre = get("model"), get("pre")
-    if kind != "gpt2" or pre not in _SPLITS:
+    # transformers makes a tokenizer of Qwen2's own of whatever stands beside a Qwen2.
+    is_qwen2 = values["general.architecture"] == "qwen2"
+    if kind != "gpt2" or pre not in _SPLITS or (is_qwen2 and "qwen" not in pre):
         raise ValueError(
             f"{path} has a tokenizer of model {kind!r}, pre {pre!r}; only gpt2 with "
             f"{sorted(_SPLITS)} are read: take the model's Hugging Face folder"
