@@ -45,7 +45,7 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
     special = [t for t, x in zip(tokens, types, strict=True) if x == _CONTROL]
     plain = [t for t, x in zip(tokens, types, strict=True) if x == _USER_DEFINED]
     merges = [tuple(pair.split(" ", 1)) for pair in get("merges")]
-    backend = _backend(tokens, merges, pre, special, plain)
+    backend = _backend(tokens, merges, pre, plain)
     if get("add_bos_token", pre in _LLAMA_3):
         _prepend(backend, named["bos_token"], ids["bos_token"])
     PreTrainedTokenizerFast(
@@ -60,7 +60,6 @@ def _backend(
     tokens: list[str],
     merges: list[tuple[str, ...]],
     pre: str,
-    special: list[str],
     plain: list[str],
 ) -> Any:
     import tokenizers
@@ -84,7 +83,6 @@ def _backend(
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens([AddedToken(t, normalized=False) for t in plain])
-    backend.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     return backend
 
 

@@ -12,15 +12,15 @@ from tokenizers.pre_tokenizers import ByteLevel
 from pfjax.model import hf, log_probs, tokenizer
 from tests.conftest import ROOT
 
-CONTROL, NORMAL = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
 MERGES = ["h e", "Ġ t", "Ġt he", "1 2", "12 3", "123 4", "Ġ 1", "Ġ ."]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+WHOLE = "<think>"  # one token, though not special
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 SIZES = {
-    "vocab_size": 256 + len(MERGES) + len(SPECIAL),
+    "vocab_size": 256 + len(MERGES) + len(SPECIAL) + 1,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -78,9 +78,11 @@ def _write(path, model, kind="F32", pre="qwen2", extra=(), tensors=(), arch=None
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     merged = [pair.replace(" ", "") for pair in MERGES]
-    tokens = [*sorted(ByteLevel.alphabet()), *merged, *SPECIAL]
+    tokens = [*sorted(ByteLevel.alphabet()), *merged, *SPECIAL, WHOLE]
     writer.add_token_list(tokens)
-    writer.add_token_types([CONTROL if t in SPECIAL else NORMAL for t in tokens])
+    types = dict.fromkeys(SPECIAL, gguf.TokenType.CONTROL)
+    types[WHOLE] = gguf.TokenType.USER_DEFINED
+    writer.add_token_types([types.get(t, gguf.TokenType.NORMAL) for t in tokens])
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(c.eos_token_id)
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
@@ -203,7 +205,7 @@ def test_a_16_bit_file_stays_so_only_if_its_vectors_lose_nothing(
     assert weights.stored_dtype(hf.resolve(path)) == stored
 
 
-TEXT = "the the\n\n 12345 it's  THE 数学 .. e\u0301<|im_end|>\n"
+TEXT = "the the\n\n 12345 it's  THE 数学 .. e\u0301 <think>he<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,7 @@ def test_text_is_cut_as_by_the_tokenizer_of_transformers(family, pre, tmp_path):
     assert tokenizer.encode_prompt(ours, "he") == ours.encode(
         "<|im_start|>he<|im_end|>\n<|im_start|>", **plain
     )
+    assert WHOLE in ours.tokenize(TEXT) and WHOLE not in ours.all_special_tokens
     assert ours.eos_token == "<|im_end|>" and "<|im_start|>" in ours.all_special_tokens
 
 
@@ -235,14 +238,15 @@ def test_smollm_cuts_digits_off_their_space_before_anything_else(tmp_path):
     assert gpt_2.tokenize(" 1234") == ["Ġ", "1234"]
 
 
-def test_a_folder_with_one_file_is_that_file_and_is_converted_once(tmp_path, cache):
+def test_a_folder_with_one_file_is_that_file_and_is_converted_once(
+    tmp_path, cache, capfd
+):
     (tmp_path / "dl").mkdir()
     path = _write(tmp_path / "dl/m.gguf", _model("llama"))
     folder = hf.resolve(tmp_path / "dl")
     assert folder.parent == cache and hf.resolve(str(path)) == folder
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert hf.resolve(path) == folder and len(list(cache.iterdir())) == 1
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert capfd.readouterr().err.count("is converted, once") == 1
+    assert list(cache.iterdir()) == [folder]
     _write(path, _model("llama", rms_norm_eps=1e-6))  # another of its name
     assert hf.load(path).config.norm_eps == 1e-6
     shutil.copyfile(path, tmp_path / "dl/n.gguf")
