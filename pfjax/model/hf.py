@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax.infra import sharding, storage
-from pfjax.model import hf_config, transformer, weights
+from pfjax.model import gguf, hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -25,7 +25,8 @@ _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"
 def resolve(
     path_or_hub_id: str | os.PathLike, files: list[str] = _FILES
 ) -> pathlib.Path:
-    """A folder on this machine: the embedded model, a path, or a download.
+    """A folder on this machine: the embedded model, a path, or a download. Of a GGUF file
+    (or a folder with one), the folder that it is converted to.
 
     A hub id may carry a revision, `Qwen/Qwen2.5-1.5B@<branch, tag or commit>`; with
     `HF_HUB_OFFLINE` set only the local cache is looked in.
@@ -37,6 +38,8 @@ def resolve(
     if name == "pfjax/toy":  # see examples/toy_model.py
         return _ASSETS / "toy"
     path = pathlib.Path(name).expanduser()
+    if file := gguf.find(path):
+        return gguf.convert(file)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model folder {path} has no config.json")
@@ -85,7 +88,8 @@ def fingerprint(folder: pathlib.Path) -> str:
 def load(
     path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Policy:
-    """Loads a policy from a folder in Hugging Face format, a hub id, or "pfjax/toy".
+    """Loads a policy from a folder in Hugging Face format, a hub id, a GGUF file, or
+    "pfjax/toy".
 
     Args:
       path_or_hub_id: where; `"pfjax/toy"` ships with pfjax.

@@ -211,28 +211,40 @@ def write_tensors(
 
     Every process takes part in the gathering, the first one writes.
     """
+    tensors = _hf_tensors(params, dtype, prefix)
+    write_lazy(tensors, out, dtype, stem, is_writer=jax.process_index() == 0)
+
+
+# Shape, and a function that fetches the values.
+Lazy = tuple[list[int], Callable[[], np.ndarray]]
+
+
+def write_lazy(
+    tensors: dict[str, Lazy],
+    out: pathlib.Path,
+    dtype: np.dtype,
+    stem: str = "model",
+    is_writer: bool = True,
+) -> None:
+    """As `write_tensors`, of tensors by their names; only `is_writer` leaves files."""
     import huggingface_hub
 
-    tensors = _hf_tensors(params, dtype, prefix)
     split = huggingface_hub.split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda x: math.prod(x[0]) * dtype.itemsize,
         filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=MAX_FILE_BYTES,
     )
-    if split.is_sharded and jax.process_index() == 0:
+    if split.is_sharded and is_writer:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (out / f"{stem}.safetensors.index.json").write_text(text)
     for file, names in split.filename_to_tensors.items():
-        _write_file(out / file, {name: tensors[name] for name in names}, dtype)
+        path = out / file if is_writer else pathlib.Path(os.devnull)
+        _write_file(path, {name: tensors[name] for name in names}, dtype)
 
 
-# Shape, and a function that fetches the values.
-_Lazy = tuple[list[int], Callable[[], np.ndarray]]
-
-
-def _write_file(path: os.PathLike, tensors: dict[str, _Lazy], dtype: jnp.dtype) -> None:
+def _write_file(path: os.PathLike, tensors: dict[str, Lazy], dtype: np.dtype) -> None:
     """One safetensors file. The library's own writer wants all tensors in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -242,7 +254,7 @@ def _write_file(path: os.PathLike, tensors: dict[str, _Lazy], dtype: jnp.dtype) 
         header[name] = {"dtype": _DTYPES[dtype.name], **offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(os.devnull if jax.process_index() else path, "wb") as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, values in tensors.values():
             file.write(values().tobytes())
@@ -250,7 +262,7 @@ def _write_file(path: os.PathLike, tensors: dict[str, _Lazy], dtype: jnp.dtype) 
 
 def _hf_tensors(
     params: transformer.Params, dtype: jnp.dtype, prefix: str = ""
-) -> dict[str, _Lazy]:
+) -> dict[str, Lazy]:
     def fetch(leaf, layout, i):
         value = leaf[i] if layout.is_layer else leaf
         value = value.transpose([d for dims in layout.dims for d in dims]).astype(dtype)
