@@ -27,12 +27,14 @@ math-verify compares mathematics. Rules before it decide what is not mathematics
 
 What math-verify decides and we keep: `10\%` = `10` = `0.1` if one side has the sign,
 as harnesses for MATH do; `x = 5` = `5`; an interval equals its inequality; a decimal
-equals a fraction or a root when six decimals agree (`0.333` is not a third).
+equals a fraction or a root when six decimals agree (`0.333` is not a third). Of numbers
+below a thousandth three digits have to, and `i` is the imaginary unit (math-verify has two
+symbols of that name).
 
-Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); decimals below
-1e-6 are all equal; degrees in functions are radians; `xyz` is a word, not a product;
-three-digit numbers without spaces (`100,200`) are one number; a base in words and `x < 1 \text{ or } x > 2` for an interval are not
-understood; of an equation in the answer the right side counts, `2x + z = 1` is 1.
+Known limits, each pinned by a test: units are dropped (`5 cm` = `5 m`); degrees in
+functions are radians; `xyz` is a word, not a product; three-digit numbers without spaces
+(`100,200`) are one number; a base in words and `x < 1 \text{ or } x > 2` for an interval
+are not understood; of an equation in the answer the right side counts, `2x + z = 1` is 1.
 """
 
 import contextlib
@@ -89,6 +91,11 @@ _REWRITTEN = (
         re.compile(r"\\(?:mathbf|textbf|boldsymbol|bm|mathrm)\s*\{([^{}]*\d[^{}]*)\}"),
         r"\1",
     ),
+    (re.compile(r"\\text\s*\{\s*(\d[\d:.,]*)\s*\}"), r"\1"),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
+    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?)$"), ""),
     (
         re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([-+]?\d+)(?![\w.])"),
         r"\1 \\times 10^{\2}",
@@ -318,7 +325,7 @@ def _is_ordered(text: str) -> bool | None:
 def _serve() -> None:
     """The worker: reads comparisons from standard input until it closes."""
     import math_verify
-    from sympy import Eq, Expr, FiniteSet, Float, simplify
+    from sympy import Basic, Eq, Expr, FiniteSet, Float, I, simplify
 
     # It warns that its own alarms are off; this process is killed instead.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -328,13 +335,19 @@ def _serve() -> None:
         boxed_match_priority=0, try_extract_without_anchor=False
     )
 
+    def imaginary(x):
+        """Its `i` is the unit: math-verify has two symbols of that name."""
+        symbols = x.free_symbols if isinstance(x, Basic) else ()
+        return x.xreplace({s: I for s in symbols if s.name == "i"}) if symbols else x
+
     @functools.lru_cache(maxsize=1024)
     def parse(text: str) -> list:
         # Boxed, golds too: bare they parse to a fragment (`3\sqrt{13}` -> 3) or to
         # nothing, which gives credit to wrong answers.
-        return math_verify.parse(
+        found = math_verify.parse(
             f"\\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None
         )
+        return [imaginary(x) for x in found]
 
     def numbers(text: str) -> list[float]:
         value = (parse(text) or [None])[0]
@@ -345,15 +358,20 @@ def _serve() -> None:
             return []
 
     def exact(gold: str, answer: str) -> bool | None:
-        """Of equations and of fractions; None where only math-verify knows."""
+        """Of equations, fractions, tiny numbers; None where only math-verify knows."""
         x, y = ((parse(text) or [None])[0] for text in (gold, answer))
         if isinstance(x, Eq) and isinstance(y, Eq) and not x.lhs.is_Symbol:
             factor = simplify((x.lhs - x.rhs) / (y.lhs - y.rhs))
             return bool(factor.is_number and factor.is_finite and factor != 0)
-        is_exact = lambda v: isinstance(v, Expr) and v.is_number and not v.has(Float)
-        if "%" in gold + answer or not (is_exact(x) and is_exact(y)):
+        is_known = lambda v: isinstance(v, Expr) and v.is_number and v.is_real
+        if "%" in gold + answer or not (is_known(x) and is_known(y)):
             return None
         x, y = x.doit(), y.doit()
+        if x.has(Float) or y.has(Float):
+            # Of 1e-19 and 2e-19 six decimals are the same: these by three digits.
+            larger = max(abs(x), abs(y))
+            is_tiny = 0 < larger < 1e-3
+            return bool(abs(x - y) <= 1e-3 * larger) if is_tiny else None
         return bool(x == y) if x.is_Rational and y.is_Rational else None
 
     def compare(gold: str, answer: str, tolerance: float | None) -> bool:
