@@ -1,8 +1,7 @@
 r"""Sharpens the embedded base model on a laptop.
 
 Hardware: 2 CPU cores, 4 GB. Takes about a minute.
-Result: avg@8 from 0.59 to 0.98, median of ten seeds and roundings (0.93 to 1.00); mean
-    length from 17 to 21.
+Result: avg@8 from 0.59 to 0.98 (0.97 to 0.99 over six seeds); mean length from 17 to 21.
 Command: bash launch/local.sh
     (that is: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke)
 """
@@ -21,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.num_steps = 100
     c.samples_per_prompt = 8
     c.max_new_tokens = 32
-    c.optim.learning_rate = 1e-3
+    # At twice the rate the last steps may fall on a spike of the loss (0.93 to 1.00).
+    c.optim.learning_rate = 5e-4
     c.optim.log_z_learning_rate = 1e-2
     # A rare response far from the target has a gradient of 10, a usual one 0.1.
     c.optim.clip_norm = 0.05
