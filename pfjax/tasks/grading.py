@@ -93,6 +93,12 @@ _REWRITTEN = (
     ),
     (re.compile(r"\\text\s*\{\s*(\d[\d:.,]*)\s*\}"), r"\1"),
     (re.compile(r"\\!"), ""),
+    (re.compile(r"\\(?:mathrm|text)\s*\{([ie])\}"), r"\1"),
+    (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty"),
+    (re.compile(r"^(?:€|£|USD)\s*(?=\d)"), ""),
+    (re.compile(r"(?:\\[,;: ]|\s)+(?=\\?%)"), ""),
+    (re.compile(r"\\\s*$"), ""),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
     (re.compile(r"(?<=\d)\s*(?:dollars?|cents?)$"), ""),
@@ -101,7 +107,10 @@ _REWRITTEN = (
         r"\1 \\times 10^{\2}",
     ),
 )
+# A unit or what is counted.
+_BEHIND_NUMBER = re.compile(r"(?<=\d)\s*\\text\s*\{[^{}\d]*\}$")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_PERCENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))(\\?%)?")
 _DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
 _TIME = re.compile(r"\d{1,2}:\d\d")
@@ -293,8 +302,10 @@ def _plain(text: str) -> str:
     text = text.translate(_SYMBOLS).strip()
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
-    if number := _THOUSANDS.fullmatch(text):
+    if number := _THOUSANDS.fullmatch(_BEHIND_NUMBER.sub("", text)):
         return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
+    if text.count("\\pm") == 1:
+        return ",".join(text.replace("\\pm", sign) for sign in "+-")
     return text
 
 
@@ -378,6 +389,11 @@ def _serve() -> None:
         gold, answer = _plain(gold), _plain(answer)
         if _NUMBER.fullmatch(gold):
             answer = _DECIMAL_COMMA.sub(r"\1.\2", answer)
+        percent, other = (_PERCENT.fullmatch(x) for x in (gold, answer))
+        if percent and other and (percent[2] or other[2]):
+            whole = float(percent[1]) == float(other[1])
+            if whole or bool(percent[2]) == bool(other[2]):
+                return whole
         if (by_rule := _equal_by_rule(gold, answer)) is not None:
             return by_rule
         if tolerance is not None:

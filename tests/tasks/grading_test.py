@@ -281,7 +281,6 @@ KNOWN_LIMITS = [
     ("5", r"\textbf{(A)}\ 5", False),
     ("2516_8", r"2516_{\text{eight}}", False),
     (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x>2", False),
-    (r"\pi", "pi", False),
     ("5", r"\approx 5 &", False),
 ]
 
