@@ -10,7 +10,6 @@ Prompts without answers (poem, story and joke: files with a `prompt` per line) h
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
 
-import functools
 import pathlib
 import sys
 
@@ -27,7 +26,7 @@ with epy.lazy_imports():
     from pfjax.infra import dataset_io, distributed
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
-    from pfjax.tasks import benchmarks, grading
+    from pfjax.tasks import benchmarks, data, grading
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -108,8 +107,16 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             about_model["clock"] = FLAGS.clock
         for name, problems in sets.items():
             style, k = _style(name), FLAGS.samples
-            encode = functools.partial(tokenizer.encode_prompt, is_raw=style.is_raw)
-            prompts = [encode(tok, benchmarks.prompt_of(p, style)) for p in problems]
+            prompts = [
+                data.encode(
+                    tok,
+                    benchmarks.prompt_of(problem, style),
+                    f"{name}, problem {problem.id}",
+                    policy.config,
+                    is_raw=style.is_raw,
+                )
+                for problem in problems
+            ]
             settings = scores.Settings(
                 samples_per_prompt=k,
                 max_new_tokens=FLAGS.max_new_tokens,

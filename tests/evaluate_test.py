@@ -115,6 +115,25 @@ def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path)
     assert done.returncode == 1 and "\n  prompts: " in done.stderr, done.stderr
 
 
+def test_a_problem_that_the_template_refuses_is_named(tmp_path):
+    from pfjax.model import hf
+
+    model = pathlib.Path(shutil.copytree(hf.resolve("pfjax/toy"), tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] != 'user' %}"
+        "{{ raise_exception('users only') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"prompt": "1+2", "id": "a"}]
+    rows += [{"prompt": [{"role": "tool", "content": "1"}], "id": "b"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "p.jsonl").write_text(text)
+    done = _run(
+        f"--model={model}", f"--benchmark={tmp_path}/p.jsonl", f"--out={tmp_path}/out"
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "p.jsonl, problem b: no prompt can be made of it: users only" in done.stderr
+
+
 def test_responses_of_unknown_settings_are_not_taken_over(tmp_path):
     files = results.Record(tmp_path, "eval.jsonl")
     (tmp_path / "eval.jsonl").write_text('{"prompt_id": 0, "sample": 0}\n')

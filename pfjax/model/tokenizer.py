@@ -178,7 +178,10 @@ def _ends_of_turn(tokenizer: Any) -> list[int]:
         return []
     turns = [("user", "?"), ("assistant", "pfjax")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # noqa: BLE001, a template without turns of an assistant
+        return []
     behind = text.rpartition("pfjax")[2].lstrip()
     specials = tokenizer.get_added_vocab()
     return [specials[t] for t in specials if t and behind.startswith(t)]

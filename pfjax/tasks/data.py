@@ -57,18 +57,7 @@ def load_prompts(
         else:
             *before, last = prompt
             prompt = [*before, {**last, "content": last["content"] + suffix}]
-        try:
-            ids = tokenizer.encode_prompt(tok, prompt)
-        except Exception as error:  # templates raise what they like
-            raise ValueError(
-                f"{where}: no prompt can be made of it: {error}"
-            ) from error
-        if model and (beyond := [i for i in ids if i >= model.vocab_size]):
-            raise ValueError(
-                f"{where}: token {tok.convert_ids_to_tokens(beyond[0])!r} has id "
-                f"{beyond[0]}, but the model has a vocabulary of {model.vocab_size}: is "
-                "this its tokenizer?"
-            )
+        ids = encode(tok, prompt, where, model)
         for what in tokenizer.oddities(tok, problem.question, ids, stop_ids):
             odd[what].append(where)
         if len(ids) <= max_prompt_tokens:
@@ -85,6 +74,32 @@ def load_prompts(
     if repeated := len(tokens) - len({tuple(x) for x in tokens}):
         _LOG.warning(f"{source}: {repeated} prompts are duplicates")
     return PromptSet(problems, tokens)
+
+
+def encode(
+    tok: Any,
+    prompt: str | list[dict[str, str]],
+    where: str,
+    model: ModelConfig | None = None,
+    *,
+    is_raw: bool = False,
+) -> list[int]:
+    """`tokenizer.encode_prompt` of a row, whose mistakes name it by `where`.
+
+    Raises:
+      ValueError: if the chat template refuses it, or the model lacks one of its tokens.
+    """
+    try:
+        ids = tokenizer.encode_prompt(tok, prompt, is_raw=is_raw)
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"{where}: no prompt can be made of it: {error}") from error
+    if model and (beyond := [i for i in ids if i >= model.vocab_size]):
+        raise ValueError(
+            f"{where}: token {tok.convert_ids_to_tokens(beyond[0])!r} has id "
+            f"{beyond[0]}, but the model has a vocabulary of {model.vocab_size}: is "
+            "this its tokenizer?"
+        )
+    return ids
 
 
 def warn_of_overlap(train: PromptSet, held_out: PromptSet) -> None:
