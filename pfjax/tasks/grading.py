@@ -93,6 +93,7 @@ _REWRITTEN = (
     ),
     (re.compile(r"\\text\s*\{\s*(\d[\d:.,]*)\s*\}"), r"\1"),
     (re.compile(r"\\!"), ""),
+    (re.compile(r"^i\s*=\s*"), ""),  # an index, which math-verify finds not real
     (re.compile(r"\\(?:mathrm|text)\s*\{([ie])\}"), r"\1"),
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty"),
@@ -348,7 +349,8 @@ def _serve() -> None:
 
     def imaginary(x):
         """Its `i` is the unit: math-verify has two symbols of that name."""
-        symbols = x.free_symbols if isinstance(x, Basic) else ()
+        is_value = isinstance(x, Basic) and not isinstance(x, Eq)  # i = 3 is an index
+        symbols = x.free_symbols if is_value else ()
         return x.xreplace({s: I for s in symbols if s.name == "i"}) if symbols else x
 
     @functools.lru_cache(maxsize=1024)
