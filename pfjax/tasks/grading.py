@@ -58,9 +58,8 @@ DEADLINE_SECONDS = 2.0  # of the worker's processor time, for one comparison
 # Of wall time, where something hangs: nothing is said of how long it takes.
 _PATIENCE = 600.0
 _MEMORY_BYTES = 4 * 2**30
-# Characters of an answer; the longest gold of the sets has 210.
 _MANY_WORDS = 20  # golds of the sets have up to 12
-_LONGEST = 2000
+_LONGEST = 2000  # characters of an answer; golds of the sets have up to 210
 # Counts changes of the rules above: scores of different numbers do not compare.
 RULES_VERSION = 2
 
