@@ -27,9 +27,10 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # "." as the root puts `configs` on the path of an editable install.
-    package_dir={"": "."},
-    packages=setuptools.find_packages(include=["pfjax", "pfjax.*"]),
+    # In a wheel the recipes lie within the package, where they collide with no one's.
+    package_dir={"pfjax.configs": "configs"},
+    packages=[*setuptools.find_packages(include=["pfjax", "pfjax.*"]), "pfjax.configs"],
+    entry_points={"console_scripts": ["pfjax = pfjax.__main__:main"]},
     package_data={"pfjax": ["assets/*/*", "report/*.html", "report/*.mplstyle"]},
     install_requires=[
         *jax(),

@@ -6,11 +6,11 @@ prompts for poems, stories and jokes that are not published: bring a file of pro
 
 import ml_collections
 
-from configs import default
+from pfjax.trainer import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = default.get_config()
+    c = settings.default_config()
     c.alpha = 0.5
     c.format_penalty = 0.0
     c.data.train = "prompts.jsonl"

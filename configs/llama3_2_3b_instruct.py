@@ -2,16 +2,16 @@ r"""Llama-3.2-3B-Instruct, sharpened for reasoning at alpha = 2.
 
 Hardware: not run yet; 8 x H100/H200 or v5p-16 should hold it (estimate).
 Result: not run. Paper, mean of six benchmarks at avg@16: base 17.12, PowerFlow 22.88.
-Command: python -m pfjax.train --config=configs/llama3_2_3b_instruct.py --workdir=runs/llama3_2_3b_instruct
+Command: pfjax train --config=llama3_2_3b_instruct --workdir=runs/llama3_2_3b_instruct
 """
 
 import ml_collections
 
-from configs import reasoning
+from pfjax.trainer import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = reasoning.get_config()
+    c = settings.recipe("reasoning")
     c.model = "meta-llama/Llama-3.2-3B-Instruct"
     c.alpha = 2.0
     return c

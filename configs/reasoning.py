@@ -6,11 +6,11 @@ trainer it was reported with; a value known from neither is marked "chosen".
 
 import ml_collections
 
-from configs import default
+from pfjax.trainer import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = default.get_config()
+    c = settings.default_config()
     # 18,000 filtered queries in the paper; the filter is not published, so all of them.
     c.data.train = "AI-MO/NuminaMath-CoT"
     c.data.eval = "HuggingFaceH4/MATH-500:test"

@@ -3,16 +3,16 @@ r"""Sharpens the embedded base model on a laptop.
 Hardware: 2 CPU cores, 4 GB. Takes about a minute.
 Result: avg@8 from 0.59 to 0.98 (0.97 to 0.99 over six seeds); mean length from 17 to 21.
 Command: bash launch/local.sh
-    (that is: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke)
+    (that is: pfjax train --config=smoke --workdir=runs/smoke)
 """
 
 import ml_collections
 
-from configs import default
+from pfjax.trainer import settings
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = default.get_config()
+    c = settings.default_config()
     c.model = "pfjax/toy"
     c.data.train = "pfjax/toy/train.jsonl"
     c.data.eval = "pfjax/toy/eval.jsonl"

@@ -3,16 +3,16 @@ r"""One run of the study on the toy task: configs/study.py:OBJECTIVE.
 Hardware: 1 CPU core, 2 GB. Takes about a minute.
 Result: docs/study/README.md
 Command: bash launch/local.sh --study
-    (a single run: python -m pfjax.train --config=configs/study.py:grpo --workdir=runs/grpo)
+    (a single run: pfjax train --config=study:grpo --workdir=runs/grpo)
 """
 
 import ml_collections
 
-from configs import smoke
+from pfjax.trainer import settings
 
 
 def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
-    c = smoke.get_config()
+    c = settings.recipe("smoke")
     c.objective = objective
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"

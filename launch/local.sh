@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [[ ${1:-} == --study ]]; then
   # shellcheck disable=SC2119  # no extras
   prepare
-  exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
+  PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
 fi
 args=("$@")
 has_config='' has_workdir=''

@@ -1,4 +1,4 @@
-r"""Scores: python -m pfjax.evaluate --model=runs/math/hf --benchmark=math500,aime24 --out=scores
+r"""Scores a model: pfjax evaluate --model=runs/math/hf --benchmark=math500,aime24 --out=scores
 
 Sets come from the hub, or from --data=DIR with DIR/math500.jsonl and so on; a set may also
 be a file as in training. Each leaves two files in --out: NAME.jsonl, one line per response, and
@@ -13,7 +13,7 @@ and distinct responses here; `python -m examples.creative DIR` adds diversity an
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
 from pfjax import cli
@@ -47,8 +47,7 @@ flags.DEFINE_enum("box", "last", ["last", "first"], "which box is the answer")
 flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 
 
-@cli.mistakes_in_one_line()
-def main(_: list[str]) -> None:
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
     cli.join()
     sets = {}
@@ -165,4 +164,4 @@ def _style(name: str):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main)

@@ -1,8 +1,8 @@
 r"""Tells what a run takes before anyone pays for the devices.
 
-    python -m pfjax.plan --config=configs/qwen2_5_math_7b.py --topology=v5p:4x4x4
-    python -m pfjax.plan --config=configs/qwen2_5_math_7b.py --topology=h200:8
-    python -m pfjax.plan --config=configs/qwen2_5_math_7b.py --all
+    pfjax plan --config=qwen2_5_math_7b --topology=v5p:4x4x4
+    pfjax plan --config=qwen2_5_math_7b --topology=h200:8
+    pfjax plan --config=qwen2_5_math_7b --all
 
 For a TPU topology the programs of a step are compiled on this machine, which needs no
 TPU but the extra `tpu` (pip install 'pfjax[tpu]'). Without it, and for GPUs, memory and
@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pfjax import cli
 
@@ -33,11 +33,10 @@ TOPOLOGIES = (
 )  # fmt: skip
 
 
-@cli.mistakes_in_one_line()
-def main(_: list[str]) -> None:
+def main() -> None:
     logging.set_verbosity(logging.ERROR)
     if _ALL.value == bool(_TOPOLOGY.value):
-        sys.exit("error: give --topology=NAME or --all")
+        raise ValueError("give --topology=NAME or --all")
     import jax
 
     from pfjax.model import hf, hf_config
@@ -121,4 +120,4 @@ def _print_all(plans: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main)

@@ -1,4 +1,4 @@
-r"""Samples: python -m pfjax.sample --model=pfjax/toy --prompt="17 + 25 = ?"
+r"""Draws responses: pfjax sample --model=pfjax/toy --prompt="17 + 25 = ?"
 
 Prompts come from --prompt (may be repeated) or from --prompts, a file or data set as
 in training. Responses go to --out as JSON lines, each as soon as it has ended.
@@ -15,7 +15,7 @@ import json
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
 from pfjax import cli
@@ -56,8 +56,7 @@ _OF_SEQUENCES = ("mh", "smc")
 _OF_TOKENS = ("temperature", *options.FILTER_NAMES, "stop", "max_total_tokens", "slots")
 
 
-@cli.mistakes_in_one_line()
-def main(_: list[str]) -> None:
+def main() -> None:
     """Draws the responses and writes each as soon as it has ended."""
     logging.set_verbosity(logging.WARNING)
     _check_flags()
@@ -203,4 +202,4 @@ def _prompts(tok) -> tuple[list[str], list[list[int]]]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main)

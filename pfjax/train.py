@@ -1,13 +1,14 @@
-r"""Trains: python -m pfjax.train --config=configs/smoke.py --workdir=runs/smoke
+r"""Fine-tunes a model: pfjax train --config=smoke --workdir=runs/smoke
 
-Any value of the config can be changed: --config.alpha=0.5. With --multihost this is one
-of several processes. Exit status 75: told to stop, has saved; the same command continues.
+Any setting of the recipe can be changed: --config.alpha=0.5. The same command continues a
+run that was stopped; exit status 75 means that it was told to stop, and has saved.
+`python -m pfjax.train` does the same.
 """
 
 import sys
 
 import jaxtyping
-from absl import app, flags, logging
+from absl import flags, logging
 
 from pfjax import cli
 
@@ -16,7 +17,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=Tr
 cli.define_multihost_flag()
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     logging.set_verbosity(logging.WARNING)
     # Shapes in annotations are checked when a function is traced.
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
@@ -27,14 +28,13 @@ def main(_: list[str]) -> None:
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
     compile_cache.use_cache()
-    with cli.mistakes_in_one_line():
-        cli.join()
-        try:
-            loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-        except preemption.Preempted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(preemption.EXIT_STATUS)
+    cli.join()
+    try:
+        loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    except preemption.Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(preemption.EXIT_STATUS)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse)
+    cli.run(main)

@@ -208,7 +208,7 @@ def run(capsys):
         flags.FLAGS.mark_as_parsed()
         with flagsaver.flagsaver(config=config, **given):
             try:
-                command.main([])
+                command.main()
                 status, error = 0, ""
             except SystemExit as end:
                 is_message = isinstance(end.code, str)

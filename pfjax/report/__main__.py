@@ -1,4 +1,4 @@
-r"""What runs changed, on one page: python -m pfjax.report runs/a runs/b --out=report
+r"""Shows what runs changed, on one page: pfjax report runs/a runs/b --out=report
 
 A RUN is a run's folder, or a folder with runs somewhere below. Runs that differ in the
 seed alone are drawn as one, with a band from the least to the greatest. A file
@@ -9,23 +9,22 @@ its pictures lie beside it as PNG.
 import shlex
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
+
+from pfjax import cli
 
 _OUT = flags.DEFINE_string("out", "report", "folder to write")
 
 
-def main(argv: list[str]) -> None:
+def main(runs: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from pfjax.report import page
 
-    try:
-        if len(argv) < 2:
-            raise ValueError("give at least one run: a folder that was a --workdir")
-        command = f"python -m pfjax.report {shlex.join(sys.argv[1:])}"
-        print(page.write(argv[1:], _OUT.value, command))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if not runs:
+        raise ValueError("give at least one run: a folder that was a --workdir")
+    command = f"pfjax report {shlex.join(sys.argv[1:])}"
+    print(page.write(runs, _OUT.value, command))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -10,16 +10,20 @@ JAX: imports nothing heavy.
 import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import json
+import math
 import operator
+import pathlib
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import storage
-from pfjax.sampler.options import TokenFilters
+from pfjax.sampler.options import TokenFilters, token_filters
 
 
 def _names(module: str, table: str) -> Callable[[], list[str]]:
@@ -28,11 +32,35 @@ def _names(module: str, table: str) -> Callable[[], list[str]]:
 
 
 class Setting(NamedTuple):
+    """A value, what it means, and what it may be: a number has bounds."""
+
     default: Any
     about: str
     choices: tuple[str, ...] | Callable[[], Iterable[str]] | None = None
-    is_positive: bool = False
+    at_least: Real | None = None
+    above: Real | None = None
+    at_most: Real | None = None
     may_change: bool = False  # when a run is continued
+
+    def bounds(self) -> str:
+        """What a number may be, in words: "positive", "at least 0, at most 1"."""
+        if (self.above, self.at_most) == (0, None):
+            return "positive"
+        limits = {
+            "at least": self.at_least,
+            "above": self.above,
+            "at most": self.at_most,
+        }
+        return ", ".join(f"{k} {v:g}" for k, v in limits.items() if v is not None)
+
+    def allows(self, number: Real) -> bool:
+        """Whether a number is finite and within the bounds."""
+        return (
+            math.isfinite(number)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+        )
 
 
 _DTYPES = ("bfloat16", "float32")
@@ -40,18 +68,33 @@ _ATTENTION = lambda: ["auto", *_names("pfjax.model.attention", "BACKENDS")()]
 
 
 def _positive(default: Any, about: str) -> Setting:
-    return Setting(default, about, is_positive=True)
+    return Setting(default, about, above=0)
+
+
+def _not_negative(default: Any, about: str, at_most: Real | None = None) -> Setting:
+    return Setting(default, about, at_least=0, at_most=at_most)
 
 
 # Fixed when a run is continued, so that it ends with the same bits.
 _DECIDING: dict[str, Setting] = {
     # What is trained.
-    "model": Setting("pfjax/toy", "Hugging Face folder or hub id; pfjax/toy: built in"),
-    "objective": Setting(
-        "powerflow", "see pfjax/objectives.py", _names("pfjax.objectives", "OBJECTIVES")
+    "model": Setting(
+        "pfjax/toy",
+        "base model: Hugging Face folder or hub id; pfjax/toy ships with pfjax",
     ),
-    "alpha": _positive(4.0, "> 1 sharpens, < 1 flattens"),
-    "format_penalty": Setting(-0.5, r"psi without a \boxed{}, nats per token; 0: off"),
+    "objective": Setting(
+        "powerflow",
+        "what is trained; formulas are in pfjax/objectives.py",
+        _names("pfjax.objectives", "OBJECTIVES"),
+    ),
+    "alpha": _positive(
+        4.0, "power of the base distribution: > 1 sharpens, < 1 flattens"
+    ),
+    "format_penalty": Setting(
+        -0.5,
+        r"psi of a response without \boxed{}, nats per token; 0 turns it off",
+        at_most=0,
+    ),
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "
@@ -59,51 +102,80 @@ _DECIDING: dict[str, Setting] = {
         ("head", "group"),
     ),
     # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
-    "data.train": Setting("pfjax/toy/train.jsonl", "prompts to train on"),
-    "data.eval": Setting("pfjax/toy/eval.jsonl", 'held out; "" for no evaluation'),
+    "data.train": Setting(
+        "pfjax/toy/train.jsonl",
+        "prompts to train on: a file, a hub name[:split], or pfjax/toy/<file>",
+    ),
+    "data.eval": Setting(
+        "pfjax/toy/eval.jsonl", 'prompts of evaluations, held out; "" for none'
+    ),
     "data.target": Setting(
-        "", "samples by pfjax.sample --method=smc, for bounds (eval/elbo, eval/eubo)"
+        "",
+        "samples from pfjax sample --method=smc, for the bounds eval/elbo and eval/eubo",
     ),
     "data.chat_template_kwargs": Setting(
         "", 'arguments of the chat template, JSON: {"enable_thinking": false}'
     ),
-    "data.suffix": Setting("", "added to the last message of each prompt, as it is"),
-    "data.max_prompt_tokens": Setting(1024, "longer prompts are skipped"),
+    "data.suffix": Setting("", "text appended to the last message of each prompt"),
+    "data.max_prompt_tokens": _positive(1024, "prompts longer than this are skipped"),
     # A step: two batch numbers; the rest follows from them.
     "prompts_per_step": _positive(32, "prompts per rollout (chosen)"),
-    "samples_per_prompt": _positive(32, "samples of each (chosen)"),
-    "max_new_tokens": _positive(3072, "a response is cut there"),
-    "temperature": _positive(1.0, "of sampling in training"),
-    "updates_per_rollout": _positive(1, "minibatches per step; 1 is exactly on policy"),
-    "seed": Setting(0, "of everything random"),
+    "samples_per_prompt": _positive(32, "samples per prompt (chosen)"),
+    "max_new_tokens": _positive(3072, "most tokens of a response; it is cut there"),
+    "temperature": _positive(1.0, "sampling temperature in training"),
+    "updates_per_rollout": _positive(
+        1, "minibatches per rollout, an update each; 1 is exactly on policy"
+    ),
+    "seed": _not_negative(0, "seed of everything random"),
     # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or of
     # tokens (GRPO and its kin).
-    "clip_low": Setting(0.8, "ratios are clipped to [clip_low, clip_high]"),
-    "clip_high": Setting(1.28, "see clip_low"),
+    "clip_low": _not_negative(
+        0.8, "importance ratios are clipped to [clip_low, clip_high]"
+    ),
+    "clip_high": _positive(1.28, "upper end of the clip range, see clip_low"),
     "mask_clipped_tokens": Setting(
-        False, "as the paper's trainer: leave tokens out whose ratio is outside"
+        False,
+        "leave out tokens whose ratio is outside the clip range, as the paper's trainer",
     ),
     # Baselines only.
-    "flowrl_beta": Setting(15.0, "of the advantage in FlowRL's target"),
-    "reward_kl": Setting(0.0, "of KL to the base per token: grpo and its kin, empo"),
-    "optim.learning_rate": Setting(1e-6, "of the policy, constant after the warm-up"),
-    "optim.log_z_learning_rate": Setting(1e-3, "nats log Z' moves per step (chosen)"),
-    "optim.warmup_steps": Setting(0, "steps of linear warm-up"),
-    "optim.weight_decay": Setting(0.1, "of matrices"),
-    "optim.clip_norm": Setting(1.0, "of the gradient, each group on its own"),
+    "flowrl_beta": _not_negative(
+        15.0, "coefficient of the advantage in FlowRL's target"
+    ),
+    "reward_kl": _not_negative(
+        0.0, "coefficient of the KL to the base per token: grpo and its kin, empo"
+    ),
+    "optim.learning_rate": _not_negative(
+        1e-6, "learning rate of the policy, constant after the warm-up", at_most=1
+    ),
+    "optim.log_z_learning_rate": _not_negative(
+        1e-3, "learning rate of log Z', in nats per step (chosen)"
+    ),
+    "optim.warmup_steps": _not_negative(0, "steps of linear warm-up"),
+    "optim.weight_decay": _not_negative(0.1, "AdamW's weight decay, of matrices only"),
+    "optim.clip_norm": _positive(
+        1.0, "largest norm of the gradient: policy and log Z' head apart"
+    ),
     "optim.mu_dtype": Setting(
-        "float32", "Adam's first moment; bfloat16 saves a sixth of the state", _DTYPES
+        "float32",
+        "type of Adam's first moment; bfloat16 saves a sixth of the state",
+        _DTYPES,
     ),
     # Low-rank adapters instead of all weights; policy and base then share theirs.
-    "lora.rank": Setting(0, "0 trains all weights"),
-    "lora.alpha": Setting(32.0, "chosen; adapters are scaled by alpha / rank"),
+    "lora.rank": _not_negative(0, "rank of low-rank adapters; 0 trains all weights"),
+    "lora.alpha": _positive(32.0, "adapters are scaled by alpha / rank (chosen)"),
     # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp shards.
     "microbatch_size": _positive(1, "rows per micro-batch on each data-parallel shard"),
     "pack_length": _positive(4096, "tokens per row; holds any prompt and response"),
-    "dtype": Setting("bfloat16", "of the computation; weights are float32", _DTYPES),
-    "offload_ref": Setting(False, "frozen base in host memory between its passes"),
+    "dtype": Setting(
+        "bfloat16", "type of the computation; trained weights are float32", _DTYPES
+    ),
+    "offload_ref": Setting(
+        False, "keep the frozen base in host memory between its passes"
+    ),
     "attention": Setting(
-        "auto", "back end over packed rows; see pfjax/model/attention.py", _ATTENTION
+        "auto",
+        "attention back end over packed rows, see pfjax/model/attention.py",
+        _ATTENTION,
     ),
     "remat": Setting(
         "full",
@@ -115,17 +187,29 @@ _DECIDING: dict[str, Setting] = {
 
 # What a run may be continued with another value of.
 _FREE: dict[str, Setting] = {
-    "num_steps": _positive(500, "steps in all"),
-    "rollout_slots": Setting(0, "samples decoded at once; 0: as many as memory holds"),
+    "num_steps": _positive(500, "training steps in all"),
+    "rollout_slots": _not_negative(
+        0, "samples decoded at once; 0 means as many as memory holds"
+    ),
     # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
     # only.
-    "mesh.data": Setting(1, "whole copies of the weights"),
-    "mesh.fsdp": Setting(-1, "devices that weights are split over"),
-    "mesh.tensor": Setting(1, "devices that share each matrix"),
+    "mesh.data": Setting(
+        1,
+        "devices that hold whole copies of the weights; -1: what is left",
+        at_least=-1,
+    ),
+    "mesh.fsdp": Setting(
+        -1, "devices that weights are split over; -1: what is left", at_least=-1
+    ),
+    "mesh.tensor": Setting(
+        1, "devices that share each matrix; -1: what is left", at_least=-1
+    ),
     # Evaluation, at step 0, every eval_every steps, and after the last.
     "eval_every": _positive(40, "steps between evaluations"),
-    "eval_samples": _positive(16, "k of avg@k"),
-    "eval_sampling.temperature": Setting(1.0, "0 is greedy"),
+    "eval_samples": _positive(16, "samples per prompt in evaluations, the k of avg@k"),
+    "eval_sampling.temperature": _not_negative(
+        1.0, "sampling temperature in evaluations; 0 is greedy"
+    ),
     **{
         f"eval_sampling.{x.name}": Setting(x.default, x.metadata["help"])
         for x in dataclasses.fields(TokenFilters)
@@ -138,22 +222,75 @@ _FREE: dict[str, Setting] = {
     # Records.
     "log_every": _positive(1, "steps between lines when stderr is no terminal"),
     "checkpoint_every": _positive(40, "steps between checkpoints"),
-    "keep_best": Setting(1, "checkpoints kept beside the latest two: the best"),
-    "best_metric": Setting("eval/avg", "metric to maximise, without its @k"),
-    "profile_steps": Setting((0, 0), "traced by JAX's profiler: first, first after"),
-    "wandb_project": Setting("", 'needs the extra wandb; "" for none'),
+    "keep_best": _not_negative(1, "best checkpoints kept beside the latest two"),
+    "best_metric": Setting(
+        "eval/avg", "metric whose best checkpoint is kept, without its @k"
+    ),
+    "profile_steps": Setting(
+        (0, 0), "steps traced by JAX's profiler: (first, first after); (0, 0) for none"
+    ),
+    "wandb_project": Setting("", 'Weights & Biases project (extra wandb); "" for none'),
     # What is watched during a run. A loss that is not finite always stops it.
     "health_checks.action": Setting(
-        "stop", "when one of these has lasted", ("stop", "warn", "off")
+        "stop",
+        "what is done when one of these symptoms has lasted",
+        ("stop", "warn", "off"),
     ),
     "health_checks.patience": _positive(10, "steps that a symptom must last"),
-    "health_checks.length_floor": Setting(0.25, "mean length, a part of the start's"),
-    "health_checks.truncated_ceiling": Setting(0.99, "fraction of responses cut"),
-    "health_checks.rollout_kl": Setting(0.05, "sampler to scorer, nats per token"),
-    "health_checks.step_seconds": _positive(3600.0, "then a stuck step tells where"),
+    "health_checks.length_floor": _not_negative(
+        0.25, "least mean length, as a fraction of the start's", at_most=1
+    ),
+    "health_checks.truncated_ceiling": _not_negative(
+        0.99, "largest fraction of responses cut at max_new_tokens", at_most=1
+    ),
+    "health_checks.rollout_kl": _not_negative(
+        0.05, "largest KL from sampler to scorer, nats per token"
+    ),
+    "health_checks.step_seconds": _positive(
+        3600.0, "seconds after which a step that hangs prints its stacks"
+    ),
 }
 
 SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
+
+
+# What other trainers call a setting, or people write for short.
+_OTHER_NAMES = {
+    "lr": "optim.learning_rate",
+    "batch_size": "prompts_per_step",
+    "train_batch_size": "prompts_per_step",
+    "num_generations": "samples_per_prompt",
+    "group_size": "samples_per_prompt",
+    "max_completion_length": "max_new_tokens",
+    "max_response_length": "max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_steps": "num_steps",
+    "steps": "num_steps",
+    "max_grad_norm": "optim.clip_norm",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "eval_every",
+    "dataset": "data.train",
+    "psi": "format_penalty",
+    "seq_len": "pack_length",
+}
+
+
+def nearest(name: str) -> str:
+    """The setting that a name that is none may mean, "" for no idea.
+
+    >>> nearest("optim.lr"), nearest("learning_rate"), nearest("alhpa")
+    ('optim.learning_rate', 'optim.learning_rate', 'alpha')
+    """
+    last = name.rpartition(".")[2]
+    by_last: dict[str, str] = {}
+    for setting in reversed(SETTINGS):
+        by_last[setting.rpartition(".")[2]] = setting
+    known = by_last | {k: v for k, v in _OTHER_NAMES.items() if v in SETTINGS}
+    if last in known:
+        return known[last]
+    near = difflib.get_close_matches(name, SETTINGS, n=1)
+    near += [known[x] for x in difflib.get_close_matches(last, known, n=1)]
+    return near[0] if near else ""
 
 
 def default_config() -> ConfigDict:
@@ -166,6 +303,48 @@ def default_config() -> ConfigDict:
     return ConfigDict(tree).lock()
 
 
+def recipes() -> dict[str, pathlib.Path]:
+    """The recipes that come with pfjax, by name."""
+    package = pathlib.Path(__file__).parents[1]
+    installed = (
+        package / "configs"
+    )  # of a wheel; a checkout has them beside the package
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+
+
+def recipe_path(name: str) -> str:
+    """Where the recipe of a name lies; a path to a file of one's own as it is.
+
+    Either may be followed by a colon and an argument for its `get_config`.
+
+    Raises:
+      ValueError: if it is neither a recipe nor a file, with the nearest name.
+    """
+    head, colon, argument = name.partition(":")
+    stem, known = pathlib.Path(head).stem, recipes()
+    if head in known:
+        return f"{known[head]}{colon}{argument}"
+    if pathlib.Path(head).is_file():
+        return name
+    near = difflib.get_close_matches(stem, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"recipes: {', '.join(known)}"
+    raise ValueError(f"--config={name}: no such recipe and no such file; {hint}")
+
+
+def recipe(name: str) -> ConfigDict:
+    """The config of a recipe, by its name ("smoke") or the path of a file.
+
+    >>> recipe("smoke").samples_per_prompt
+    8
+    """
+    path, _, argument = recipe_path(name).partition(":")
+    spec = importlib.util.spec_from_file_location("pfjax_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*([argument] if argument else []))
+
+
 _WHY_NOT_GREEDY = (
     "; training needs samples of the whole distribution, greedy decoding is for "
     "evaluation: --config.eval_sampling.temperature=0"
@@ -176,16 +355,23 @@ def check(c: FrozenConfigDict) -> None:
     """Raises ValueError for invalid values."""
     for name, setting in SETTINGS.items():
         value, choices = operator.attrgetter(name)(c), setting.choices
-        if setting.is_positive and not value > 0:
+        if setting.bounds() and not setting.allows(value):
             why = _WHY_NOT_GREEDY if name == "temperature" else ""
-            raise ValueError(f"--config.{name}={value}: must be positive{why}")
+            raise ValueError(
+                f"--config.{name}={value}: must be {setting.bounds()}{why}"
+            )
         allowed = sorted(choices() if callable(choices) else choices or [value])
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
+    try:
+        token_filters(c.eval_sampling.to_dict())
+    except ValueError as error:
+        raise ValueError(f"--config.eval_sampling.{error}") from None
     steps = c.profile_steps
-    if len(steps) != 2 or not 0 <= steps[0] <= steps[1]:
+    are_numbers = all(isinstance(x, int) for x in steps)
+    if len(steps) != 2 or not are_numbers or not 0 <= steps[0] <= steps[1]:
         raise ValueError(
             f"--config.profile_steps={steps}: must be the first step to trace and the first "
             "after it, as in (10, 13)"
@@ -195,8 +381,10 @@ def check(c: FrozenConfigDict) -> None:
             "--config.offload_ref=True: with adapters the base is the policy's own weights "
             "and has to stay on the devices"
         )
-    if c.lora.rank < 0:
-        raise ValueError(f"--config.lora.rank={c.lora.rank}: must not be negative")
+    if c.clip_low > c.clip_high:
+        raise ValueError(
+            f"--config.clip_low={c.clip_low} exceeds --config.clip_high={c.clip_high}"
+        )
     if c.updates_per_rollout > c.prompts_per_step:
         raise ValueError(
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "

@@ -1,6 +1,8 @@
 """Settings: declared once, checked, and compared with those of an older run."""
 
 import json
+import math
+import re
 
 import ml_collections
 import pytest
@@ -8,6 +10,7 @@ from etils import epath
 from flax import traverse_util
 
 from configs import default
+from pfjax.sampler import options
 from pfjax.trainer import settings
 
 
@@ -27,12 +30,50 @@ def test_the_config_holds_every_setting_and_its_default_is_allowed():
         assert setting.about, name
 
 
+def _numbers():
+    is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    # What TokenFilters checks by itself is below.
+    filters = {f"eval_sampling.{name}" for name in options.FILTER_NAMES}
+    return sorted(
+        k
+        for k, s in settings.SETTINGS.items()
+        if is_number(s.default) and k not in filters
+    )
+
+
+@pytest.mark.parametrize("name", _numbers())
+def test_a_number_out_of_its_bounds_is_refused(name):
+    setting = settings.SETTINGS[name]
+    kind = type(setting.default)
+    outside = [] if kind is int else [math.nan, math.inf, -math.inf]
+    outside += [] if setting.at_least is None else [kind(setting.at_least - 1)]
+    outside += [] if setting.above is None else [kind(setting.above)]
+    outside += [] if setting.at_most is None else [kind(setting.at_most + 1)]
+    assert outside and setting.bounds(), f"{name} has no bounds"
+    for value in outside:
+        with pytest.raises(ValueError, match=rf"--config.{name}={value}: must be "):
+            settings.check(_config(**{name: value}))
+
+
 @pytest.mark.parametrize(
-    "name", [k for k, s in settings.SETTINGS.items() if s.is_positive]
+    ("changes", "message"),
+    [
+        (
+            {"eval_sampling.top_p": 2.0},
+            "--config.eval_sampling.top_p must be in (0, 1]",
+        ),
+        (
+            {"eval_sampling.top_k": -1},
+            "--config.eval_sampling.top_k must not be negative",
+        ),
+        ({"clip_low": 2.0}, "--config.clip_low=2.0 exceeds --config.clip_high=1.28"),
+        ({"profile_steps": ("a", "b")}, "must be the first step to trace"),
+        ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),
+    ],
 )
-def test_what_must_be_positive_may_not_be_zero(name):
-    with pytest.raises(ValueError, match=rf"--config.{name}=0(.0)?: must be positive"):
-        settings.check(_config(**{name: 0}))
+def test_values_that_cannot_be_meant_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings.check(_config(**changes))
 
 
 @pytest.mark.parametrize("name", [k for k, s in settings.SETTINGS.items() if s.choices])
