@@ -299,6 +299,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     """
     try:
         yield
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

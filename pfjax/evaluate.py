@@ -33,7 +33,7 @@ cli.define_model_flags()
 cli.define_sampling_flags()
 cli.define_multihost_flag()
 flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
-flags.DEFINE_integer("max_new_tokens", 3072, "a response is cut there")
+flags.DEFINE_integer("max_new_tokens", None, "default: 3072, or what there is room for")
 flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
 flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
 flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
@@ -116,13 +116,15 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
                 )
                 for problem in problems
             ]
+            width = max(len(p) for p in prompts)
+            room = policy.config.max_positions - width
             settings = scores.Settings(
                 samples_per_prompt=k,
-                max_new_tokens=FLAGS.max_new_tokens,
+                max_new_tokens=FLAGS.max_new_tokens or min(3072, room),
                 temperature=FLAGS.temperature,
                 stop_ids=tokenizer.stop_ids(tok, policy.config),
                 seed=FLAGS.seed,
-                prompt_width=max(len(p) for p in prompts),
+                prompt_width=width,
                 token_filters=cli.token_filters(),
                 stop_strings=tuple(FLAGS.stop) or style.stop_strings,
             )

@@ -61,6 +61,14 @@ def test_every_setting_that_moves_a_score_is_stored(scored):
     assert found["graded"]["grader"]["version"] == "0.9.0"
 
 
+def test_responses_are_cut_where_a_small_model_ends(tmp_path):
+    args = ("--benchmark=pfjax/toy/eval.jsonl", "--limit=1", "--samples=1")
+    done = run_command("pfjax.evaluate", *args, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "eval.json").read_text())["settings"]
+    assert 400 < settings["max_new_tokens"] < 512  # which are the toy's positions
+
+
 def test_a_stopped_evaluation_goes_on_and_draws_the_same(scored, tmp_path):
     """Cut in the middle of a line, as by a kill; a prompt with 3 of 4 samples too."""
     out, args, _ = scored

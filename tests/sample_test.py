@@ -2,10 +2,13 @@
 
 import collections
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 def _run(*args):
@@ -57,6 +60,26 @@ def test_mistakes_are_one_line():
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and message in last
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("lines", [1, 1_000_000])  # still buffered, or not
+def test_a_reader_that_leaves_early_ends_an_entry_point_without_a_word(lines):
+    code = f"""
+import time
+from pfjax import cli
+
+with cli.mistakes_in_one_line():
+    time.sleep(0.5)  # the reader has gone
+    for _ in range({lines}):
+        print("x" * 20)
+"""
+    command = (
+        f"{shlex.join([sys.executable, '-c', code])} | true; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (int(done.stdout), done.stderr) == (1, "")
 
 
 @pytest.mark.slow
