@@ -182,14 +182,9 @@ def pretrain(steps: int, batch_size: int, seed: int):
         return -losses.masked_mean(log_p, batch.is_response)
 
     # Large steps first, then small ones to settle.
-    for fraction, rate in ((0.6, 3e-3), (0.25, 6e-4), (0.15, 1e-4)):
-        optimizer = optim.make_optimizer(
-            learning_rate=rate,
-            log_z_learning_rate=rate,
-            warmup_steps=50,
-            weight_decay=0.0,
-            clip_norm=1.0,
-        )
+    for fraction, peak in ((0.6, 3e-3), (0.25, 6e-4), (0.15, 1e-4)):
+        rate = optim.rate("constant", peak, warmup_steps=50, num_steps=steps)
+        optimizer = optim.make_optimizer(rate, rate, weight_decay=0.0, clip_norm=1.0)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(params, opt_state, batch, optimizer=optimizer):

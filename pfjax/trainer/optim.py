@@ -5,41 +5,56 @@ import optax
 
 from pfjax.model.transformer import Params
 
+# How a rate goes on after its warm-up: from the peak to zero over so many steps.
+_DECAYS = {
+    "cosine": optax.schedules.cosine_decay_schedule,
+    "linear": lambda peak, steps: optax.schedules.linear_schedule(peak, 0.0, steps),
+}
+
+
+def rate(kind: str, peak: float, warmup_steps: int, num_steps: int) -> optax.Schedule:
+    """The learning rate of a step from the number of steps before it.
+
+    Neither end wastes a step on a rate of zero: the warm-up is at its peak in step
+    `warmup_steps`, and a decay would be at zero in the step after the last.
+    """
+    warmup = max(warmup_steps, 1)
+    rise = optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
+    if kind == "constant":
+        return rise
+    fall = _DECAYS[kind](peak, num_steps - (warmup - 1))
+    return optax.schedules.join_schedules([rise, fall], [warmup - 1])
+
 
 def make_optimizer(
-    learning_rate: float,
-    log_z_learning_rate: float,
-    warmup_steps: int,
+    learning_rate: optax.Schedule,
+    log_z_learning_rate: optax.Schedule,
     weight_decay: float,
     clip_norm: float,
     mu_dtype: str = "float32",
+    updates_per_step: int = 1,
 ) -> optax.GradientTransformation:
-    """AdamW for `{"policy": ..., "log_z": ...}`, constant rates after a warm-up.
+    """AdamW for `{"policy": ..., "log_z": ...}`.
 
     Each group is clipped by its own global norm: the policy's update must not
     shrink because log Z' is off. log Z' is not decayed.
 
     Args:
-      learning_rate: of the policy.
+      learning_rate: of the policy, by steps.
       log_z_learning_rate: about how far, in nats, one update may move log Z', whatever
         the width: Adam moves every entry of a matrix alike, so the rate there is divided
         by the inputs that an output sums over.
-      warmup_steps: of both rates, linear.
       weight_decay: of matrices of the policy.
       clip_norm: of each group's gradient.
       mu_dtype: of Adam's first moment.
+      updates_per_step: what the optimiser counts are updates.
     """
 
-    def rate(peak: float) -> optax.Schedule:
-        # Step i of the warm-up uses (i + 1) / warmup_steps: no step is lost at 0.
-        warmup = max(warmup_steps, 1)
-        return optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
-
-    def chain(peak: float, decay: float) -> optax.GradientTransformation:
+    def chain(of_step: optax.Schedule, decay: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(clip_norm),
             optax.adamw(
-                rate(peak),
+                lambda count: of_step(count // updates_per_step),
                 weight_decay=decay,
                 # The second stays float32: a thousandth of it, which an update may
                 # add, is lost in 8 bits.

@@ -145,7 +145,13 @@ _DECIDING: dict[str, Setting] = {
         0.0, "coefficient of the KL to the base per token: grpo and its kin, empo"
     ),
     "optim.learning_rate": _not_negative(
-        1e-6, "learning rate of the policy, constant after the warm-up", at_most=1
+        1e-6, "learning rate of the policy, after the warm-up", at_most=1
+    ),
+    "optim.schedule": Setting(
+        "constant",
+        "learning rate of the policy after the warm-up; cosine and linear reach 0 after "
+        "num_steps, which a continued run must then not change",
+        ("constant", "cosine", "linear"),
     ),
     "optim.log_z_learning_rate": _not_negative(
         1e-3, "learning rate of log Z', in nats per step (chosen)"
@@ -385,6 +391,11 @@ def check(c: FrozenConfigDict) -> None:
         raise ValueError(
             f"--config.clip_low={c.clip_low} exceeds --config.clip_high={c.clip_high}"
         )
+    if c.optim.schedule != "constant" and c.optim.warmup_steps > c.num_steps:
+        raise ValueError(
+            f"--config.optim.warmup_steps={c.optim.warmup_steps} exceeds "
+            f"num_steps={c.num_steps}, where optim.schedule={c.optim.schedule} ends"
+        )
     if c.updates_per_rollout > c.prompts_per_step:
         raise ValueError(
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
@@ -467,7 +478,10 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
     flat = traverse_util.flatten_dict(config, sep=".")
     free = {name for name, setting in SETTINGS.items() if setting.may_change}
-    return {name: value for name, value in flat.items() if name not in free}
+    out = {name: value for name, value in flat.items() if name not in free}
+    if out.get("optim.schedule", "constant") != "constant":
+        out["optim.schedule"] += f" over num_steps={flat['num_steps']}"
+    return out
 
 
 def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:

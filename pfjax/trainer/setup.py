@@ -63,7 +63,6 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
 
     base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
-    rate, warmup = config.optim.learning_rate, max(config.optim.warmup_steps, 1)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [held_out] if held_out else []
     if fns.objective.kind.reward == "correct":
@@ -94,7 +93,8 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
             format_penalty=config.format_penalty,
         ),
         evaluate=_evaluation(config, fns, on_devices, tok, held_out, target, longest),
-        learning_rate=lambda step: rate * min(1.0, step / warmup),
+        # In the digits that float32 has.
+        learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
     )
     about = _describe(config, fns, mesh, plan, train, held_out)
     first = textwrap.shorten(
@@ -217,12 +217,12 @@ def _describe(
     """Describes the run and what follows from the batch numbers, for the log."""
     m, shape = fns.model, fns.shape
     prompts, samples = c.prompts_per_step, c.samples_per_prompt
-    parameters = sum(x.size for x in jax.tree.leaves(abstract_params(m)))
     sizes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     backend = attention.chosen(m.attention, m.head_dim, m.dtype)
     return (
-        f"{c.model}: {parameters / 1e6:.2f} M parameters on {mesh.size} "
-        f"{jax.devices()[0].platform} device(s), mesh {sizes}\n"
+        f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
+        f"mesh {sizes}\n"
+        f"{_describe_trained(c, fns)}\n"
         f"{c.objective}, alpha {c.alpha:g}: {prompts} prompts x {samples} samples = "
         f"{prompts * samples} responses per step, "
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
@@ -231,4 +231,17 @@ def _describe(
         f"rollouts: {plan}\n"
         f"{len(train.tokens)} training prompts, "
         f"{len(held_out.tokens) if held_out else 0} for evaluation"
+    )
+
+
+def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:
+    """How many parameters are trained, of how many."""
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    number = lambda n: f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n:,}"
+    trained, whole = size(fns.state.params["policy"]), abstract_params(fns.model)
+    if not c.lora.rank:
+        return f"training all {number(trained)} parameters"
+    return (
+        f"training {number(trained)} of {number(size(whole))} parameters (LoRA rank "
+        f"{c.lora.rank})"
     )

@@ -29,6 +29,7 @@ class TrainFns(NamedTuple):
     objective: ObjectiveConfig
     num_updates: int  # per step
     shape: PackShape
+    learning_rate: optax.Schedule  # of the policy, by the steps before
     state: step.TrainState  # shapes and shardings
     base: Params  # shapes and shardings, in the type of the computation
     init_opt_state: Any  # this one and what follows are jitted
@@ -53,7 +54,7 @@ def train_fns(
         model = dataclasses.replace(base_model, lora_rank=rank, lora_alpha=alpha)
     trained = _abstract_params(model, mesh, "float32")
     trained = lora.select(trained) if rank else trained
-    optimizer = optim.make_optimizer(**config.optim)
+    learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
     objective, stop_ids = _objective(config), base_model.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
@@ -71,6 +72,7 @@ def train_fns(
         objective=objective,
         num_updates=config.updates_per_rollout,
         shape=_pack_shape(config, longest_prompt, mesh),
+        learning_rate=learning_rate,
         state=state,
         base=_abstract_params(base_model, mesh, config.dtype),
         init_opt_state=jax.jit(optimizer.init, out_shardings=of_state.opt_state),
@@ -79,6 +81,27 @@ def train_fns(
         train_step=jax.jit(
             train_step, out_shardings=(of_state, whole, whole, whole), donate_argnums=0
         ),
+    )
+
+
+def optimizer_of(
+    c: FrozenConfigDict,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The policy's learning rate by steps, and what goes by it."""
+    rate = functools.partial(
+        optim.rate, warmup_steps=c.optim.warmup_steps, num_steps=c.num_steps
+    )
+    of_policy = rate(c.optim.schedule, c.optim.learning_rate)
+    # That of log Z' stays: it has to follow the policy to the end, as an error of log Z'
+    # acts as a reward on length.
+    of_log_z = rate("constant", c.optim.log_z_learning_rate)
+    return of_policy, optim.make_optimizer(
+        of_policy,
+        of_log_z,
+        weight_decay=c.optim.weight_decay,
+        clip_norm=c.optim.clip_norm,
+        mu_dtype=c.optim.mu_dtype,
+        updates_per_step=c.updates_per_rollout,
     )
 
 

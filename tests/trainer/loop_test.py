@@ -8,7 +8,6 @@ import shutil
 import jax
 import ml_collections
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
@@ -107,7 +106,7 @@ def converging(config, monkeypatch) -> ml_collections.ConfigDict:
     ],
 )
 def test_training_reaches_the_exact_target(
-    converging, tmp_path, monkeypatch, objective, alpha, log_z, num_steps
+    converging, tmp_path, objective, alpha, log_z, num_steps
 ):
     config = converging
     config.objective, config.alpha, config.log_z = objective, alpha, log_z
@@ -116,9 +115,7 @@ def test_training_reaches_the_exact_target(
         config.optim.clip_norm = 0.05
     if (objective, alpha) in (("powerflow", 0.5), ("rl_token", 2.0)):
         # Fast steps leave directions of no return; rates that go to 0 leave no noise.
-        config.optim.learning_rate = 3e-3
-        to_zero = lambda _, peak, __: optax.schedules.cosine_decay_schedule(peak, 200)
-        monkeypatch.setattr(optax.schedules, "linear_schedule", to_zero)
+        config.optim.learning_rate, config.optim.schedule = 3e-3, "cosine"
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
     trained, _ = _distribution(tmp_path / "run/hf")
@@ -208,6 +205,32 @@ def test_a_continued_run_equals_one_never_stopped_bit_for_bit(whole, tmp_path):
         assert (parts / file).read_bytes() == (whole / file).read_bytes()
     with pytest.raises(ValueError, match="holds 4 steps already; num_steps=2"):
         loop.train_and_evaluate(shorter, str(parts))
+
+
+def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
+    config, tmp_path, monkeypatch
+):
+    config.optim.schedule, config.optim.warmup_steps = "cosine", 2
+    config.optim.learning_rate = 0.01
+    loop.train_and_evaluate(config, str(tmp_path / "whole"))
+    do, parts = loop.train_iteration, tmp_path / "parts"
+
+    def killed(trainer, state, cursor, step, grader):
+        if step == 4:
+            raise KeyboardInterrupt
+        return do(trainer, state, cursor, step, grader)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_iteration", killed)
+        loop.train_and_evaluate(config, str(parts))
+    loop.train_and_evaluate(config, str(parts))
+    assert _deterministic(parts) == _deterministic(tmp_path / "whole")
+    rates = [r["lr"] for r in _deterministic(parts)[1:]]
+    assert rates == [0.005, 0.01, 0.0075, 0.0025]
+    longer = config.copy_and_resolve_references()
+    longer.num_steps = 8
+    with pytest.raises(ValueError, match="num_steps=4 -> cosine over num_steps=8"):
+        loop.train_and_evaluate(longer, str(parts))
 
 
 def test_first_step_of_the_base_has_no_residual_and_no_gap(whole, config, tmp_path):

@@ -1,19 +1,25 @@
 """The optimiser: groups, rates, decay, clipping."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
 
-from pfjax.trainer import optim
+from configs import default
+from pfjax.trainer import optim, train_fns
 
 
-def _config(**changes):
+def _config(warmup_steps=0, **changes):
+    rate = functools.partial(
+        optim.rate, "constant", warmup_steps=warmup_steps, num_steps=1
+    )
     kwargs = {
-        "learning_rate": 1e-3,
-        "log_z_learning_rate": 1e-1,
-        "warmup_steps": 0,
+        "learning_rate": rate(1e-3),
+        "log_z_learning_rate": rate(1e-1),
         "weight_decay": 0.0,
         "clip_norm": 1.0,
     }
@@ -28,7 +34,11 @@ def _params():
 
 
 def _updates(config, grads, steps=1):
-    optimizer, params = optim.make_optimizer(**config), _params()
+    return _run(optim.make_optimizer(**config), grads, steps)
+
+
+def _run(optimizer, grads, steps):
+    params = _params()
     state = optimizer.init(params)
     for _ in range(steps):
         updates, state = optimizer.update(grads, state, params)
@@ -57,6 +67,44 @@ def test_warm_up_reaches_its_peak_and_stays():
     for steps, share in ((1, 0.25), (2, 0.5), (4, 1.0), (6, 1.0)):
         wq = _updates(_config(warmup_steps=4), grads, steps)["policy"]["blocks"]["wq"]
         np.testing.assert_allclose(wq, -1e-3 * share, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "of_steps"),
+    [
+        # The warm-up is at its peak in step 2; from there to zero in step 6.
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]),
+    ],
+)
+def test_a_schedule_ends_at_zero_after_the_last_step(schedule, of_steps):
+    rate = optim.rate(schedule, 1e-3, 2, 5)
+    np.testing.assert_allclose([rate(i) for i in range(5)], np.multiply(1e-3, of_steps))
+    if schedule != "constant":
+        assert rate(5) == 0
+    # An update goes by the rate of its step.
+    config = _config(learning_rate=rate, updates_per_step=3)
+    grads = jax.tree.map(jnp.ones_like, _params())
+    for step, wanted in enumerate(of_steps):
+        for updates in (3 * step + 1, 3 * step + 3):
+            wq = _updates(config, grads, updates)["policy"]["blocks"]["wq"]
+            np.testing.assert_allclose(wq, -1e-3 * wanted, rtol=1e-3)
+
+
+def test_a_schedule_is_of_the_policy_and_log_z_moves_on():
+    c = default.get_config()
+    c.num_steps, c.optim.schedule, c.optim.clip_norm = 2, "linear", 1e9
+    c.optim.weight_decay = 0.0
+    of_policy, optimizer = train_fns.optimizer_of(ml_collections.FrozenConfigDict(c))
+    grads = jax.tree.map(jnp.ones_like, _params())
+    first, second = (_run(optimizer, grads, steps) for steps in (1, 2))
+    rate = c.optim.learning_rate
+    np.testing.assert_allclose([of_policy(0), of_policy(1)], [rate, rate / 2])
+    move = lambda updates: updates["policy"]["blocks"]["wq"]
+    np.testing.assert_allclose(move(second), move(first) / 2, rtol=1e-3)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3)
+    jax.tree.map(close, second["log_z"], first["log_z"])
 
 
 def test_a_large_gradient_of_log_z_does_not_shrink_the_policys():

@@ -107,5 +107,25 @@ def test_a_run_is_continued_with_other_records_but_no_other_results(tmp_path):
     assert "seed: 0 -> 1" in str(error.value) and "eval_every" not in str(error.value)
 
 
+def test_where_a_schedule_ends_is_part_of_the_run_unless_it_is_constant(tmp_path):
+    decays = {"optim.schedule": "cosine", "num_steps": 4}
+    folder = _write(tmp_path, _config(**decays))
+    settings.check_workdir(_config(**decays), folder)
+    with pytest.raises(ValueError, match="restore these values") as error:
+        settings.check_workdir(_config(**decays | {"num_steps": 8}), folder)
+    shown = "optim.schedule: cosine over num_steps=4 -> cosine over num_steps=8"
+    assert shown in str(error.value)
+    with pytest.raises(ValueError, match="cosine over num_steps=4 -> constant"):
+        settings.check_workdir(_config(num_steps=4), folder)
+
+
+def test_a_warm_up_longer_than_a_schedule_is_refused():
+    settings.check(_config(**{"optim.warmup_steps": 501}))
+    with pytest.raises(ValueError, match="warmup_steps=501 exceeds num_steps=500"):
+        settings.check(
+            _config(**{"optim.warmup_steps": 501, "optim.schedule": "linear"})
+        )
+
+
 def test_a_setting_that_is_gone_is_a_difference():
     assert settings.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]
