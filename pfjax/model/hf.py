@@ -19,6 +19,7 @@ from pfjax.model import gguf, hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
 
 
@@ -32,7 +33,8 @@ def resolve(
     `HF_HUB_OFFLINE` set only the local cache is looked in.
 
     Raises:
-      ValueError: if it is neither a folder with a `config.json` nor on the hub.
+      ValueError: if it is neither a folder with a model nor on the hub; what else it may
+        be is named, with the way out.
     """
     name = os.fspath(path_or_hub_id)
     if name == "pfjax/toy":  # see examples/toy_model.py
@@ -41,8 +43,7 @@ def resolve(
     if file := gguf.find(path):
         return gguf.convert(file)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model folder {path} has no config.json")
+        _refuse_other_folders(path, name)
         return path
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name):
         raise ValueError(f"model folder {path} does not exist")
@@ -51,12 +52,38 @@ def resolve(
     hub_id, _, revision = name.partition("@")
     wanted = {"revision": revision or None, "allow_patterns": files}
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
+        fetched = pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
         raise ValueError(
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
             f"fetched from the Hugging Face hub: {error}"
         ) from error
+    _refuse_other_folders(fetched, name)
+    return fetched
+
+
+def _refuse_other_folders(path: pathlib.Path, name: str) -> None:
+    """Raises ValueError for a folder that is none of a model, and says what it is."""
+    if (path / "metrics.jsonl").is_file():
+        model = path / "hf"
+        has_model = (model / "config.json").is_file()
+        what = f"give {model}" if has_model else f"`pfjax export {path}` writes {model}"
+        raise ValueError(f"{path} is the folder of a run, its model is in hf: {what}")
+    has_config, adapter = (path / "config.json").is_file(), path / ADAPTER_CONFIG
+    if has_config and adapter.is_file():
+        raise ValueError(
+            f"{path} holds adapters beside the model (adapter_config.json), which "
+            "transformers would add to it: merge them first, or move them elsewhere"
+        )
+    if adapter.is_file():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"{name} is an adapter, not a model: train from it with --config.model={base} "
+            f"--config.lora.init_from={name}, or make a model of both with peft "
+            "(merge_and_unload, save_pretrained) and give that"
+        )
+    if not has_config:
+        raise ValueError(f"model folder {path} has no config.json")
 
 
 def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
@@ -68,7 +95,9 @@ def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     shipped = _ASSETS / name.partition("@")[0].replace("/", "--")
     if name.count("/") == 1 and (shipped / "config.json").is_file():
         return shipped
-    return resolve(name, files=["config.json", "generation_config.json"])
+    return resolve(
+        name, files=["config.json", "generation_config.json", ADAPTER_CONFIG]
+    )
 
 
 def fingerprint(folder: pathlib.Path) -> str:

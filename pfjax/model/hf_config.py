@@ -93,6 +93,13 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} has model_type {family!r}; supported: {sorted(_ARCHITECTURES)}"
         )
+    if quantization := c.get("quantization_config"):
+        raise ValueError(
+            f"{path}: the weights are quantised ({_kind_of(quantization)}); pfjax trains "
+            "and computes in bfloat16 or float32: take the checkpoint that they were made "
+            "from, or dequantise them (in transformers, model.dequantize() and "
+            "save_pretrained)"
+        )
     architectures = c.get("architectures") or [_ARCHITECTURES[family]]
     # Defaults of transformers; a window as wide as the positions hides nothing.
     is_windowed = c.get("use_sliding_window", family == "mistral")
@@ -120,6 +127,14 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
             f"{path} has fields that pfjax does not know, and that might change what "
             f"the model computes: {unknown}; remove them if they do not"
         )
+
+
+def _kind_of(quantization: dict[str, Any]) -> str:
+    """Names the format of quantised weights: "bitsandbytes, 4 bits"."""
+    q = quantization
+    bits = next((n for n in (4, 8) if q.get(f"load_in_{n}bit")), q.get("bits"))
+    method = q.get("quant_method") or ("bitsandbytes" if bits else "unknown format")
+    return f"{method}, {bits} bits" if bits else method
 
 
 def _rope(path: pathlib.Path, c: dict[str, Any]) -> rope.RopeConfig:

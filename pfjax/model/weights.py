@@ -89,11 +89,6 @@ def _open_folder(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[int
     """HF name -> file and shape, of one file or of an index of many: as transformers, of
     one file if both are there."""
     index, names = folder / _INDEX, ["model.safetensors"]
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds adapters beside the model (adapter_config.json), which "
-            "transformers would add to it: merge them first, or move them elsewhere"
-        )
     if (folder / names[0]).is_file():
         pass
     elif index.is_file():

@@ -192,7 +192,6 @@ def test_what_changes_nothing_is_passed_over(folder, tiny_policy):
     "field",
     [
         {"final_logit_softcapping": 30.0},
-        {"quantization_config": {"bits": 4}},
         {"is_decoder": True},
         {"pruned_heads": {"0": [1]}},
         {"logit_scale": 0.5},
@@ -202,6 +201,41 @@ def test_what_might_change_something_is_refused(folder, field):
     _edit_config(folder, **field)
     with pytest.raises(ValueError, match=f"pfjax does not know.*{next(iter(field))}"):
         hf.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "awq, 4 bits"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_kind(folder, quantization, kind):
+    _edit_config(folder, quantization_config=quantization)
+    with pytest.raises(ValueError, match=rf"quantised \({kind}.*checkpoint") as error:
+        hf.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_something_else_is_refused_by_what_it_is(tmp_path, tiny_policy):
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    run.mkdir()
+    (run / "config.json").write_text('{"config": {}, "versions": {}}')
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=rf"run, .*`pfjax export {run}` writes .*/hf$"):
+        hf.load(run)
+    hf.save(tiny_policy, run / "hf")
+    with pytest.raises(ValueError, match=rf"a run, its model is in hf: give {run}/hf$"):
+        hf.resolve_config(run)
+    assert hf.load(run / "hf").config == tiny_policy.config
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    way_out = rf"--config.model=a/b --config.lora.init_from={adapter}, or .*peft"
+    with pytest.raises(ValueError, match=rf"{adapter} is an adapter.*{way_out}"):
+        hf.load(adapter)
 
 
 def test_stop_tokens_of_the_policy_are_exported(folder, tmp_path, tiny_policy):
