@@ -1,0 +1,129 @@
+r"""How people write answers: to one LaTeX, and words, choices, bases and times apart.
+
+What of it is graded how, and why, says `pfjax.tasks.equality`.
+"""
+
+import contextlib
+import itertools
+import re
+
+_WRAPPED = re.compile(
+    r"(?P<text>\\(?:text\w*|math(?:rm|bf|it|sf)|[mh]box|emph|operatorname)\s*)?\{(.*)\}"
+    r"|\((.*)\)",
+    re.DOTALL,
+)
+_THOUSANDS = re.compile(
+    r"\s*([-+]?\d{1,3})((?:(?:,\\!|\{,\}|,|~|\\[,;: ]|[ \xa0\u202f])\d{3})+)(\.\d+)?\s*"
+)
+# What people write for LaTeX.
+_SYMBOLS = str.maketrans(
+    {
+        "°": r"^\circ ", "∞": r"\infty ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ",
+        "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "−": "-", "∪": r"\cup ",
+        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
+        "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+    }
+)  # fmt: skip
+_REWRITTEN = (
+    (re.compile(r"√\s*(\{[^{}]*\}|\([^()]*\)|\d+(?:\.\d+)?|[a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\\big(cup|cap)"), r"\\\1"),
+    # Bold numbers; words have rules of their own.
+    (
+        re.compile(r"\\(?:mathbf|textbf|boldsymbol|bm|mathrm)\s*\{([^{}]*\d[^{}]*)\}"),
+        r"\1",
+    ),
+    (re.compile(r"\\text\s*\{\s*(\d[\d:.,]*)\s*\}"), r"\1"),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"^i\s*=\s*"), ""),  # an index, which math-verify finds not real
+    (re.compile(r"\\(?:mathrm|text)\s*\{([ie])\}"), r"\1"),
+    (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
+    (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty"),
+    (re.compile(r"^(?:€|£|USD)\s*(?=\d)"), ""),
+    (re.compile(r"(?:\\[,;: ]|\s)+(?=\\?%)"), ""),
+    (re.compile(r"\\\s*$"), ""),
+    (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
+    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?)$"), ""),
+    (
+        re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([-+]?\d+)(?![\w.])"),
+        r"\1 \\times 10^{\2}",
+    ),
+)
+# A unit or what is counted.
+_BEHIND_NUMBER = re.compile(r"(?<=\d)\s*\\text\s*\{[^{}\d]*\}$")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_PERCENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))(\\?%)?")
+_DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
+_CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
+_TIME = re.compile(r"\d{1,2}:\d\d")
+_BESIDE_TIME = re.compile(r"\\text\w*\s*\{[^{}]*\}|[{}\s]|\\[,;: ]|[aApP]\.?[mM]\.?")
+_BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
+
+
+def plain_pair(gold: str, answer: str) -> tuple[str, str]:
+    """Both in LaTeX that math-verify reads."""
+    gold, answer = _plain(gold), _plain(answer)
+    if _NUMBER.fullmatch(gold):
+        answer = _DECIMAL_COMMA.sub(r"\1.\2", answer)
+    return gold, answer
+
+
+def equal_by_rule(gold: str, answer: str) -> bool | None:
+    """The verdict on what is not mathematics; None where only mathematics decides."""
+    percent, other_percent = (_PERCENT.fullmatch(x) for x in (gold, answer))
+    if percent and other_percent and (percent[2] or other_percent[2]):
+        whole = float(percent[1]) == float(other_percent[1])
+        if whole or bool(percent[2]) == bool(other_percent[2]):
+            return whole
+    (word, is_text), (other, is_other_text) = _word(gold), _word(answer)
+    if word and len(word) == 1 and (choice := _CHOICE.fullmatch(answer)):
+        return choice[1] == word
+    if _TIME.fullmatch(gold):
+        return _BESIDE_TIME.sub("", answer).lstrip("0") == gold.lstrip("0")
+    if word and other and (is_text or is_other_text or len(word) != 2):
+        return word == other or (len(word) > 1 and word.casefold() == other.casefold())
+    based, other_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
+    if based and other_based and (base := based[2] or other_based[2]):
+        if other_based[2] not in (None, base):
+            return False
+        with contextlib.suppress(ValueError):  # a symbol such as `A_1`
+            return int(based[1], int(base)) == int(other_based[1], int(base))
+    is_mixed = {_is_ordered(gold), _is_ordered(answer)} == {True, False}
+    return False if is_mixed else None
+
+
+def _plain(text: str) -> str:
+    """Without dollars, a final full stop and separators of thousands; in LaTeX."""
+    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
+    text = text.translate(_SYMBOLS).strip()
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
+    if number := _THOUSANDS.fullmatch(_BEHIND_NUMBER.sub("", text)):
+        return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
+    if text.count("\\pm") == 1:
+        return ",".join(text.replace("\\pm", sign) for sign in "+-")
+    return text
+
+
+def _word(text: str) -> tuple[str | None, bool]:
+    r"""Its letters if it has no other characters; whether it stood in `\text{}`."""
+    is_text = False
+    while wrapped := _WRAPPED.fullmatch(text := text.strip(" \n\t.~")):
+        is_text |= wrapped["text"] is not None
+        text = wrapped[2] if wrapped[3] is None else wrapped[3]
+    # Bare, a hyphen is a minus.
+    letters = re.sub(r"[\s'-]" if is_text else r"\s", "", text)
+    return (letters if letters.isalpha() else None), is_text
+
+
+def _is_ordered(text: str) -> bool | None:
+    r"""True for `(a, b)` or `[a, b]`, False for `a, b` or `\{a, b\}`, else None."""
+    text = re.sub(r"\\left|\\right|\\(?=[{}])|\s", "", text)
+    depths = [*itertools.accumulate((c in "([{") - (c in ")]}") for c in text)]
+    commas = {d for d, c in zip(depths, text, strict=True) if c == ","}
+    if "=" in text or not commas:
+        return None
+    if 0 in commas:
+        return False
+    is_enclosed = text[0] in "([{" and 0 not in depths[:-1]
+    return text[0] != "{" if is_enclosed and 1 in commas else None
