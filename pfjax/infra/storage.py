@@ -18,6 +18,18 @@ def place(path: epath.PathLike) -> epath.Path:
     return epath.Path(str(path) if is_remote(path) else pathlib.Path(path).expanduser())
 
 
+def check_writable(folder: epath.PathLike) -> None:
+    """Raises ValueError if a folder on this machine cannot be, or be written to."""
+    if is_remote(folder):
+        return
+    path = pathlib.Path(folder).expanduser().absolute()
+    there = next(x for x in (path, *path.parents) if x.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: no permission to write in {there}")
+
+
 def user_cache(name: str) -> pathlib.Path:
     """A folder of this user that is kept between runs and may be deleted."""
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -60,11 +60,9 @@ def read(folder: pathlib.Path) -> ModelConfig:
       ValueError: for a field whose effect is not implemented, or not known.
     """
     path = folder / "config.json"
-    try:
-        c = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    c = _read_object(path)
     _refuse_unsupported(path, c)
+    _check_values(path, c)
     family, heads = c["model_type"], c["num_attention_heads"]
     has_bias = bool(c.get("attention_bias"))
     sizes = {
@@ -87,9 +85,54 @@ def read(folder: pathlib.Path) -> ModelConfig:
     )
 
 
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # JSON, or UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object")  # noqa: TRY004
+    return found
+
+
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+# Of these transformers has a default that is another field, or a constant of the family.
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+
+
+def _check_values(path: pathlib.Path, c: dict[str, Any]) -> None:
+    """Raises ValueError for a value that is missing, or that no model can have."""
+
+    def check(name: str, kinds: Any, what: str, is_needed: bool) -> None:
+        value = c.get(name)
+        if value is None and not is_needed:
+            return
+        if value is None:
+            raise ValueError(f"{path} has no {name}: is it the config of a model?")
+        is_kind = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_kind or not value > 0:
+            raise ValueError(f"{path} sets {name}={value!r}: must be {what}")
+
+    for name in _FIELDS.keys() - {"tie_word_embeddings", "rms_norm_eps"}:
+        check(name, int, "a positive whole number", name not in _OPTIONAL)
+    check("rms_norm_eps", (int, float), "a positive number", True)
+    check("rope_theta", (int, float), "a positive number", False)
+    for name in _FLAGS:
+        if not isinstance(c.get(name), bool | None):
+            shown = f"{path} sets {name}={c[name]!r}"
+            raise ValueError(f"{shown}: must be true or false")  # noqa: TRY004
+    size, heads = c["hidden_size"], c["num_attention_heads"]
+    kv_heads = c.get("num_key_value_heads") or heads
+    if heads % kv_heads or (size % heads and not c.get("head_dim")):
+        raise ValueError(
+            f"{path}: num_key_value_heads {kv_heads} must divide num_attention_heads "
+            f"{heads}, and that hidden_size {size} unless head_dim is set"
+        )
+
+
 def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
     family = c.get("model_type")
-    if family not in _ARCHITECTURES:
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
         raise ValueError(
             f"{path} has model_type {family!r}; supported: {sorted(_ARCHITECTURES)}"
         )
@@ -104,7 +147,8 @@ def _refuse_unsupported(path: pathlib.Path, c: dict[str, Any]) -> None:
     # Defaults of transformers; a window as wide as the positions hides nothing.
     is_windowed = c.get("use_sliding_window", family == "mistral")
     window = c.get("sliding_window", 4096) if is_windowed else None
-    has_window = window is not None and window < c["max_position_embeddings"]
+    positions = c.get("max_position_embeddings") or 0
+    has_window = window is not None and window < positions
     unsupported = {
         "architectures": architectures != [_ARCHITECTURES[family]],
         "auto_map": "auto_map" in c,  # remote code is never run
@@ -140,12 +184,20 @@ def _kind_of(quantization: dict[str, Any]) -> str:
 def _rope(path: pathlib.Path, c: dict[str, Any]) -> rope.RopeConfig:
     """Both spellings: transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
     p = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    are_numbers = isinstance(p, dict) and not any(
+        isinstance(v, list | dict) or (isinstance(v, str) and "type" not in k)
+        for k, v in p.items()
+    )
+    if not are_numbers:
+        raise ValueError(
+            f"{path} sets rope_scaling (rope_parameters) {p}: must be an object of numbers"
+        )
     kind = p.get("rope_type") or p.get("type") or "default"
     is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
     said = f"{path} sets rope_scaling (rope_parameters) {p}"
     if set(p) - _ROPE_READ or kind not in rope.KINDS or is_partial:
         raise ValueError(f"{said}: not supported")
-    if kind != "default" and "factor" not in p:
+    if kind != "default" and not p.get("factor"):
         raise ValueError(f"{said} but no factor")
     for field, same in (("rope_theta", p.get("rope_theta")), ("rope_scaling", p)):
         if c.get("rope_parameters") and c.get(field) not in (None, same):
@@ -177,10 +229,14 @@ def _yarn_attention_factor(p: dict[str, Any]) -> float:
 
 def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.is_file() else {}
+    generation = _read_object(path) if path.is_file() else {}
     found = [x.get("eos_token_id") for x in (config, generation)]
-    ids = (x if isinstance(x, list) else [x] for x in found if x is not None)
-    return tuple(sorted(set().union(*ids)))
+    lists = [x if isinstance(x, list) else [x] for x in found if x is not None]
+    ids = [x for some in lists for x in some]
+    for x in ids:
+        if not isinstance(x, int) or isinstance(x, bool) or x < 0:
+            raise ValueError(f"{folder} sets eos_token_id={x!r}: must be token ids")
+    return tuple(sorted(set(ids)))
 
 
 def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     settings.check(config)
     tracking.check(config.wandb_project)
     folder = storage.place(workdir)
+    storage.check_writable(folder)
     mesh = sharding.make_mesh(**config.mesh)
     config = settings.with_clock(config, folder)
     settings.check_workdir(config, folder)

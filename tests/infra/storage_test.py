@@ -2,6 +2,7 @@
 
 import pathlib
 
+import pytest
 from etils import epath
 
 from pfjax.infra import storage
@@ -11,6 +12,17 @@ from pfjax.model import hf
 def test_which_are_remote():
     assert storage.is_remote("gs://bucket/run") and not storage.is_remote("/data/run")
     assert str(storage.place("~/run")) == str(pathlib.Path("~/run").expanduser())
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    storage.check_writable(tmp_path / "new/deep")
+    for path in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ValueError, match=f"{path}: .*file is a file, not a folder"):
+            storage.check_writable(path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for any but root
+    with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
+        storage.check_writable(tmp_path / "new")
 
 
 def test_files_reach_a_bucket_config_last(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from pfjax.infra import sharding
-from pfjax.model import hf, log_probs, tokenizer, transformer, weights
+from pfjax.model import hf, hf_config, log_probs, tokenizer, transformer, weights
 from pfjax.sampler import engine
 from tests.conftest import run_on_two_processes
 
@@ -289,6 +289,54 @@ def test_files_are_those_of_the_library_and_keep_the_base_type(tmp_path, tiny_po
     for file in ("model.safetensors", "config.json"):
         same = [(tmp_path / d / file).read_bytes() for d in ("half", "again")]
         assert same[0] == same[1]
+
+
+_WRONG = ("x", -1, 0, 1.5, True, [], {}, [1], None)
+_HARMLESS = {
+    "head_dim": (None,),
+    "num_key_value_heads": (None,),
+    "rms_norm_eps": (1.5,),
+    "rope_theta": (1.5, None),
+    "tie_word_embeddings": (True, None),
+    "eos_token_id": (0, [], [1], None),
+    "model_type": (),
+    "rope_scaling": (0, [], {}, None),  # as if it were not there
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ),
+        (),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _HARMLESS)
+def test_a_config_that_no_model_can_have_is_refused_by_its_field(name, tmp_path):
+    config = json.loads((hf.resolve("pfjax/toy") / "config.json").read_text())
+    has_type = lambda x, xs: any(x == y and type(x) is type(y) for y in xs)
+    for value in _WRONG:
+        text = json.dumps(config | {name: value})
+        (tmp_path / "config.json").write_text(text)
+        if has_type(value, _HARMLESS[name]):
+            hf_config.read(tmp_path)
+            continue
+        with pytest.raises(
+            ValueError, match=rf"config\.json.* {name}|{tmp_path}.* {name}"
+        ):
+            hf_config.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", '"x"', "\udcff"])
+def test_a_config_that_is_no_object_is_refused(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=f"{path} (is not JSON|holds a)"):
+        hf_config.read(tmp_path)
 
 
 @pytest.mark.slow
