@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 from etils import epy
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from pfjax.sampler import options
 from pfjax.trainer import settings
@@ -52,12 +52,10 @@ def run(main: Callable[..., None]) -> None:
     # transformers says at import that it has no torch, which nothing here wants.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with mistakes_in_one_line():
-        if "config" in flags.FLAGS:
-            sys.argv = _with_config_first(sys.argv)
         if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv):
             print(_help(module))
             return
-        rest = _parse(module, sys.argv)[1:]
+        rest = _parse(sys.argv)[1:]
         if inspect.signature(main).parameters:
             main(rest)
         elif rest:
@@ -66,10 +64,18 @@ def run(main: Callable[..., None]) -> None:
             main()
 
 
-def define_config_flag() -> flags.FlagHolder:
-    """Declares --config, and --config.NAME for each of its settings."""
+def define_config_flag() -> None:
+    """Declares --config, and --config.NAME for each setting; see `config`."""
     about = "recipe: a name, or the path of a .py file with get_config()"
-    return config_flags.DEFINE_config_file("config", help_string=about)
+    flags.DEFINE_string("config", None, about)
+
+
+def config() -> ConfigDict:
+    """The recipe of --config with what the command line changes of it."""
+    return _configs[-1]
+
+
+_configs: list[ConfigDict] = []  # of the command that runs
 
 
 def define_multihost_flag() -> None:
@@ -92,7 +98,7 @@ def define_model_flags() -> None:
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"], "default: float32 on CPU, else bfloat16"
     )
-    flags.DEFINE_integer("tensor", 1, "devices that share each matrix")
+    flags.DEFINE_integer("tensor", 1, "devices that share each matrix", lower_bound=1)
     about = 'arguments of the chat template, JSON: {"enable_thinking": false}'
     flags.DEFINE_string("chat_template_kwargs", "", about)
     about = "time that the chat template is told if it asks, ISO 8601; default: now"
@@ -101,7 +107,7 @@ def define_model_flags() -> None:
 
 def define_sampling_flags() -> None:
     """Declares how responses are drawn, in what entry points do not differ in."""
-    flags.DEFINE_float("temperature", 1.0, "0 is greedy")
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy", lower_bound=0.0)
     for field in dataclasses.fields(options.TokenFilters):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
@@ -131,73 +137,89 @@ def load(source: os.PathLike) -> Iterator["transformer.Policy"]:
         yield hf.load(source, mesh, dtype)
 
 
-def _with_config_first(argv: list[str]) -> list[str]:
-    """The arguments with the recipe of --config as a path, before what overrides it."""
-    program, *rest = argv
-    found, others = [], []
-    while rest:
-        arg, *rest = rest
-        name, equals, value = arg.lstrip("-").partition("=")
-        if arg[:1] != "-" or name != "config":
-            others.append(arg)
-        elif equals or rest:
-            value = value if equals else rest.pop(0)
-            found = [f"--config={settings.recipe_path(value)}"]
-        else:
-            raise ValueError(
-                f"--config needs a recipe: {', '.join(settings.recipes())}"
-            )
-    return [program, *found, *others]
-
-
-def _parse(module: ModuleType, argv: list[str]) -> list[str]:
-    """Reads the flags; raises ValueError with the way out for what cannot be read."""
+def _parse(argv: list[str]) -> list[str]:
+    """Reads the flags and returns what is none; raises ValueError with the way out."""
     takes_config = "config" in flags.FLAGS
-    if takes_config:
-        if not any(x.startswith("--config=") for x in argv[1:2]):
-            names = ", ".join(settings.recipes())
-            raise ValueError(f"give --config=RECIPE, a .py file or one of {names}")
-        _check_names(argv)
+    argv, overrides = _split_overrides(argv) if takes_config else (argv, [])
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        hint = _nearest_flag(error.flagname, module, takes_config)
+        hint = _nearest_flag(error.flagname, takes_config)
         raise ValueError(f"there is no flag --{error.flagname}{hint}") from None
     except flags.Error as error:
         raise ValueError(_explain(str(error))) from None
     if takes_config:
-        try:
-            flags.FLAGS.config.to_dict()  # one that could not be loaded raises here
-        except Exception as error:  # whatever a recipe of one's own may raise
-            raise ValueError(_explain_recipe(error)) from error
+        _configs.append(_load_config(flags.FLAGS.config, overrides))
     return rest
 
 
-def _check_names(argv: list[str]) -> None:
-    """Raises ValueError for a setting that there is not."""
-    for arg in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if not match or match[1] in settings.SETTINGS:
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without those that change a setting, and these."""
+    others, overrides = [], []
+    rest = iter(argv)
+    for arg in rest:
+        match = re.match(r"--?(no)?config\.([^=]*)(=?)", arg)
+        if not match:
+            others.append(arg)
             continue
-        name = match[1]
-        if inside := [x for x in settings.SETTINGS if x.startswith(f"{name}.")]:
-            shown = ", ".join(f"--config.{x}" for x in inside)
-            raise ValueError(f"--config.{name} is a group; its settings: {shown}")
-        last = name.rpartition(".")[2]
-        if last in (*options.FILTER_NAMES, "stop_strings"):
-            raise ValueError(
-                f"there is no setting --config.{name}. {_WHY_NOT_FILTERED}"
-                f"--config.eval_sampling.{last}"
-            )
-        near = settings.nearest(name)
-        hint = f"; did you mean --config.{near}?" if near else ""
-        raise ValueError(f"there is no setting --config.{name}{hint}")
+        is_no, name, has_value = match.groups()
+        _check_name(name)
+        is_bool = isinstance(settings.SETTINGS[name].default, bool)
+        if not has_value and not is_bool:
+            value = next(rest, None)
+            if value is None or is_no:
+                raise ValueError(
+                    f"--config.{name} needs a value: --config.{name}=VALUE"
+                )
+            arg = f"{arg}={value}"
+        overrides.append(arg)
+    return others, overrides
 
 
-def _nearest_flag(name: str, module: ModuleType, takes_config: bool) -> str:
+def _check_name(name: str) -> None:
+    """Raises ValueError for a setting that there is not."""
+    if name in settings.SETTINGS:
+        return
+    if inside := [x for x in settings.SETTINGS if x.startswith(f"{name}.")]:
+        shown = ", ".join(f"--config.{x}" for x in inside)
+        raise ValueError(f"--config.{name} is a group; its settings: {shown}")
+    last = name.rpartition(".")[2]
+    if last in (*options.FILTER_NAMES, "stop_strings"):
+        raise ValueError(
+            f"there is no setting --config.{name}. {_WHY_NOT_FILTERED}"
+            f"--config.eval_sampling.{last}"
+        )
+    near = settings.nearest(name)
+    hint = f"; did you mean --config.{near}?" if near else ""
+    raise ValueError(f"there is no setting --config.{name}{hint}")
+
+
+def _load_config(recipe: str | None, overrides: list[str]) -> ConfigDict:
+    """The config of a recipe with other values."""
+    if not recipe:
+        names = ", ".join(settings.recipes())
+        raise ValueError(f"give --config=RECIPE, a .py file or one of {names}")
+    config = settings.recipe(recipe)
+    values, argv = flags.FlagValues(), ["", *overrides]
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=argv, lock_config=True
+    )
+    try:
+        values(argv)
+    except flags.Error as error:
+        raise ValueError(_explain(str(error))) from None
+    return values.config
+
+
+def _own_flags() -> list[flags.Flag]:
+    """The flags that there are beside absl's own."""
+    by_module = flags.FLAGS.flags_by_module_dict().items()
+    return [f for module, fs in by_module if not module.startswith("absl") for f in fs]
+
+
+def _nearest_flag(name: str, takes_config: bool) -> str:
     """A hint at the flag, or the setting, that was meant."""
-    own = [f.name for f in flags.FLAGS.get_key_flags_for_module(module)]
-    near = difflib.get_close_matches(name, own, n=1)
+    near = difflib.get_close_matches(name, [f.name for f in _own_flags()], n=1)
     if takes_config and (setting := settings.nearest(name)):
         near = near or [f"config.{setting}"]
     return f"; did you mean --{near[0]}?" if near else " (--help lists them)"
@@ -216,6 +238,8 @@ def _explain(text: str) -> str:
     if missing := re.findall(r"Flag --(\w+) must have a value", text):
         flag = flags.FLAGS[missing[0]]
         return f"give --{flag.name}: {flag.help}"
+    if missing := re.match(r"Missing value for flag -*(\S+)", text):
+        return f"--{missing[1]} needs a value"
     if match := re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL):
         name, value = match.groups()
         if name.startswith("config."):
@@ -239,28 +263,13 @@ def _is_a(kind: type, text: str) -> bool:
     return kind in (int, float)
 
 
-def _explain_recipe(error: Exception) -> str:
-    """What keeps a recipe from being loaded, and where in it."""
-    path = sys.argv[1].partition("=")[2].partition(":")[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if f.filename == path]
-    where = f"{path}:{lines[-1]}" if lines else path
-    text = " ".join(str(error).split())
-    if "get_config" in text:
-        return f"{where}: a recipe needs a function get_config() that returns a config"
-    return f"{where}: {type(error).__name__}: {text}"
-
-
 def _help(module: ModuleType) -> str:
     """The docstring of an entry point, its flags, and the settings if it takes any."""
     width = min(shutil.get_terminal_size().columns, 100)
-    own = {f.name: f for f in flags.FLAGS.get_key_flags_for_module(module)}
-    config = own.pop("config", None)
-    shown = [(f"--{n}{_default(f.default)}", f.help) for n, f in own.items()]
-    if config is not None:
-        shown.insert(0, ("--config", config.help))
+    own = _own_flags()
+    shown = [(f"--{f.name}{_default(f.default)}", f.help) for f in own]
     parts = [module.__doc__.strip(), "\nflags:", _columns(shown, width)]
-    if config is not None:
+    if any(f.name == "config" for f in own):
         names = textwrap.fill(", ".join(settings.recipes()), width - 2)
         parts += ["\nrecipes:", textwrap.indent(names, "  ")]
         parts += ["\nsettings, each as --config.NAME=VALUE:"]

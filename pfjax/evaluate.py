@@ -33,12 +33,16 @@ cli.define_model_flags()
 cli.define_sampling_flags()
 cli.define_multihost_flag()
 flags.DEFINE_integer("samples", 16, "k of avg@k", lower_bound=1)
-flags.DEFINE_integer("max_new_tokens", None, "default: 3072, or what there is room for")
+flags.DEFINE_integer(
+    "max_new_tokens", None, "default: 3072, or what there is room for", lower_bound=1
+)
 flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
 flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
 flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
 flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
-flags.DEFINE_integer("limit", 0, "the first problems of a set only; 0: all")
+flags.DEFINE_integer(
+    "limit", 0, "the first problems of a set only; 0: all", lower_bound=0
+)
 flags.DEFINE_string(
     "style", "", "how problems are asked: boxed, qwen25-math-cot, power-sampling, minerva, "
     "question, or a text with {question}; default: boxed, and files as they are"

@@ -14,10 +14,11 @@ import sys
 import time
 
 from absl import flags, logging
+from ml_collections import FrozenConfigDict
 
 from pfjax import cli
 
-_CONFIG = cli.define_config_flag()
+cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
 _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
@@ -45,7 +46,7 @@ def main() -> None:
     from pfjax.trainer import settings
 
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
-    config, name = _CONFIG.value, _TOPOLOGY.value
+    config, name = FrozenConfigDict(cli.config()), _TOPOLOGY.value
     settings.check(config)
     base = hf_config.read(hf.resolve_config(config.model))
     settings.check_lengths(config, config.data.max_prompt_tokens, base.max_positions)

@@ -31,7 +31,9 @@ FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
 flags.DEFINE_integer("samples", 1, "responses per prompt", lower_bound=1)
-flags.DEFINE_integer("max_new_tokens", None, "default: 512, or what there is room for")
+flags.DEFINE_integer(
+    "max_new_tokens", None, "default: 512, or what there is room for", lower_bound=1
+)
 flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
 flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
@@ -46,10 +48,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
 flags.DEFINE_float("log_z", 0.0, "nats per token; mh and smc")
-flags.DEFINE_integer("blocks", 16, "mh: in which responses grow")
-flags.DEFINE_integer("steps", 10, "mh: proposals after each block")
-flags.DEFINE_integer("particles", 64, "smc: per prompt")
-flags.DEFINE_integer("ramp", 100, "smc: tokens over which the power grows")
+flags.DEFINE_integer("blocks", 16, "mh: in which responses grow", lower_bound=1)
+flags.DEFINE_integer("steps", 10, "mh: proposals after each block", lower_bound=0)
+flags.DEFINE_integer("particles", 64, "smc: per prompt", lower_bound=1)
+flags.DEFINE_integer(
+    "ramp", 100, "smc: tokens over which the power grows", lower_bound=1
+)
 
 _OF_SEQUENCES = ("mh", "smc")
 # What shapes the distribution in its own way, or cuts a response from outside.

@@ -12,7 +12,7 @@ from absl import flags, logging
 
 from pfjax import cli
 
-_CONFIG = cli.define_config_flag()
+cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 cli.define_multihost_flag()
 
@@ -30,7 +30,7 @@ def main() -> None:
     compile_cache.use_cache()
     cli.join()
     try:
-        loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+        loop.train_and_evaluate(cli.config(), _WORKDIR.value)
     except preemption.Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(preemption.EXIT_STATUS)

@@ -15,6 +15,7 @@ import json
 import math
 import operator
 import pathlib
+import traceback
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, NamedTuple
@@ -346,9 +347,25 @@ def recipe(name: str) -> ConfigDict:
     """
     path, _, argument = recipe_path(name).partition(":")
     spec = importlib.util.spec_from_file_location("pfjax_recipe", path)
+    if spec is None:
+        raise ValueError(f"--config={name}: a recipe is a .py file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*([argument] if argument else []))
+    config = None
+    try:
+        spec.loader.exec_module(module)
+        if hasattr(module, "get_config"):
+            config = module.get_config(*([argument] if argument else []))
+    except Exception as error:  # whatever a recipe of one's own may raise
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if f.filename == path]
+        where = f"{path}:{lines[-1]}" if lines else path
+        text = " ".join(str(error).split())
+        raise ValueError(f"{where}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(  # noqa: TRY004
+            f"{path}: a recipe needs a function get_config() that returns a ConfigDict"
+        )
+    return config.lock()
 
 
 _WHY_NOT_GREEDY = (
