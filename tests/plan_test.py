@@ -1,31 +1,26 @@
 """Plans: compiled for TPUs and fitting, their traffic as expected, estimates near."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import ml_collections
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from pfjax import plan as command
 from pfjax.infra import hardware, sharding
 from pfjax.model import hf, hf_config, transformer
 from pfjax.planner import aot
 from pfjax.planner import plan as planner
-
-ROOT = pathlib.Path(__file__).parent.parent
+from pfjax.trainer import settings
+from tests.conftest import ROOT, run_command
 
 
 def _config(name, **changes):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = settings.recipe(name)
     config.update_from_flattened_dict(changes)
     return ml_collections.FrozenConfigDict(config)
 
@@ -199,27 +194,13 @@ def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
     assert not plan["fits"] and "Used 20G of 15G" in plan["error"]
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command with these flags; its exit status and what it wrote."""
-
-    def run(changes=None, **given):
-        config = _config("qwen2_5_math_7b", **(changes or {}))
-        flags.FLAGS.mark_as_parsed()
-        with flagsaver.flagsaver(config=config, **given):
-            try:
-                command.main()
-                status, error = 0, ""
-            except SystemExit as end:
-                is_message = isinstance(end.code, str)
-                status, error = (1, end.code) if is_message else (end.code, "")
-        return status, capsys.readouterr().out, error
-
-    return run
+def _run(*args):
+    done = run_command("pfjax.plan", "--config=qwen2_5_math_7b", *args)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_command_says_how_it_knows_and_exits_by_what_fits(run):
-    status, out, error = run(topology="h200:8")
+def test_command_says_how_it_knows_and_exits_by_what_fits():
+    status, out, error = _run("--topology=h200:8")
     assert status == 0, error
     assert "estimated from shapes: no compiler for these devices here" in out
     for word in (
@@ -232,7 +213,7 @@ def test_command_says_how_it_knows_and_exits_by_what_fits(run):
         "tokens/s",
     ):
         assert word in out
-    status, out, error = run(all=True)
+    status, out, error = _run("--all")
     assert status == 0, error
     lines = {line.split()[0]: line for line in out.splitlines()[2:] if line}
     assert "does not fit" in lines["v5e:2x2"] and "does not fit" not in lines["h200:8"]
@@ -259,20 +240,20 @@ def test_command_line_of_a_run_that_does_not_fit():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"topology": "v9:2x2"}, "give KIND:GRID for TPUs"),
-        ({}, "give --topology=NAME or --all"),
+        (["--topology=v9:2x2"], "give KIND:GRID for TPUs"),
+        ([], "give --topology=NAME or --all"),
         (
-            {"topology": "h200:8", "changes": {"mesh.tensor": 3}},
+            ["--topology=h200:8", "--config.mesh.tensor=3"],
             "does not cover the 8 devices",
         ),
         (
-            {"topology": "h200:8", "changes": {"mesh.tensor": 8}},
+            ["--topology=h200:8", "--config.mesh.tensor=8"],
             "heads of size 28 does not divide",
         ),
     ],
 )
-def test_mistakes_are_one_message(run, given, message):
-    status, out, error = run(**given)
+def test_mistakes_are_one_message(given, message):
+    status, out, error = _run(*given)
     assert status == 1 and not out
     assert error.startswith("error: ") and message in error
 

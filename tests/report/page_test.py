@@ -174,7 +174,7 @@ def test_the_command_writes_the_page_and_mistakes_are_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "out/index.html: 1 run(s) in 1 group(s)\n"
     text = (tmp_path / "out/index.html").read_text()
-    assert ">python -m pfjax.report good --out=out</pre>" in text
+    assert ">pfjax report good --out=out</pre>" in text
     for args, message in [
         ((), "give at least one run"),
         (("good", "--out=file"), "file"),
