@@ -7,7 +7,6 @@ run that was stopped; exit status 75 means that it was told to stop, and has sav
 
 import sys
 
-import jaxtyping
 from absl import flags, logging
 
 from pfjax import cli
@@ -19,6 +18,8 @@ cli.define_multihost_flag()
 
 def main() -> None:
     logging.set_verbosity(logging.WARNING)
+    import jaxtyping
+
     # Shapes in annotations are checked when a function is traced.
     with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
         import jax

@@ -132,6 +132,17 @@ def _pfjax(*args):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train"]])
+def test_help_and_mistakes_of_flags_load_nothing_heavy(args):
+    code = (
+        "import sys; from pfjax import __main__\n"
+        "try: __main__.main()\nexcept SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'transformers', 'jaxtyping'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, *args], check=True, cwd=ROOT)
+
+
 def test_the_command_without_arguments_lists_the_commands():
     for args in ((), ("--help",), ("-h",)):
         done = _pfjax(*args)

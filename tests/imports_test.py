@@ -1,7 +1,10 @@
 """Imports point one way; importing pfjax costs and changes nothing."""
 
 import ast
+import contextlib
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -102,6 +105,31 @@ def test_losses_need_jax_alone():
         "import pfjax\n"
         "pfjax.losses.powerflow\n"
     )
+
+
+def _names(requirements: list[str] | None) -> set[str]:
+    """Names of distributions in requirements, normalised."""
+    heads = (re.match(r"[\w.-]+", r)[0] for r in requirements or [])
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in heads}
+
+
+def test_whatever_the_package_imports_is_declared():
+    """In requirements, or in those of what is required."""
+    declared = _names(importlib.metadata.requires("pfjax"))
+    for name in tuple(declared):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            declared |= _names(importlib.metadata.requires(name))
+    owners = importlib.metadata.packages_distributions()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in {n.partition(".")[0] for n in names}:
+                if name != "pfjax" and name not in sys.stdlib_module_names:
+                    assert _names(owners[name]) & declared, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("name", ["Policy", "load", "score", "rollout", "save"])
