@@ -8,19 +8,31 @@ from pfjax.infra import distributed
 
 
 class Bar(contextlib.AbstractContextManager):
-    """A progress bar when a person watches standard error, else nothing."""
+    """A progress bar when a person watches standard error, else nothing.
+
+    Args:
+      what: is counted, such as "step".
+      total, done: how many there are, and were done before.
+      stderr: whether it is drawn there rather than on standard output.
+    """
 
     def __init__(self, what: str, total: int, done: int, stderr: bool):
         self._bar = None
         if distributed.is_first() and sys.stderr.isatty():
             import rich.console
             import rich.progress as rp
+            import rich.table
 
+            # How far it is stays whole where a line is too short for all.
+            width = len(f"{what} {total}/{total}")
             self._bar = rp.Progress(
-                rp.TextColumn(what),
-                rp.BarColumn(),
+                rp.TextColumn(
+                    what + " {task.completed}/{task.total}",
+                    table_column=rich.table.Column(min_width=width),
+                ),
+                rp.BarColumn(bar_width=10),
+                rp.TimeRemainingColumn(compact=True),
                 rp.TextColumn("{task.description}"),
-                rp.TimeRemainingColumn(),
                 console=rich.console.Console(stderr=stderr),
             )
             self._task = self._bar.add_task("", total=total, completed=done)
@@ -41,7 +53,7 @@ class Progress(Bar):
     """Responses and tokens so far; without a bar, a line for each tenth."""
 
     def __init__(self, total: int, done: int = 0):
-        super().__init__("{task.completed}/{task.total} responses", total, done, True)
+        super().__init__("responses", total, done, True)
         self._total, self._done, self._tokens = total, done, 0
         self._begin = time.perf_counter()
 

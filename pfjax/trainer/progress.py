@@ -10,10 +10,9 @@ from pfjax.sampler.progress import Bar
 
 _SHOWN = {
     "tb/loss": "loss",
-    "tb/residual_mean": "residual",
     "completions/mean_length": "length",
-    "entropy": "entropy",
     "time/step": "s/step",
+    "entropy": "entropy",
 }
 
 
@@ -21,7 +20,7 @@ class Progress(Bar):
     """A progress bar when a person watches, plain lines when nobody does."""
 
     def __init__(self, start: int, total: int, every: int):
-        super().__init__("step {task.completed}/{task.total}", total, start, False)
+        super().__init__("step", total, start, False)
         self._every, self._total = every, total
         # For a line that stays.
         self.note = functools.partial(print, flush=True)
