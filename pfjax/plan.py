@@ -48,6 +48,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
     config, name = FrozenConfigDict(cli.config()), _TOPOLOGY.value
     settings.check(config)
+    config = settings.with_adapter(config)
     base = hf_config.read(hf.resolve_config(config.model))
     settings.check_lengths(config, config.data.max_prompt_tokens, base.max_positions)
     response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)

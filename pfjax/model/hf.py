@@ -45,6 +45,14 @@ def resolve(
     if path.is_dir():
         _refuse_other_folders(path, name)
         return path
+    fetched = _fetch(name, files)
+    _refuse_other_folders(fetched, name)
+    return fetched
+
+
+def _fetch(name: str, files: list[str]) -> pathlib.Path:
+    """Files of a hub id that may carry a revision."""
+    path = pathlib.Path(name).expanduser()
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name):
         raise ValueError(f"model folder {path} does not exist")
     import huggingface_hub
@@ -52,14 +60,12 @@ def resolve(
     hub_id, _, revision = name.partition("@")
     wanted = {"revision": revision or None, "allow_patterns": files}
     try:
-        fetched = pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
+        return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
         raise ValueError(
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
             f"fetched from the Hugging Face hub: {error}"
         ) from error
-    _refuse_other_folders(fetched, name)
-    return fetched
 
 
 def _refuse_other_folders(path: pathlib.Path, name: str) -> None:
@@ -100,10 +106,27 @@ def resolve_config(path_or_hub_id: str | os.PathLike) -> pathlib.Path:
     )
 
 
-def fingerprint(folder: pathlib.Path) -> str:
-    """Tells one model from another without reading all of it: of `config.json`, and of
+def resolve_adapter(path_or_hub_id: str) -> pathlib.Path:
+    """As `resolve`, a folder of adapters in peft's format.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    path = pathlib.Path(path_or_hub_id).expanduser()
+    if not path.is_dir():
+        path = _fetch(path_or_hub_id, [ADAPTER_CONFIG, "adapter_model.safetensors"])
+    if not (path / ADAPTER_CONFIG).is_file():
+        of_run = path / "adapter"
+        found = (of_run / ADAPTER_CONFIG).is_file()
+        hint = f": give {of_run}" if found else ", it holds no adapter of peft's format"
+        raise ValueError(f"adapter folder {path} has no {ADAPTER_CONFIG}{hint}")
+    return path
+
+
+def fingerprint(folder: pathlib.Path, config: str = "config.json") -> str:
+    """Tells one model from another without reading all of it: of its config, and of
     names, sizes and 16 samples of each file of weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256((folder / config).read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

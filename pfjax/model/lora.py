@@ -8,8 +8,12 @@ References:
 """
 
 import dataclasses
+import difflib
 import json
 import os
+import pathlib
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +23,56 @@ from pfjax.infra import storage
 from pfjax.model import transformer, weights
 from pfjax.model.transformer import ModelConfig, Params, Policy
 
+ALL_LINEAR = "all-linear"  # as peft calls them
+ALL = tuple(transformer.PROJECTIONS)
+# What people know from peft -> our projection.
+_TARGETS = {module.partition(".")[2]: k for k, module in weights.MODULES.items()}
+# Of peft's files.
+_FILES = {"stem": "adapter_model", "prefix": "base_model.model."}
+# Fields of adapter_config.json that do not change what the adapters compute, or whose
+# effect is in the tensors.
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "lora_alpha", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "r", "revision",
+    "target_modules", "task_type",
+}  # fmt: skip
+# How adapters were started that leave the base as it is; PiSSA and others change it.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def projections(targets: str) -> tuple[str, ...]:
+    """The projections that "q_proj,v_proj" names; "all-linear" for all.
+
+    >>> projections("v_proj,q_proj")
+    ('wq', 'wv')
+
+    Raises:
+      ValueError: for a name that is none, with the nearest.
+    """
+    names = [name.strip() for name in targets.split(",")]
+    if names == [ALL_LINEAR]:
+        return ALL
+    for name in names:
+        if name not in _TARGETS:
+            near = difflib.get_close_matches(name, _TARGETS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{name!r} is no projection: give some of {','.join(_TARGETS)}, or "
+                f"{ALL_LINEAR}{hint}"
+            )
+    return tuple(k for name, k in _TARGETS.items() if name in names)
+
+
+def target_names(targets: tuple[str, ...]) -> list[str]:
+    """The names that peft has for projections."""
+    return [name for name, k in _TARGETS.items() if k in targets]
+
 
 def select(tree: Params) -> Params:
     """The adapters of a tree of parameters (or of shapes)."""
-    names = [f"{name}_{x}" for name in transformer.PROJECTIONS for x in "ab"]
-    return {"blocks": {name: tree["blocks"][name] for name in names}}
+    names = {f"{name}_{x}" for name in transformer.PROJECTIONS for x in "ab"}
+    return {"blocks": {k: x for k, x in tree["blocks"].items() if k in names}}
 
 
 def join(frozen: Params, trained: Params) -> Params:
@@ -51,17 +100,78 @@ def merge(policy: Policy) -> Policy:
         return policy
     scale = config.lora_alpha / config.lora_rank
     blocks = dict(params["blocks"])
-    for name, (read, written) in transformer.PROJECTIONS.items():
+    for name in config.lora_targets:
+        read, written = transformer.PROJECTIONS[name]
         a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
         blocks[name] = blocks[name].astype(jnp.float32) + delta
-    config = dataclasses.replace(config, lora_rank=0, lora_alpha=0.0)
+    none = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ALL}
+    config = dataclasses.replace(config, **none)
     return Policy(config, {**params, "blocks": blocks})
 
 
-def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
-    """Writes the adapters as a folder that `peft` loads onto `base`."""
+class Adapter(NamedTuple):
+    """Adapters in a folder of peft's format, and what their config says."""
+
+    folder: pathlib.Path
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # projections
+    base: str  # the model that they were made for
+
+
+def read_peft(folder: pathlib.Path) -> Adapter:
+    """What a folder that peft, or `save_peft`, wrote holds; without the values.
+
+    Raises:
+      ValueError: if it is damaged, or not plain LoRA on projections.
+    """
+    path = folder / "adapter_config.json"
+    c = json.loads(path.read_text())
+    plain = {"peft_type": "LORA", "bias": "none"}
+    other = {k: c.get(k) for k, value in plain.items() if c.get(k, value) != value}
+    other |= {k: x for k, x in c.items() if x and k not in _INERT | plain.keys()}
+    if c.get("init_lora_weights") in (None, *_STARTS):
+        other.pop("init_lora_weights", None)
+    if other:
+        shown = ", ".join(f"{k}={x!r}" for k, x in other.items())
+        raise ValueError(
+            f"{path} sets {shown}: only plain LoRA on projections is supported; merge "
+            "the adapter into its base with peft, and train from that model"
+        )
+    # Of the tensors, as the config's may be a pattern.
+    of_layer = re.compile(r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
+    found = {x: of_layer.fullmatch(x) for x in weights.names(folder, **_FILES)}
+    modules = {match[1] for match in found.values() if match}
+    unknown = sorted(modules - set(weights.MODULES.values()))
+    unknown += [name for name, match in found.items() if not match]
+    if unknown or not modules or "r" not in c or "lora_alpha" not in c:
+        raise ValueError(
+            f"{folder} holds more or less than adapters of {', '.join(_TARGETS)}: rank "
+            f"{c.get('r')}, alpha {c.get('lora_alpha')}, {unknown[:3] or 'no tensors'}"
+        )
+    targets = tuple(k for k, module in weights.MODULES.items() if module in modules)
+    base = c.get("base_model_name_or_path") or ""
+    return Adapter(folder, int(c["r"]), float(c["lora_alpha"]), targets, base)
+
+
+def load_peft(adapter: Adapter, config: ModelConfig, where: Params) -> Params:
+    """The values, in float32, onto the shardings `where`.
+
+    Raises:
+      ValueError: if they are not exactly those of the config's adapters.
+    """
+    abstract = select(transformer.abstract_params(config))
+    dtype = jnp.dtype("float32")
+    return weights.load(adapter.folder, abstract, where, dtype, **_FILES)
+
+
+def save_peft(
+    policy: Policy, out_dir: str | os.PathLike, base: str, dropout: float = 0.0
+) -> None:
+    """Writes the adapters as a folder that `peft` loads onto `base`; `dropout` is what
+    they were trained with."""
     config = policy.config
     adapter = {
         "peft_type": "LORA",
@@ -69,15 +179,14 @@ def save_peft(policy: Policy, out_dir: str | os.PathLike, base: str) -> None:
         "base_model_name_or_path": base,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": [x.partition(".")[2] for x in weights.MODULES.values()],
+        "target_modules": target_names(config.lora_targets),
         "inference_mode": True,
     }
     with storage.local_folder(out_dir) as out:
         trained, dtype = select(policy.params), jnp.dtype("float32")
-        names = {"stem": "adapter_model", "prefix": "base_model.model."}
-        weights.write_tensors(trained, out, dtype, **names)
+        weights.write_tensors(trained, out, dtype, **_FILES)
         if jax.process_index() == 0:
             text = json.dumps(adapter, indent=2) + "\n"
             (out / "adapter_config.json").write_text(text)

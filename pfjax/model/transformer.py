@@ -25,6 +25,17 @@ KeyValue = tuple[Array, Array]
 # (q, k, v, this layer's part of the cache) -> attention output, shaped like q.
 Attend = Callable[[Array, Array, Array, Any], Array]
 
+# Projection -> letters of the dimensions it reads and writes, see `_DIMS`.
+PROJECTIONS = {
+    "wq": ("d", "hc"),
+    "wk": ("d", "kc"),
+    "wv": ("d", "kc"),
+    "wo": ("hc", "d"),
+    "w_gate": ("d", "f"),
+    "w_up": ("d", "f"),
+    "w_down": ("f", "d"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -47,10 +58,14 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # queries and keys normalised over the head, before RoPE
-    lora_rank: int = 0  # of adapters on all projections; 0 for none
+    lora_rank: int = 0  # of adapters; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
+    lora_targets: tuple[str, ...] = tuple(PROJECTIONS)  # that have them
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
+
+    def has_adapter(self, projection: str) -> bool:
+        return self.lora_rank > 0 and projection in self.lora_targets
 
 
 _policies = jax.checkpoint_policies
@@ -83,16 +98,6 @@ _DIMS = {
     "f": ("mlp_dim", "mlp"),
     "r": ("lora_rank", None),
 }
-# Projection -> letters of the dimensions it reads and writes.
-PROJECTIONS = {
-    "wq": ("d", "hc"),
-    "wk": ("d", "kc"),
-    "wv": ("d", "kc"),
-    "wo": ("hc", "d"),
-    "w_gate": ("d", "f"),
-    "w_up": ("d", "f"),
-    "w_down": ("f", "d"),
-}
 
 
 class Blocks(nnx.Module):
@@ -113,7 +118,7 @@ class Blocks(nnx.Module):
         for name, (read, written) in PROJECTIONS.items():
             init = back if written == "d" else into
             setattr(self, name, param(read + written, init))
-            if c.lora_rank:
+            if c.has_adapter(name):
                 setattr(self, f"{name}_a", param(read + "r", into))
                 setattr(self, f"{name}_b", param("r" + written, zeros))
         self.attn_norm, self.mlp_norm = param("d", ones), param("d", ones)
@@ -138,7 +143,7 @@ class Blocks(nnx.Module):
         def project(y, name):
             read, written = PROJECTIONS[name]
             out = product(y, name, read, written)
-            if c.lora_rank:
+            if c.has_adapter(name):
                 inner = product(y, f"{name}_a", read, "r")
                 adapted = product(inner, f"{name}_b", "r", written)
                 out = out + adapted * (c.lora_alpha / c.lora_rank)

@@ -18,7 +18,6 @@ from pfjax.infra import sharding
 from pfjax.model import transformer
 
 MAX_FILE_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Our parameter -> HF name; a layer's stands below `model.layers.<i>.`.
@@ -85,25 +84,29 @@ def _layouts(params: transformer.Params) -> list[tuple[_Layout, Any]]:
     return [(_layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
 
 
-def _open_folder(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, list[int]]]:
-    """HF name -> file and shape, of one file or of an index of many: as transformers, of
-    one file if both are there."""
-    index, names = folder / _INDEX, ["model.safetensors"]
+def _open_folder(
+    folder: pathlib.Path, stem: str = "model", prefix: str = ""
+) -> dict[str, tuple[pathlib.Path, list[int]]]:
+    """HF name, without its prefix -> file and shape, of one file or of an index of many:
+    as transformers, of one file if both are there."""
+    names = [f"{stem}.safetensors"]
+    index = folder / f"{names[0]}.index.json"
     if (folder / names[0]).is_file():
         pass
     elif index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         raise ValueError(
-            f"{folder} holds neither model.safetensors nor {_INDEX}; weights in other "
-            "formats (pytorch_model.bin) are not loaded: convert them with transformers"
+            f"{folder} holds neither {names[0]} nor {index.name}; weights in other "
+            "formats (.bin) are not loaded: convert them with transformers or peft"
         )
     tensors = {}
     for file in (folder / name for name in names):
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    tensors[name] = file, list(handle.get_slice(name).get_shape())
+                    shape = list(handle.get_slice(name).get_shape())
+                    tensors[name.removeprefix(prefix)] = file, shape
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
     return tensors
@@ -124,7 +127,12 @@ def _check(folder: pathlib.Path, tensors: dict, abstract: transformer.Params) ->
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{folder} does not match its config.json:\n  {shown}{more}")
+        raise ValueError(f"{folder} does not match its config:\n  {shown}{more}")
+
+
+def names(folder: pathlib.Path, stem: str, prefix: str) -> list[str]:
+    """Names of the tensors in `<stem>.safetensors`, without their prefix."""
+    return sorted(_open_folder(folder, stem, prefix))
 
 
 def has_own_head(folder: pathlib.Path) -> bool:
@@ -156,14 +164,20 @@ def stored_dtype(folder: pathlib.Path) -> str:
 
 
 def load(
-    folder: pathlib.Path, abstract: transformer.Params, where: Any, dtype: jnp.dtype
+    folder: pathlib.Path,
+    abstract: transformer.Params,
+    where: Any,
+    dtype: jnp.dtype,
+    stem: str = "model",
+    prefix: str = "",
 ) -> transformer.Params:
-    """Reads the parameters onto the shardings `where`, each device's bytes only.
+    """Reads the parameters onto the shardings `where`, each device's bytes only; from
+    files as `write_tensors` names them.
 
     Raises:
       ValueError: if the tensors are not exactly those of the `abstract` parameters.
     """
-    tensors = _open_folder(folder)
+    tensors = _open_folder(folder, stem, prefix)
     _check(folder, tensors, abstract)
 
     def place(path, leaf, at):
@@ -185,7 +199,7 @@ def load(
                 # Opened anew: pages of a mapping that stays open would count as this
                 # process's memory until the whole model is read.
                 with safetensors.safe_open(tensors[name][0], "numpy") as handle:
-                    part = handle.get_slice(name)[tuple(cut)]
+                    part = handle.get_slice(prefix + name)[tuple(cut)]
                 part = part.reshape([sizes[d] for d in order])
                 out[i] = part.transpose(np.argsort(order))
             return out if is_layer else out[0]

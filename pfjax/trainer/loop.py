@@ -25,7 +25,7 @@ from pfjax.trainer import (
 )
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
-from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
+from pfjax.trainer.minibatch import init_log_z, prepare_minibatch, score_policy
 from pfjax.trainer.model_card import model_card
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
@@ -56,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     folder = storage.place(workdir)
     storage.check_writable(folder)
     mesh = sharding.make_mesh(**config.mesh)
-    config = settings.with_clock(config, folder)
+    config = settings.with_clock(settings.with_adapter(config), folder)
     settings.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh)
@@ -95,7 +95,11 @@ def train_iteration(
             prepare(x.ravel(), policy.params, base, is_first=i == 0) for i, x in groups
         ]
         if step == 1 and fns.objective.log_z_source == "head":
-            head = init_log_z(state.params["log_z"], minibatches, fns.objective)
+            scores = [m.batch.log_p_base for m in minibatches]
+            if not trainer.starts_at_base:
+                scores = [score_policy(fns, m, policy.params) for m in minibatches]
+            batches = [m.batch for m in minibatches]
+            head = init_log_z(state.params["log_z"], batches, scores, fns.objective)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
         del base, policy  # an offloaded base leaves room, the policy is donated

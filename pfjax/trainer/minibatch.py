@@ -64,6 +64,12 @@ def prepare_minibatch(
     return Minibatch(batch, num_microbatches, placement, reward)
 
 
+def score_policy(fns: TrainFns, minibatch: Minibatch, policy: Params) -> Array:
+    """Token log-probs `[M, B, T]` of the policy before it is updated."""
+    batch = minibatch.batch._replace(**dict.fromkeys(packing.SCORES))
+    return fns.score_policy(policy, batch, minibatch.num_microbatches)[0]
+
+
 def _pack(
     fns: TrainFns, data: RolloutBatch, indices: np.ndarray, samples: int
 ) -> tuple[PackedBatch, Placement, int]:
@@ -91,17 +97,20 @@ def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> 
 
 
 def init_log_z(
-    params: Params, minibatches: list[Minibatch], objective: ObjectiveConfig
+    params: Params,
+    batches: list[PackedBatch],
+    log_p: list[Array],
+    objective: ObjectiveConfig,
 ) -> Params:
-    """Sets the log Z head so that the first mean residual is 0.
+    """Sets the log Z head so that the first mean residual of the policy, whose token
+    log-probs `log_p` are, is 0.
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
     """
     total = count = 0.0
-    for batch, *_ in minibatches:
-        # The policy is still the base: its log-probs are the base's.
-        residual = _residuals(objective, batch, batch.log_p_base)
+    for batch, of_policy in zip(batches, log_p, strict=True):
+        residual = _residuals(objective, batch, of_policy)
         total += float(jnp.where(batch.is_real, residual, 0.0).sum())
         count += float(batch.is_real.sum())
     out = {**params["out"], "bias": params["out"]["bias"] - total / count}

@@ -170,6 +170,16 @@ _DECIDING: dict[str, Setting] = {
     # Low-rank adapters instead of all weights; policy and base then share theirs.
     "lora.rank": _not_negative(0, "rank of low-rank adapters; 0 trains all weights"),
     "lora.alpha": _positive(32.0, "adapters are scaled by alpha / rank (chosen)"),
+    "lora.targets": Setting(
+        "all-linear",
+        "projections with adapters, by peft's names: q_proj,k_proj,v_proj,o_proj,"
+        "gate_proj,up_proj,down_proj or some of them",
+    ),
+    "lora.init_from": Setting(
+        "",
+        "adapter to start from, a folder or hub id in peft's format, which decides rank, "
+        "alpha and targets; the base, and so the target, stays the model without it",
+    ),
     # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp shards.
     "microbatch_size": _positive(1, "rows per micro-batch on each data-parallel shard"),
     "pack_length": _positive(4096, "tokens per row; holds any prompt and response"),
@@ -399,7 +409,8 @@ def check(c: FrozenConfigDict) -> None:
             f"--config.profile_steps={steps}: must be the first step to trace and the first "
             "after it, as in (10, 13)"
         )
-    if c.lora.rank and c.offload_ref:
+    _check_adapters(c)
+    if (c.lora.rank or c.lora.init_from) and c.offload_ref:
         raise ValueError(
             "--config.offload_ref=True: with adapters the base is the policy's own weights "
             "and has to stay on the devices"
@@ -428,6 +439,50 @@ def check(c: FrozenConfigDict) -> None:
             "the samples of a prompt: samples_per_prompt must be at least 2, got "
             f"{c.samples_per_prompt}"
         )
+
+
+def _check_adapters(c: FrozenConfigDict) -> None:
+    from pfjax.model import lora
+
+    try:
+        lora.projections(c.lora.targets)
+    except ValueError as error:
+        raise ValueError(f"--config.lora.targets={c.lora.targets}: {error}") from None
+    default = SETTINGS["lora.targets"].default
+    if c.lora.targets != default and not (c.lora.rank or c.lora.init_from):
+        raise ValueError(
+            f"--config.lora.targets={c.lora.targets} without adapters: give their rank "
+            "with --config.lora.rank=16, say"
+        )
+
+
+def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
+    """The config with rank, alpha and targets of the adapter that it starts from, if any.
+
+    Raises:
+      ValueError: if one of them was set to something else; defaults count as not set.
+    """
+    from pfjax.model import hf, lora
+
+    if not c.lora.init_from:
+        return c
+    adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
+    out = ConfigDict(c)
+    is_all = adapter.targets == lora.ALL
+    names = lora.ALL_LINEAR if is_all else ",".join(lora.target_names(adapter.targets))
+    found = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": names}
+    for name, value in found.items():
+        given, default = c.lora[name], SETTINGS[f"lora.{name}"].default
+        is_same = given in (default, value)
+        if name == "targets" and not is_same:
+            is_same = lora.projections(given) == adapter.targets
+        if not is_same:
+            raise ValueError(
+                f"--config.lora.{name}={given}, but the adapter {c.lora.init_from} has "
+                f"{name} {value}: leave the setting out, it comes from the adapter"
+            )
+        out.lora[name] = value
+    return FrozenConfigDict(out)
 
 
 def check_answers(c: FrozenConfigDict, answers: list[str | None]) -> None:

@@ -28,6 +28,7 @@ class Trainer(NamedTuple):
     fns: TrainFns
     frozen: Params  # of the policy's parameters; empty without LoRA
     base: Callable[[], Params]  # the frozen base, on the devices
+    starts_at_base: bool  # whether the policy is the base before the first step
     prompts: list[list[int]]  # to train on
     golds: list[str | None]  # that responses are graded by
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
@@ -71,9 +72,10 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=_inputs(tok, train, held_out, target),
+        inputs=_inputs(tok, train, held_out, target, config.lora.init_from),
         frozen=base if config.lora.rank else {},
         base=on_devices,
+        starts_at_base=not config.lora.init_from,
         next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
@@ -125,6 +127,7 @@ def _inputs(
     train: data.PromptSet,
     held_out: data.PromptSet | None,
     target: data.TargetSamples | None,
+    adapter: str,
 ) -> dict[str, str]:
     """Fingerprints of what the model is given and of what its tokens mean: a file, a chat
     template or a tokenizer may change under a config that does not."""
@@ -134,18 +137,20 @@ def _inputs(
         found["prompts of the evaluation"] = of(held_out)
     if target:
         found["samples of the target"] = target
-    return {name: dataset_io.fingerprint(x) for name, x in found.items()}
+    out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
+    if adapter:
+        folder = hf.resolve_adapter(adapter)
+        out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
+    return out
 
 
 def _load_params(
     config: FrozenConfigDict, source: Any, fns: TrainFns, mesh: Mesh
 ) -> tuple[Params, Callable[[], Params], Params]:
     """The frozen base, where it waits and on the devices; and what is trained."""
-    trained = params = hf.load(source, mesh).params
-    if config.lora.rank:
-        init = functools.partial(lora.init_params, fns.model)
-        where = shardings_of(fns.state.params["policy"])
-        trained = jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
+    adapters = _load_adapters(config, fns) if config.lora.rank else None
+    params = hf.load(source, mesh).params
+    trained = params if adapters is None else adapters
     # A copy, since training gives the buffers of its parameters away.
     base = jax.tree.map(lambda x: jnp.array(x, config.dtype), params)
     if config.offload_ref:
@@ -153,6 +158,16 @@ def _load_params(
         base = jax.device_put(base, jax.tree.map(to_host, base))
     place = lambda: jax.device_put(base, shardings_of(fns.base))
     return base, place if config.offload_ref else lambda: base, trained
+
+
+def _load_adapters(config: FrozenConfigDict, fns: TrainFns) -> Params:
+    """The adapters that training starts from, given or new."""
+    where = shardings_of(fns.state.params["policy"])
+    if config.lora.init_from:
+        adapter = lora.read_peft(hf.resolve_adapter(config.lora.init_from))
+        return lora.load_peft(adapter, fns.model, where)
+    init = functools.partial(lora.init_params, fns.model)
+    return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
 
 
 def _plan(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
@@ -243,5 +258,6 @@ def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:
         return f"training all {number(trained)} parameters"
     return (
         f"training {number(trained)} of {number(size(whole))} parameters (LoRA rank "
-        f"{c.lora.rank})"
+        f"{c.lora.rank} on {', '.join(lora.target_names(fns.model.lora_targets))})"
+        + (f", starting from {c.lora.init_from}" if c.lora.init_from else "")
     )

@@ -49,11 +49,16 @@ def train_fns(
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
-    model, (rank, alpha) = base_model, (config.lora.rank, config.lora.alpha)
-    if rank:
-        model = dataclasses.replace(base_model, lora_rank=rank, lora_alpha=alpha)
+    model = base_model
+    if config.lora.rank:
+        model = dataclasses.replace(
+            base_model,
+            lora_rank=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_targets=lora.projections(config.lora.targets),
+        )
     trained = _abstract_params(model, mesh, "float32")
-    trained = lora.select(trained) if rank else trained
+    trained = lora.select(trained) if config.lora.rank else trained
     learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
     objective, stop_ids = _objective(config), base_model.stop_ids

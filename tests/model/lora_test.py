@@ -10,10 +10,19 @@ import pytest
 from pfjax.model import hf, log_probs, lora, transformer
 
 
-@pytest.fixture
-def adapted(tiny_policy):
+@pytest.fixture(params=["all-linear", "q_proj,v_proj,down_proj"])
+def adapted(tiny_policy, request):
     """The tiny policy with adapters that have moved (B is not zero)."""
-    config = dataclasses.replace(tiny_policy.config, lora_rank=3, lora_alpha=6.0)
+    return _adapted(tiny_policy, request.param)
+
+
+def _adapted(tiny_policy, targets):
+    config = dataclasses.replace(
+        tiny_policy.config,
+        lora_rank=3,
+        lora_alpha=6.0,
+        lora_targets=lora.projections(targets),
+    )
     adapters = lora.init_params(config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -63,12 +72,109 @@ def test_peft_loads_the_adapters_and_agrees(adapted, tiny_policy, tmp_path):
     import transformers
 
     hf.save(tiny_policy, tmp_path / "base")
-    lora.save_peft(adapted, tmp_path / "adapter", str(tmp_path / "base"))
+    lora.save_peft(adapted, tmp_path / "adapter", str(tmp_path / "base"), dropout=0.1)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
         want = loaded(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(_logits(adapted), want, atol=1e-4)
+    said, names = loaded.peft_config["default"], lora.target_names
+    assert said.lora_dropout == 0.1
+    assert said.target_modules == set(names(adapted.config.lora_targets))
+    # Only where they were asked for.
+    assert len(lora.select(adapted.params)["blocks"]) == 2 * len(said.target_modules)
+
+
+def _by_peft(tmp_path, policy, **config):
+    """The folder of an adapter that peft made for a policy, and its logits there."""
+    import peft
+    import torch
+    import transformers
+
+    hf.save(policy, tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    # B too is random.
+    made = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config)
+    model = peft.get_peft_model(base, made).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", model(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("config", "targets"),
+    [
+        ({"r": 5, "lora_alpha": 7, "target_modules": ["v_proj", "q_proj"]}, "wq wv"),
+        ({"r": 2, "target_modules": "all-linear", "lora_dropout": 0.5}, None),
+        ({"target_modules": r".*\.(gate|up)_proj"}, "w_gate w_up"),
+    ],
+)
+def test_adapters_that_peft_made_are_loaded_and_agree(
+    tiny_policy, tmp_path, config, targets
+):
+    folder, want = _by_peft(tmp_path, tiny_policy, **config)
+    adapter = lora.read_peft(folder)
+    assert adapter.rank == config.get("r", 8)
+    assert adapter.alpha == config.get("lora_alpha", 8.0)
+    assert adapter.targets == (tuple(targets.split()) if targets else lora.ALL)
+    assert adapter.base == str(tmp_path / "base")
+    model = dataclasses.replace(
+        tiny_policy.config,
+        lora_rank=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_targets=adapter.targets,
+    )
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(
+        lambda _: here, lora.select(transformer.abstract_params(model))
+    )
+    params = lora.join(tiny_policy.params, lora.load_peft(adapter, model, where))
+    policy = transformer.Policy(model, params)
+    assert np.abs(want - _logits(tiny_policy)).max() > 0.1
+    np.testing.assert_allclose(_logits(policy), want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True: only plain LoRA"),
+        ({"use_rslora": True}, "use_rslora=True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+        ({"target_modules": ["q_proj", "lm_head"]}, "more or less than .*lm_head"),
+        ({"layers_to_transform": [0]}, "layers_to_transform="),
+    ],
+)
+def test_adapters_that_are_more_than_lora_are_refused(
+    tiny_policy, tmp_path, config, message
+):
+    folder, _ = _by_peft(
+        tmp_path, tiny_policy, **{"target_modules": ["q_proj"]} | config
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        lora.read_peft(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_that_change_the_base_are_refused(tmp_path):
+    text = (
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": "pissa"}'
+    )
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+        lora.read_peft(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(ValueError, match="peft_type='IA3'"):
+        lora.read_peft(tmp_path)
+
+
+def test_targets_have_the_names_that_peft_has():
+    assert lora.projections("all-linear") == lora.ALL
+    assert lora.projections("down_proj, q_proj,q_proj") == ("wq", "w_down")
+    assert lora.target_names(("wq", "w_down")) == ["q_proj", "down_proj"]
+    with pytest.raises(ValueError, match="'qproj' is no .*; did you mean 'q_proj'"):
+        lora.projections("qproj,v_proj")
 
 
 def test_saving_adapters_as_a_whole_model_is_refused(adapted, tmp_path):

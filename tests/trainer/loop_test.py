@@ -1,6 +1,7 @@
 """The whole trainer: where it ends, that it resumes, what it refuses."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ import safetensors.numpy
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding
-from pfjax.model import attention, hf, log_probs, tokenizer
+from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.trainer import loop, setup
 from tests.conftest import (
     all_responses,
@@ -273,6 +274,47 @@ def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
         a, b, c = (m(tokens).logits for m in (whole, parts, load(config.model)))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert (a - c).abs().max() > 1e-3
+
+
+def test_a_run_that_starts_from_an_adapter_keeps_its_base_as_the_target(
+    config, tmp_path, capsys
+):
+    start, targets = tmp_path / "adapter", lora.projections("q_proj,v_proj,up_proj")
+    model = dataclasses.replace(
+        hf.load(config.model).config, lora_rank=2, lora_alpha=4.0, lora_targets=targets
+    )
+    # Both parts as B is scaled: neither is zero.
+    made = lora.init_params(model, jax.random.key(0))["blocks"]
+    noise = lambda k, x: 0.2 * jax.random.normal(jax.random.key(len(k)), x.shape)
+    made = {"blocks": {k: noise(k, x) for k, x in made.items()}}
+    lora.save_peft(transformer.Policy(model, made), start, config.model)
+    config.lora.init_from, config.num_steps = str(start), 1
+    config.optim.learning_rate = 1e-9  # it stays where it starts
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    # Two layers of width 16: 2 x (16 + 16), 2 x (16 + 8) and 2 x (16 + 32) in each.
+    assert (
+        "training 416 of 5,296 parameters (LoRA rank 2 on q_proj, v_proj, up_proj), "
+        f"starting from {start}\n"
+    ) in capsys.readouterr().out
+    row = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1]
+    # Off its base, and the first log Z' is the policy's, not the base's.
+    assert abs(row["kl/policy_base_per_token"]) > 0.01
+    assert abs(row["tb/residual_mean"]) < 1e-5
+    assert row["rollout/logp_gap_max"] < 1e-5
+    before, after = (
+        safetensors.numpy.load_file(x / "adapter_model.safetensors")
+        for x in (start, tmp_path / "run/adapter")
+    )
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        np.testing.assert_allclose(after[name], x, atol=1e-7)
+    stored = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert stored["lora"]["rank"] == 2
+    # Another adapter in the same place is another run.
+    path = start / "adapter_model.safetensors"
+    safetensors.numpy.save_file({k: 2 * x for k, x in before.items()}, path)
+    with pytest.raises(ValueError, match=r"another run.*\n  adapter: \w+ -> \w+"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def test_adapters_on_a_base_that_training_rounds_leave_the_rest_as_it_came(

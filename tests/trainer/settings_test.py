@@ -1,15 +1,18 @@
 """Settings: declared once, checked, and compared with those of an older run."""
 
+import dataclasses
 import json
 import math
 import re
 
+import jax
 import ml_collections
 import pytest
 from etils import epath
 from flax import traverse_util
 
 from configs import default
+from pfjax.model import lora, transformer
 from pfjax.sampler import options
 from pfjax.trainer import settings
 
@@ -125,6 +128,50 @@ def test_a_warm_up_longer_than_a_schedule_is_refused():
         settings.check(
             _config(**{"optim.warmup_steps": 501, "optim.schedule": "linear"})
         )
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_config) -> str:
+    """A folder of adapters of rank 2 and alpha 6 on two projections."""
+    targets = lora.projections("v_proj,q_proj")
+    sizes = {"lora_rank": 2, "lora_alpha": 6.0, "lora_targets": targets}
+    model = dataclasses.replace(tiny_config, **sizes)
+    params = lora.init_params(model, jax.random.key(0))
+    lora.save_peft(transformer.Policy(model, params), tmp_path / "adapter", "a/b")
+    return str(tmp_path / "adapter")
+
+
+def test_an_adapter_decides_its_rank_alpha_and_targets(adapter):
+    start = {"lora.init_from": adapter}
+    config = settings.with_adapter(_config(**start))
+    found = (config.lora.rank, config.lora.alpha, config.lora.targets)
+    assert found == (2, 6.0, "q_proj,v_proj")
+    settings.check(config)
+    same = {"lora.rank": 2, "lora.alpha": 6.0, "lora.targets": "v_proj,q_proj"}
+    assert settings.with_adapter(_config(**start, **same)) == config
+    for name, value in ("rank", 4), ("alpha", 2.0), ("targets", "q_proj"):
+        said = rf"--config.lora.{name}={value}, but .*{adapter} has {name} {found[0]}"
+        found = (*found[1:], found[0])
+        with pytest.raises(ValueError, match=said):
+            settings.with_adapter(_config(**start, **{f"lora.{name}": value}))
+
+
+def test_an_adapter_that_is_not_there_is_refused(adapter, tmp_path):
+    with pytest.raises(ValueError, match="no/where does not exist"):
+        settings.with_adapter(_config(**{"lora.init_from": f"{tmp_path}/no/where"}))
+    # Of a run, say.
+    with pytest.raises(ValueError, match=f"no adapter_config.json: give {adapter}$"):
+        settings.with_adapter(_config(**{"lora.init_from": str(tmp_path)}))
+
+
+def test_targets_are_checked():
+    settings.check(_config(**{"lora.rank": 2, "lora.targets": "q_proj,o_proj"}))
+    with pytest.raises(ValueError, match=r"lora.targets=q_prj: .* mean 'q_proj'"):
+        settings.check(_config(**{"lora.rank": 2, "lora.targets": "q_prj"}))
+    with pytest.raises(ValueError, match="targets=q_proj without adapters"):
+        settings.check(_config(**{"lora.targets": "q_proj"}))
+    with pytest.raises(ValueError, match="offload_ref=True: with adapters"):
+        settings.check(_config(**{"lora.init_from": "a", "offload_ref": True}))
 
 
 def test_a_setting_that_is_gone_is_a_difference():
