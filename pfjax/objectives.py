@@ -84,14 +84,14 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     .. math:: w\,(\log Z + \log\pi - \log R)^2,\quad\text{or}\quad
               w\,(\log Z' + \tfrac1{|y|}(\log\pi - \log R))^2
 
-    - `powerflow`: length-aware, R = p_0^alpha e^{alpha psi |y|}; with alpha = 1 only the
+    - `powerflow`: length-aware, :math:`R = p_0^\alpha e^{\alpha\psi|y|}`; with alpha = 1 only the
       format is trained. PowerFlow, arXiv 2603.18363, Eq. 10; `losses.powerflow` is the
       same for other trainers.
     - `tb_token`: the same without psi. PowerFlow's ablation "TB-token", whose formula is
       not given; this is our reading.
-    - `tb_traj`: whole sequences, R = p_0^alpha; collapses onto short responses. PowerFlow,
+    - `tb_traj`: whole sequences, :math:`R = p_0^\alpha`; collapses onto short responses. PowerFlow,
       Eq. 5 and its ablation "TB-traj".
-    - `flowrl`: length-aware, R = p_0 e^{beta A |y|}, A the group-normalised correctness.
+    - `flowrl`: length-aware, :math:`R = p_0 e^{\beta A|y|}`, A the group-normalised correctness.
       FlowRL, arXiv 2509.15207, Eq. 6.
     """
     return y.weight * y.residual**2

@@ -1,0 +1,119 @@
+"""README.md as copied: what it marks to be run does."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks_to_run(path: pathlib.Path) -> list[Block]:
+    """The code of a Markdown file that stands below `<!-- run -->`, in order."""
+    found = re.findall(
+        r"^<!-- run -->\n+```(\w+)\n(.*?)^```", path.read_text(), re.M | re.S
+    )
+    return [Block(*x) for x in found]
+
+
+def run_block(block: Block, folder: pathlib.Path, **env: str) -> str:
+    """Runs code in a folder and returns what it prints; raises where a line fails.
+
+    Of bash every line has to succeed. Python is that of `.venv` there, if there is one.
+    """
+    python = folder / ".venv/bin/python"
+    command = {
+        "bash": ["bash", "-euo", "pipefail", "-c", block.text],
+        "python": [
+            str(python if python.exists() else sys.executable),
+            "-c",
+            block.text,
+        ],
+    }[block.language]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+    )
+    assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path) -> pathlib.Path:
+    """A fresh checkout, with an environment that stands for the one it would make."""
+    folder = tmp_path / "pfjax"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.check_output(listed, cwd=ROOT, text=True).splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    _make_environment(folder)
+    return folder
+
+
+def _make_environment(folder: pathlib.Path) -> None:
+    """`.venv` with the packages of the tests, and pfjax as `pip install -e` puts it."""
+    venv = folder / ".venv"
+    subprocess.check_call([sys.executable, "-m", "venv", "--without-pip", str(venv)])
+    (packages,) = venv.glob("lib/python*/site-packages")
+    ours = [str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    (packages / "pfjax.pth").write_text("\n".join(ours) + "\n")
+    command = venv / "bin/pfjax"
+    entry = "from pfjax.__main__ import main\nmain()\n"
+    command.write_text(f"#!{venv}/bin/python\n{entry}")
+    command.chmod(0o755)
+    # launch/environment.sh finds that it has been here already.
+    stamp = (
+        "source launch/environment.sh; "
+        'cat setup.py launch/constraints.txt - <<<"$(accelerator) $PWD" | cksum '
+        ">.venv/.pfjax-ready"
+    )
+    subprocess.check_call(["bash", "-c", stamp], cwd=folder)
+
+
+@pytest.mark.slow
+def test_what_the_readme_marks_to_be_run_works_as_copied(checkout):
+    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"]}
+    blocks = blocks_to_run(checkout / "README.md")
+    assert [b.language for b in blocks] == ["bash", "python", "python"]
+    printed = [run_block(b, checkout, **cache) for b in blocks]
+    assert "eval/avg@8" in printed[0] and '"completion":' in printed[0]
+    assert (checkout / "report/index.html").is_file()
+    assert float(printed[1]) > 0
+    assert (checkout / "out/model.safetensors").is_file()
+
+
+def test_commands_are_run_only_where_the_page_says_so(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```bash\nnot this\n```\n<!-- run -->\n```bash\necho this\n```\n"
+        "<!-- run -->\n```python\nx = 1\nprint(x)\n```\n"
+    )
+    blocks = blocks_to_run(page)
+    assert blocks == [
+        Block("bash", "echo this\n"),
+        Block("python", "x = 1\nprint(x)\n"),
+    ]
+    assert [run_block(b, tmp_path) for b in blocks] == ["this\n", "1\n"]
+    with pytest.raises(AssertionError, match="false"):
+        run_block(Block("bash", "false\ntrue\n"), tmp_path)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
