@@ -32,7 +32,9 @@ setuptools.setup(
     package_dir={"pfjax.configs": "configs"},
     packages=[*setuptools.find_packages(include=["pfjax", "pfjax.*"]), "pfjax.configs"],
     entry_points={"console_scripts": ["pfjax = pfjax.__main__:main"]},
-    package_data={"pfjax": ["assets/*/*", "report/*.html", "report/*.mplstyle"]},
+    package_data={
+        "pfjax": ["assets/*/*", "report/*.html", "report/*.mplstyle", "trainer/*.jinja"]
+    },
     install_requires=[
         *jax(),
         f"flax==0.12.8; {OLD}",

@@ -20,7 +20,15 @@ from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 ADAPTER_CONFIG = "adapter_config.json"
-_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.txt", "*.model"]
+_FILES = [
+    "README.md",
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+]
 
 
 def resolve(
@@ -186,7 +194,8 @@ def save(
       card: text of `README.md`, the model card; none when not given.
 
     Raises:
-      ValueError: if the policy has adapters that are not merged.
+      ValueError: if the policy has adapters that are not merged, or the folder holds
+        something other than a model.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -204,6 +213,7 @@ def save(
             save(policy, local / place.name, base=base, dtype=dtype, card=card)
         return
     out = pathlib.Path(out_dir)
+    check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
     config = {} if source is None else json.loads((source / "config.json").read_text())
@@ -229,6 +239,19 @@ def save(
                 shutil.rmtree(out)
             folder.rename(out)
     multihost_utils.sync_global_devices("pfjax.save")
+
+
+def check_replaceable(out_dir: str | os.PathLike) -> None:
+    """Raises ValueError if a folder holds something other than a model, which `save`
+    would remove."""
+    out = storage.place(out_dir)
+    if out.is_file():
+        raise ValueError(f"{out} is a file: choose another folder for the model")
+    if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
+        raise ValueError(
+            f"{out} holds something other than a model, which would be lost: choose "
+            "another folder"
+        )
 
 
 def _update(path: pathlib.Path, values: dict) -> None:

@@ -27,6 +27,7 @@ from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pfjax.infra import distributed, storage
+from pfjax.model.transformer import Params
 from pfjax.targets import Array
 from pfjax.trainer.settings import OtherRun, check_same
 
@@ -54,7 +55,7 @@ class Checkpoints:
         latest = policies.LatestN(2)  # one should the other be damaged
         kept = policies.AnyPreservationPolicy([latest, best])
         self._checkpointer = ocp.training.Checkpointer(
-            directory if storage.is_remote(directory) else directory.absolute(),
+            _absolute(directory),
             preservation_policy=kept,
             cleanup_tmp_directories=True,
         )
@@ -146,9 +147,7 @@ class Checkpoints:
         what = f"{self._directory} holds checkpoints of another run"
         check_same(what, about["identity"], identity)
         state = load(step, {"state": abstract_state})["state"]
-        for name, value in _checksums(state).items():
-            if value != about["checksums"][name]:
-                raise ValueError(f"{name} is not what was saved")
+        _verify(_checksums(state), about["checksums"])
         return state, about
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
@@ -191,6 +190,64 @@ class Checkpoints:
             ) from error
 
 
+def saved_steps(directory: epath.Path) -> list[int]:
+    """Of the checkpoints in a folder that a run may be writing to, ascending. This and
+    what follows change nothing there."""
+    if not directory.is_dir():
+        return []
+    # What is being written has another name, or in a bucket no mark of success.
+    is_whole = lambda x: not storage.is_remote(x) or (x / "commit_success.txt").exists()
+    found = (x for x in directory.iterdir() if x.name.isdigit() and is_whole(x))
+    return sorted(int(x.name) for x in found)
+
+
+def best_step(directory: epath.Path) -> int:
+    """The one of the best metric. Raises ValueError if none has any."""
+    files = {n: directory / f"{n}/metrics/metrics" for n in saved_steps(directory)}
+    metrics = {
+        n: json.loads(file.read_text())["best"]
+        for n, file in files.items()
+        if file.exists()
+    }
+    if not metrics:
+        raise ValueError(f"no checkpoint in {directory} has a metric to be the best in")
+    return max(metrics, key=metrics.get)
+
+
+def read_policy(
+    directory: epath.Path, step: int, abstract: Params
+) -> tuple[Params, dict[str, Any]]:
+    """What is trained of the policy at a step, with the shardings of `abstract`, and which
+    run it is of; neither log Z' nor the optimiser's state is read.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    load, path = ocp.load_checkpointables, _absolute(directory) / str(step)
+    try:
+        about = _opened(load(path, {"about": None})["about"])
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            found = load(path, {"state": {"params": {"policy": abstract}}})
+        params = found["state"]["params"]["policy"]
+        sums = {f".params['policy']{k}": x for k, x in _checksums(params).items()}
+        _verify(sums, about["checksums"])
+    # Whatever is wrong with files, some library has an exception for it.
+    except Exception as error:
+        _hush_abandoned_reads()
+        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        raise ValueError(
+            f"checkpoint {step} of {directory} is damaged: {reason}"
+        ) from error
+    return params, about["identity"]
+
+
+def _absolute(directory: epath.Path) -> epath.Path:
+    return directory if storage.is_remote(directory) else directory.absolute()
+
+
 _READ = "_read_array_index_and_device_put"
 
 
@@ -218,6 +275,12 @@ def _opened(sealed: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(sealed["json"].encode()).hexdigest() != sealed["sha256"]:
         raise ValueError("what was saved about it has changed")
     return json.loads(sealed["json"])
+
+
+def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
+    for name, value in found.items():
+        if value != saved[name]:
+            raise ValueError(f"{name} is not what was saved")
 
 
 def _checksums(tree: Any) -> dict[str, int]:

@@ -7,17 +7,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import compile_cache, distributed, sharding, storage
-from pfjax.model import hf, lora, weights
+from pfjax.model import hf
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
     diagnostics,
+    export,
     health_checks,
     preemption,
     settings,
@@ -26,7 +26,6 @@ from pfjax.trainer import (
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch, score_policy
-from pfjax.trainer.model_card import model_card
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
 from pfjax.trainer.setup import Trainer, setup
@@ -66,7 +65,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
             settings.write_config(config, folder)
         run = _Run(config, folder, trainer, stack)
         state = run.train(state, about)
-        export(config, folder, trainer.policy(state), run.writer.history)
+        policy, history = trainer.policy(state), run.writer.history
+        export.write(policy, config, history, folder / "hf", folder / "adapter")
+    if distributed.is_first():
+        print(before_and_after(history, folder))
 
 
 def train_iteration(
@@ -256,27 +258,3 @@ class _Run:
             return []
         limits = (health.length_floor, health.truncated_ceiling, health.rollout_kl)
         return health_checks.symptoms(history, *limits, health.patience)
-
-
-def export(
-    config: FrozenConfigDict, folder: epath.Path, policy: Any, history: list[dict]
-) -> None:
-    """Writes adapters and the model, and prints the table of before and after."""
-    if config.lora.rank:
-        lora.save_peft(policy, folder / "adapter", config.model)
-        policy = _beside_stored_base(policy, config.model)
-    card = model_card(config.to_dict(), history)
-    hf.save(lora.merge(policy), folder / "hf", base=config.model, card=card)
-    if distributed.is_first():
-        print(before_and_after(history, folder))
-
-
-def _beside_stored_base(policy: Any, model: str) -> Any:
-    """The adapters beside the base as it is stored, if training rounded it: what was not
-    trained is exported as it came."""
-    source = hf.resolve(model)
-    stored, used = weights.stored_dtype(source), policy.config.dtype
-    if jnp.promote_types(stored, used) == jnp.dtype(used):
-        return policy
-    base = hf.load(source, jax.sharding.get_mesh(), stored).params
-    return policy._replace(params=lora.join(base, lora.select(policy.params)))

@@ -1,38 +1,120 @@
 """README of an exported model."""
 
+import json
+import pathlib
+import re
+import shlex
 from typing import Any
 
+from ml_collections import FrozenConfigDict
 
-def model_card(config: dict[str, Any], history: list[dict[str, Any]]) -> str:
-    """What it is, how it was made, what was measured."""
-    model, alpha = config["model"], f"alpha {config['alpha']:g}"
-    steps = history[-1]["step"] if history else 0
-    prompts, samples = config["prompts_per_step"], config["samples_per_prompt"]
-    card = f"""---
-base_model: {model}
-library_name: transformers
-tags: [powerflow, pfjax]
----
+from pfjax.infra import dataset_io
+from pfjax.model import hf, tokenizer
+from pfjax.trainer import settings
 
-# {model} toward its power distribution, {alpha}
+_TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
+_SCORES = ("avg", "maj", "pass")  # of evaluations, as others know them
 
-Fine-tuned without labels with [PowerFlow](https://arxiv.org/abs/2603.18363)
-by pfjax.
 
-- base model: {model}
-- objective: {config["objective"]}, {alpha}
-- data: {config["data"]["train"]}
-- steps: {steps} of {prompts} prompts x {samples} samples, seed {config["seed"]}
-"""
-    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
-    if evaluated:
-        first, last = evaluated[0], evaluated[-1]
-        card += f"""- evaluated on: {config["data"]["eval"]}
+def model_card(
+    config: FrozenConfigDict, history: list[dict[str, Any]], name: str
+) -> str:
+    """What the model is, how it is used, how it was made, what was measured.
 
-| metric | step {first["step"]} | step {last["step"]} |
-|---|---|---|
-"""
-        for key in (k for k in first if k.startswith("eval/")):
-            name = key.removeprefix("eval/")
-            card += f"| {name} | {first[key]:.3f} | {last[key]:.3f} |\n"
-    return card
+    Args:
+      config: of the run.
+      history: rows of its `metrics.jsonl` up to the step that is exported.
+      name: the folder or hub id by which the model is loaded.
+    """
+    import huggingface_hub
+
+    source = hf.resolve(config.model)
+    evaluated = evaluations(history)
+    results = _results(config, evaluated[-1] if evaluated else {})
+    data = huggingface_hub.ModelCardData(
+        **_license(source),
+        base_model=hub_id(config.model),
+        datasets=hub_id(config.data.train.partition(":")[0]),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pfjax", "powerflow"],
+        metrics=["accuracy"] if results else None,
+        model_name=pathlib.PurePath(name).name,
+        eval_results=results or None,
+    )
+    tok = tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock)
+    card = huggingface_hub.ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(),
+        name=name,
+        c=config,
+        is_chat=getattr(tok, "chat_template", None) is not None,
+        steps=history[-1]["step"] if history else 0,
+        rows=evaluated[:1] + evaluated[1:][-1:],
+        metrics=[k for k in (evaluated or [{}])[-1] if _is_shown(k)],
+        prompt=json.dumps("..." + config.data.suffix),
+        command=command(config),
+    )
+    return str(card)
+
+
+def _is_shown(key: str) -> bool:
+    return key.startswith("eval/") and not key.endswith(("_se", "/grader_timeouts"))
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of steps that were evaluated."""
+    return [row for row in history if any(k.startswith("eval/") for k in row)]
+
+
+def command(config: FrozenConfigDict) -> str:
+    """The command that trains with a config, but for the folder."""
+    changed = settings.changed(config)
+    args = [shlex.quote(f"--config.{k}={v}") for k, v in changed.items()]
+    return " \\\n  ".join(["pfjax train --config=default --workdir=RUN", *args])
+
+
+def hub_id(name: str) -> str | None:
+    """A name on the hub, without its revision; None for what lies on this machine."""
+    name = name.partition("@")[0]
+    is_file = (
+        name.endswith(dataset_io.FILES) or pathlib.Path(name).expanduser().exists()
+    )
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("pfjax/")
+    return name if is_id and not is_file else None
+
+
+def _license(source: pathlib.Path) -> dict[str, str]:
+    """That of the base, if its card says it."""
+    import huggingface_hub
+
+    if not (source / "README.md").is_file():
+        return {}
+    card = huggingface_hub.ModelCard.load(
+        source / "README.md", ignore_metadata_errors=True
+    )
+    names = ("license", "license_name", "license_link")
+    return {k: card.data.get(k) for k in names if card.data.get(k)}
+
+
+def _results(config: FrozenConfigDict, row: dict[str, Any]) -> list[Any]:
+    """The scores of an evaluation, as the hub lists them."""
+    import huggingface_hub
+
+    out = []
+    for key, value in row.items():
+        group, _, rest = key.partition("/")
+        of_set, _, metric = rest.rpartition("/")
+        if group == "eval" and re.fullmatch(rf"({'|'.join(_SCORES)})@\d+", metric):
+            held_out = config.data.eval
+            dataset = of_set or hub_id(held_out.partition(":")[0])
+            result = huggingface_hub.EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset or "held-out",
+                dataset_name=dataset or pathlib.PurePath(held_out).stem,
+                metric_type="accuracy",
+                metric_name=metric,
+                metric_value=round(value, 4),
+            )
+            out.append(result)
+    return out

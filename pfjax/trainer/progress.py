@@ -7,6 +7,7 @@ from etils import epath
 
 from pfjax.infra import distributed
 from pfjax.sampler.progress import Bar
+from pfjax.trainer.model_card import evaluations
 
 _SHOWN = {
     "tb/loss": "loss",
@@ -41,7 +42,7 @@ def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:
     import rich.console
     import rich.table
 
-    evaluated = [row for row in history if any(k.startswith("eval/") for k in row)]
+    evaluated = evaluations(history)
     console = rich.console.Console(width=min(100, rich.console.Console().width))
     with console.capture() as captured:
         if evaluated:

@@ -576,15 +576,51 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
 
 
+def read_config(folder: epath.Path) -> FrozenConfigDict:
+    """The config of a run; a setting that it did not know has its default.
+
+    Raises:
+      ValueError: if the folder holds no run, or one of another version of pfjax.
+    """
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if "config" not in content:
+        raise ValueError(f"{folder} holds no run: it has no config.json of one")
+    from flax import traverse_util
+
+    out = default_config()
+    old = traverse_util.flatten_dict(content["config"], sep=".")
+    if unknown := sorted(old.keys() - SETTINGS.keys()):
+        version = content["versions"]["pfjax"]
+        raise ValueError(
+            f"{path} has settings that pfjax {_version()} does not know: "
+            f"{', '.join(unknown)}; they are of pfjax {version}"
+        )
+    for name, value in old.items():
+        is_tuple = isinstance(SETTINGS[name].default, tuple)
+        out.update_from_flattened_dict({name: tuple(value) if is_tuple else value})
+    return FrozenConfigDict(out)
+
+
+def changed(c: FrozenConfigDict) -> dict[str, Any]:
+    """The settings that have other values than their defaults, by name."""
+    values = {name: operator.attrgetter(name)(c) for name in SETTINGS}
+    return {k: v for k, v in values.items() if v != SETTINGS[k].default}
+
+
+def _version() -> str:
+    import pfjax
+
+    return pfjax.__version__  # known without being installed
+
+
 def write_config(c: FrozenConfigDict, folder: epath.Path) -> None:
     """Writes `config.json`: every value, and the versions that computed with it."""
     import jax
 
-    import pfjax
-
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
     versions = {
-        "pfjax": pfjax.__version__,  # known without being installed
+        "pfjax": _version(),
         **{p: importlib.metadata.version(p) for p in packages},
         "backend": jax.devices()[0].device_kind,
     }

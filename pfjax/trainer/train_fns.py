@@ -49,16 +49,8 @@ def train_fns(
     base_model = dataclasses.replace(
         base_model, dtype=config.dtype, attention=config.attention
     )
-    model = base_model
-    if config.lora.rank:
-        model = dataclasses.replace(
-            base_model,
-            lora_rank=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_targets=lora.projections(config.lora.targets),
-        )
-    trained = _abstract_params(model, mesh, "float32")
-    trained = lora.select(trained) if config.lora.rank else trained
+    model = policy_model(config, base_model)
+    trained = trained_params(model, mesh)
     learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
     objective, stop_ids = _objective(config), base_model.stop_ids
@@ -108,6 +100,24 @@ def optimizer_of(
         mu_dtype=c.optim.mu_dtype,
         updates_per_step=c.updates_per_rollout,
     )
+
+
+def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConfig:
+    """The base with the adapters that are trained beside it, if any."""
+    if not config.lora.rank:
+        return base_model
+    return dataclasses.replace(
+        base_model,
+        lora_rank=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_targets=lora.projections(config.lora.targets),
+    )
+
+
+def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
+    """Shapes and shardings of what is trained of a policy."""
+    params = _abstract_params(model, mesh, "float32")
+    return lora.select(params) if model.lora_rank else params
 
 
 def _objective(c: FrozenConfigDict) -> ObjectiveConfig:

@@ -22,6 +22,7 @@ from tests.conftest import (
     count_compiles,
     length_aware_target,
     power_target,
+    run_command,
     total_variation,
     use_one_device,
 )
@@ -32,10 +33,10 @@ PROMPT = "a b"
 @pytest.fixture
 def config(enumerable_folder, tmp_path) -> ml_collections.ConfigDict:
     """Trains the model whose responses can be listed, for 4 steps."""
-    return _config(enumerable_folder, tmp_path)
+    return small_config(enumerable_folder, tmp_path)
 
 
-def _config(model, folder) -> ml_collections.ConfigDict:
+def small_config(model, folder) -> ml_collections.ConfigDict:
     prompts = folder / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT, "answer": "1"}) + "\n")
     c = default.get_config()
@@ -64,7 +65,7 @@ def _config(model, folder) -> ml_collections.ConfigDict:
 def whole(_enumerable_folder, tmp_path_factory):
     """Of a run that several tests look at: its config, with evaluations, and folder."""
     folder = tmp_path_factory.mktemp("whole")
-    c = _config(_enumerable_folder, folder)
+    c = small_config(_enumerable_folder, folder)
     c.data.eval, c.eval_every = c.data.train, 2
     loop.train_and_evaluate(c, str(folder / "run"))
     return c, folder / "run"
@@ -335,6 +336,13 @@ def test_adapters_on_a_base_that_training_rounds_leave_the_rest_as_it_came(
     for name, x in before.items():
         assert after[name].dtype == np.float16
         np.testing.assert_array_equal(after[name], x, err_msg=name)
+    # And from the checkpoint, on one device.
+    done = run_command("pfjax.export", tmp_path / "run", f"--out={tmp_path / 'new'}")
+    assert done.stdout.endswith(f"adapters: {tmp_path / 'new-adapter'}\n"), done.stderr
+    for new, old in (("new", "hf"), ("new-adapter", "adapter")):
+        for file in (tmp_path / "run" / old).iterdir():
+            is_same = (tmp_path / new / file.name).read_bytes() == file.read_bytes()
+            assert is_same or file.name == "README.md"  # which names the folder
 
 
 def _other_prompt(config):
