@@ -44,6 +44,7 @@ setuptools.setup(
         "transformers>=5,<6",
         "sentencepiece>=0.2",
         "datasets>=4",
+        "pyarrow>=21",
         "etils[epath]>=1.12",
         "ml_collections>=1.1",
         "absl-py>=2.1",

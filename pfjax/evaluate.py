@@ -40,6 +40,8 @@ flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style
 flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
 flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
 flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
+flags.DEFINE_string("prompt_field", "", "column of prompts in files; else found")
+flags.DEFINE_string("answer_field", "", "column of answers in files; else found")
 flags.DEFINE_integer(
     "limit", 0, "the first problems of a set only; 0: all", lower_bound=0
 )
@@ -55,8 +57,9 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     cli.join()
     sets = {}
+    fields = benchmarks.Fields(FLAGS.prompt_field, FLAGS.answer_field)
     for name in FLAGS.benchmark:
-        problems = benchmarks.read(name, FLAGS.data, FLAGS.seed)
+        problems = benchmarks.read(name, FLAGS.data, FLAGS.seed, fields)
         sets[name] = problems[: FLAGS.limit or None]
     out = pathlib.Path(FLAGS.out).expanduser()
     if len({pathlib.Path(name).stem for name in sets}) < len(FLAGS.benchmark):
@@ -80,9 +83,14 @@ def main() -> None:
             values = scores.summarise(rows, k, grader, fewer)
             about = {"grader": grader.describe() | {"box": FLAGS.box}}
             files.score(rows, {"graded": about, "scores": values})
-            version = dataset_io.fingerprint(problems)
+            version = benchmarks.version_of(problems)
             found = benchmarks.recognise(problems) or "a set of no name here"
             print(f"{name}: {len(problems)} problems x {k} ({version}, {found})")
+            if missing := [p.gold for p in problems].count(None):
+                print(
+                    f"  {missing} of {len(problems)} problems have no answer: they count "
+                    "in lengths and distinct responses alone"
+                )
             for key, value in values.items():
                 if not key.endswith("_se"):
                     error = values.get(f"{key}_se")

@@ -25,7 +25,7 @@ with epy.lazy_imports():
     from pfjax import targets
     from pfjax.model import tokenizer
     from pfjax.sampler import engine, mcmc, progress, slots, smc
-    from pfjax.tasks import benchmarks, data
+    from pfjax.tasks import data, problems
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -37,6 +37,7 @@ flags.DEFINE_integer(
 flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
 flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
+flags.DEFINE_string("prompt_field", "", "column of prompts in it; else found")
 flags.DEFINE_string("suffix", "", "added to each prompt")
 flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
 flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
@@ -199,8 +200,12 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
 def _prompts(tok) -> tuple[list[str], list[list[int]]]:
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
-        found = data.load_prompts(FLAGS.prompts, tok, longest, FLAGS.suffix)
-        return [benchmarks.text_of(p) for p in found.problems], found.tokens
+        fields = problems.Fields(FLAGS.prompt_field)
+        found = data.load_prompts(
+            FLAGS.prompts, tok, longest, FLAGS.suffix, fields=fields
+        )
+        problems.check_fields(fields, found.problems)
+        return [problems.text_of(p) for p in found.problems], found.tokens
     texts = [text + FLAGS.suffix for text in FLAGS.prompt]
     return texts, [tokenizer.encode_prompt(tok, text) for text in texts]
 

@@ -212,11 +212,13 @@ def test_grading_again_needs_no_model(scored, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("--benchmark=maths",), "hub; did you mean math500?"),
+        (("--benchmark=zzz",), "hub; math500, olympiadbench"),
+        (("--benchmark=poem",), "name a file of yours instead, DIR/poem.jsonl"),
         (
-            ("--benchmark=maths",),
-            "no benchmark 'maths': neither a file nor one of math5",
+            ("--benchmark=pfjax/toy/eval.jsonl", "--answer_field=anser"),
+            "answer_field=anser: no such column, there are ['answer', 'prompt'",
         ),
-        (("--benchmark=poem",), "give --data=DIR, a folder with poem.jsonl"),
         (("--benchmark=math500", "--data=/none"), "/none has none of ['math500.jsonl'"),
         (
             ("--benchmark=pfjax/toy/eval.jsonl", "--style=x"),
@@ -238,3 +240,17 @@ def test_mistakes_are_one_line(tmp_path, args, message):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: ") and message in last
     assert "Traceback" not in done.stderr
+
+
+def test_columns_are_named_and_missing_answers_are_counted(tmp_path):
+    rows = [{"instruction": "17+25", "target": "42"}, {"instruction": "1+2"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "mine.jsonl").write_text(text)
+    done = _run(
+        f"--benchmark={tmp_path}/mine.jsonl", "--samples=1", f"--out={tmp_path}/out",
+        "--prompt_field=instruction", "--answer_field=target",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 problems have no answer: they count in" in done.stdout
+    found = [(r["prompt"], r["gold"]) for r in _rows(tmp_path / "out/mine.jsonl")]
+    assert found == [("17+25", "42"), ("1+2", None)]

@@ -48,6 +48,10 @@ def test_mistakes_are_one_line():
         (("--prompt=1+1", "--top_p=2"), "top_p must be in (0, 1], got 2.0"),
         (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
         (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),
+        (
+            ("--prompts=pfjax/toy/eval.jsonl", "--prompt_field=question"),
+            "prompt_field=question: no such column, there are ['",
+        ),
         (("--prompt=1", "--method=mh"), "needs a positive --alpha"),
         (("--prompt=1", "--method=mh", "--alpha=2", "--top_k=3"), "takes no --top_k"),
         (("--prompt=1", "--alpha=2"), "--alpha needs --method"),

@@ -11,7 +11,8 @@ from typing import Any
 from pfjax.evaluation.scores import Row, Settings, in_order
 from pfjax.infra import dataset_io, storage
 from pfjax.tasks import benchmarks
-from pfjax.tasks.benchmarks import Problem, Style
+from pfjax.tasks.benchmarks import Style
+from pfjax.tasks.problems import Problem
 
 # Sampling may go on with these changed: they do not touch what is drawn, but by rounding.
 _MAY_CHANGE = ("model", "mesh", "device", "jax")
@@ -75,7 +76,7 @@ class Record:
                 f"{self.path} holds no responses: evaluate without --regrade"
             )
         settings = self._read()["settings"]
-        version, k = dataset_io.fingerprint(problems), settings["samples"]
+        version, k = benchmarks.version_of(problems), settings["samples"]
         if settings["version"] != version:
             raise ValueError(
                 f"{self.path} holds responses to version {settings['version']} of "
@@ -116,7 +117,7 @@ def describe(
     return {
         "source": known.source if known else name,
         "items": len(problems),
-        "version": dataset_io.fingerprint(problems),
+        "version": benchmarks.version_of(problems),
         "recognised": benchmarks.recognise(problems),
         "template": style.template,
         "chat_template": not style.is_raw,

@@ -12,8 +12,8 @@ from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.sampler.options import NO_FILTERS, Capacity, StopConditions, TokenFilters
-from pfjax.tasks.benchmarks import Problem, text_of
 from pfjax.tasks.grading import Grader, boxed
+from pfjax.tasks.problems import Problem, text_of
 
 Row = dict[str, Any]
 in_order = operator.itemgetter("prompt_id", "sample")  # what rows are sorted by
@@ -109,10 +109,11 @@ def sample(
 def grade(new: list[Row], problems: list[Problem], grader: Grader, box: str) -> None:
     """Puts `answer`, `gold` and `correct` into rows, anew where they are."""
     for row in new:
-        _, _, gold, tolerance = problems[row["prompt_id"]]
-        answer = boxed(row["completion"], box)
+        problem, answer = problems[row["prompt_id"]], boxed(row["completion"], box)
+        gold = problem.gold
         row |= {"answer": answer, "gold": gold, "correct": None}
         if gold is not None:
+            tolerance = problem.tolerance
             same = answer is not None and grader.is_equal(gold, answer, tolerance)
             row["correct"] = same
 

@@ -2,9 +2,12 @@
 
 import codecs
 import csv
+import difflib
 import hashlib
 import json
 import pathlib
+import re
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -19,49 +22,121 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
     """All rows of a file or data set, each with where it stands, for messages.
 
     Args:
-      source: a file of `FILES` (`.json` may be an array, or as `.jsonl`), `pfjax/toy/<file>` for those that ship with pfjax, or a data set of the hub:
+      source: a file of `FILES` (`.json` may be an array, or as `.jsonl`),
+        `pfjax/toy/<file>` for those that ship with pfjax, or a data set of the hub:
         `name`, `name:split` (else "train"), `name:config:split`; `name@revision` before
         them.
 
     Raises:
-      ValueError: if there is no such source, or a row is no JSON object (naming it).
+      ValueError: if there is no such source, it cannot be read or has no rows, or a row
+        is no JSON object (naming it).
     """
     path = pathlib.Path(source).expanduser()
     if source.startswith("pfjax/toy/"):
         path = _ASSETS / source.removeprefix("pfjax/")
-    if path.suffix in FILES and not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
-    if path.suffix in (".jsonl", ".json"):
-        return _characters(_read_json(path))
-    if path.suffix == ".csv":
-        return _read_csv(path)
+    _check_is_readable(source, path)
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        rows = _characters(_read_json(path))
+    elif suffix == ".csv":
+        rows = _read_csv(path)
+    elif suffix == ".parquet":
+        rows = _read_parquet(path)
+    else:
+        rows = _read_data_set(source)
+    if not rows:
+        raise ValueError(f"{source} is empty: it has no rows")
+    return rows
+
+
+def _check_is_readable(source: str, path: pathlib.Path) -> None:
+    """Raises ValueError for what is no file of rows, and for none that could be on the hub."""
+    if not source.strip():
+        raise ValueError(f"a file or a data set must be named, got {source!r}")
+    if storage.is_remote(source):
+        raise ValueError(
+            f"{source}: prompts are read from a disk, copy the file to one"
+        )
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in FILES:
+        cure = f"make it one of {', '.join(FILES)}"
+        if suffix in _PACKED:
+            cure = f"unpack it first, to one of {', '.join(FILES)}"
+        if suffix == ".txt":
+            cure = 'write it as .jsonl, one {"prompt": "..."} per line'
+        raise ValueError(f"{path}: {suffix or 'a file without a suffix'}; {cure}")
+    could_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[^/]+)?", source)
+    if path.exists() or (suffix not in (*FILES, *_PACKED) and could_be_on_hub):
+        return
+    beside = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    raise ValueError(f"prompt file {path} does not exist{hint}")
+
+
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
+
+
+def _read_parquet(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as Parquet, is it whole? {one_line(error)}"
+        ) from error
+    return [(f"{path} row {i}", row) for i, row in enumerate(rows)]
+
+
+def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Of the hub, or of a folder that holds one."""
     import datasets
 
     datasets.disable_progress_bars()
-    if path.suffix == ".parquet":
-        try:
-            table = datasets.Dataset.from_parquet(str(path))
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    else:
-        name, *config, split = source.split(":") if ":" in source else (source, "train")
-        name, _, revision = name.partition("@")
-        try:
-            wanted = {"split": split, "revision": revision or None}
-            table = datasets.load_dataset(name, *config, **wanted)
-        except Exception as error:
-            raise ValueError(
-                f"prompts {source!r} are no {', '.join(FILES)} file and could not be "
-                f"loaded from the Hugging Face hub: {error}"
-            ) from error
+    name, *config, split = source.split(":") if ":" in source else (source, "train")
+    name, _, revision = name.partition("@")
+    try:
+        wanted = {"split": split, "revision": revision or None}
+        table = datasets.load_dataset(name, *config, **wanted)
+    except Exception as error:
+        what = f"{source!r} is no {', '.join(FILES)} file and"
+        if (folder := pathlib.Path(name)).is_dir():
+            files = sorted(x.name for x in folder.iterdir() if x.suffix in FILES)[:3]
+            hint = f", such as {', '.join(files)}" if files else ""
+            what = f"{name!r} is a folder (give a file{hint}) which"
+        raise ValueError(
+            f"{what} could not be loaded as a data set of the Hugging Face hub: "
+            f"{one_line(error)}"
+        ) from error
     return [(f"{source} row {i}", row) for i, row in enumerate(table)]
+
+
+def one_line(error: Exception, width: int = 300) -> str:
+    """What a library says, without its line breaks."""
+    return textwrap.shorten(str(error) or repr(error), width, placeholder=" ...")
+
+
+def brief(value: Any, width: int = 80) -> str:
+    """`repr`, cut in the middle where it is long: a message shows no file's content."""
+    text = repr(value)
+    half = (width - 5) // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
 
 
 def _read_json(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     # Rather than through `datasets`, whose errors name no line.
     lines = _lines(path, path.read_bytes())
-    first = next((x for _, x in lines if x.strip()), "")
-    if path.suffix == ".jsonl" or not first.lstrip().startswith("["):
+    where, first = next(((w, x) for w, x in lines if x.strip()), ("", ""))
+    is_array = first.lstrip().startswith("[")
+    if path.suffix.lower() == ".jsonl" and is_array:
+        raise ValueError(
+            f"{where}: a row must be a JSON object; the file of a JSON array is to be "
+            f"named {path.stem}.json"
+        )
+    if path.suffix.lower() == ".jsonl" or not is_array:
+        if first.strip() == "{":  # as programs write one
+            _refuse_single_object(path, lines)
         return [(where, _parse(where, x)) for where, x in lines if x.strip()]
     try:
         rows = json.loads("\n".join(x for _, x in lines))
@@ -71,6 +146,18 @@ def _read_json(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
         (where, _object(where, row))
         for where, row in ((f"{path} row {i}", row) for i, row in enumerate(rows))
     ]
+
+
+def _refuse_single_object(path: pathlib.Path, lines: list[tuple[str, str]]) -> None:
+    """Raises ValueError if the lines are one object, such as `{"data": [...]}`."""
+    try:
+        whole = json.loads("\n".join(x for _, x in lines))
+    except json.JSONDecodeError:
+        return
+    raise ValueError(
+        f"{path}: one JSON object of {brief(sorted(whole))}, where rows are expected: an "
+        'array of objects in a .json file, [{"prompt": "..."}, ...]'
+    )
 
 
 def _read_csv(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
@@ -101,7 +188,7 @@ def _lines(path: epath.PathLike, content: bytes) -> list[tuple[str, str]]:
             out.append((where, line.decode()))
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{where}: not UTF-8: {error}; convert the file"
+                f"{where}: not UTF-8: {error}; convert the file (iconv -t UTF-8)"
             ) from error
     return out
 
@@ -115,7 +202,9 @@ def _parse(where: str, text: str) -> dict[str, Any]:
 
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, got {row!r}")  # noqa: TRY004
+        raise ValueError(  # noqa: TRY004
+            f'{where}: a row must be a JSON object, {{"prompt": "..."}}, got {brief(row)}'
+        )
     return row
 
 

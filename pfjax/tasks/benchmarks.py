@@ -1,14 +1,12 @@
-"""Sets of problems: where they come from, how they are asked, what is right.
+"""Sets of problems: where they come from and how they are asked.
 
 A set of `BENCHMARKS` is read from the hub, or from a copy in a folder; any other name is a
-file or data set. Rows of all are read by `from_row`, as those of training are.
+file or data set. Rows of all are read by `problems.from_row`, as those of training are.
 """
 
-import ast
-import contextlib
+import difflib
 import hashlib
 import logging
-import math
 import pathlib
 import random
 import re
@@ -16,16 +14,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pfjax.infra import dataset_io
-from pfjax.tasks import grading
+from pfjax.tasks.problems import (
+    BY_THEMSELVES,
+    Fields,
+    Problem,
+    check_fields,
+    from_row,
+    id_of,
+    text_of,
+)
 
 _LOG = logging.getLogger(__name__)
-
-
-class Problem(NamedTuple):
-    id: str  # of the set, or the number of the row
-    question: str | list[dict[str, str]]  # messages are asked as they are
-    gold: str | None  # what a right answer equals; None: not graded
-    tolerance: float | None = None  # absolute, of a numeric answer
 
 
 class Benchmark(NamedTuple):
@@ -73,7 +72,9 @@ STYLES: dict[str, Style] = {
 }
 
 
-def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
+def read(
+    name: str, folder: str = "", seed: int = 0, fields: Fields = BY_THEMSELVES
+) -> list[Problem]:
     """The problems of a set.
 
     Args:
@@ -81,24 +82,57 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
       folder: with local copies of sets, `<name>.<suffix>` or `<name>/test.<suffix>`, the
         suffix one of `dataset_io.FILES`; "" for the hub.
       seed: of the order of choices, where there are any.
+      fields: see `from_row`; not for those of `BENCHMARKS`.
 
     Raises:
       ValueError: if there is no such set, or a row is not of its form (naming it).
     """
+    problems = [problem for _, problem in read_rows(name, folder, seed, fields)]
+    if name not in BENCHMARKS:
+        check_fields(fields, problems)
+        stem = pathlib.Path(name).stem
+        named = next((k for k in BENCHMARKS if _is_named(k, stem)), "")
+        _check_content(named, problems)
+    return problems
+
+
+def read_rows(
+    name: str, folder: str = "", seed: int = 0, fields: Fields = BY_THEMSELVES
+) -> list[tuple[str, Problem]]:
+    """As `read`, each problem with where it stands, for messages."""
     known = BENCHMARKS.get(name)
     if known is None:
-        if "/" not in name and not pathlib.Path(name).suffix:
+        is_bare = re.fullmatch(r"[\w-]+", name) and not pathlib.Path(name).exists()
+        if is_bare:
+            near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{', '.join(BENCHMARKS)}"
             raise ValueError(
-                f"no benchmark {name!r}: neither a file nor one of "
-                f"{', '.join(BENCHMARKS)}"
+                f"no benchmark {name!r}, file or data set (owner/name) of the hub; {hint}"
             )
         found = enumerate(dataset_io.read(name))
-        problems = [from_row(where, row, i) for i, (where, row) in found]
-        stem = pathlib.Path(name).stem
-        _check_content(
-            next((k for k in BENCHMARKS if _is_named(k, stem)), ""), problems
-        )
-        return problems
+        return [
+            (where, from_row(where, row, i, 0, fields)) for i, (where, row) in found
+        ]
+    source = _source_of(name, known, folder)
+    out = []
+    for i, (where, row) in enumerate(dataset_io.read(source)):
+        try:
+            out.append((where, known.problem(where, row, i, seed)))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{where} is not of the form of {name}: {error!r} in {sorted(row)}"
+            ) from error
+        if known.source and out[-1][1].gold is None:
+            raise ValueError(f"{where} has no answer, in {sorted(row)}")
+    if known.size and len(out) != known.size:
+        found = f"{source} has {len(out)} items"
+        _LOG.warning(f"{found}, published scores are over {known.size}")
+    _check_content(name, [problem for _, problem in out])
+    return out
+
+
+def _source_of(name: str, known: Benchmark, folder: str) -> str:
+    """Where a set of `BENCHMARKS` is read from."""
     source = known.source
     if folder:
         stems = [x + y for x in (name, *known.aliases) for y in ("", "/test")]
@@ -109,26 +143,16 @@ def read(name: str, folder: str = "", seed: int = 0) -> list[Problem]:
             raise ValueError(f"{folder} has none of {files}")
     if not source:
         raise ValueError(
-            f"the prompts of {name!r} are on no hub: give --data=DIR, a folder with "
-            f"{name}.jsonl, one object with a `prompt` a line"
+            f"the prompts of {name!r} are on no hub: name a file of yours instead, "
+            f"DIR/{name}.jsonl, one object with a `prompt` per line (--data=DIR of "
+            "pfjax evaluate)"
         )
-    problems = []
-    for i, (where, row) in enumerate(dataset_io.read(source)):
-        try:
-            problems.append(known.problem(where, row, i, seed))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"{where} is not of the form of {name}: {error!r} in {sorted(row)}"
-            ) from error
-        if known.source and problems[-1].gold is None:
-            raise ValueError(f"{where} has no answer, in {sorted(row)}")
-    if not problems:
-        raise ValueError(f"{source} is empty")
-    if known.size and len(problems) != known.size:
-        found = f"{source} has {len(problems)} items"
-        _LOG.warning(f"{found}, published scores are over {known.size}")
-    _check_content(name, problems)
-    return problems
+    return source
+
+
+def version_of(problems: list[Problem]) -> str:
+    """Tells one version of a set from another, by what is asked and graded."""
+    return dataset_io.fingerprint([problem[:4] for problem in problems])
 
 
 def recognise(problems: list[Problem]) -> str | None:
@@ -165,120 +189,6 @@ def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
     return style.template.replace("{question}", problem.question)
 
 
-def from_row(where: str, row: dict[str, Any], number: int = 0, _: int = 0) -> Problem:
-    """A row of a prompt file: of the sets' own forms, verl's, TRL's, Qwen's.
-
-    It has `prompt`, `problem` or `question`, a string or messages; and perhaps an answer,
-    for evaluation and objectives that grade: the first that there is of `answer`,
-    `final_answer`, `ground_truth`, `reward_model.ground_truth`, and what a `solution` ends
-    with (see `gold_of`).
-
-    Args:
-      where: named in errors.
-      number: of the row, its id where it has none.
-
-    Raises:
-      ValueError: if it has no prompt, one that is neither text nor messages, or an
-        answer of several parts.
-    """
-    field = next((f for f in _QUESTIONS if row.get(f)), None)
-    if field is None:
-        got = f"expected one of {_QUESTIONS}, got {sorted(row)}"
-        raise ValueError(f"{where}: no prompt; {got}")
-    question = row[field]
-    if isinstance(question, list):
-        question = [_message(where, field, m) for m in question]
-    elif not isinstance(question, str):
-        raise ValueError(f"{where}: {field} {_NO_PROMPT}, got {question!r}")  # noqa: TRY004
-    final, tolerance = row.get("final_answer"), None
-    if final and row.get("error"):  # OlympiadBench
-        tolerance = float(row["error"])
-    if isinstance(final, list):  # there, one string per answer or all in one
-        final = ",".join(map(str, final)).replace("$", "")
-    nested = row.get("reward_model")
-    nested = nested.get("ground_truth") if isinstance(nested, dict) else None
-    values = (row.get("answer"), final, row.get("ground_truth"), nested)
-    golds = (gold_of(where, x) for x in values)
-    gold = next((g for g in golds if g is not None), None)
-    if gold is None:
-        gold = _marked(str(row.get("solution") or ""))
-    return Problem(_id(row, number), question, gold, tolerance)
-
-
-_NO_PROMPT = "must be a string or a list of messages with 'role' and 'content'"
-
-
-def _message(where: str, field: str, m: Any) -> dict[str, Any]:
-    """A message of text; parts of text are joined, as templates of text models do not."""
-    content = m.get("content") if isinstance(m, dict) and "role" in m else None
-    if isinstance(content, list) and all(isinstance(x, dict) for x in content):
-        parts = [x.get("text") for x in content]
-        content = "".join(parts) if all(isinstance(x, str) for x in parts) else None
-    if not isinstance(content, str):
-        raise ValueError(f"{where}: {field} {_NO_PROMPT}, got {m!r}")  # noqa: TRY004
-    return {**m, "content": content}
-
-
-def gold_of(where: str, value: Any) -> str | None:
-    """What a right answer equals; None where there is none.
-
-    Of a list the first counts (EMPO's files), of an object its one value, as text of
-    Python too, and of a worked solution the answer that it marks; words around an answer
-    (`Answer: 5`) are dropped; a number has no decimal point that says nothing.
-
-    Raises:
-      ValueError: for an object of several values.
-    """
-    if isinstance(value, str) and _CONTAINER.match(value):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value.strip())
-    while isinstance(value, list | dict):
-        if isinstance(value, dict) and len(value) > 1:
-            raise ValueError(f"{where}: an answer must be one string, got {value!r}")
-        values = [*value.values()] if isinstance(value, dict) else value
-        value = values[0] if values else None
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float) and value.is_integer():  # 27.0 in copies of AMC
-        value = int(value)
-    text = str(value).strip()
-    if re.search(r"####|\\boxed", text):
-        return _marked(text)
-    while match := _AROUND.fullmatch(text):
-        text = next(x for x in match.groups() if x is not None).strip()
-    return None if text in _MISSING else text
-
-
-# How Python, JSON and pandas write that there is nothing.
-_MISSING = ("", "None", "null", "nan", "NaN", "N/A", "<NA>", "[]", "{}")
-# A list or an object as Python and JSON print it: it begins with a quote, unlike intervals.
-_CONTAINER = re.compile(r"""\s*[\[{]\s*["']""")
-_AROUND = re.compile(
-    r"<answer>(.*)</answer>|\**(?:the )?(?:final )?answer\**(?: is:?|:)\**\s*(.+?)\.?"
-    r"|\*\*([^*]+)\*\*|\\\[(.*)\\\]",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def _marked(text: str) -> str | None:
-    r"""The answer that a worked solution marks: behind GSM8K's `####`, in `\boxed{}`."""
-    if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "") or None
-    answer = grading.last_boxed(text)
-    return answer and " ".join(answer.split())
-
-
-def text_of(problem: Problem) -> str:
-    """The question for people: text, or the last of its messages."""
-    asked = problem.question
-    return asked if isinstance(asked, str) else asked[-1]["content"]
-
-
-def _id(row: dict[str, Any], number: int) -> str:
-    names = ("unique_id", "id", "Record ID")
-    return str(next((row[x] for x in names if row.get(x) is not None), number))
-
-
 def _gpqa(where: str, row: dict[str, Any], number: int, seed: int) -> Problem:
     # The set lists the right one first.
     keys = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
@@ -287,14 +197,14 @@ def _gpqa(where: str, row: dict[str, Any], number: int, seed: int) -> Problem:
     asked = "The answer is the letter of the right choice."
     question = "\n\n".join([row["Question"].strip(), "\n".join(choices), asked])
     gold = "ABCD"[keys.index("Correct Answer")]
-    return Problem(_id(row, number), question, gold)
+    used = Fields("Question", "Correct Answer")
+    return Problem(id_of(row, number), question, gold, None, row, used)
 
 
 def _creative(where: str, row: dict[str, Any], number: int, _: int) -> Problem:
-    return from_row(where, row, number)._replace(gold=None)
+    problem = from_row(where, row, number)
+    return problem._replace(gold=None, fields=Fields(problem.fields.prompt))
 
-
-_QUESTIONS = ("prompt", "problem", "question")
 
 BENCHMARKS: dict[str, Benchmark] = {
     "math500": Benchmark(

@@ -12,6 +12,7 @@ from pfjax.model import tokenizer
 from pfjax.model.transformer import ModelConfig
 from pfjax.targets import Target
 from pfjax.tasks import benchmarks
+from pfjax.tasks.problems import BY_THEMSELVES, Fields, Problem
 
 _LOG = logging.getLogger(__name__)
 
@@ -19,8 +20,9 @@ _LOG = logging.getLogger(__name__)
 class PromptSet(NamedTuple):
     """Prompts that fit the limit, tokenized."""
 
-    problems: list[benchmarks.Problem]  # the question as it is asked
+    problems: list[Problem]  # the question as it is asked
     tokens: list[list[int]]
+    source: str = ""
 
 
 def load_prompts(
@@ -29,28 +31,29 @@ def load_prompts(
     max_prompt_tokens: int,
     suffix: str = "",
     model: ModelConfig | None = None,
+    fields: Fields = BY_THEMSELVES,
 ) -> PromptSet:
-    """Reads prompts and perhaps answers, see `dataset_io.read` and `benchmarks.from_row`.
+    """Reads prompts and perhaps answers, see `dataset_io.read` and `problems.from_row`.
 
     Args:
-      source: a file or a data set (its "train" split).
+      source: a benchmark, a file or a data set (its "train" split).
       tok: a tokenizer.
       max_prompt_tokens: longer prompts are skipped, with one warning.
       suffix: added to each prompt, to its last message; no braces are interpreted.
       model: that the prompts are for, whose tokens they are then known to be.
+      fields: columns of prompts and answers, in rows that have them.
 
     Raises:
       ValueError: if there is no such source, a row has no prompt, one that the chat
         template refuses or tokens that the model lacks (naming file and line), or no
         prompt is left.
     """
-    problems, tokens = [], []
+    kept, tokens = [], []
     odd, stop_ids = collections.defaultdict(list), ()
     if model:
         stop_ids = tokenizer.stop_ids(tok, model)
-    rows = dataset_io.read(source)
-    for number, (where, row) in enumerate(rows):
-        problem = benchmarks.from_row(where, row, number)
+    rows = benchmarks.read_rows(source, fields=fields)
+    for where, problem in rows:
         prompt = problem.question
         if isinstance(prompt, str):
             prompt += suffix
@@ -61,19 +64,18 @@ def load_prompts(
         for what in tokenizer.oddities(tok, problem.question, ids, stop_ids):
             odd[what].append(where)
         if len(ids) <= max_prompt_tokens:
-            problems.append(problem._replace(question=prompt))
+            kept.append(problem._replace(question=prompt))
             tokens.append(ids)
     if too_long := len(rows) - len(tokens):
         skipped = f"{source}: skipped {too_long} of {len(rows)} prompts"
         _LOG.warning(f"{skipped} longer than {max_prompt_tokens} tokens")
     if not tokens:
-        reason = "all are too long" if too_long else "it is empty"
-        raise ValueError(f"no prompts left in {source}: {reason}")
+        raise ValueError(f"no prompts left in {source}: all are too long")
     for what, places in odd.items():
         _LOG.warning(f"{len(places)} of {len(rows)} prompts {what}: {places[0]}")
     if repeated := len(tokens) - len({tuple(x) for x in tokens}):
         _LOG.warning(f"{source}: {repeated} prompts are duplicates")
-    return PromptSet(problems, tokens)
+    return PromptSet(kept, tokens, source)
 
 
 def encode(

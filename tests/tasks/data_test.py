@@ -68,26 +68,92 @@ def test_parquet_and_embedded_files(tmp_path, tok):
     assert not any(_answers(train))
 
 
-def test_mistakes_name_file_and_line(tmp_path, tok):
-    path = tmp_path / "bad.jsonl"
-    for text, message in [
-        ('{"prompt": "1"}\n\nnot json\n', r"bad.jsonl:3: not JSON"),
-        ('{"prompt": "1"}\n{"text": "2"}\n', r"bad.jsonl:2: no prompt.*\['text'\]"),
-        ('{"prompt": ""}\n', r"bad.jsonl:1: no prompt"),
-        ('["prompt"]\n', r"bad.jsonl:1: a row must be a JSON object"),
-        ('{"prompt": [{"role": "user"}]}\n', r"bad.jsonl:1: prompt must be"),
-        ("\n", "no prompts left in .*bad.jsonl: it is empty"),
+_LONG = "a long text of the file. " * 40
+_ASKED = {"role": "user", "content": "1+2"}
+_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+_ANSWERED = [_ASKED, {"role": "assistant", "content": _LONG}]
+
+
+def _prompt(x):
+    return json.dumps({"prompt": x})
+
+
+# A file, what is in it, and what is said of it, after "error: ".
+_MISTAKES = [
+    ("p.jsonl", "", "p.jsonl is empty"),
+    ("p.jsonl", "\n", "p.jsonl is empty"),
+    ("p.json", "[]", "p.json is empty"),
+    ("p.csv", "prompt,answer\n", "p.csv is empty"),
+    ("p.jsonl", f"{_prompt(1)[:-1]}", r"p.jsonl:1: not JSON"),
+    ("p.jsonl", f"{_prompt('1')}\n\nnot json\n", r"p.jsonl:3: not JSON"),
+    ("p.jsonl", json.dumps([{"prompt": _LONG}]), r"p.jsonl:1: .*named p\.json"),
+    ("p.jsonl", json.dumps([{"prompt": _LONG}], indent=1), r"named p\.json"),
+    ("p.json", json.dumps([_LONG]), r"p.json row 0: a row .* got 'a long"),
+    ("p.json", json.dumps([{"prompt": "1"}, 2]), r"p.json row 1: a row .* got 2"),
+    ("p.json", json.dumps({"data": [{"prompt": _LONG}]}, indent=1), r"\['data'\].*array"),
+    ("p.json", json.dumps({"data": [_LONG]}), r"p.json:1: no prompt.*\['data'\]"),
+    ("p.json", json.dumps([{"prompt": _LONG}])[:-9], r"p.json:1: not JSON"),
+    ("p.jsonl", json.dumps(_LONG), r"p.jsonl:1: a row must be a JSON object"),
+    ("p.jsonl", '{"prompt": "1"}\n{"text": "2"}', r"p.jsonl:2: no prompt.*\['text'\]"),
+    ("p.jsonl", _prompt("1") + "\n" + _prompt(""), r"p.jsonl:2: an empty prompt \(prompt"),
+    ("p.jsonl", _prompt(" \n"), "p.jsonl:1: an empty prompt"),
+    ("p.jsonl", _prompt(None), "p.jsonl:1: an empty prompt"),
+    ("p.jsonl", _prompt([]), "p.jsonl:1: an empty prompt"),
+    ("p.jsonl", _prompt([{**_ASKED, "content": ""}]), "empty prompt.*last message"),
+    ("p.jsonl", _prompt(17), r"p.jsonl:1: prompt must be a string or .* got 17"),
+    ("p.jsonl", _prompt({"text": _LONG}), "p.jsonl:1: prompt must be a string or"),
+    ("p.jsonl", _prompt([{"role": "user", "text": _LONG}]), r"p.jsonl:1: prompt must be"),
+    ("p.jsonl", _prompt([_LONG]), r"p.jsonl:1: prompt must be"),
+    ("p.jsonl", _prompt([_IMAGE]), r"p.jsonl:1: .* no text \(image\)"),
+    ("p.jsonl", _prompt(_ANSWERED), "ends with a message of the assistant: leave"),
+    ("p.jsonl", b'{"prompt": "caf\xe9"}', r"p.jsonl:1: not UTF-8: .*iconv"),
+    ("p.csv", b"prompt\ncaf\xe9\n", r"p.csv:2: not UTF-8: .*iconv"),
+    ("p.csv", f"{_LONG},2\n3+4,7\n", r"p.csv:2: no prompt.*a CSV file begins with"),
+    ("p.csv", "prompt;answer\n1+2;3\n", r"p.csv:2: no prompt.*\['prompt;answer'\]"),
+    ("p.csv", "prompt,answer\n,3\n", r"p.csv:2: an empty prompt"),
+    ("p.parquet", "no parquet", "p.parquet cannot be read as Parquet, is it whole"),
+    ("p.jsonl.gz", "", r"\.gz; unpack it first"),
+    ("p.txt", _LONG, r"\.txt; write it as \.jsonl, one"),
+    ("p.tsv", _LONG, r"\.tsv; make it one of \.jsonl"),
+    ("prompts", _LONG, r"a file without a suffix; make it one of \.jsonl"),
+    ("p.jsonl", {"answer": {"a": _LONG, "b": 1}}, "an answer must be one string, got"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), _MISTAKES)
+def test_a_mistake_in_a_file_is_one_line_that_names_the_place(
+    tmp_path, tok, name, content, message
+):
+    if isinstance(content, dict):
+        content = json.dumps({"prompt": "1+2", **content})
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / name).write_bytes(content)
+    _assert_one_line(lambda: data.load_prompts(str(tmp_path / name), tok, 16), message)
+
+
+def _assert_one_line(load, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load()
+    said = str(error.value)
+    assert "\n" not in said and len(said) < 400 and _LONG[:200] not in said
+
+
+def test_a_source_that_is_not_there_is_named_with_what_may_be_meant(tmp_path, tok):
+    (tmp_path / "prompts.jsonl").write_text(_prompt("1+2"))
+    (tmp_path / "folder").mkdir()
+    for source, message in [
+        (tmp_path / "promts.jsonl", r"does not exist; did you mean .*/prompts.jsonl\?"),
+        (tmp_path / "none/p.csv", "p.csv does not exist$"),
+        (tmp_path / "none.txt", "none.txt does not exist"),
+        (tmp_path / "folder", r"is a folder \(give a file\) which could not be"),
+        ("", "must be named"),
+        ("gs://bucket/p.jsonl", "read from a disk, copy the file"),
+        ("math50", r"no benchmark 'math50'.*did you mean math500\?"),
+        ("someone/some-data", "could not be loaded as a data set of the Hugging Face"),
+        ("someone/some-data@main:train", "could not be loaded"),
     ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            data.load_prompts(str(path), tok, 16)
-    with pytest.raises(ValueError, match="does not exist"):
-        data.load_prompts(str(tmp_path / "absent.jsonl"), tok, 16)
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(ValueError, match="cannot be read as Parquet"):
-        data.load_prompts(str(tmp_path / "bad.parquet"), tok, 16)
-    with pytest.raises(ValueError, match="could not be loaded from the Hugging Face"):
-        data.load_prompts("someone/some-data", tok, 16)
+        load = lambda source=source: data.load_prompts(str(source), tok, 16)
+        _assert_one_line(load, message)
 
 
 def test_over_long_prompts_are_counted_and_skipped(tmp_path, tok, caplog):
