@@ -101,6 +101,15 @@ def test_what_the_readme_marks_to_be_run_works_as_copied(checkout):
     assert (checkout / "out/model.safetensors").is_file()
 
 
+_PAGES = [p for p in sorted(ROOT.glob("docs/**/*.md")) if blocks_to_run(p)]
+
+
+@pytest.mark.parametrize("page", _PAGES, ids=lambda p: p.stem)
+def test_what_a_page_of_the_docs_marks_to_be_run_works(page, tmp_path):
+    for block in blocks_to_run(page):
+        run_block(block, tmp_path, PYTHONPATH=str(ROOT))
+
+
 def test_commands_are_run_only_where_the_page_says_so(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
