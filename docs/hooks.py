@@ -1,6 +1,7 @@
 """Makes the tables of settings, metrics and objectives from the code, and formulas that
 need no script, while mkdocs builds the site."""
 
+import ast
 import html
 import re
 from typing import Any
@@ -85,6 +86,14 @@ def _objectives() -> str:
     return "\n".join(lines)
 
 
+def _recipes() -> str:
+    lines = ["| recipe | what it does |", "|---|---|"]
+    for name, path in settings.recipes().items():
+        about = ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0]
+        lines.append(_row(f"`{name}`", about))
+    return "\n".join(lines)
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -94,4 +103,9 @@ def _text(text: str) -> str:
     return text.replace("|", r"\|").replace("\\boxed{}", "`\\boxed{}`")
 
 
-_TABLES = {"settings": _settings, "metrics": _metrics, "objectives": _objectives}
+_TABLES = {
+    "settings": _settings,
+    "recipes": _recipes,
+    "metrics": _metrics,
+    "objectives": _objectives,
+}

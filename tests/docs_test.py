@@ -60,9 +60,22 @@ class _Loaded(html.parser.HTMLParser):
             self.remote.append(address)
 
 
+_PAGES = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+
+
+def test_settings_that_pages_name_are_there():
+    for page in _PAGES:
+        content = page.read_text()
+        named = re.findall(r"--config\.([a-z][\w.]*\w)", content)
+        # The first column of a table, a group.name.
+        named += re.findall(
+            r"^\| `((?:data|optim|lora|mesh)\.\w+)`", content, re.MULTILINE
+        )
+        assert [x for x in named if x not in settings.SETTINGS] == [], page.name
+
+
 def test_files_that_pages_name_are_there():
-    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
     folders = "configs|docs|examples|launch|pfjax|tests"
-    for page in pages:
+    for page in _PAGES:
         named = re.findall(rf"`((?:{folders})/[\w./]+\.\w+)`", page.read_text())
         assert [x for x in named if not (ROOT / x).exists()] == [], page.name
