@@ -33,7 +33,13 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["pfjax", "pfjax.*"]), "pfjax.configs"],
     entry_points={"console_scripts": ["pfjax = pfjax.__main__:main"]},
     package_data={
-        "pfjax": ["assets/*/*", "report/*.html", "report/*.mplstyle", "trainer/*.jinja"]
+        "pfjax": [
+            "py.typed",
+            "assets/*/*",
+            "report/*.html",
+            "report/*.mplstyle",
+            "trainer/*.jinja",
+        ]
     },
     install_requires=[
         *jax(),

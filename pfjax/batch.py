@@ -92,6 +92,8 @@ class Rollout(NamedTuple):
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
     slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
+    # [P][G], without special tokens; None where there is no tokenizer (`pfjax.rollout`).
+    texts: list[list[str]] | None = None
 
 
 class RolloutBatch(NamedTuple):

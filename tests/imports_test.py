@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import pfjax
+
 PACKAGE = pathlib.Path(__file__).parent.parent / "pfjax"
 # Each imports itself and what stands before it. "infra" holds the pure modules too.
 FLOORS = [
@@ -21,6 +23,7 @@ FLOORS = [
     "trainer",
     "planner",
     "report",
+    "api",
     "cli",
     "entry point",
 ]
@@ -51,7 +54,7 @@ def _floor(module: str) -> int:
     _, first, *rest = module.split(".")
     if rest[-1:] == ["__main__"]:
         return FLOORS.index("entry point")
-    if rest or first == "cli":
+    if rest or first in ("api", "cli"):
         return FLOORS.index(first)
     return FLOORS.index("infra" if first in PURE else "entry point")
 
@@ -132,9 +135,20 @@ def test_whatever_the_package_imports_is_declared():
                     assert _names(owners[name]) & declared, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["Policy", "load", "score", "rollout", "save"])
+@pytest.mark.parametrize("name", pfjax.__all__)
 def test_public_names_resolve(name):
-    import pfjax
-
-    assert getattr(pfjax, name).__name__ == name
+    assert getattr(pfjax, name).__name__.rpartition(".")[2] == name
     assert name in dir(pfjax)
+
+
+def test_editors_see_what_is_exported():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (guarded,) = (x for x in tree.body if isinstance(x, ast.If))
+    seen = {
+        alias.name: None if node.module == "pfjax" else node.module
+        for node in guarded.body
+        for alias in node.names
+    }
+    assert seen == pfjax._EXPORTS
+    assert sorted(seen) == pfjax.__all__
+    assert (PACKAGE / "py.typed").exists()

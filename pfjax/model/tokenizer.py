@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -34,7 +35,7 @@ def load(
     folder = hf.resolve(path_or_hub_id)
     said = f"no tokenizer could be read from {folder}"
     # Without any, transformers 5 makes an empty tokenizer of the model's type.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not is_in(folder):
         raise ValueError(f"{said}: none of {_VOCABULARIES} is there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -53,6 +54,11 @@ def load(
         )
         tokenizer.apply_chat_template = bound
     return tokenizer
+
+
+def is_in(folder: pathlib.Path) -> bool:
+    """Whether a model folder has a tokenizer."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def now() -> str:

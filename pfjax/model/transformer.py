@@ -63,6 +63,10 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = tuple(PROJECTIONS)  # that have them
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
+    # Gives the tokenizer, which takes seconds to import; None where there is none.
+    load_tokenizer: Callable[[], Any] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def has_adapter(self, projection: str) -> bool:
         return self.lora_rank > 0 and projection in self.lora_targets
@@ -83,10 +87,50 @@ REMAT = {
 
 
 class Policy(NamedTuple):
-    """A language model: what `pfjax.load` returns."""
+    """A language model: what `pfjax.load` returns.
+
+    To JAX it is the tree of its parameters, so that functions of it can be jitted and
+    differentiated, and optax updates it.
+
+    >>> import pfjax
+    >>> pfjax.load("pfjax/toy")
+    Policy(qwen2, 3 layers of width 64, 0.14 M parameters in float32, 1 cpu device)
+    """
 
     config: ModelConfig
     params: Params
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer (of `transformers`), loaded when first asked for; None without."""
+        load = self.config.load_tokenizer
+        return None if load is None else load()
+
+    def __repr__(self) -> str:
+        c, leaves = self.config, jax.tree.leaves(self.params)
+        size = sum(getattr(x, "size", 0) for x in leaves)
+        number = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.2f} M"
+        types = ", ".join(sorted({str(getattr(x, "dtype", type(x))) for x in leaves}))
+        lora = f", LoRA rank {c.lora_rank}" if c.lora_rank else ""
+        # While it is traced, and of shapes, no devices are known.
+        placed = all(
+            isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+            for x in leaves
+        )
+        devices = {d for x in leaves for d in x.devices()} if placed else set()
+        kind = next(iter(devices)).platform if devices else ""
+        where = f", {len(devices)} {kind} device{'s' * (len(devices) > 1)}"
+        return (
+            f"Policy({c.family}, {c.num_layers} layers of width {c.embed_dim}{lora}, "
+            f"{number} parameters in {types}{where if devices else ''})"
+        )
+
+
+jax.tree_util.register_pytree_with_keys(
+    Policy,
+    lambda policy: (((jax.tree_util.GetAttrKey("params"), policy.params),), policy[0]),
+    lambda config, children: Policy(config, *children),
+)
 
 
 # Letter of a dimension -> field of the config that sizes it, and its logical axis.

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import compile_cache, distributed, sharding, storage
 from pfjax.model import hf
+from pfjax.model.transformer import Policy
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
@@ -23,6 +24,7 @@ from pfjax.trainer import (
     settings,
     tracking,
 )
+from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch, score_policy
@@ -32,7 +34,12 @@ from pfjax.trainer.setup import Trainer, setup
 from pfjax.trainer.step import TrainState
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str,
+    on_step: OnStep | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Policy:
     """Trains a policy toward the alpha-power distribution of its base.
 
     A run found in `workdir` is continued from its latest checkpoint that is undamaged.
@@ -40,6 +47,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
     Args:
       config: see `settings.SETTINGS`.
       workdir: the run's folder, local or `gs://`; the same for all processes.
+      on_step, on_evaluation: called on the first process, see `pfjax.fine_tune`.
+
+    Returns:
+      The policy after the last step, adapters beside its weights.
 
     Raises:
       ValueError: for a mistake in the config or its files, or a folder that another run
@@ -63,12 +74,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> None:
         if distributed.is_first():
             stack.enter_context(Lease(folder))
             settings.write_config(config, folder)
-        run = _Run(config, folder, trainer, stack)
+        callbacks = Callbacks(on_step, on_evaluation)
+        run = _Run(config, folder, trainer, callbacks, stack)
         state = run.train(state, about)
         policy, history = trainer.policy(state), run.writer.history
         export.write(policy, config, history, folder / "hf", folder / "adapter")
     if distributed.is_first():
         print(before_and_after(history, folder))
+    return policy
 
 
 def train_iteration(
@@ -133,9 +146,10 @@ class _Run:
         config: FrozenConfigDict,
         folder: epath.Path,
         trainer: Trainer,
+        callbacks: Callbacks,
         stack: contextlib.ExitStack,
     ):
-        self.folder, self.trainer = folder, trainer
+        self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
         self.num_steps, self.eval_every = config.num_steps, config.eval_every
         self.checkpoint_every = config.checkpoint_every
         self.best_metric, self.log_every = config.best_metric, config.log_every
@@ -178,6 +192,7 @@ class _Run:
                     )
                 self.progress.update(step, values)
                 self.writer.write(step, values)
+                self.callbacks.on_step(step, values)
                 self._finish_step(state, cursor, step, values)
         self.checkpoints.wait()
         return state
@@ -196,9 +211,8 @@ class _Run:
         self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
     ) -> None:
         """Checks health, evaluates, saves, and stops when preempted."""
-        wrong, any_of = self._symptoms(), distributed.any_of
-        # All processes must agree on a signal that one of them received.
-        is_preempted, is_wrong = any_of((self.preempted.is_asked, bool(wrong)))
+        wrong = self._symptoms()
+        is_preempted, has_failed, is_wrong = self._agree(bool(wrong))
         if is_wrong and self.health.action == "stop":
             reasons = "; ".join(wrong) or "see the log of the first process"
             raise health_checks.Unhealthy(
@@ -208,20 +222,30 @@ class _Run:
         for symptom in wrong + self._suspicions():
             self.progress.note(f"warning: {symptom}")
         is_last = step == self.num_steps
-        if self._is_due(step, self.eval_every) and (is_last or not is_preempted):
+        may_evaluate = not has_failed and (is_last or not is_preempted)
+        if may_evaluate and self._is_due(step, self.eval_every):
             self.writer.write(step, values | self._evaluate(state, step))
-            (is_preempted,) = any_of((self.preempted.is_asked,))
-        if is_preempted or self._is_due(step, self.checkpoint_every):
+            is_preempted, has_failed, _ = self._agree()
+        if is_preempted or has_failed or self._is_due(step, self.checkpoint_every):
             about = {"step": step, "prompts": cursor, "identity": self.identity}
             is_best = lambda name: self.best_metric in (name, name.partition("@")[0])
             row = self.writer.history[-1]
             metric = next((v for k, v in row.items() if is_best(k)), None)
             self.checkpoints.save(step, state, about, metric)
+        if has_failed:
+            self.checkpoints.wait()
+            self.callbacks.raise_error(step)
         if is_preempted and not is_last:
             self.checkpoints.wait()
             raise preemption.Preempted(
                 f"interrupted and saved after step {step}; the same command continues"
             )
+
+    def _agree(self, is_wrong: bool = False) -> tuple[bool, bool, bool]:
+        """Whether any process was told to stop, has a callback that failed, or `is_wrong`:
+        all must do the same then."""
+        own = (self.preempted.is_asked, self.callbacks.has_failed, is_wrong)
+        return distributed.any_of(own)
 
     def _is_due(self, step: int, every: int) -> bool:
         return step == self.num_steps or step % every == 0
@@ -232,6 +256,8 @@ class _Run:
         row = history[-1] if start and history else {"step": 0}
         if self._is_due(start, self.eval_every) and "time/eval" not in row:
             self.writer.write(start, row | self._evaluate(state, start))
+        if self._agree()[1]:
+            self.callbacks.raise_error(start)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
@@ -242,6 +268,7 @@ class _Run:
         shown = (f"{k} {v:.3f}" for k, v in values.items() if not k.endswith("_se"))
         self.progress.note(f"step {step}  " + "  ".join(shown))
         values = {f"eval/{k}": v for k, v in values.items()}
+        self.callbacks.on_evaluation(step, values, rows)
         return values | {"time/eval": time.perf_counter() - begin}
 
     def _suspicions(self) -> list[str]:

@@ -349,12 +349,37 @@ def recipe_path(name: str) -> str:
     raise ValueError(f"--config={name}: no such recipe and no such file; {hint}")
 
 
-def recipe(name: str) -> ConfigDict:
+def recipe(name: str, **overrides: Any) -> ConfigDict:
     """The config of a recipe, by its name ("smoke") or the path of a file.
 
-    >>> recipe("smoke").samples_per_prompt
-    8
+    Args:
+      name: what `--config=` takes.
+      **overrides: settings with other values, by the names that `--config.` takes; a name
+        with a dot as in `**{"optim.learning_rate": 1e-4}`.
+
+    Raises:
+      ValueError: if there is no such recipe or setting, or a value is of another type.
+
+    >>> config = recipe("smoke", alpha=2, **{"optim.learning_rate": 1e-4})
+    >>> config.alpha, config.optim.learning_rate, config.samples_per_prompt
+    (2.0, 0.0001, 8)
     """
+    config = _recipe(name)
+    for key, value in overrides.items():
+        if key not in SETTINGS:
+            inside = [x for x in SETTINGS if x.startswith(f"{key}.")]
+            near = ", ".join(inside) or nearest(key)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"there is no setting {key!r}{hint}")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError:
+            kind = type(SETTINGS[key].default).__name__
+            raise ValueError(f"{key}={value!r}: must be of type {kind}") from None
+    return config
+
+
+def _recipe(name: str) -> ConfigDict:
     path, _, argument = recipe_path(name).partition(":")
     spec = importlib.util.spec_from_file_location("pfjax_recipe", path)
     if spec is None:

@@ -55,7 +55,9 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     settings.check_lengths(config, longest, base_model.max_positions)
     # The list that is trained with, sampled with, and exported.
     stop_ids = tokenizer.stop_ids(tok, base_model)
-    base_model = dataclasses.replace(base_model, stop_ids=stop_ids)
+    base_model = dataclasses.replace(
+        base_model, stop_ids=stop_ids, load_tokenizer=lambda: tok
+    )
     fns = train_fns(config, base_model, longest, mesh)
     target = None
     if config.data.target:

@@ -1,0 +1,279 @@
+"""What pfjax offers to Python: models that know their tokenizer, text in and text out.
+
+Below this module prompts are token ids and a policy need not have a tokenizer.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from pfjax import batch as packing
+from pfjax.batch import Array, PackedBatch, PackShape, Rollout
+from pfjax.model import hf, tokenizer
+from pfjax.model import log_probs as scorer
+from pfjax.model.transformer import Policy
+from pfjax.sampler import engine
+
+# What a model is asked: text, messages of a chat, or token ids.
+Prompt = str | Sequence[dict[str, str]] | Sequence[int] | np.ndarray
+# New tokens where nobody says how many, if the model has positions for them.
+NEW_TOKENS = 512
+
+
+def load(
+    path_or_hub_id: str | os.PathLike, mesh: Mesh | None = None, dtype: str = "float32"
+) -> Policy:
+    """Loads a policy from a folder in Hugging Face format, a hub id, a GGUF file, or
+    "pfjax/toy".
+
+    Args:
+      path_or_hub_id: where; `"pfjax/toy"` ships with pfjax.
+      mesh: places the parameters on this mesh; the default device when None.
+      dtype: type of the parameters and of the computation.
+
+    Returns:
+      The policy, which may be unpacked as `config, params`. Its `tokenizer` is loaded
+      when it is first asked for, and None if the folder has none.
+
+    Raises:
+      ValueError: if there is no such model, its architecture is not supported, or
+        its tensors are not exactly those that its config names.
+
+    >>> policy = load("pfjax/toy")
+    >>> policy.config.num_layers, policy.tokenizer.eos_token
+    (3, '<|end|>')
+    """
+    folder = hf.resolve(path_or_hub_id)
+    config, params = hf.load(folder, mesh, dtype)
+    if tokenizer.is_in(folder):
+        read = functools.cache(functools.partial(tokenizer.load, folder))
+        config = dataclasses.replace(config, load_tokenizer=read)
+    return Policy(config, params)
+
+
+def rollout(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int = 8,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> Rollout:
+    """Draws responses to prompts.
+
+    Args:
+      policy: the model; under `jax.set_mesh` the prompts are split over its "data"
+        and "fsdp" axes, the weights over "tensor" only.
+      prompts: P of them, each a text, messages (`[{"role": "user", "content": ...}]`), or
+        token ids. A text is encoded as in training: as one message of a user if the
+        tokenizer has a chat template.
+      samples_per_prompt: G.
+      max_new_tokens: R; a response that has not stopped by then is cut. 512, or as many
+        as the model has positions for, when None.
+      temperature: of sampling; 0 takes the likeliest token. Recorded log-probs are at
+        temperature 1 always.
+      seed: the same seed draws the same.
+      **options: the other arguments of `pfjax.sampler.engine.rollout`: filters of tokens,
+        stop conditions, a callback for each response.
+
+    Returns:
+      Host arrays `tokens`, `log_probs` `[P, G, R]`, `lengths`, `finished` `[P, G]`; and
+      `texts[p][g]`, without special tokens, which is None if the policy has no tokenizer.
+
+    Raises:
+      ValueError: for a prompt that is empty or of another kind, text without a tokenizer,
+        a negative temperature, more positions than the model has, or a cache that does not
+        fit in memory.
+
+    >>> import pfjax
+    >>> policy = pfjax.load("pfjax/toy")
+    >>> how = {"samples_per_prompt": 2, "max_new_tokens": 15, "temperature": 0.0}
+    >>> drawn = pfjax.rollout(policy, ["17+25"], **how)
+    >>> drawn.tokens.shape, drawn.texts[0][1]
+    ((1, 2, 15), '7+5=12,1+2+1=4,')
+    """
+    tok = policy.tokenizer
+    if isinstance(prompts, str):
+        said = f"prompts must be a list: give [{prompts!r}]"
+        raise ValueError(said)  # noqa: TRY004
+    ids = [_encode(tok, prompt) for prompt in prompts]
+    if tok is not None:  # which knows of more tokens that end a response
+        stop_ids = tokenizer.stop_ids(tok, policy.config)
+        config = dataclasses.replace(policy.config, stop_ids=stop_ids)
+        policy = policy._replace(config=config)
+    if max_new_tokens is None:
+        room = policy.config.max_positions - max(map(len, ids), default=0)
+        max_new_tokens = max(1, min(NEW_TOKENS, room))
+    args = (policy, ids, samples_per_prompt, max_new_tokens, temperature, seed)
+    drawn = engine.rollout(*args, **options)
+    if tok is None:
+        return drawn
+    of_prompt = lambda rows, lengths: [
+        tokenizer.decode(tok, row[:n].tolist())
+        for row, n in zip(rows, lengths, strict=True)
+    ]
+    texts = [*map(of_prompt, drawn.tokens, drawn.lengths)]
+    return drawn._replace(texts=texts)
+
+
+def _encode(tok: Any, prompt: Any) -> list[int]:
+    """Token ids of a prompt of any kind."""
+    is_text = isinstance(prompt, str)
+    is_list = isinstance(prompt, list | tuple | np.ndarray)
+    if not is_text and not is_list:
+        raise ValueError(
+            f"a prompt must be a text, a list of messages or a list of token ids, got "
+            f"{prompt!r}: prompts is a list of these"
+        )
+    is_messages = is_list and len(prompt) > 0 and isinstance(prompt[0], dict)
+    if not is_text and not is_messages:
+        return [int(token) for token in prompt]
+    if tok is None:
+        raise ValueError(
+            f"the policy has no tokenizer for the prompt {prompt!r}: give token ids, or "
+            "pfjax.load a folder with a tokenizer"
+        )
+    return tokenizer.encode_prompt(tok, prompt if is_text else list(prompt))
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    shape: tuple[int, int] | None = None,
+    *,
+    prompt_index: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Lays sequences end to end in rows, for `log_probs`.
+
+    Args:
+      sequences: S of prompt and response together, token ids.
+      prompt_lengths: tokens of each sequence that are prompt, at least 1.
+      shape: rows and tokens per row `(B, T)`, so that a jitted step compiles once; when
+        None, powers of two that suffice.
+      prompt_index: an integer per sequence, by which its place is found again; its number
+        when None. Where `is_real`, `reward[batch.prompt_index]` is `[B, N]`.
+
+    Returns:
+      A batch of `[B, T]` tokens, with at most N sequences in a row.
+
+    Raises:
+      ValueError: if a sequence is longer than a row or lacks a prompt or a response, or
+        if not all of them fit.
+
+    >>> batch = pack([[2, 10, 3, 4], [2, 3, 4, 5, 6]], [3, 2])
+    >>> batch.tokens.shape, batch.length[batch.is_real], batch.prompt_index[0, :3]
+    ((1, 64), array([3, 1], dtype=int32), array([ 1,  0, -1], dtype=int32))
+    """
+    arrays = [np.asarray(x, np.int32) for x in sequences]
+    starts = np.asarray(prompt_lengths, np.int64)
+    if len(arrays) != len(starts):
+        raise ValueError(f"{len(arrays)} sequences but {len(starts)} prompt_lengths")
+    index = np.arange(len(arrays)) if prompt_index is None else np.array(prompt_index)
+    if shape is None:
+        longest = max(map(len, arrays), default=1)
+        pack_length = max(64, _power_of_two(longest))
+        segments = packing.segments_per_row(pack_length, pack_length)
+        lengths = np.array([*map(len, arrays)], np.int64)
+        rows, _, _ = packing.best_fit(lengths, pack_length, segments)
+        shape = (_power_of_two(int(rows.max(initial=0)) + 1), pack_length)
+    rows, pack_length = shape
+    segments = packing.segments_per_row(pack_length, pack_length)
+    whole = PackShape(1, rows, pack_length, segments)
+    packed, _, _ = packing.pack(arrays, starts, whole, prompt_index=index)
+    return jax.tree.map(lambda x: x[0], packed)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is no less than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def log_probs(
+    policy: Policy, batch: PackedBatch, *, remat: str = "none"
+) -> Float[jax.Array, "b t"]:
+    """Log-prob of every response token of a packed batch, for a loss of your own.
+
+    It can be jitted and differentiated: `jax.grad` of a loss of `policy` is a policy of
+    gradients, and `optax.apply_updates` adds updates to one. See `examples/own_loss.py`.
+
+    Args:
+      policy: of parameters that gradients flow to; `Policy(config, params)` makes one.
+      batch: see `pack`.
+      remat: what the backward pass finds stored, a name in `transformer.REMAT`: "none" is
+        fastest, "full" takes the least memory.
+
+    Returns:
+      Float32 in nats, under the full vocabulary at temperature 1; 0 for tokens that are no
+      response. `response_sum` adds them up.
+
+    >>> import pfjax
+    >>> policy, batch = pfjax.load("pfjax/toy"), pack([[2, 10, 3, 4]], [2])
+    >>> loss = lambda policy: -response_sum(log_probs(policy, batch), batch).sum()
+    >>> jax.grad(loss)(policy).params["final_norm"].shape
+    (64,)
+    """
+    return scorer.packed_log_probs(policy.config, policy.params, batch, remat)[0]
+
+
+def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[jax.Array, "b n"]:
+    """Sums values of tokens over the response of each sequence of a packed batch.
+
+    >>> batch = pack([[2, 10, 3, 4]], [1])
+    >>> response_sum(np.ones((1, 64), np.float32), batch)[0, :2]
+    Array([3., 0.], dtype=float32)
+    """
+    return packing.response_sum(x, batch)
+
+
+def fine_tune(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    on_step: Callable[[int, dict[str, float]], Any] | None = None,
+    on_evaluation: Callable[[int, dict[str, float], list[dict]], Any] | None = None,
+) -> Policy:
+    """Trains as `pfjax train` does, and returns the trained policy.
+
+    A run found in `workdir` is continued. The first SIGINT (an interrupted notebook) or
+    SIGTERM stops it after a save.
+
+    Args:
+      config: see `recipe`.
+      workdir: the run's folder, local or `gs://`; the same for all processes.
+      on_step: called after each step with its number and metrics, as in `metrics.jsonl`.
+      on_evaluation: called after each evaluation, that of the base at step 0 included, with
+        the step, its metrics (`eval/...`), and the graded responses, a dict each, as in
+        `completions/`.
+
+    Both are called on the first process only. An exception in one of them stops the run
+    after a save, and is raised here; the same call continues after that step.
+
+    Returns:
+      The policy after the last step, adapters merged, on the mesh of the run; a folder in
+      Hugging Face format is in `workdir/hf`.
+
+    Raises:
+      ValueError: for a mistake in the config or its files, before training starts.
+      FloatingPointError: if the loss or a gradient is not finite.
+      pfjax.trainer.health_checks.Unhealthy: if metrics say that the run goes wrong.
+      pfjax.trainer.preemption.Preempted: if a signal ended it, after a save.
+
+    >>> import pfjax
+    >>> pfjax.fine_tune(pfjax.recipe("smoke", alpha=-1.0), "runs/smoke")
+    Traceback (most recent call last):
+    ValueError: --config.alpha=-1.0: must be positive
+    """
+    from pfjax.model import lora
+    from pfjax.trainer import loop
+
+    folder = os.fspath(workdir)
+    trained = loop.train_and_evaluate(config, folder, on_step, on_evaluation)
+    return lora.merge(trained)

@@ -1,0 +1,220 @@
+"""The functions for Python: text in and out, log-probs to differentiate, training."""
+
+import dataclasses
+import inspect
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import pfjax
+from pfjax.model import hf
+from pfjax.model.transformer import Policy
+from tests.conftest import use_one_device
+
+TOY = {"samples_per_prompt": 2, "max_new_tokens": 12}
+MESSAGES = [{"role": "user", "content": "17+25"}]
+
+
+@pytest.fixture(scope="module")
+def toy() -> Policy:
+    return pfjax.load("pfjax/toy")
+
+
+def test_a_policy_brings_its_tokenizer_if_its_folder_has_one(toy, tmp_path):
+    assert toy.tokenizer.eos_token == "<|end|>"
+    assert toy.tokenizer is toy._replace(params={}).tokenizer
+    hf.save(toy, tmp_path / "bare")
+    bare = pfjax.load(tmp_path / "bare")
+    assert bare.tokenizer is None
+    with pytest.raises(ValueError, match="has no tokenizer for the prompt '17"):
+        pfjax.rollout(bare, ["17+25"])
+    drawn = pfjax.rollout(bare, [[2, 10]], **TOY)
+    assert drawn.texts is None
+
+
+def test_text_messages_and_ids_are_one_prompt(toy):
+    text = toy.tokenizer.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True
+    )
+    ids = toy.tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == 7  # 17+25 between a user's and an assistant's token
+    ways = ["17+25"], [MESSAGES], [ids], [np.array(ids)]
+    draws = [pfjax.rollout(toy, prompts, **TOY) for prompts in ways]
+    for other in draws[1:]:
+        np.testing.assert_array_equal(other.tokens, draws[0].tokens)
+        assert other.texts == draws[0].texts
+    ((first, _),) = draws[0].texts
+    n = draws[0].lengths[0, 0]
+    want = toy.tokenizer.decode(draws[0].tokens[0, 0, :n], skip_special_tokens=True)
+    assert first == want and first
+
+
+def test_responses_end_where_the_tokenizer_says(toy):
+    # As of Qwen's base models, whose config does not name the end of a turn.
+    config = dataclasses.replace(toy.config, stop_ids=(31,))
+    drawn = pfjax.rollout(toy._replace(config=config), ["17+25"] * 4, 4, 32)
+    assert drawn.finished.any()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("17+25", r"give \['17\+25'\]"),
+        ([2, 10, 3], "got 2: prompts is a list of these"),
+        (MESSAGES, "got {'role'.*: prompts is a list of these"),
+        ([[]], "must not be empty"),
+    ],
+)
+def test_prompts_of_another_kind_are_refused(toy, prompts, said):
+    unchecked = inspect.unwrap(pfjax.rollout)  # types are checked in tests alone
+    with pytest.raises(ValueError, match=said):
+        unchecked(toy, prompts, **TOY)
+
+
+def test_new_tokens_fit_the_positions(toy, monkeypatch):
+    seen = []
+    take = lambda policy, ids, samples, new, *rest: seen.append(new) or _nothing()
+    monkeypatch.setattr("pfjax.sampler.engine.rollout", take)
+    pfjax.rollout(toy, [[2] * 7, [2] * 100])
+    pfjax.rollout(toy, [[2] * 7], max_new_tokens=5)
+    assert seen == [512 - 100, 5]
+
+
+def _nothing():
+    from pfjax.batch import Rollout
+
+    empty = np.zeros((0, 0, 0))
+    return Rollout(empty, empty, empty, empty, 0)
+
+
+SEQUENCES, PROMPT_LENGTHS = [[2, 10, 3, 4], [2, 3, 4, 5, 6], [2, 7, 1]], [3, 2, 1]
+
+
+def test_log_probs_are_those_of_score_and_come_back_by_index(toy):
+    batch = pfjax.pack(SEQUENCES, PROMPT_LENGTHS)
+    log_pf = pfjax.response_sum(pfjax.log_probs(toy, batch), batch)
+    want = [x.sum() for x in pfjax.score(toy, SEQUENCES, PROMPT_LENGTHS)]
+    got = dict(
+        zip(batch.prompt_index[batch.is_real], log_pf[batch.is_real], strict=True)
+    )
+    np.testing.assert_allclose([got[i] for i in range(3)], want, rtol=1e-5)
+
+
+def test_a_batch_has_the_shape_that_is_asked_for():
+    assert pfjax.pack(SEQUENCES, PROMPT_LENGTHS, (4, 8)).tokens.shape == (4, 8)
+    # Eight at most in a row of 64: two rows; of five rows eight.
+    assert pfjax.pack(SEQUENCES * 5, PROMPT_LENGTHS * 5).tokens.shape == (2, 64)
+    assert pfjax.pack([[2] * 65] * 5, [1] * 5).tokens.shape == (8, 128)
+    with pytest.raises(ValueError, match="only 1 were given"):
+        pfjax.pack(SEQUENCES, PROMPT_LENGTHS, (1, 8))
+    with pytest.raises(ValueError, match="3 sequences but 2 prompt_lengths"):
+        pfjax.pack(SEQUENCES, [1, 2])
+
+
+def test_a_policy_is_the_tree_of_its_parameters(toy):
+    batch = pfjax.pack(SEQUENCES, PROMPT_LENGTHS, (1, 64))
+
+    @jax.jit
+    def update(policy, batch):
+        loss = lambda policy: -pfjax.log_probs(policy, batch).sum()
+        value, grads = jax.value_and_grad(loss)(policy)
+        return optax.apply_updates(
+            policy, jax.tree.map(lambda g: -1e-3 * g, grads)
+        ), value
+
+    first, before = update(toy, batch)
+    _, after = update(first, batch)
+    assert after < before
+    assert first.config == toy.config and first.tokenizer is toy.tokenizer
+    # The same model from another place is the same tree: no second program.
+    assert jax.tree.structure(toy) == jax.tree.structure(pfjax.load("pfjax/toy"))
+
+
+def test_a_policy_is_shown_in_a_line(toy, tiny_policy):
+    want = "Policy(qwen2, 3 layers of width 64, 0.14 M parameters in float32, 1 cpu device)"
+    assert repr(toy) == want
+    shapes = jax.eval_shape(lambda: toy)
+    assert repr(shapes) == want.replace(", 1 cpu device", "")
+    assert jax.jit(lambda p: (repr(p), 0.0)[1])(toy) == 0.0
+    half = toy._replace(params=jax.tree.map(lambda x: x.astype("bfloat16"), toy.params))
+    assert "in bfloat16" in repr(half)
+
+
+def test_a_recipe_takes_other_values():
+    config = pfjax.recipe("smoke", num_steps=3, **{"optim.learning_rate": 1})
+    assert (config.num_steps, config.optim.learning_rate) == (3, 1.0)
+    with pytest.raises(ValueError, match="'lr'; did you mean optim.learning_rate"):
+        pfjax.recipe("smoke", lr=1e-3)
+    with pytest.raises(ValueError, match="'lora'; did you mean lora.rank"):
+        pfjax.recipe("smoke", lora={"rank": 4})
+    with pytest.raises(ValueError, match="num_steps='many': must be of type int"):
+        pfjax.recipe("smoke", num_steps="many")
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """Two small steps of the toy, an evaluation after each."""
+    use_one_device(monkeypatch)
+    return pfjax.recipe(
+        "smoke",
+        num_steps=2,
+        eval_every=1,
+        checkpoint_every=100,
+        prompts_per_step=4,
+        samples_per_prompt=2,
+        eval_samples=1,
+        max_new_tokens=8,
+        microbatch_size=4,
+        **{"health_checks.action": "off", "mesh.data": 1},
+    )
+
+
+def test_training_from_python(config, tmp_path):
+    steps, evaluations = [], []
+    policy = pfjax.fine_tune(
+        config,
+        tmp_path,
+        on_step=lambda step, metrics: steps.append((step, metrics)),
+        on_evaluation=lambda *args: evaluations.append(args),
+    )
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    written = {row["step"]: row for row in map(json.loads, lines)}
+    assert [step for step, _ in steps] == [1, 2]
+    for step, metrics in steps:
+        assert metrics["tb/loss"] == pytest.approx(written[step]["tb/loss"], rel=1e-5)
+    assert [step for step, *_ in evaluations] == [0, 1, 2]
+    for step, metrics, rows in evaluations:
+        assert metrics["eval/avg@1"] == np.mean([row["correct"] for row in rows])
+        assert metrics["eval/avg@1"] == pytest.approx(written[step]["eval/avg@1"])
+    saved = pfjax.load(tmp_path / "hf")
+    for x, y in zip(*map(jax.tree.leaves, (policy, saved)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert "finished" not in pfjax.rollout(policy, ["17+25"], **TOY).texts[0][0]
+
+
+class Mine(Exception):
+    """Of a callback."""
+
+
+def test_an_exception_in_a_callback_stops_after_a_save(config, tmp_path):
+    def fail_at(limit):
+        def fail(step, *_):
+            if step == limit:
+                raise Mine(f"at {step}")
+
+        return fail
+
+    with pytest.raises(Mine, match="at 0"):
+        pfjax.fine_tune(config, tmp_path, on_evaluation=fail_at(0))
+    with pytest.raises(Mine, match="at 1") as caught:
+        pfjax.fine_tune(config, tmp_path, on_step=fail_at(1))
+    assert "stopped after step 1; the same call" in caught.value.__notes__[0]
+    with pytest.raises(Mine, match="at 2"):
+        pfjax.fine_tune(config, tmp_path, on_evaluation=fail_at(2))
+    assert not (tmp_path / "hf").exists()
+    again = []
+    pfjax.fine_tune(config, tmp_path, on_step=lambda step, _: again.append(step))
+    assert again == [] and (tmp_path / "hf").exists()
