@@ -8,7 +8,6 @@ that is private if it is new.
 
 import contextlib
 import functools
-import shlex
 from collections.abc import Iterator
 
 from absl import flags, logging
@@ -27,28 +26,20 @@ with epy.lazy_imports():
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("step", None, "checkpoint to take; default: the latest")
 flags.DEFINE_bool("best", False, "take the checkpoint of the best metric")
-flags.DEFINE_string(
-    "out", "", "folder to write; default: hf in the run's folder, or hf-step-N"
-)
+flags.DEFINE_string("out", "", "folder; default: hf in the run's, or hf-step-N")
 flags.DEFINE_string("push", "", "repository on the hub to send the model to")
 
 
 def main(args: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     if len(args) != 1:
-        got = f", got {shlex.join(args)}" if args else ""
-        raise ValueError(f"give one run, a folder that was a --workdir{got}")
+        raise ValueError(f"give one run, a folder that was a --workdir; got {args}")
     distributed.check_alone()
     folder = storage.place(args[0])
     config, step = settings.read_config(folder), _step(folder)
     out, adapter = _places(folder, step)
     hf.check_replaceable(out)
-    if FLAGS.push and storage.is_remote(out):
-        raise ValueError(
-            f"--push sends a folder on this machine, not {out}: give --out"
-        )
-    # Before anything takes long.
-    repo = _make_repository(FLAGS.push) if FLAGS.push else ""
+    repo = _make_repository(out) if FLAGS.push else ""  # before anything takes long
     compile_cache.use_cache()
     with jax.set_mesh(mesh := sharding.make_mesh()):
         policy = export.load(config, folder, step, mesh)
@@ -71,12 +62,13 @@ def _step(folder: epath.Path) -> int:
     if not steps:
         raise ValueError(f"{folder} has no checkpoint yet")
     if FLAGS.best:
-        return checkpoint.best_step(directory)
+        if (best := checkpoint.best_step(directory)) is None:
+            raise ValueError(f"--best: no checkpoint in {folder} has a metric")
+        return best
     if FLAGS.step is None:
         return steps[-1]
     if FLAGS.step not in steps:
-        known = ", ".join(map(str, steps))
-        raise ValueError(f"--step={FLAGS.step}: {folder} has checkpoints of {known}")
+        raise ValueError(f"--step={FLAGS.step}: {folder} has checkpoints of {steps}")
     return FLAGS.step
 
 
@@ -90,10 +82,15 @@ def _places(folder: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
     return folder / f"hf{suffix}", folder / f"adapter{suffix}"
 
 
-def _make_repository(name: str) -> str:
+def _make_repository(out: epath.Path) -> str:
     """Its full name."""
+    if storage.is_remote(out):
+        raise ValueError(
+            f"--push sends a folder on this machine, not {out}: give --out"
+        )
     with _hub_errors():
-        return huggingface_hub.create_repo(name, private=True, exist_ok=True).repo_id
+        made = huggingface_hub.create_repo(FLAGS.push, private=True, exist_ok=True)
+        return made.repo_id
 
 
 def _push(repo: str, out: epath.Path, adapter: epath.Path | None) -> None:
@@ -115,9 +112,8 @@ def _hub_errors() -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--push={FLAGS.push}: {reason} (`hf auth login` logs in)"
-        ) from error
+        text = f"--push={FLAGS.push}: {reason} (`hf auth login` logs in)"
+        raise ValueError(text) from error
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(run, tmp_path):
         ((tmp_path / "none",), "holds no run"),
         ((run / "hf",), "holds no run"),
         ((tmp_path / "begun",), "has no checkpoint yet"),
-        ((run, "--step=3"), f"--step=3: {run} has checkpoints of 2, 4"),
+        ((run, "--step=3"), f"--step=3: {run} has checkpoints of [2, 4]"),
         ((run, "--step=2", "--best"), "give either --step or --best"),
         ((run, f"--out={run}"), "holds something other than a model"),
         ((run, f"--out={tmp_path / 'file'}"), "is a file"),

@@ -77,6 +77,12 @@ def test_a_wheel_in_an_empty_folder_trains_and_shows(shell):
         done = shell(line)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         assert said in done.stdout, (line, done.stdout, done.stderr)
+    done = shell(
+        "pfjax train --config=smoke --workdir=runs/smoke --config.num_steps=30"
+    )
+    after = [x for x in done.stdout.partition("next:")[2].splitlines() if x[:2] == "  "]
+    assert len(after) == 4 and all(line.startswith("  pfjax ") for line in after)
+    assert [shell(line).returncode for line in after] == [0] * 4
     rows = dataset_io.read_jsonl(
         pathlib.Path(shell.folder) / "runs/smoke/metrics.jsonl"
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def _train(*args, **env):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smoke") / "run"
+    folder = tmp_path_factory.mktemp("smoke") / "my run"
     cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"]}
     done = _train("--config=configs/smoke.py", f"--workdir={folder}", **cache)
     assert done.returncode == 0, done.stderr
@@ -47,6 +48,28 @@ def test_smoke_run_sharpens_without_shortening(smoke):
     before, after = (f"{row['eval/avg@8']:.3f}" for row in (first, last))
     assert re.search(rf"eval/avg@8 +│ +{before} │ +{after}", output)
     assert f"model: {folder / 'hf'}" in output
+
+
+def test_the_commands_that_a_run_ends_with_work(smoke):
+    folder, output = smoke
+    lines = output.partition("next:\n")[2].splitlines()
+    commands = [line.partition(" -m pfjax ")[2] for line in lines if line[:2] == "  "]
+    said = {
+        "report": folder / "report/index.html",
+        "sample": '"completion"',
+        "evaluate": "avg@8",
+        "export": folder / "hf-step-",
+    }
+    assert [x.split()[0] for x in commands] == list(said)
+    for name, *args in map(shlex.split, commands):
+        where = {"report": "pfjax.report.__main__"}.get(name, f"pfjax.{name}")
+        done = run_command(where, *args)
+        assert done.returncode == 0, (args, done.stderr)
+        assert str(said[name]) in done.stdout
+    # The run's last evaluation again.
+    scores = json.loads((folder / "scores/eval.json").read_text())["scores"]
+    row = dataset_io.read_jsonl(folder / "metrics.jsonl")[-1]
+    assert scores["avg@8"] == pytest.approx(row["eval/avg@8"])
 
 
 def test_run_folder_holds_what_is_promised(smoke):

@@ -201,17 +201,11 @@ def saved_steps(directory: epath.Path) -> list[int]:
     return sorted(int(x.name) for x in found)
 
 
-def best_step(directory: epath.Path) -> int:
-    """The one of the best metric. Raises ValueError if none has any."""
+def best_step(directory: epath.Path) -> int | None:
+    """The one of the best metric; None if none has any."""
     files = {n: directory / f"{n}/metrics/metrics" for n in saved_steps(directory)}
-    metrics = {
-        n: json.loads(file.read_text())["best"]
-        for n, file in files.items()
-        if file.exists()
-    }
-    if not metrics:
-        raise ValueError(f"no checkpoint in {directory} has a metric to be the best in")
-    return max(metrics, key=metrics.get)
+    found = {n: json.loads(x.read_text()) for n, x in files.items() if x.exists()}
+    return max(found, key=lambda n: found[n]["best"], default=None)
 
 
 def read_policy(
@@ -224,6 +218,7 @@ def read_policy(
       ValueError: if it is damaged.
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hush_abandoned_reads()
     load, path = ocp.load_checkpointables, _absolute(directory) / str(step)
     try:
         about = _opened(load(path, {"about": None})["about"])
@@ -236,8 +231,10 @@ def read_policy(
         _verify(sums, about["checksums"])
     # Whatever is wrong with files, some library has an exception for it.
     except Exception as error:
-        _hush_abandoned_reads()
-        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        first = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = (str(first) or repr(first)).splitlines()[0][:300]
         raise ValueError(
             f"checkpoint {step} of {directory} is damaged: {reason}"
         ) from error
@@ -254,6 +251,7 @@ _READ = "_read_array_index_and_device_put"
 def _hush_abandoned_reads() -> None:
     """Orbax leaves the other reads of a checkpoint that failed to the end of the
     process, where each may print a stack of its own after our message."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == _READ:
         return

@@ -28,6 +28,7 @@ from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
 from pfjax.trainer.minibatch import init_log_z, prepare_minibatch, score_policy
+from pfjax.trainer.next_steps import next_steps
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
 from pfjax.trainer.setup import Trainer, setup
@@ -81,6 +82,7 @@ def train_and_evaluate(
         export.write(policy, config, history, folder / "hf", folder / "adapter")
     if distributed.is_first():
         print(before_and_after(history, folder))
+        print(next_steps(config, folder))
     return policy
 
 

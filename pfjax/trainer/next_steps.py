@@ -1,0 +1,81 @@
+"""What a run ends with: commands that look at it, ready to be copied."""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import shutil
+import sys
+
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+from pfjax.infra import dataset_io, storage
+from pfjax.sampler.options import TokenFilters
+from pfjax.trainer import checkpoint, settings
+
+_SOME_PROMPT = "What is 17 + 25?"
+
+
+def next_steps(config: FrozenConfigDict, folder: epath.Path) -> str:
+    """What can be done with a run that has ended, for the shell it was started in."""
+    lines = [shlex.join(["report", str(folder), f"--out={folder / 'report'}"])]
+    model, out = str(folder / "hf"), str(folder / "scores")
+    best = ["--best"] if checkpoint.best_step(folder / "checkpoints") else []
+    export = ["export", str(folder), *best]
+    if storage.is_remote(folder):  # models are loaded from this machine
+        model, out = f"{folder.name}-hf", f"{folder.name}-scores"
+        export += [f"--out={model}"]
+        lines += [shlex.join(export)]
+    shared = [f"--model={model}", f"--max_new_tokens={config.max_new_tokens}"]
+    shared += _given(config, "data.chat_template_kwargs", "data.clock")
+    prompt = [f"--prompt={_shortest_prompt(folder)}", *_given(config, "data.suffix")]
+    lines += [shlex.join(["sample", *shared, *prompt])]
+    if config.data.eval:
+        lines += [
+            shlex.join(["evaluate", *shared, *_evaluation(config), f"--out={out}"])
+        ]
+    if not storage.is_remote(folder):
+        lines += [shlex.join(export)]
+    shown = "\n".join(f"  {program()} {line}" for line in lines)
+    return (
+        f"next:\n{shown}\n"
+        "(export --push=YOU/NAME sends the model to the Hugging Face hub)"
+    )
+
+
+def program() -> str:
+    """How the shell calls pfjax in this environment."""
+    python, here = pathlib.Path(sys.executable), pathlib.Path.cwd()
+    # Not resolved, as Pythons of environments are links to one.
+    if shutil.which("pfjax") == str(python.with_name("pfjax")):
+        return "pfjax"
+    if shutil.which(python.name) == str(python):
+        python = python.name
+    elif python.is_relative_to(here):
+        python = os.path.join(".", python.relative_to(here))
+    return f"{shlex.quote(str(python))} -m pfjax"
+
+
+def _evaluation(config: FrozenConfigDict) -> list[str]:
+    """Flags of `pfjax evaluate` that do what the run's evaluations did."""
+    out = [f"--benchmark={config.data.eval}", f"--samples={config.eval_samples}"]
+    if config.data.suffix:
+        out += [f"--style={{question}}{config.data.suffix}"]
+    filters = (x.name for x in dataclasses.fields(TokenFilters))
+    names = (f"eval_sampling.{x}" for x in ("temperature", *filters))
+    out += _given(config, "seed", *names)
+    return out + [f"--stop={text}" for text in config.eval_sampling.stop_strings]
+
+
+def _given(config: FrozenConfigDict, *names: str) -> list[str]:
+    """Settings that differ from their defaults, as flags of the same names."""
+    changed = settings.changed(config)
+    return [f"--{k.rpartition('.')[2]}={changed[k]}" for k in names if k in changed]
+
+
+def _shortest_prompt(folder: epath.Path) -> str:
+    """Of those that were evaluated."""
+    files = sorted((folder / "completions").glob("step_*.jsonl"))
+    rows = dataset_io.read_jsonl(files[-1]) if files else []
+    return min((row["prompt"] for row in rows), key=len, default=_SOME_PROMPT)

@@ -1,0 +1,81 @@
+"""The commands that a run ends with; that they work is shown in smoke_test."""
+
+import json
+import shlex
+import shutil
+import sys
+
+import pytest
+from etils import epath
+from ml_collections import FrozenConfigDict
+
+from pfjax.infra import storage
+from pfjax.trainer import next_steps, settings
+
+
+def _commands(folder, **changes):
+    c = settings.default_config()
+    c.update_from_flattened_dict(changes)
+    text = next_steps.next_steps(FrozenConfigDict(c), epath.Path(folder))
+    text = text.removeprefix("next:\n").rpartition("\n(")[0]
+    before, *lines = text.split(f"  {next_steps.program()} ")
+    assert before == ""
+    return {name: args for name, *args in map(shlex.split, lines)}
+
+
+def test_an_evaluation_does_what_the_run_did(tmp_path):
+    changes = {
+        "data.eval": "my data.jsonl",
+        "data.suffix": " Box it.",
+        "data.chat_template_kwargs": '{"x": true}',
+        "eval_sampling.temperature": 0.0,
+        "eval_sampling.stop_strings": ("\n\n",),
+        "eval_samples": 1,
+        "seed": 3,
+    }
+    folder = tmp_path / "my run"
+    assert set(_commands(folder, **changes)["evaluate"]) == {
+        f"--model={folder}/hf", "--max_new_tokens=3072", "--benchmark=my data.jsonl",
+        '--chat_template_kwargs={"x": true}', "--style={question} Box it.",
+        "--temperature=0.0", "--stop=\n\n", "--samples=1", "--seed=3",
+        f"--out={folder}/scores",
+    }  # fmt: skip
+
+
+def test_what_a_run_does_not_have_is_not_asked_for(tmp_path):
+    found = _commands(tmp_path, **{"data.eval": ""})
+    assert list(found) == ["report", "sample", "export"]
+    assert found["export"] == [str(tmp_path)]
+    rows = [{"prompt": "longer"}, {"prompt": "it's"}]
+    (tmp_path / "completions").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "completions/step_000002.jsonl").write_text(text)
+    assert "--prompt=it's" in _commands(tmp_path)["sample"]
+
+
+def test_a_run_in_a_bucket_is_exported_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "is_remote", lambda _: True)
+    found = _commands(tmp_path / "run")
+    assert list(found) == ["report", "export", "sample", "evaluate"]
+    assert found["export"][-1] == "--out=run-hf"
+    assert "--model=run-hf" in found["sample"]
+
+
+@pytest.mark.parametrize(
+    ("on_path", "said"),
+    [
+        ({"pfjax": "/env/bin/pfjax", "python": "/env/bin/python"}, "pfjax"),
+        ({"pfjax": "/other/pfjax", "python": "/env/bin/python"}, "python -m pfjax"),
+        ({"python": "/usr/bin/python"}, "/env/bin/python -m pfjax"),
+    ],
+)
+def test_pfjax_is_called_as_the_shell_finds_it(monkeypatch, on_path, said):
+    monkeypatch.setattr(sys, "executable", "/env/bin/python")
+    monkeypatch.setattr(shutil, "which", on_path.get)
+    assert next_steps.program() == said
+
+
+def test_an_environment_here_is_called_by_its_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/my env/bin/python")
+    assert next_steps.program() == "'./my env/bin/python' -m pfjax"
