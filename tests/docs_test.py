@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import pfjax
 from pfjax.trainer import metrics, settings
 from tests.conftest import ROOT
 
@@ -36,6 +37,12 @@ def test_every_setting_and_every_metric_has_its_line(site):
     ):
         content = (site / page).read_text()
         assert [x for x in names if f"<code>{x}</code>" not in content] == []
+
+
+def test_the_api_has_every_name_that_pfjax_exports(site):
+    content = (site / "api.html").read_text()
+    names = [x for x in pfjax.__all__ if x != "losses"]
+    assert [x for x in names if f"pfjax.{x}\n" not in content] == []
 
 
 def test_pages_ask_nothing_of_the_net_and_leave_no_formula_in_latex(site):
