@@ -39,6 +39,7 @@ class PackedBatch(NamedTuple):
     log_z: Any = None  # group estimate; None: use the head
     advantage: Any = None  # group-normalised reward
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
+    dropout_seed: Any = None  # what of the adapters' inputs is dropped; None: nothing
 
 
 # Dimensions, type and padding of each field: zeros, shapes and shardings come from here.
@@ -57,6 +58,7 @@ PACKED = PackedBatch(
     log_z=("mbn", "float32", 0),
     advantage=("mbn", "float32", 0),
     log_stop_base=("mbt", "float32", 0),
+    dropout_seed=("mbn", "uint32", 0),
 )
 SCORES = PackedBatch._fields[8:]
 
@@ -114,6 +116,8 @@ class Minibatch(NamedTuple):
     num_microbatches: Any  # int32 scalar; the micro-batches after them are padding
     placement: Placement
     reward: np.ndarray  # float32 [S]
+    # Token log-probs [M, B, T] of the policy before the update; None: the update's own.
+    log_p: Any = None
 
 
 class TrajectoryStats(NamedTuple):
@@ -314,10 +318,10 @@ def prompt_mask(batch: PackedBatch) -> Bool[Array, "b t"]:
 
 
 def to_segments(
-    values: Float[np.ndarray, "s"], placement: Placement, shape: tuple[int, int, int]
-) -> Float[np.ndarray, "m b n"]:
+    values: Shaped[np.ndarray, "s"], placement: Placement, shape: tuple[int, int, int]
+) -> Shaped[np.ndarray, "m b n"]:
     """Puts values of trajectories where `pack` put these; 0 elsewhere."""
-    out = np.zeros((shape[0] * shape[1], shape[2]), np.float32)
+    out = np.zeros((shape[0] * shape[1], shape[2]), values.dtype)
     out[placement.row, placement.segment] = values
     return out.reshape(shape)
 

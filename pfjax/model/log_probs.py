@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pfjax import batch as packing
 from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
-from pfjax.model import attention, transformer
+from pfjax.model import attention, lora, transformer
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
@@ -219,14 +219,19 @@ def packed_log_probs(
     params: transformer.Params,
     batch: PackedBatch,
     remat: str = "none",
+    dropout: float = 0.0,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, "b t d"]]:
     """Log-prob of every token of packed rows given those before it in its segment.
+
+    Args:
+      dropout: fraction of the adapters' inputs that is dropped, by `batch.dropout_seed`.
 
     Returns:
       Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
       hidden states.
     """
-    how = (remat, batch.length.shape[-1] + 1)  # segments, and padding
+    thin = lora.dropout(batch, dropout) if dropout else None
+    how = (remat, batch.length.shape[-1] + 1, thin)  # segments, and padding
     hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)
     return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden

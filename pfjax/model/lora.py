@@ -9,6 +9,7 @@ References:
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pfjax.batch import Array
+from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
 from pfjax.model import transformer, weights
 from pfjax.model.transformer import ModelConfig, Params, Policy
@@ -91,6 +92,37 @@ def init_params(config: ModelConfig, key: Array) -> Params:
         draw = jax.random.normal(used, x.shape) * fan_in**-0.5
         out[name] = draw if name.endswith("_a") else jnp.zeros(x.shape)
     return {"blocks": out}
+
+
+def dropout(batch: PackedBatch, rate: float) -> transformer.Thin:
+    """Drops a fraction `rate` of what adapters read, and scales up what stays.
+
+    What is dropped depends on the seed of a trajectory and on the place in it, layer and
+    projection: not on how trajectories are packed, nor on the mesh.
+
+    The loss then sees another policy for each seed, thinned, of which none has sampled.
+    The mean of log pi over them is below log pi of the whole one, by more for a longer
+    response, and its variance enters the squared residual: the policy that is sampled and
+    exported ends near its target, no longer at it. Ratios are 1 on policy, by definition.
+
+    References:
+      Hu et al., arXiv 2106.09685; `lora_dropout` of peft.
+    """
+    segment = jnp.maximum(batch.segment_ids - 1, 0)
+    seeds = jnp.take_along_axis(batch.dropout_seed, segment, axis=1)
+    each = lambda f: jax.vmap(jax.vmap(f))
+    # Threefry, whose numbers do not depend on which device computes them.
+    key = functools.partial(jax.random.key, impl="threefry2x32")
+    of_token = each(lambda s, p: jax.random.fold_in(key(s), p))(seeds, batch.positions)
+
+    def thin(y: Array, layer: Array, name: str) -> Array:
+        number = layer * len(ALL) + ALL.index(name)
+        draw = lambda k: jax.random.bernoulli(
+            jax.random.fold_in(k, number), 1 - rate, y.shape[2:]
+        )
+        return jnp.where(each(draw)(of_token), y / (1 - rate), 0)
+
+    return thin
 
 
 def merge(policy: Policy) -> Policy:

@@ -22,6 +22,8 @@ from pfjax.model.rope import RopeConfig
 
 Params = dict[str, Any]
 KeyValue = tuple[Array, Array]
+# (an adapter's input, layer, projection) -> the same, thinned.
+Thin = Callable[[Array, Array, str], Array]
 # (q, k, v, this layer's part of the cache) -> attention output, shaped like q.
 Attend = Callable[[Array, Array, Array, Any], Array]
 
@@ -174,7 +176,7 @@ class Blocks(nnx.Module):
         for name in biased:
             setattr(self, bias_of(name), param(PROJECTIONS[name][1], zeros))
 
-    def __call__(self, x, angles, attend, cache):
+    def __call__(self, x, angles, attend, cache, thin=lambda y, name: y):
         c = self.config
 
         def product(y, name, read, written):
@@ -188,7 +190,7 @@ class Blocks(nnx.Module):
             read, written = PROJECTIONS[name]
             out = product(y, name, read, written)
             if c.has_adapter(name):
-                inner = product(y, f"{name}_a", read, "r")
+                inner = product(thin(y, name), f"{name}_a", read, "r")
                 adapted = product(inner, f"{name}_b", "r", written)
                 out = out + adapted * (c.lora_alpha / c.lora_rank)
             bias = getattr(self, bias_of(name), None)
@@ -232,7 +234,7 @@ class Transformer(nnx.Module):
         if not c.tied_embeddings:
             self.head = table("vocab", None)
 
-    def __call__(self, tokens, positions, attend, cache, remat):
+    def __call__(self, tokens, positions, attend, cache, remat, thin):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of
@@ -243,13 +245,16 @@ class Transformer(nnx.Module):
         graphdef, layers = nnx.split(self.blocks)
 
         def layer(x, inputs):
-            params, cache = inputs
-            return nnx.merge(graphdef, params)(x, angles, attend, cache)
+            params, cache, index = inputs
+            args = (x, angles, attend, cache)
+            if thin is not None:
+                args += (lambda y, name: thin(y, index, name),)
+            return nnx.merge(graphdef, params)(*args)
 
         if remat != "none":
             # Inside of a scan nothing can be merged with what is recomputed.
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-        x, kv = jax.lax.scan(layer, x, (layers, cache))
+        x, kv = jax.lax.scan(layer, x, (layers, cache, jnp.arange(c.num_layers)))
         return rms_norm(x, self.final_norm[...], c.norm_eps), kv
 
 
@@ -296,6 +301,7 @@ def apply(
     attend: Attend,
     cache: Any = None,
     remat: str = "none",
+    thin: Thin | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """Hidden states after the final norm, and the keys and values of all layers.
 
@@ -305,9 +311,10 @@ def apply(
       cache: a tree of arrays with leading axis L, a slice of which each layer's
         `attend` receives.
       remat: what the backward pass finds stored, a name in `REMAT`.
+      thin: drops some of what adapters read, see `lora.dropout`.
     """
     module = nnx.merge(_abstract(config)[0], params)
-    return module(tokens, positions, attend, cache, remat)
+    return module(tokens, positions, attend, cache, remat, thin)
 
 
 def forward_packed(
@@ -318,11 +325,13 @@ def forward_packed(
     segment_ids: Int[Array, "b t"],
     remat: str = "none",
     max_segments: int | None = None,
+    thin: Thin | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """`apply` with causal attention inside each segment of packed rows."""
-    how = (segment_ids, config.attention, max_segments)
-    attend = lambda q, k, v, _: attention.packed_attention(q, k, v, *how)
-    return apply(config, params, tokens, positions, attend, remat=remat)
+    within = (segment_ids, config.attention, max_segments)
+    attend = lambda q, k, v, _: attention.packed_attention(q, k, v, *within)
+    how = {"remat": remat, "thin": thin}
+    return apply(config, params, tokens, positions, attend, **how)
 
 
 def check_tokens(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:

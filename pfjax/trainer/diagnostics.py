@@ -35,8 +35,10 @@ def step_metrics(
     """
     objective = fns.objective
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
-    # Of the policy that sampled: later updates of a step have moved it.
-    drawn = [log_p[0], *(m.batch.log_p_old for m in minibatches[1:])]
+    # Of the policy that sampled: later updates of a step have moved it, and dropout
+    # thins it.
+    first = minibatches[0].log_p if fns.has_dropout else log_p[0]
+    drawn = [first, *(m.log_p for m in minibatches[1:])]
     pairs = zip(drawn, (m.placement for m in minibatches), strict=True)
     scored = [y for pair in pairs for y in batch.unpack_responses(*pair)]
     prompts = np.concatenate([m.placement.prompt_length for m in minibatches])

@@ -33,7 +33,7 @@ def write(
       name: by which others will load the model; else `out`.
     """
     if policy.config.lora_rank:
-        lora.save_peft(policy, adapter, config.model)
+        lora.save_peft(policy, adapter, config.model, config.lora.dropout)
         policy = _beside_stored_base(policy, config.model)
     card = model_card(config, history, name or str(out))
     hf.save(lora.merge(policy), out, base=config.model, card=card)

@@ -27,7 +27,7 @@ from pfjax.trainer import (
 from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
-from pfjax.trainer.minibatch import init_log_z, prepare_minibatch, score_policy
+from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
 from pfjax.trainer.next_steps import next_steps
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
@@ -107,19 +107,22 @@ def train_iteration(
     groups = enumerate(np.array_split(by_prompt, fns.num_updates))
     with clock.part("base_pass"):
         base = trainer.base()
-        prepare = functools.partial(prepare_minibatch, fns, data)
-        minibatches = [
-            prepare(x.ravel(), policy.params, base, is_first=i == 0) for i, x in groups
-        ]
+        prepare = functools.partial(
+            prepare_minibatch,
+            fns,
+            data,
+            policy=policy.params,
+            base=base,
+            seed=(trainer.seed, step),
+            is_scored=step == 1 and not trainer.starts_at_base,
+        )
+        minibatches = [prepare(x.ravel(), is_first=i == 0) for i, x in groups]
         if step == 1 and fns.objective.log_z_source == "head":
-            scores = [m.batch.log_p_base for m in minibatches]
-            if not trainer.starts_at_base:
-                scores = [score_policy(fns, m, policy.params) for m in minibatches]
-            batches = [m.batch for m in minibatches]
-            head = init_log_z(state.params["log_z"], batches, scores, fns.objective)
+            head = init_log_z(state.params["log_z"], minibatches, fns.objective)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
-        del base, policy  # an offloaded base leaves room, the policy is donated
+        # An offloaded base leaves room, the policy is donated.
+        del base, policy, prepare
     seen = []
     with clock.part("update"):
         for batch, num, *_ in minibatches:

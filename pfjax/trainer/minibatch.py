@@ -21,7 +21,9 @@ def prepare_minibatch(
     indices: np.ndarray,
     policy: Params,
     base: Params,
+    seed: tuple[int, int],
     is_first: bool,
+    is_scored: bool,
 ) -> Minibatch:
     """Packs the trajectories `indices` of a step and scores them before it updates.
 
@@ -29,8 +31,10 @@ def prepare_minibatch(
       fns, data: of the run, and of the whole step.
       indices: the samples of a prompt side by side.
       policy, base: parameters of the policy as it is now, and of the frozen base.
+      seed: of the run, and the step.
       is_first: whether this minibatch is the first that the step updates on: it is on
         policy, and its own log-probs are those of before the update.
+      is_scored: whether the policy's log-probs are asked for even so.
     """
     samples = len(data.texts) // len(data.prompts)
     host, placement, used = _pack(fns, data, indices, samples)
@@ -40,7 +44,9 @@ def prepare_minibatch(
     reward, log_p = data.reward[indices], None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
     needs_certainty = kind.reward == "self_certainty"
-    if is_group or needs_certainty or not is_first:
+    # With dropout the update's own are not those of the policy that has sampled.
+    is_scored |= is_group or needs_certainty or not is_first or fns.has_dropout
+    if is_scored:
         log_p, _, certainty = fns.score_policy(policy, batch, num_microbatches)
     if needs_certainty:
         sums = jax.vmap(packing.response_sum)(certainty, batch)
@@ -49,6 +55,10 @@ def prepare_minibatch(
         normalized = rewards.group_normalized(reward, samples)
         segments = packing.to_segments(normalized, placement, host.length.shape)
         batch = batch._replace(advantage=sharding.put_batch(mesh, segments, dim=1))
+    if fns.has_dropout:
+        seeds = dropout_seeds(*seed, len(data.texts))[indices]
+        seeds = packing.to_segments(seeds, placement, host.length.shape)
+        batch = batch._replace(dropout_seed=sharding.put_batch(mesh, seeds, dim=1))
     batch = batch._replace(log_p_base=log_p_base, log_stop_base=log_stop_base)
     if is_group:
         residual = _residuals(fns.objective, batch, log_p)
@@ -61,13 +71,12 @@ def prepare_minibatch(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
             is_on_policy=jnp.full(fns.shape.num_microbatches, is_first),
         )
-    return Minibatch(batch, num_microbatches, placement, reward)
+    return Minibatch(batch, num_microbatches, placement, reward, log_p)
 
 
-def score_policy(fns: TrainFns, minibatch: Minibatch, policy: Params) -> Array:
-    """Token log-probs `[M, B, T]` of the policy before it is updated."""
-    batch = minibatch.batch._replace(**dict.fromkeys(packing.SCORES))
-    return fns.score_policy(policy, batch, minibatch.num_microbatches)[0]
+def dropout_seeds(seed: int, step: int, number: int) -> np.ndarray:
+    """A seed for each trajectory of a step, uint32 `[S]`."""
+    return np.random.SeedSequence([seed, step]).generate_state(number)
 
 
 def _pack(
@@ -97,20 +106,19 @@ def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> 
 
 
 def init_log_z(
-    params: Params,
-    batches: list[PackedBatch],
-    log_p: list[Array],
-    objective: ObjectiveConfig,
+    params: Params, minibatches: list[Minibatch], objective: ObjectiveConfig
 ) -> Params:
-    """Sets the log Z head so that the first mean residual of the policy, whose token
-    log-probs `log_p` are, is 0.
+    """Sets the log Z head so that the first mean residual is 0.
+
+    A minibatch without log-probs of the policy is one of the base, which the policy is.
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
     """
     total = count = 0.0
-    for batch, of_policy in zip(batches, log_p, strict=True):
-        residual = _residuals(objective, batch, of_policy)
+    for m in minibatches:
+        batch, log_p = m.batch, m.batch.log_p_base if m.log_p is None else m.log_p
+        residual = _residuals(objective, batch, log_p)
         total += float(jnp.where(batch.is_real, residual, 0.0).sum())
         count += float(batch.is_real.sum())
     out = {**params["out"], "bias": params["out"]["bias"] - total / count}

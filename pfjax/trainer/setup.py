@@ -28,6 +28,7 @@ class Trainer(NamedTuple):
     fns: TrainFns
     frozen: Params  # of the policy's parameters; empty without LoRA
     base: Callable[[], Params]  # the frozen base, on the devices
+    seed: int  # of everything random
     starts_at_base: bool  # whether the policy is the base before the first step
     prompts: list[list[int]]  # to train on
     golds: list[str | None]  # that responses are graded by
@@ -77,6 +78,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         inputs=_inputs(tok, train, held_out, target, config.lora.init_from),
         frozen=base if config.lora.rank else {},
         base=on_devices,
+        seed=config.seed,
         starts_at_base=not config.lora.init_from,
         next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed

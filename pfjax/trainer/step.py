@@ -38,11 +38,13 @@ def loss_fn(
     objective: ObjectiveConfig,
     stop_ids: tuple[int, ...],
     remat: str,
+    dropout: float = 0.0,
 ) -> tuple[Float[Array, ""], tuple[TrajectoryStats, Array]]:
     """Computes a micro-batch's contribution to the mean loss over all trajectories; and,
     without gradient, statistics `[B, N]` and token log-probs `[B, T]`."""
     policy = lora.join(frozen, params["policy"])
-    log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, remat)
+    how = (remat, dropout)
+    log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, *how)
     log_p_stop = None
     if objective.kind.has_prefixes:
         log_p_stop = log_probs.stop_log_probs(policy, hidden, log_p, batch, stop_ids)
@@ -138,7 +140,8 @@ def train_step(
       batch: `[M, B, ...]`, with the scores that the objective reads.
       num_microbatches: to go through, the rest being padding.
       optimizer: static; takes params `{"policy", "log_z"}`.
-      **static: `model`, `objective`, `stop_ids` and `remat` of `loss_fn`.
+      **static: `model`, `objective`, `stop_ids`, `remat` and `dropout` of
+        `loss_fn`.
 
     Returns:
       The new state; scalars (`loss`, `grad_norm`, `log_z_grad_norm`); statistics

@@ -29,6 +29,7 @@ class TrainFns(NamedTuple):
     objective: ObjectiveConfig
     num_updates: int  # per step
     shape: PackShape
+    has_dropout: bool  # of what adapters read, in the update's pass
     learning_rate: optax.Schedule  # of the policy, by the steps before
     state: step.TrainState  # shapes and shardings
     base: Params  # shapes and shardings, in the type of the computation
@@ -62,6 +63,7 @@ def train_fns(
     score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
     static = {"model": model, "objective": objective, "stop_ids": stop_ids}
     static |= {"optimizer": optimizer, "remat": config.remat}
+    static |= {"dropout": config.lora.dropout}
     train_step = bind(step.train_step, **static)
     return TrainFns(
         model=model,
@@ -69,6 +71,7 @@ def train_fns(
         objective=objective,
         num_updates=config.updates_per_rollout,
         shape=_pack_shape(config, longest_prompt, mesh),
+        has_dropout=config.lora.dropout > 0,
         learning_rate=learning_rate,
         state=state,
         base=_abstract_params(base_model, mesh, config.dtype),
@@ -146,12 +149,13 @@ def abstract_minibatch(
         "log_z": fns.objective.log_z_source == "group",
         "advantage": bool(fns.objective.kind.reward),
         "log_stop_base": fns.objective.kind.has_prefixes,
+        "dropout_seed": fns.has_dropout,
     }
     fields = {}
     for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in batch.SCORES or name == "advantage":
+        if name not in batch.SCORES or name in ("advantage", "dropout_seed"):
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pfjax.batch import PackedBatch
 from pfjax.model import hf, log_probs, lora, transformer
 
 
@@ -175,6 +176,24 @@ def test_targets_have_the_names_that_peft_has():
     assert lora.target_names(("wq", "w_down")) == ["q_proj", "down_proj"]
     with pytest.raises(ValueError, match="'qproj' is no .*; did you mean 'q_proj'"):
         lora.projections("qproj,v_proj")
+
+
+def test_dropout_drops_its_fraction_and_keeps_the_mean():
+    batch = PackedBatch(*[None] * 8)._replace(
+        positions=np.tile(np.arange(25), (2, 2)),
+        segment_ids=np.tile(np.repeat([1, 2], 25), (2, 1)),
+        dropout_seed=np.array([[1, 2], [3, 1]], np.uint32),
+    )
+    thin, ones = lora.dropout(batch, 0.2), jax.numpy.ones((2, 50, 4, 8), "bfloat16")
+    thinned = lambda layer, name: np.asarray(thin(ones, np.array(layer), name), float)
+    x = thinned(1, "wo")
+    assert sorted(np.unique(x)) == [0.0, 1.25]
+    assert np.mean(x == 0) == pytest.approx(0.2, abs=0.02)
+    # Anew in each trajectory, token, layer and projection; by the seed, whatever the row.
+    differ = lambda a, b: np.mean(a != b) > 0.2
+    assert differ(x[0, :25], x[0, 25:]) and differ(x[:, 0], x[:, 1])
+    assert differ(x, thinned(2, "wo")) and differ(x, thinned(1, "wq"))
+    np.testing.assert_array_equal(x[0, :25], x[1, 25:])
 
 
 def test_saving_adapters_as_a_whole_model_is_refused(adapted, tmp_path):

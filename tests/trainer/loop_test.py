@@ -212,6 +212,8 @@ def test_a_continued_run_equals_one_never_stopped_bit_for_bit(whole, tmp_path):
 def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
     config, tmp_path, monkeypatch
 ):
+    """With dropout too, which sampler and scorer know nothing of."""
+    config.lora.rank, config.lora.dropout = 2, 0.25
     config.optim.schedule, config.optim.warmup_steps = "cosine", 2
     config.optim.learning_rate = 0.01
     loop.train_and_evaluate(config, str(tmp_path / "whole"))
@@ -227,7 +229,9 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
         loop.train_and_evaluate(config, str(parts))
     loop.train_and_evaluate(config, str(parts))
     assert _deterministic(parts) == _deterministic(tmp_path / "whole")
-    rates = [r["lr"] for r in _deterministic(parts)[1:]]
+    rows = _deterministic(parts)[1:]
+    assert max(r["rollout/logp_gap_max"] for r in rows) < 1e-5
+    rates = [r["lr"] for r in rows]
     assert rates == [0.005, 0.01, 0.0075, 0.0025]
     longer = config.copy_and_resolve_references()
     longer.num_steps = 8

@@ -170,6 +170,8 @@ def test_targets_are_checked():
         settings.check(_config(**{"lora.rank": 2, "lora.targets": "q_prj"}))
     with pytest.raises(ValueError, match="targets=q_proj without adapters"):
         settings.check(_config(**{"lora.targets": "q_proj"}))
+    with pytest.raises(ValueError, match="dropout=0.1 without adapters"):
+        settings.check(_config(**{"lora.dropout": 0.1}))
     with pytest.raises(ValueError, match="offload_ref=True: with adapters"):
         settings.check(_config(**{"lora.init_from": "a", "offload_ref": True}))
 

@@ -1,5 +1,6 @@
 """The update: one denominator, one program, one result on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,12 +10,21 @@ import optax
 import pytest
 
 from pfjax import objectives
-from pfjax.batch import SCORES, PackShape, from_segments, pack, response_sum
+from pfjax.batch import (
+    SCORES,
+    PackShape,
+    from_segments,
+    pack,
+    response_sum,
+    to_segments,
+    unpack_responses,
+)
 from pfjax.infra import sharding
-from pfjax.model import transformer
+from pfjax.model import lora, transformer
 from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer import step
 from pfjax.trainer.log_z import init_head
+from pfjax.trainer.minibatch import dropout_seeds
 from tests.conftest import count_compiles
 
 # Not Adam: its first update is the sign of the gradient, which turns the rounding of
@@ -265,6 +275,65 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
         _assert_same_stats(stats, want_stats, atol=2e-5)
         _assert_same(log_p, want_log_p, atol=2e-5)
         _assert_same(state.params, want_state.params)
+
+
+@pytest.fixture
+def adapted(tiny_policy):
+    """With adapters that matter."""
+    targets = lora.projections("q_proj,o_proj,down_proj")
+    sizes = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": targets}
+    config = dataclasses.replace(tiny_policy.config, **sizes)
+    made = lora.init_params(config, jax.random.key(0))["blocks"]
+    noise = lambda k, x: 0.3 * jax.random.normal(jax.random.key(len(k)), x.shape)
+    made = {"blocks": {k: noise(k, x) for k, x in made.items()}}
+    return transformer.Policy(config, lora.join(tiny_policy.params, made))
+
+
+def _run_dropped(policy, batch, placement, used, seeds, rate=0.25):
+    """The new parameters, and log-probs of the tokens of each trajectory."""
+    seeds = to_segments(seeds, placement, batch.length.shape)
+    scores = _scores(_base_scores(batch), dropout_seed=seeds)
+    batch = batch._replace(**scores)
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        batch = sharding.put_batch(mesh, batch, dim=1)
+    static = _static(policy.config) | {"dropout": rate}
+    update = functools.partial(step.train_step, optimizer=OPTIMIZER, **static)
+    state, *_, log_p = jax.jit(update)(_state(policy), {}, batch, jnp.int32(used))
+    return state.params, np.concatenate(unpack_responses(log_p, placement))
+
+
+def test_dropout_depends_on_its_seeds_and_not_on_packing(adapted):
+    seeds = dropout_seeds(0, 1, 12)
+    results = []
+    for shape in (
+        {},
+        {"microbatch_size": 1, "pack_length": 64, "max_segments": 8},
+    ):
+        _, *data = _data(np.random.default_rng(0), **shape)
+        results.append(_run_dropped(adapted, *data, seeds))
+    _assert_same(*results)
+    _, *data = _data(np.random.default_rng(0))
+    # One trajectory's seed changes what is dropped of it alone.
+    length = data[1].length[0]
+    one = np.append(dropout_seeds(0, 2, 1), seeds[1:])
+    others = _run_dropped(adapted, *data, one)[1]
+    far = np.abs(others - results[0][1])
+    assert far[:length].max() > 1e-2 and far[length:].max() < 1e-6
+    whole = _run_dropped(adapted, *data, seeds, rate=0.0)[1]
+    assert np.abs(whole - results[0][1]).max() > 1e-2
+
+
+def test_dropout_is_the_same_on_a_mesh_split_along_every_axis(rng, adapted):
+    _, *data = _data(rng, count=24, microbatch_size=8, num_microbatches=3)
+    seeds = dropout_seeds(0, 1, 24)
+    want = _run_dropped(adapted, *data, seeds)
+    mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices())
+    axes = transformer.logical_axes(adapted.config)
+    where = sharding.tree_shardings(mesh, axes, adapted.params)
+    spread = jax.device_put(adapted.params, where)
+    with jax.set_mesh(mesh):
+        policy = transformer.Policy(adapted.config, spread)
+        _assert_same(_run_dropped(policy, *data, seeds), want, atol=2e-5)
 
 
 def test_compiles_once_whatever_packing_needed(rng, tiny_policy):
