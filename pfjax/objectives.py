@@ -183,7 +183,9 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "subtb": Objective(subtb, _sequence_target, log_z="none", has_prefixes=True),
     "flowrl": Objective(
-        balance, lambda c: Target(1.0, beta=c.beta, has_format=False), reward="correct"
+        balance,
+        lambda c: Target(1.0, c.beta, has_format=False, is_reward_per_token=True),
+        reward="correct",
     ),
     "grpo": Objective(grpo, log_z="none", reward="correct"),
     "ttrl": Objective(grpo, log_z="none", reward="majority"),

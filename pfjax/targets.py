@@ -2,14 +2,28 @@ r"""The distribution that training aims at, and how far a policy is from it.
 
 For a prompt `q`, a response `y` of `|y|` tokens and the frozen base `p_0`, a target is
 
-.. math:: \log R(y) = \alpha\,\log p_0(y) + (\alpha\,\psi(y) + \beta\,r(y))\,|y|
+.. math:: \log R(y) = \alpha\,(\log p_0(y) + \psi(y)\,|y|) + \beta\,r(y)\,|y|^{k}
 
-normalised in one of two ways:
+with a format term psi per token and a reward r, counted once per response (k = 0) or per
+token (k = 1). It is normalised in one of two ways:
 
 - *length-aware*: :math:`R(y)\,e^{-\log Z'(q)\,|y|}`. log Z' is in nats per token, and the
   one value that makes the sum 1 is the target's: it says what a token costs.
-- *of whole sequences*: :math:`R(y) / Z(q)`, where r counts once per response
-  (:math:`\beta\,r(y)`, without the factor `|y|`) and log Z is in nats per response.
+- *of whole sequences*: :math:`R(y) / Z(q)`, with log Z in nats per response and k = 0.
+
+What beta does to a length-aware target depends on k:
+
+- k = 0, :math:`p_0^\alpha e^{\beta r - \lambda |y|}`: of two responses of one length the
+  odds change by e^{beta (r_1 - r_2)}, as in whole sequences and as in RL with a KL to the
+  base of weight 1 / beta. In the residual, which is per token, it enters as beta r / |y|. A
+  constant added to r is not absorbed by Z, there being none, but by lambda: it lengthens
+  (if negative) or shortens responses. So let a reward be 0 for what should stay as it is:
+  a verifier is 0 for what passes and -1 for what fails, and beta says how many nats a
+  failure costs. As beta grows nothing that fails is left: :math:`p_0^\alpha` given the
+  verifier, and with alpha = 1 the base given the verifier (DMVR, arXiv 2604.16259).
+- k = 1, :math:`p_0^\alpha e^{(\beta r - \lambda) |y|}`: beta r in the residual, as FlowRL has
+  it. The odds grow with length: beta = 1 and 100 tokens are 100 nats. lambda absorbs a
+  constant, so that group-normalised rewards may be used.
 
 This is the only place that writes a target. Losses are squares of `residual`, the match
 metrics, the bounds of `evaluation.elbo` and the samplers of the power distribution read
@@ -36,9 +50,10 @@ class Target:
     """
 
     alpha: Any  # power of the base; above 1 sharpens, below 1 flattens
-    beta: float = 0.0  # weight of the reward, in nats
+    beta: Any = 0.0  # weight of the reward, in nats
     has_format: bool = True  # whether psi counts
     is_length_aware: bool = True
+    is_reward_per_token: bool = False  # k = 1; of length-aware targets only
     log_sum: float = 0.0  # of exp(log R) at the optimal log Z, before it is taken off
 
     def log_reward(
@@ -54,12 +69,13 @@ class Target:
           log_p_base: `[*n]` log p_0(y), summed over tokens.
           length: `[*n]` |y|, the stop token included.
           psi: `[*n]` or scalar format term, in nats per token.
-          reward: `[*n]` or scalar r(y).
+          reward: `[*n]` or scalar r(y), per response or per token.
         """
         tilted = log_p_base + psi * length if self.has_format else log_p_base
         out = self.alpha * tilted
         if self.beta:
-            out = out + self.beta * reward * (length if self.is_length_aware else 1)
+            is_per_token = self.is_length_aware and self.is_reward_per_token
+            out = out + self.beta * reward * (length if is_per_token else 1)
         return out - self.log_sum if self.log_sum else out
 
     def log_density(

@@ -19,10 +19,12 @@ LOG_P, LENGTH, LOG_Z = np.array([-3.0, -1.0]), np.array([3, 1]), 0.5
         # 2 x (-3 - 0.5 x 3), 2 x (-1 - 0.5); less 0.5 x 3, 0.5 x 1.
         (Target(2.0), [-9.0, -3.0], [-10.5, -3.5]),
         (Target(2.0, has_format=False), [-6.0, -2.0], [-7.5, -2.5]),
-        # 1.5 x 2 x 3, 1.5 x 2 more.
-        (Target(2.0, 1.5, has_format=False), [3.0, 1.0], [1.5, 0.5]),
+        # 1.5 x 2 more, each; and 1.5 x 2 x 3, 1.5 x 2 more.
+        (Target(2.0, 1.5, has_format=False), [-3.0, 1.0], [-4.5, 0.5]),
+        (Target(2.0, 1.5, False, True, True), [3.0, 1.0], [1.5, 0.5]),
         # Of whole sequences: 1.5 x 2 and 0.5 count once.
         (Target(2.0, 1.5, False, False), [-3.0, 1.0], [-3.5, 0.5]),
+        (Target(2.0, 1.5, False, False, True), [-3.0, 1.0], [-3.5, 0.5]),
         (Target(2.0, 0.0, False, log_sum=1.0), [-7.0, -3.0], [-8.5, -3.5]),
     ],
 )
@@ -40,11 +42,11 @@ def test_density_by_hand(target, log_reward, log_density):
         np.testing.assert_allclose(residual, nats / per_token, atol=1e-12)
 
 
-class Tilted(Target):
-    """p_0^alpha e^{beta r}, length-aware, with r once per response."""
+class Curved(Target):
+    """Of a person's own: p_0^alpha e^{beta r^2}, length-aware."""
 
     def log_reward(self, log_p_base, length, psi=0.0, reward=0.0):
-        return self.alpha * log_p_base + self.beta * reward
+        return self.alpha * log_p_base + self.beta * reward**2
 
 
 def _count_of_2(tokens, length):
@@ -63,7 +65,7 @@ def _log_z(log_density) -> float:
 
 
 def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
-    policy, target = hf.load(enumerable_folder), Tilted(0.5, beta=1.5, has_format=False)
+    policy, target = hf.load(enumerable_folder), Curved(0.5, beta=0.5, has_format=False)
     base = enumerable.base_log_probs(policy).astype(np.float64)
     count = np.array([y.count(2) for y in enumerable.RESPONSES])
 
