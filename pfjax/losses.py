@@ -137,6 +137,41 @@ def powerflow(
     return lax.stop_gradient(weight) * loss
 
 
+def divergence(residual: jax.Array, order: float = 1.0) -> jax.Array:
+    r"""A loss of the residual whose on-policy gradient is that of an alpha-divergence.
+
+    .. math:: L_a(\delta) = \frac{2}{1 - a}\Big(\delta + \frac{e^{-(1-a)\delta} - 1}{1 - a}\Big),
+              \qquad L_1(\delta) = \delta^2
+
+    With the residual of trajectory balance and samples of the policy the gradient is twice
+    that of the Amari divergence of order a: the reverse KL(pi || p) for a = 1, the squared
+    residual; the forward KL(p || pi) for a = 0, which covers modes and punishes a response
+    that is too unlikely exponentially; Hellinger's for a = 1/2. Every order has its one
+    minimum where the residual is 0, so on or off policy the optimum is the same.
+
+    Args:
+      residual: `[*n]` from `targets.residual`; gradient flows.
+      order: a; exponents are cut at 20, beyond which the loss goes on as a straight line.
+
+    Returns:
+      `[*n]` losses, not reduced.
+
+    References:
+      Fawkes and Hartford, arXiv 2605.15417.
+
+    >>> divergence(jnp.array([0.5, -0.5]), order=1.0)
+    Array([0.25, 0.25], dtype=float32)
+    >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
+    0.213 0.297
+    """
+    if order == 1:
+        return residual**2
+    x = (order - 1) * residual
+    edge = jnp.minimum(x, 20.0)
+    exp = jnp.exp(edge) * (1 + x - edge)
+    return 2 / (1 - order) * (residual + (exp - 1) / (1 - order))
+
+
 def importance_weight(
     log_pf: jax.Array, log_pf_old: jax.Array, *, low: float = 0.8, high: float = 1.28
 ) -> jax.Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from pfjax import losses
 from pfjax.batch import PackedBatch, TrajectoryStats
 from pfjax.targets import Array, Target, tokens
 
@@ -33,7 +34,12 @@ class ObjectiveConfig:
     name: str = "powerflow"
     alpha: float = 4.0  # of the target
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
-    beta: float = 15.0  # of the advantage in the target of `flowrl`
+    beta: float = 0.0  # of the reward in the target
+    # That weighs responses beside the base, or that policy gradients follow: a name in
+    # `rewards.REWARDS`; "" for the objective's own, if it has one.
+    reward: str = ""
+    reward_per: str = "response"  # or "token"; in length-aware targets
+    divergence: float = 1.0  # order of the loss of a residual; 1 squares it
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28
@@ -42,6 +48,11 @@ class ObjectiveConfig:
     @property
     def kind(self) -> "Objective":
         return OBJECTIVES[self.name]
+
+    @property
+    def reward_source(self) -> str:
+        """The reward that is computed: a name, "" for none."""
+        return self.reward or self.kind.reward
 
     @property
     def target(self) -> Target:
@@ -60,10 +71,17 @@ _Loss = Callable[[TrajectoryStats, ObjectiveConfig], Float[Array, "*n"]]
 
 class Objective(NamedTuple):
     loss: _Loss  # reads the residual of the target
-    target: Callable[[ObjectiveConfig], Target] = lambda c: Target(c.alpha)
+    target: Callable[[ObjectiveConfig], Target] = lambda c: _power(c)
     log_z: str = "any"  # "any": as the config says; else "group" or "none"
     reward: str = ""  # a name in `rewards.OF_ANSWERS`, or "self_certainty"
     has_prefixes: bool = False  # reads `prefix_variance`
+
+
+def _power(c: ObjectiveConfig, **how: Any) -> Target:
+    """p_0^alpha, with e^{beta r} if a reward is named."""
+    per_token = c.reward_per == "token"
+    beta = c.beta if c.reward else 0.0
+    return Target(c.alpha, beta, is_reward_per_token=per_token, **how)
 
 
 def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:
@@ -79,7 +97,7 @@ def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""Squares the residual.
+    r"""Squares the residual, or takes another `losses.divergence` of it.
 
     .. math:: w\,(\log Z + \log\pi - \log R)^2,\quad\text{or}\quad
               w\,(\log Z' + \tfrac1{|y|}(\log\pi - \log R))^2
@@ -94,7 +112,7 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     - `flowrl`: length-aware, :math:`R = p_0 e^{\beta A|y|}`, A the group-normalised correctness.
       FlowRL, arXiv 2509.15207, Eq. 6.
     """
-    return y.weight * y.residual**2
+    return y.weight * losses.divergence(y.residual, c.divergence)
 
 
 def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
@@ -168,17 +186,17 @@ def _surrogate(
 
 
 def _sequence_target(c: ObjectiveConfig) -> Target:
-    return Target(c.alpha, has_format=False, is_length_aware=False)
+    return _power(c, has_format=False, is_length_aware=False)
 
 
 OBJECTIVES: dict[str, Objective] = {
     "powerflow": Objective(balance),
     "tb_traj": Objective(balance, _sequence_target),
-    "tb_token": Objective(balance, lambda c: Target(c.alpha, has_format=False)),
+    "tb_token": Objective(balance, lambda c: _power(c, has_format=False)),
     "rl_traj": Objective(policy_gradient, _sequence_target, log_z="group"),
     "rl_token": Objective(
         policy_gradient,
-        lambda c: Target(c.alpha, has_format=False, log_sum=1.0),
+        lambda c: _power(c, has_format=False, log_sum=1.0),
         log_z="group",
     ),
     "subtb": Objective(subtb, _sequence_target, log_z="none", has_prefixes=True),

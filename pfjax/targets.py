@@ -20,7 +20,7 @@ What beta does to a length-aware target depends on k:
   (if negative) or shortens responses. So let a reward be 0 for what should stay as it is:
   a verifier is 0 for what passes and -1 for what fails, and beta says how many nats a
   failure costs. As beta grows nothing that fails is left: :math:`p_0^\alpha` given the
-  verifier, and with alpha = 1 the base given the verifier (DMVR, arXiv 2604.16259).
+  verifier, and with alpha = 1 the base given the verifier (DMVR, arXiv 2512.05962).
 - k = 1, :math:`p_0^\alpha e^{(\beta r - \lambda) |y|}`: beta r in the residual, as FlowRL has
   it. The odds grow with length: beta = 1 and 100 tokens are 100 nats. lambda absorbs a
   constant, so that group-normalised rewards may be used.

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from pfjax import losses
+from pfjax import losses, targets
 from tests.conftest import (
     all_responses,
     length_aware_target,
@@ -177,6 +177,19 @@ class TabularModel:
 NUM_STEPS = 30_000
 
 
+def minimise(loss_fn, start):
+    """The parameters that Adam ends at, its rate going to 0."""
+    optimizer = optax.adam(optax.schedules.cosine_decay_schedule(0.1, NUM_STEPS))
+
+    def update(carry, _):
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    carry = (start, optimizer.init(start))
+    return jax.lax.scan(update, carry, None, length=NUM_STEPS)[0][0]
+
+
 @pytest.mark.parametrize("log_z_kind", ["learned", "group"])
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
 @pytest.mark.parametrize("is_length_aware", [False, True])
@@ -197,17 +210,7 @@ def test_minimising_reaches_the_exact_target(rng, is_length_aware, alpha, log_z_
             loss = losses.trajectory_balance(log_pf, log_reward, log_z)
         return loss.mean()
 
-    optimizer = optax.adam(optax.schedules.cosine_decay_schedule(0.1, NUM_STEPS))
-
-    def update(carry, _):
-        params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(loss_fn)(params), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    start = {"logits": lm.logits, "log_z": jnp.float32(0)}
-    (params, _), _ = jax.lax.scan(
-        update, (start, optimizer.init(start)), None, length=NUM_STEPS
-    )
+    params = minimise(loss_fn, {"logits": lm.logits, "log_z": jnp.float32(0)})
     reached = np.exp(lm.log_p(params["logits"]))
     if is_length_aware:
         target, log_z = length_aware_target(log_p_base, lm.length, alpha)
@@ -224,3 +227,36 @@ def test_minimising_reaches_the_exact_target(rng, is_length_aware, alpha, log_z_
     assert total_variation(other(log_p_base, alpha)[0], target) > 0.02
     if log_z_kind == "learned":
         assert params["log_z"] == pytest.approx(log_z, abs=0.02)
+
+
+@pytest.mark.parametrize("order", [0.0, 0.5, 1.0, 2.0])
+def test_the_gradient_on_policy_is_that_of_the_divergence(rng, order):
+    """Exact sums over all responses; twice the Amari divergence of the order."""
+    lm = TabularModel(rng)
+    target, log_z = power_target(lm.log_p(lm.logits), 2.0)
+    log_target = jnp.log(jnp.asarray(target, jnp.float32))
+    logits = jnp.asarray(rng.normal(size=lm.logits.shape), jnp.float32)
+
+    def loss(logits):
+        log_pf = lm.log_p(logits)
+        weight = jax.lax.stop_gradient(jnp.exp(log_pf))
+        residual = targets.residual(log_pf, log_target + log_z, log_z)
+        return (weight * losses.divergence(residual, order)).sum()
+
+    def amari(logits):
+        log_pf = lm.log_p(logits)
+        ratio = log_target - log_pf
+        if order == 1:
+            return (jnp.exp(log_pf) * -ratio).sum()
+        if order == 0:
+            return (jnp.exp(log_target) * ratio).sum()
+        sums = (jnp.exp(log_pf + (1 - order) * ratio)).sum()
+        return (sums - 1) / (order * (order - 1))
+
+    got, want = jax.grad(loss)(logits), 2 * jax.grad(amari)(logits)
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_residual_far_off_has_a_finite_loss_and_gradient():
+    value, slope = jax.value_and_grad(lambda x: losses.divergence(x, 0.0))(-500.0)
+    assert np.isfinite(value) and slope == pytest.approx(2 - 2 * np.exp(20.0), rel=1e-5)

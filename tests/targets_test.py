@@ -1,13 +1,18 @@
 """A target by hand; and one of a person's own, which the samplers draw from."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pfjax import objectives
+from pfjax.batch import TrajectoryStats
 from pfjax.model import hf
+from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import mcmc, smc
 from pfjax.targets import Target
 from tests.conftest import total_variation
+from tests.losses_test import TabularModel, minimise
 from tests.sampler import enumerable
 
 LOG_P, LENGTH, LOG_Z = np.array([-3.0, -1.0]), np.array([3, 1]), 0.5
@@ -40,6 +45,83 @@ def test_density_by_hand(target, log_reward, log_density):
         residual = target.residual(got + nats, LOG_P, LENGTH, LOG_Z, **tilt)
         per_token = LENGTH if target.is_length_aware else 1
         np.testing.assert_allclose(residual, nats / per_token, atol=1e-12)
+
+
+LM = TabularModel(np.random.default_rng(1))
+# 1 for what ends in a stop token, as a verifier may say; and something finer.
+PASSES = jnp.array([float(y[-1] == 0) for y in LM.responses])
+GRADED = jnp.array([y.count(2) / len(y) for y in LM.responses])
+
+
+@pytest.mark.parametrize("log_z", ["head", "group"])
+@pytest.mark.parametrize(
+    ("name", "alpha", "beta", "reward", "per", "divergence"),
+    [
+        ("powerflow", 4.0, 0.0, GRADED, "response", 1.0),
+        ("powerflow", 0.5, 2.0, GRADED, "response", 1.0),
+        ("powerflow", 2.0, 1.0, GRADED, "token", 1.0),
+        ("powerflow", 2.0, 3.0, PASSES - 1, "response", 1.0),
+        # The base, given the verifier.
+        ("powerflow", 1.0, 12.0, PASSES - 1, "response", 1.0),
+        ("tb_traj", 1.0, 12.0, PASSES - 1, "response", 1.0),
+        ("tb_traj", 2.0, 2.0, GRADED, "response", 1.0),
+        ("powerflow", 2.0, 1.0, GRADED, "response", 0.0),
+        ("tb_traj", 2.0, 1.0, GRADED, "response", 0.5),
+    ],
+)  # fmt: skip
+def test_every_point_of_the_family_is_reached(
+    name, alpha, beta, reward, per, divergence, log_z
+):
+    c = ObjectiveConfig(
+        name, alpha, log_z, beta, "r", reward_per=per, divergence=divergence
+    )
+    base, length = LM.log_p(LM.logits), LM.length
+    ones = jnp.ones(len(base))
+
+    def stats(log_pf, log_z):
+        return TrajectoryStats(
+            log_pf, base, log_z, length, 0.0, reward, ones, *[None] * 8
+        )
+
+    def loss_fn(params):
+        log_pf, value = LM.log_p(params["logits"]), params["log_z"]
+        if log_z == "group":
+            value = -objectives.add_loss(stats(log_pf, 0.0), c).residual.mean()
+            value = jax.lax.stop_gradient(value)
+        return objectives.add_loss(stats(log_pf, value), c).loss.mean()
+
+    found = minimise(loss_fn, {"logits": LM.logits, "log_z": jnp.float32(0)})
+    reached = np.exp(LM.log_p(found["logits"]))
+    density = lambda z: np.asarray(
+        c.target.log_density(base, length, z, reward=reward), np.float64
+    )
+    exact = np.exp(density(_log_z(density)))
+    assert total_variation(reached, exact) < 0.01
+    assert total_variation(np.exp(base), exact) > 0.05
+
+
+def test_a_verifier_leaves_the_base_given_that_it_passes():
+    """And a shift of a reward per response lengthens responses; per token it does not."""
+    base, length = np.asarray(LM.log_p(LM.logits), np.float64), np.asarray(LM.length)
+    given = np.exp(base) * np.asarray(PASSES)
+    target = Target(1.0, 30.0, has_format=False, is_length_aware=False)
+    whole = lambda z: target.log_density(base, length, z, reward=np.asarray(PASSES) - 1)
+    np.testing.assert_allclose(
+        np.exp(whole(_log_z(whole))), given / given.sum(), atol=1e-9
+    )
+
+    def mean_length(target, shift):
+        density = lambda z: target.log_density(
+            base, length, z, reward=np.asarray(GRADED) + shift
+        )
+        return (np.exp(density(_log_z(density))) * length).sum()
+
+    per_response = Target(2.0, 1.0, False)
+    per_token = Target(2.0, 1.0, False, is_reward_per_token=True)
+    assert mean_length(per_response, -0.5) > mean_length(per_response, 0.0) + 0.1
+    np.testing.assert_allclose(
+        mean_length(per_token, -0.5), mean_length(per_token, 0.0), rtol=1e-9
+    )
 
 
 class Curved(Target):
