@@ -1,0 +1,190 @@
+"""Rewards by functions of a person's own, each in processes that can be killed.
+
+A function is called as those of TRL are, `fn(prompts, completions, completion_ids,
+**columns)`, with a list per argument and the samples of one prompt at a time, and returns a
+number for each. What hangs or dies costs the responses that make it hang or die their
+reward, and is counted; a function that raises for every response, or returns what is no
+reward, ends the run with one line.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import select
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+_WORKER = "pfjax.tasks.reward_worker"
+_START_SECONDS = 300.0  # to import what a function needs
+
+
+class Failed(Exception):
+    """A function gave no values: it raised, or its process died or was killed."""
+
+
+class Term(NamedTuple):
+    """A part of a reward: a function or a name, and what it is multiplied by."""
+
+    name: str
+    weight: float = 1.0
+
+    @property
+    def is_function(self) -> bool:
+        return ":" in self.name
+
+
+def parse(text: str) -> list[Term]:
+    """The terms of "accuracy, 0.5 * my_rewards.py:brief".
+
+    Raises:
+      ValueError: if a weight is no number.
+
+    >>> parse("accuracy, 0.5 * my_rewards.py:brief")
+    [Term(name='accuracy', weight=1.0), Term(name='my_rewards.py:brief', weight=0.5)]
+    """
+    out = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        weight, star, name = part.partition("*")
+        try:
+            out.append(Term(name.strip(), float(weight)) if star else Term(part))
+        except ValueError:
+            raise ValueError(f"{part!r}: {weight.strip()!r} is no weight") from None
+    return out
+
+
+class Worker:
+    """A process that calls one function."""
+
+    def __init__(self, spec: str):
+        self._spec = spec
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Starts the process unless it runs; raises ValueError if it cannot."""
+        if self._process is not None:
+            return
+        command = [sys.executable, "-m", _WORKER, self._spec]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        found = self._read(_START_SECONDS)
+        if found is None or "error" in found:
+            self.stop()
+            reason = found["error"] if found else "its process ended, see above"
+            raise ValueError(f"--config.reward={self._spec}: {reason}")
+
+    def call(self, given: dict[str, Any], seconds: float) -> list[float | None]:
+        """The function's values, None where it does not apply.
+
+        Raises:
+          Failed: after so many seconds of wall time, or if the function raised.
+          ValueError: if it returned what is no reward.
+        """
+        self.start()
+        try:
+            self._process.stdin.write(json.dumps(given).encode() + b"\n")
+            self._process.stdin.flush()
+            found = self._read(seconds)
+        except BrokenPipeError:
+            found = None
+        if found is None:
+            self.stop()
+            raise Failed(f"ended or took more than {seconds:g} s")
+        if "error" in found:
+            raise Failed(found["error"])
+        if "invalid" in found:
+            raise ValueError(f"--config.reward={self._spec} {found['invalid']}")
+        return found["values"]
+
+    def _read(self, seconds: float) -> dict[str, Any] | None:
+        """A line of the process, None if there is none in time."""
+        out, deadline, line = self._process.stdout, time.monotonic() + seconds, b""
+        while not line.endswith(b"\n"):
+            left = max(deadline - time.monotonic(), 0.0)
+            if not select.select([out], [], [], left)[0]:
+                return None
+            some = out.read1()
+            if not some:
+                return None
+            line += some
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """Kills the process, if there is one."""
+        if self._process is not None:
+            with contextlib.suppress(BrokenPipeError), self._process:
+                self._process.kill()
+            self._process = None
+
+
+class RewardFunction(contextlib.AbstractContextManager):
+    """One function, in a pool of processes; `failures` counts responses without a value.
+
+    Args:
+      spec: "path/to/file.py:name" or "package.module:name".
+      seconds: of wall time for a response, after which it is given up.
+      num_workers: processes, each of which takes the samples of a prompt.
+    """
+
+    def __init__(self, spec: str, seconds: float = 10.0, num_workers: int = 1):
+        self.spec, self.failures = spec, 0
+        self._seconds = seconds
+        self._workers = [Worker(spec) for _ in range(num_workers)]
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_workers)
+
+    def __exit__(self, *unused) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
+
+    def check(self) -> None:
+        """Raises ValueError if the function cannot be loaded."""
+        self._workers[0].start()
+
+    def __call__(self, groups: list[dict[str, list]]) -> list[list[float]]:
+        """Values of groups of responses, NaN of those that failed.
+
+        Args:
+          groups: keyword arguments of the function for the samples of each prompt.
+
+        Raises:
+          ValueError: if it failed for every response, or returned what is no reward.
+        """
+        free = list(self._workers)
+        reasons: list[str] = []
+
+        def values(group: dict[str, list]) -> list[float]:
+            worker = free.pop()
+            try:
+                return self._values(worker, group, reasons)
+            finally:
+                free.append(worker)
+
+        out = list(self._pool.map(values, groups))
+        failed = sum(math.isnan(v) for group in out for v in group)
+        self.failures += failed
+        if failed and failed == sum(map(len, out)):
+            raise ValueError(
+                f"--config.reward={self.spec} failed for every response: {reasons[0]}"
+            )
+        return out
+
+    def _values(
+        self, worker: Worker, group: dict[str, list], reasons: list[str]
+    ) -> list[float]:
+        """Of one group: what fails is tried again in halves, until it is one response."""
+        n = len(group["completions"])
+        try:
+            values = worker.call(group, self._seconds * n)
+        except Failed as error:
+            reasons.append(str(error))
+            if n == 1:
+                return [math.nan]
+            halves = (
+                {k: v[part] for k, v in group.items()}
+                for part in (slice(n // 2), slice(n // 2, n))
+            )
+            return [v for half in halves for v in self._values(worker, half, reasons)]
+        return [0.0 if v is None else v for v in values]
