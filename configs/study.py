@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, float | str]] = {
     "rl_traj": {"optim.learning_rate": 1.73e-4, "optim.clip_norm": 0.05},
     "rl_token": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
     "subtb": {"optim.learning_rate": 5.77e-5, "optim.clip_norm": 1.0},
-    "flowrl": {"optim.learning_rate": 1e-3, "optim.clip_norm": 1.0},
+    "flowrl": {"beta": 15.0, "optim.learning_rate": 1e-3, "optim.clip_norm": 1.0},
     "grpo": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
     "ttrl": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},
     "empo": {"optim.learning_rate": 3e-4, "optim.clip_norm": 0.05},

@@ -37,7 +37,7 @@ class PackedBatch(NamedTuple):
     # Whether the policy is the behaviour policy: log_p_old is not read. None: it always is.
     is_on_policy: Any = None
     log_z: Any = None  # group estimate; None: use the head
-    advantage: Any = None  # group-normalised reward
+    reward: Any = None  # as the loss takes it: normalised in groups, or as it is
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
     dropout_seed: Any = None  # what of the adapters' inputs is dropped; None: nothing
 
@@ -56,7 +56,7 @@ PACKED = PackedBatch(
     log_p_old=("mbt", "float32", 0),
     is_on_policy=("m", "bool", 0),
     log_z=("mbn", "float32", 0),
-    advantage=("mbn", "float32", 0),
+    reward=("mbn", "float32", 0),
     log_stop_base=("mbt", "float32", 0),
     dropout_seed=("mbn", "uint32", 0),
 )
@@ -133,7 +133,7 @@ class TrajectoryStats(NamedTuple):
     log_z: Any  # per token or per response, as the target has it; gradient
     num_loss_tokens: Any  # tokens in the sums
     psi: Any  # format term, in nats per token
-    advantage: Any  # group-normalised reward
+    reward: Any  # as the loss takes it: normalised in groups, or as it is
     weight: Any  # importance weight of the sequence
     log_ratio: Any  # sum of log(pi / pi_old); gradient
     capped: Any  # sum of min(pi / pi_old, clip_high); gradient

@@ -35,8 +35,8 @@ class ObjectiveConfig:
     alpha: float = 4.0  # of the target
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
     beta: float = 0.0  # of the reward in the target
-    # That weighs responses beside the base, or that policy gradients follow: a name in
-    # `rewards.REWARDS`; "" for the objective's own, if it has one.
+    # Terms of the reward that tilts the target or that policy gradients follow, see
+    # `reward_functions.parse`; "" for the objective's own, if it has one.
     reward: str = ""
     reward_per: str = "response"  # or "token"; in length-aware targets
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
@@ -51,8 +51,13 @@ class ObjectiveConfig:
 
     @property
     def reward_source(self) -> str:
-        """The reward that is computed: a name, "" for none."""
+        """The terms of the reward that is computed, "" for none."""
         return self.reward or self.kind.reward
+
+    @property
+    def is_tilted(self) -> bool:
+        """Whether the reward is part of the target."""
+        return bool(self.reward_source) and self.kind.loss in (balance, policy_gradient)
 
     @property
     def target(self) -> Target:
@@ -73,7 +78,7 @@ class Objective(NamedTuple):
     loss: _Loss  # reads the residual of the target
     target: Callable[[ObjectiveConfig], Target] = lambda c: _power(c)
     log_z: str = "any"  # "any": as the config says; else "group" or "none"
-    reward: str = ""  # a name in `rewards.OF_ANSWERS`, or "self_certainty"
+    reward: str = ""  # its own, where none is chosen; normalised in groups
     has_prefixes: bool = False  # reads `prefix_variance`
 
 
@@ -86,7 +91,7 @@ def _power(c: ObjectiveConfig, **how: Any) -> Target:
 
 def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:
     """What a target of these trajectories has beside the base: arguments of `Target`."""
-    return {"psi": y.psi, "reward": 0.0 if y.advantage is None else y.advantage}
+    return {"psi": y.psi, "reward": 0.0 if y.reward is None else y.reward}
 
 
 def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
@@ -181,7 +186,7 @@ def _surrogate(
 ) -> Float[Array, "*n"]:
     """PPO's pessimistic clipped surrogate, and the KL penalty: ratios are capped where the
     advantage is positive, floored where it is negative."""
-    gain = y.advantage * jnp.where(y.advantage >= 0, capped, floored)
+    gain = y.reward * jnp.where(y.reward >= 0, capped, floored)
     return c.kl * y.kl / tokens(y.num_loss_tokens) - gain
 
 
@@ -203,9 +208,9 @@ OBJECTIVES: dict[str, Objective] = {
     "flowrl": Objective(
         balance,
         lambda c: Target(1.0, c.beta, has_format=False, is_reward_per_token=True),
-        reward="correct",
+        reward="accuracy",
     ),
-    "grpo": Objective(grpo, log_z="none", reward="correct"),
+    "grpo": Objective(grpo, log_z="none", reward="accuracy"),
     "ttrl": Objective(grpo, log_z="none", reward="majority"),
     "empo": Objective(empo, log_z="none", reward="cluster"),
     "intuitor": Objective(grpo, log_z="none", reward="self_certainty"),

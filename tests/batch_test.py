@@ -62,7 +62,7 @@ def test_room_for_segments_shrinks_to_the_least_size_that_holds_them(most, size,
     trimmed = trim_segments(batch._replace(log_z=batch.psi + 1.0), placement)
     for x in (trimmed.length, trimmed.psi, trimmed.is_real, trimmed.log_z):
         assert x.shape == (2, 2, size)
-    assert trimmed.is_real.sum() == most and trimmed.advantage is None
+    assert trimmed.is_real.sum() == most and trimmed.reward is None
     assert trimmed.tokens is batch.tokens
     np.testing.assert_array_equal(from_segments(trimmed.length, placement), 2)
 

@@ -20,7 +20,7 @@ Y = TrajectoryStats(
     num_loss_tokens=np.array([2.0, 1.0, 4.0]),
     psi=np.array([0.0, 0.0, -0.5]),
     weight=np.array([1.0, 0.8, 1.28]),
-    advantage=np.array([1.0, -1.0, 0.5]),
+    reward=np.array([1.0, -1.0, 0.5]),
     log_ratio=np.array([0.2, -0.4, 2.0]),
     capped=np.array([2.1, 0.7, 4.8]),
     floored=np.array([2.3, 0.8, 5.2]),
@@ -140,7 +140,7 @@ def test_rewards_of_answers_by_hand():
             for name in rewards.OF_ANSWERS
         }
         nobody = rewards.of_answers("majority", [None, None], ["1"], 2, grader)
-    np.testing.assert_array_equal(got["correct"], [0, 1, 0, 0, 1, 0, 0, 1, 0, 0])
+    np.testing.assert_array_equal(got["accuracy"], [0, 1, 0, 0, 1, 0, 0, 1, 0, 0])
     # 2 and 2: the first class wins; 1 and 1: likewise.
     np.testing.assert_array_equal(got["majority"], [1, 0, 1, 0, 0, 0, 0, 1, 0, 0])
     want = np.float32([0.4, 0.4, 0.4, 0.2, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])

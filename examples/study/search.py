@@ -22,7 +22,7 @@ _SECOND: dict[str, tuple[dict[str, Any], ...]] = {
     "powerflow": _BALANCE,
     "tb_traj": _BALANCE,
     "tb_token": _BALANCE,
-    "flowrl": ({"flowrl_beta": 1.0}, {"flowrl_beta": 4.0}),
+    "flowrl": ({"beta": 1.0}, {"beta": 4.0}),
     "grpo": _REWARD,
     "ttrl": _REWARD,
     "empo": _REWARD,

@@ -55,6 +55,11 @@ def parse(text: str) -> list[Term]:
     return out
 
 
+def _plain(value: Any) -> Any:
+    """For JSON: a list of an array, else the text of what a column may hold."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 class Worker:
     """A process that calls one function."""
 
@@ -84,7 +89,8 @@ class Worker:
         """
         self.start()
         try:
-            self._process.stdin.write(json.dumps(given).encode() + b"\n")
+            line = json.dumps(given, default=_plain) + "\n"
+            self._process.stdin.write(line.encode())
             self._process.stdin.flush()
             found = self._read(seconds)
         except BrokenPipeError:

@@ -45,7 +45,8 @@ def load(spec: str) -> Callable:
     function = getattr(module, name, None)
     if not callable(function):
         near = ", ".join(k for k, v in vars(module).items() if inspect.isfunction(v))
-        raise ValueError(f"{where} has no function {name!r} (it has: {near})")
+        found = f"{where} has no function {name!r} (it has: {near})"
+        raise ValueError(found)  # noqa: TRY004
     return function
 
 
@@ -97,15 +98,17 @@ def _serve(spec: str) -> None:
 
     try:
         function = load(spec)
-    except Exception as error:  # whatever a file of one's own may raise
-        return answer(error=str(error) if type(error) is ValueError else describe(error))
+    except Exception as error:  # noqa: BLE001, whatever a file of one's own may raise
+        return answer(
+            error=str(error) if type(error) is ValueError else describe(error)
+        )
     answer(ready=True)
     for line in sys.stdin:
         try:
             answer(values=call(function, json.loads(line)))
         except Invalid as error:
             answer(invalid=str(error))
-        except Exception as error:  # whatever the function may raise
+        except Exception as error:  # noqa: BLE001, whatever the function may raise
             answer(error=describe(error))
 
 

@@ -1,8 +1,11 @@
-"""What a response is worth, judged by its text: psi(y), and the rewards of the baselines.
+"""What a response is worth: psi(y), and rewards by name or by functions of one's own.
 
 Rewards are float32 `[S]`, the samples of a prompt side by side.
 """
 
+import contextlib
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,22 +13,161 @@ import numpy as np
 from pfjax.batch import Rollout, RolloutBatch
 from pfjax.infra import distributed
 from pfjax.model import tokenizer
+from pfjax.tasks import reward_functions
 from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
+from pfjax.tasks.problems import Problem
+from pfjax.tasks.reward_functions import RewardFunction, Term
 
-# Rewards that `of_answers` knows; "self_certainty", which is of tokens, comes from
-# `log_probs.self_certainty`.
-OF_ANSWERS = ("correct", "majority", "cluster")
+# Of the answers in boxes, see `of_answers`.
+OF_ANSWERS = ("accuracy", "majority", "cluster")
+# "self_certainty" is of token log-probs, see `log_probs.self_certainty`; "format" is 1 with
+# a closed box, else 0; "length" the number of tokens.
+REWARDS = (*OF_ANSWERS, "self_certainty", "format", "length")
+# Functions that come with pfjax.
+_READY = {"compiles_python": "pfjax.tasks.ready_rewards:compiles_python"}
+
+
+def check(text: str) -> None:
+    """Raises ValueError for terms of a reward that there are not."""
+    terms = reward_functions.parse(text)
+    known = (*REWARDS, *_READY)
+    for term in terms:
+        if not term.is_function and term.name not in known:
+            near = difflib.get_close_matches(term.name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"--config.reward={text}: there is no reward {term.name!r}{hint} "
+                f"({', '.join(known)}, or a function FILE.py:NAME)"
+            )
+    if len(terms) > 1 and any(t.name == "self_certainty" for t in terms):
+        raise ValueError(f"--config.reward={text}: self_certainty stands alone")
+
+
+def needs_answers(text: str) -> bool:
+    """Whether a reward reads the answers of prompts."""
+    return any(term.name == "accuracy" for term in reward_functions.parse(text))
+
+
+class Reward(contextlib.AbstractContextManager):
+    """The reward of a run: a weighted sum of terms, and the processes of its functions.
+
+    Args:
+      text: the terms, see `reward_functions.parse`; "" for no reward.
+      seconds, num_workers: see `RewardFunction`.
+    """
+
+    def __init__(self, text: str, seconds: float = 10.0, num_workers: int = 1):
+        terms = reward_functions.parse(text)
+        self.terms = [t._replace(name=_READY.get(t.name, t.name)) for t in terms]
+        self.functions = {
+            t.name: RewardFunction(t.name, seconds, num_workers)
+            for t in self.terms
+            if t.is_function
+        }
+
+    def __exit__(self, *unused) -> None:
+        for function in self.functions.values():
+            function.__exit__()
+
+    def start(self) -> None:
+        """Loads the functions; raises ValueError for what cannot be loaded."""
+        for function in self.functions.values():
+            function.check()
+
+    @property
+    def failures(self) -> int:
+        """Responses whose reward a function has failed to give."""
+        return sum(f.failures for f in self.functions.values())
+
+    def values(
+        self,
+        problems: Sequence[Problem],
+        texts: list[str],
+        responses: list[np.ndarray],
+        grader: Grader,
+        step: int = 0,
+    ) -> np.ndarray:
+        """The reward of each response, float32 `[S]`; 0 where only tokens tell.
+
+        Args:
+          problems: P, each of which has S / P responses, side by side.
+          texts, responses: S, as text and token ids.
+          grader: tells which answers are the same.
+          step: of training, for functions that take `state`.
+
+        Raises:
+          ValueError: if a function failed for all, or returned what is no reward.
+        """
+        out = np.zeros(len(texts))
+        for term in self.terms:
+            out += term.weight * self._of_term(
+                term, problems, texts, responses, grader, step
+            )
+        return out.astype(np.float32)
+
+    def _of_term(
+        self,
+        term: Term,
+        problems: Sequence[Problem],
+        texts: list[str],
+        responses: list[np.ndarray],
+        grader: Grader,
+        step: int,
+    ) -> np.ndarray:
+        samples = len(texts) // max(len(problems), 1)
+        if term.is_function:
+            groups = [
+                _arguments(
+                    problem,
+                    texts[i * samples : (i + 1) * samples],
+                    responses[i * samples : (i + 1) * samples],
+                    step,
+                )
+                for i, problem in enumerate(problems)
+            ]
+            values = np.array(self.functions[term.name](groups), np.float64).ravel()
+            # What failed must not be better than what did not: a verifier gives 0 or -1.
+            worst = min(np.nanmin(values), 0.0)
+            return np.where(np.isnan(values), worst, values)
+        if term.name in OF_ANSWERS:
+            answers = [last_boxed(text) for text in texts]
+            golds = [problem.gold for problem in problems]
+            return of_answers(term.name, answers, golds, samples, grader)
+        if term.name == "format":
+            return format_term(texts, -1.0) + 1.0
+        if term.name == "length":
+            return np.array([len(y) for y in responses], np.float64)
+        return np.zeros(len(texts))
+
+
+def _arguments(
+    problem: Problem, texts: list[str], responses: list[np.ndarray], step: int
+) -> dict[str, list]:
+    """Keyword arguments of a reward function for the samples of a prompt, as TRL's: chats
+    where the prompt is one."""
+    n, question = len(texts), problem.question
+    is_chat = not isinstance(question, str)
+    chat = lambda text: [{"role": "assistant", "content": text}]
+    columns = {k: [v] * n for k, v in problem.columns.items() if k != "prompt"}
+    return columns | {
+        "prompts": [question] * n,
+        "completions": [chat(x) if is_chat else x for x in texts],
+        "completion_ids": [y.tolist() for y in responses],
+        "answer": columns.get("answer", [problem.gold] * n),
+        "state": [{"step": step}] * n,
+    }
 
 
 def compute_rewards(
     indices: list[int],
     rollout: Rollout,
     grader: Grader,
+    step: int = 0,
     *,
     tok: Any,
     prompts: PromptSet,
-    reward: str,
+    reward: Reward,
     format_penalty: float,
 ) -> RolloutBatch:
     """Puts the responses of a step into text and computes what they are worth.
@@ -34,18 +176,19 @@ def compute_rewards(
       indices: of the P prompts in `prompts`.
       rollout: G responses to each.
       grader, tok: compare answers, and make text of tokens.
-      reward: a name in `OF_ANSWERS`; others leave zeros.
+      step: of training.
+      reward: of the run.
       format_penalty: psi of a response without a box.
     """
     rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
     responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
     texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
     values = np.zeros(len(texts), np.float32)
-    if reward in OF_ANSWERS:
-        answers = [last_boxed(text) for text in texts]
-        golds = [prompts.problems[i].gold for i in indices]
-        values = of_answers(reward, answers, golds, rollout.tokens.shape[1], grader)
-        # A grader that runs out of time may do so on one host alone.
+    if reward.terms:
+        problems = [prompts.problems[i] for i in indices]
+        if distributed.is_first():
+            values = reward.values(problems, texts, responses, grader, step)
+        # What runs out of time may do so on one host alone.
         values = distributed.from_first(values)
     return RolloutBatch(
         prompts=[prompts.tokens[i] for i in indices],
@@ -76,7 +219,7 @@ def of_answers(
 ) -> np.ndarray:
     """The reward `name` of each answer, `[S]`.
 
-    - `correct`: 1 if it equals the prompt's gold answer.
+    - `accuracy`: 1 if it equals the prompt's gold answer.
     - `majority`: 1 if it is of the class that most samples of the prompt are of, the
       first of those that tie (TTRL, arXiv 2504.16084, voting over classes of equal
       answers rather than strings).
@@ -85,12 +228,12 @@ def of_answers(
 
     Args:
       answers: `[S]` what is in the box of each response, None without one.
-      golds: `[P]`; read by `correct` alone.
+      golds: `[P]`; read by `accuracy` alone.
     """
     out = []
     for q, gold in enumerate(golds):
         own = answers[q * samples_per_prompt : (q + 1) * samples_per_prompt]
-        if name == "correct":
+        if name == "accuracy":
             out += [a is not None and grader.is_equal(gold, a) for a in own]
             continue
         classes = np.array(grader.classes(own))

@@ -53,7 +53,7 @@ def step_metrics(
         **rollout_metrics(data.rollout, scored),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
-    if objective.kind.reward:
+    if objective.reward_source:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}

@@ -100,8 +100,9 @@ def train_iteration(
     with clock.part("rollout"):
         prompts = [trainer.prompts[i] for i in indices]
         rollout = trainer.rollout(policy, prompts, step=step, prompt_ids=ids)
+    failed = trainer.reward.failures
     with clock.part("reward"):
-        data = trainer.compute_rewards(indices, rollout, grader)
+        data = trainer.compute_rewards(indices, rollout, grader, step)
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(data.texts)).reshape(len(indices), -1)
     groups = enumerate(np.array_split(by_prompt, fns.num_updates))
@@ -138,6 +139,8 @@ def train_iteration(
                 "a smaller optim.learning_rate or clip_norm is the usual cure"
             )
     del values["loss"]  # tb/loss
+    if trainer.reward.functions:
+        values["reward/failed"] = float(trainer.reward.failures - failed)
     values["lr"] = trainer.learning_rate(step)
     values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
     return state, cursor, values
@@ -168,6 +171,7 @@ class _Run:
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
         )
         self.grader = stack.enter_context(grading.Grader())
+        self.reward = stack.enter_context(trainer.reward)
         self.profiler = Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
@@ -183,6 +187,8 @@ class _Run:
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
             self.grader.check_golds(self.trainer.golds)
+            if distributed.is_first():
+                self.reward.start()
             self._evaluate_at_the_start(state, start)
             for step in range(start + 1, self.num_steps + 1):
                 stuck = health_checks.watch(step, self.health.step_seconds)

@@ -173,6 +173,11 @@ METRICS: dict[str, Metric] = {
     "reward/mean": Metric(
         "mean reward", r"\mathbb{E}[r]", "rises; constant reward is warned of", _REWARD
     ),
+    "reward/failed": Metric(
+        "responses whose reward a function failed to give: they get the worst of the step",
+        good="0",
+        when="a reward function",
+    ),
     "reward/std": Metric(
         "standard deviation of the reward among a prompt's responses, mean over prompts",
         r"\mathbb{E}_q\sqrt{\mathrm{Var}_{y\mid q}[r]}",

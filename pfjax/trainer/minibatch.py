@@ -43,7 +43,7 @@ def prepare_minibatch(
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
     reward, log_p = data.reward[indices], None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
-    needs_certainty = kind.reward == "self_certainty"
+    needs_certainty = fns.objective.reward_source == "self_certainty"
     # With dropout the update's own are not those of the policy that has sampled.
     is_scored |= is_group or needs_certainty or not is_first or fns.has_dropout
     if is_scored:
@@ -51,10 +51,10 @@ def prepare_minibatch(
     if needs_certainty:
         sums = jax.vmap(packing.response_sum)(certainty, batch)
         reward = packing.from_segments(sums, placement) / placement.length
-    if kind.reward:
-        normalized = rewards.group_normalized(reward, samples)
-        segments = packing.to_segments(normalized, placement, host.length.shape)
-        batch = batch._replace(advantage=sharding.put_batch(mesh, segments, dim=1))
+    if fns.objective.reward_source:
+        used = rewards.group_normalized(reward, samples) if kind.reward else reward
+        segments = packing.to_segments(used, placement, host.length.shape)
+        batch = batch._replace(reward=sharding.put_batch(mesh, segments, dim=1))
     if fns.has_dropout:
         seeds = dropout_seeds(*seed, len(data.texts))[indices]
         seeds = packing.to_segments(seeds, placement, host.length.shape)

@@ -91,6 +91,25 @@ _DECIDING: dict[str, Setting] = {
     "alpha": _positive(
         4.0, "power of the base distribution: > 1 sharpens, < 1 flattens"
     ),
+    "beta": _not_negative(
+        0.0, "weight of the reward in the target p_0^alpha e^{beta r}, in nats"
+    ),
+    "reward": Setting(
+        "",
+        "accuracy, majority, cluster, self_certainty, format, length, compiles_python, or "
+        "a function FILE.py:NAME; several with weights: 'accuracy, 0.1 * mine.py:brief'; "
+        '"" for the objective\'s own',
+    ),
+    "reward_per": Setting(
+        "response",
+        "whether beta r counts once per response or per token, in length-aware targets",
+        ("response", "token"),
+    ),
+    "divergence": _not_negative(
+        1.0,
+        "order of the loss of the balance: 1 squares the residual (reverse KL), 0 covers "
+        "modes (forward KL)",
+    ),
     "format_penalty": Setting(
         -0.5,
         r"psi of a response without \boxed{}, nats per token; 0 turns it off",
@@ -139,9 +158,6 @@ _DECIDING: dict[str, Setting] = {
         "leave out tokens whose ratio is outside the clip range, as the paper's trainer",
     ),
     # Baselines only.
-    "flowrl_beta": _not_negative(
-        15.0, "coefficient of the advantage in FlowRL's target"
-    ),
     "reward_kl": _not_negative(
         0.0, "coefficient of the KL to the base per token: grpo and its kin, empo"
     ),
@@ -212,6 +228,8 @@ _DECIDING: dict[str, Setting] = {
 # What a run may be continued with another value of.
 _FREE: dict[str, Setting] = {
     "num_steps": _positive(500, "training steps in all"),
+    "reward_seconds": _positive(10.0, "wall time of a reward function per response"),
+    "reward_workers": _positive(1, "processes per reward function"),
     "rollout_slots": _not_negative(
         0, "samples decoded at once; 0 means as many as memory holds"
     ),
@@ -463,7 +481,8 @@ def check(c: FrozenConfigDict) -> None:
         )
     from pfjax.objectives import ObjectiveConfig
 
-    objective = ObjectiveConfig(c.objective, log_z=c.log_z)
+    objective = ObjectiveConfig(c.objective, log_z=c.log_z, reward=c.reward)
+    check_reward(c, objective)
     has_groups = objective.log_z_source == "group" or objective.kind.reward
     if has_groups and c.samples_per_prompt < 2:
         raise ValueError(
@@ -518,15 +537,45 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     return FrozenConfigDict(out)
 
 
+def check_reward(c: FrozenConfigDict, objective: Any) -> None:
+    """Raises ValueError for a reward that there is not, or that nothing would come of."""
+    from pfjax.tasks import rewards
+
+    rewards.check(objective.reward_source)
+    kind = objective.kind
+    if objective.is_tilted and not c.beta:
+        paper = "; its paper has 15" if c.objective == "flowrl" else ""
+        raise ValueError(
+            f"--config.objective={c.objective} weighs the reward by beta: set "
+            f"--config.beta above 0, in nats{paper}"
+        )
+    if c.beta and not objective.is_tilted:
+        raise ValueError(
+            f"--config.beta={c.beta} weighs a reward in the target: set --config.reward too"
+            if not objective.reward_source
+            else f"--config.beta={c.beta} has no effect on {c.objective}, which has no "
+            "target"
+        )
+    if c.reward and kind.has_prefixes:
+        raise ValueError(
+            f"--config.objective={c.objective} weighs every prefix of a response, of which "
+            "there is no reward"
+        )
+
+
 def check_answers(c: FrozenConfigDict, answers: list[str | None]) -> None:
     """Raises ValueError if the objective grades answers and the prompts have none."""
     from pfjax.objectives import OBJECTIVES
+    from pfjax.tasks import rewards
 
     missing = answers.count(None)
-    free = [k for k, o in OBJECTIVES.items() if o.reward != "correct"]
-    if c.objective not in free and missing > 0:
+    free = [k for k, o in OBJECTIVES.items() if o.reward != "accuracy"]
+    if not rewards.needs_answers(c.reward or OBJECTIVES[c.objective].reward):
+        return
+    if missing:
+        who = f"reward={c.reward}" if c.reward else f"objective={c.objective}"
         raise ValueError(
-            f"--config.objective={c.objective} grades responses, but {missing} of "
+            f"--config.{who} grades responses, but {missing} of "
             f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
             f"need none: {', '.join(free)}"
         )

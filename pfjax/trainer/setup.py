@@ -35,7 +35,8 @@ class Trainer(NamedTuple):
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, prompts, step, prompt_ids -> Rollout
-    compute_rewards: Callable  # indices, rollout, grader -> RolloutBatch
+    reward: rewards.Reward  # holds processes, once it is started
+    compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
     learning_rate: Callable[[int], float]  # of a step
 
@@ -69,7 +70,10 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     state = first_state(fns, trained, config.seed, mesh)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [held_out] if held_out else []
-    if fns.objective.kind.reward == "correct":
+    reward = rewards.Reward(
+        fns.objective.reward_source, config.reward_seconds, config.reward_workers
+    )
+    if rewards.needs_answers(fns.objective.reward_source):
         graded.append(train)
     trainer = Trainer(
         fns,
@@ -91,11 +95,12 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
             seed=config.seed,
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
+        reward=reward,
         compute_rewards=bind(
             rewards.compute_rewards,
             tok=tok,
             prompts=train,
-            reward=fns.objective.kind.reward,
+            reward=reward,
             format_penalty=config.format_penalty,
         ),
         evaluate=_evaluation(config, fns, on_devices, tok, held_out, target, longest),

@@ -97,7 +97,7 @@ def _sum_over_tokens(
         log_z=log_z,
         num_loss_tokens=total(jnp.ones_like(log_p)),
         psi=batch.psi,
-        advantage=zero if batch.advantage is None else batch.advantage,
+        reward=zero if batch.reward is None else batch.reward,
         weight=losses.importance_weight(total(log_ratio), zero, **clip),
         log_ratio=total(log_ratio),
         capped=total(jnp.minimum(ratio, c.clip_high)),

@@ -59,7 +59,7 @@ def train_fns(
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()
     score_base = bind(step.score_step, model=base_model, stop_ids=stops)
-    has_certainty = kind.reward == "self_certainty"
+    has_certainty = objective.reward_source == "self_certainty"
     score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
     static = {"model": model, "objective": objective, "stop_ids": stop_ids}
     static |= {"optimizer": optimizer, "remat": config.remat}
@@ -124,9 +124,10 @@ def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
 
 
 def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
-    same = ("alpha", "log_z", "clip_low", "clip_high", "mask_clipped_tokens")
+    same = ("alpha", "beta", "reward", "reward_per", "divergence", "log_z")
+    same += ("clip_low", "clip_high", "mask_clipped_tokens")
     same = {name: c[name] for name in same}
-    return ObjectiveConfig(c.objective, beta=c.flowrl_beta, kl=c.reward_kl, **same)
+    return ObjectiveConfig(c.objective, kl=c.reward_kl, **same)
 
 
 def _pack_shape(c: FrozenConfigDict, longest_prompt: int, mesh: AnyMesh) -> PackShape:
@@ -147,7 +148,7 @@ def abstract_minibatch(
         "log_p_old": fns.num_updates > 1,
         "is_on_policy": fns.num_updates > 1,
         "log_z": fns.objective.log_z_source == "group",
-        "advantage": bool(fns.objective.kind.reward),
+        "reward": bool(fns.objective.reward_source),
         "log_stop_base": fns.objective.kind.has_prefixes,
         "dropout_seed": fns.has_dropout,
     }
@@ -155,7 +156,7 @@ def abstract_minibatch(
     for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in batch.SCORES or name in ("advantage", "dropout_seed"):
+        if name not in batch.SCORES or name in ("reward", "dropout_seed"):
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -14,7 +14,7 @@ RECORD = TrajectoryStats(
     log_z=np.array([-1.0, -1.0, -2.0, -2.0]),
     num_loss_tokens=np.array([2.0, 1.0, 4.0, 2.0]),
     psi=np.array([0.0, 0.0, 0.0, -0.5]),
-    advantage=np.array([0.5, -0.5, 1.0, -1.0]),
+    reward=np.array([0.5, -0.5, 1.0, -1.0]),
     weight=np.array([1.0, 0.8, 1.28, 1.1]),
     log_ratio=np.zeros(4),
     capped=np.zeros(4),
@@ -126,7 +126,8 @@ def test_match_is_about_the_target_that_is_trained():
     w = np.exp(-2.0)
     assert got["tb/ess"] == pytest.approx((1 + (1 + w) ** 2 / (2 * (1 + w**2))) / 2)
     # Tilted by a reward, 3 per token: m0 + 3 A = -1.5 + 1.5, -2 - 1.5 | -1 + 3, -2 - 3.
-    got = diagnostics.match_metrics(RECORD, Target(1.0, beta=3.0, has_format=False))
+    target = Target(1.0, beta=3.0, has_format=False, is_reward_per_token=True)
+    got = diagnostics.match_metrics(RECORD, target)
     x, y = np.array([1.75, -1.75, 3.5, -3.5]), np.array([0.5, -0.5, 0.25, -0.25])
     assert got["tb/slope"] == pytest.approx(x @ y / (x @ x))
 

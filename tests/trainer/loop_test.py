@@ -138,6 +138,39 @@ def test_training_reaches_the_exact_target(
 
 @pytest.mark.slow
 @pytest.mark.long_running
+@pytest.mark.long_running
+@pytest.mark.parametrize(
+    ("objective", "per"),
+    [("powerflow", "response"), ("powerflow", "token"), ("tb_traj", "response")],
+)
+@pytest.mark.slow
+def test_training_reaches_the_target_tilted_by_a_function(
+    converging, tmp_path, objective, per
+):
+    (tmp_path / "mine.py").write_text(
+        "def threes(completion_ids, **kwargs):\n"
+        "    return [y.count(3) / 2 for y in completion_ids]\n"
+    )
+    config = converging
+    config.objective, config.reward_per = objective, per
+    config.alpha, config.beta = 2.0, 3.0
+    config.reward = f"{tmp_path / 'mine.py'}:threes"
+    config.num_steps = config.checkpoint_every = 200
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    base, length = _distribution(config.model)
+    trained, _ = _distribution(tmp_path / "run/hf")
+    reward = np.array([y.count(3) / 2 for y in all_responses(4, 1, 3)])
+    if objective == "tb_traj":
+        target, _ = power_target(base + 3.0 / 2 * reward, 2.0)
+    else:
+        many = length if per == "token" else 1
+        target, _ = length_aware_target(base + 3.0 / 2 * reward * many, length, 2.0)
+    assert total_variation(np.exp(trained), target) < 0.02
+    assert total_variation(length_aware_target(base, length, 2.0)[0], target) > 0.1
+    last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["reward/mean"] > 0 and last["tb/corr_logp_target"] > 0.95
+
+
 def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
     config = converging
@@ -168,6 +201,7 @@ def test_rivals_train_on_their_rewards(tmp_path, monkeypatch, objective):
     c.data.train, c.data.eval = "pfjax/toy/train_answered.jsonl", ""
     c.num_steps, c.prompts_per_step, c.microbatch_size = 3, 8, 64
     c.updates_per_rollout = 2 if objective in ("empo", "intuitor") else 1
+    c.beta = 15.0 if objective == "flowrl" else 0.0
     loop.train_and_evaluate(c, str(tmp_path / "run"))
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     assert len(rows) == 3

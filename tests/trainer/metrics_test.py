@@ -26,6 +26,7 @@ def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
         c.update_from_flattened_dict(
             {
                 "objective": "grpo",
+                "reward": "accuracy, 0 * compiles_python",
                 "data.train": "pfjax/toy/train_answered.jsonl",
                 "data.target": str(target),
                 "num_steps": 1,

@@ -473,9 +473,7 @@ def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
         _base_scores(batch),
         (np.asarray(log_p) - drift).astype(np.float32),
         np.zeros(len(batch.tokens), bool),
-        advantage=np.where(batch.is_real, np.sign(batch.psi + 0.1), 0).astype(
-            np.float32
-        ),
+        reward=np.where(batch.is_real, np.sign(batch.psi + 0.1), 0).astype(np.float32),
     )
     grpo = ObjectiveConfig("grpo", alpha=4.0)
     _, _, table, _ = _run(tiny_policy, batch, used, grpo, old)
@@ -514,7 +512,7 @@ def test_nan_in_padding_changes_nothing_for_any_objective(rng, tiny_policy, obje
             of_tokens(-1.5),
             np.zeros(len(batch.tokens), bool),
             log_z=of_slots(-0.5),
-            advantage=of_slots(0.7),
+            reward=of_slots(0.7),
             log_stop_base=of_tokens(-2.0),
         )
         return _run(tiny_policy, batch, used, objective, old)
