@@ -21,7 +21,7 @@ class Metric(NamedTuple):
     when: str = ""  # what a run must have for it to be there; "": every run has it
 
 
-_REWARD = "objectives with a reward"
+_REWARD = "a reward"
 _GOLD = "evaluation prompts with answers"
 _TARGET = "`data.target`"
 
