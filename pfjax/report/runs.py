@@ -26,7 +26,7 @@ _FIRST = ("objective", "alpha")  # of what makes a name
 class Problem(NamedTuple):
     """A prompt of an evaluation, and the rows of its samples in order."""
 
-    key: tuple[int, str]  # prompt_id and prompt
+    key: tuple[int, str, str]  # prompt_id, prompt, and set of prompts
     samples: list[dict[str, Any]]
 
     num_correct = property(lambda self: sum(bool(r["correct"]) for r in self.samples))
@@ -169,7 +169,8 @@ def read_problems(run: Run, step: int) -> list[Problem]:
         return []
     by_key = collections.defaultdict(list)
     for row in dataset_io.read_jsonl(run.completions[step]):
-        by_key[row["prompt_id"], row["prompt"]].append(row)
+        # An older run had one set and did not name it.
+        by_key[row["prompt_id"], row["prompt"], row.get("set", "")].append(row)
     most = max(map(len, by_key.values()), default=0)
     return [Problem(k, x) for k, x in by_key.items() if len(x) == most]
 

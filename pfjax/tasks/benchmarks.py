@@ -150,6 +150,18 @@ def _source_of(name: str, known: Benchmark, folder: str) -> str:
     return source
 
 
+def name_of(source: str) -> str:
+    """What a set is called by: `math500`, `problems` for problems.jsonl, `MATH-500` for
+    HuggingFaceH4/MATH-500:test.
+
+    >>> name_of("HuggingFaceH4/MATH-500@main:test"), name_of("~/sets/my.jsonl")
+    ('MATH-500', 'my')
+    """
+    if pathlib.Path(source).suffix.lower() not in dataset_io.FILES:
+        return re.split("[:@]", source)[0].rstrip("/").rpartition("/")[2]
+    return pathlib.Path(source).stem
+
+
 def version_of(problems: list[Problem]) -> str:
     """Tells one version of a set from another, by what is asked and graded."""
     return dataset_io.fingerprint([problem[:4] for problem in problems])

@@ -78,6 +78,33 @@ def load_prompts(
     return PromptSet(kept, tokens, source)
 
 
+def describe(prompts: PromptSet, tok: Any) -> str:
+    """Which column became what, and the first prompt as the model sees it."""
+    problems = prompts.problems
+    asked = collections.Counter(p.fields.prompt for p in problems)
+    graded = collections.Counter(
+        p.fields.answer for p in problems if p.gold is not None
+    )
+    used = {x.partition(".")[0] for x in (*asked, *graded)}
+    others = list(
+        dict.fromkeys(k for p in problems for k in p.columns if k not in used)
+    )
+    said = f"{prompts.source}: {len(problems)} prompts from {_counts(asked, problems)}"
+    said += f", answers from {_counts(graded, problems)}" if graded else ", no answers"
+    said += f"; other columns: {', '.join(others)}" if others else ""
+    first = dataset_io.brief(tok.decode(prompts.tokens[0]), 400)
+    gold = problems[0].gold
+    answer = "" if gold is None else f"; its answer: {dataset_io.brief(gold)}"
+    return f"{said}\n  first prompt, as the model sees it: {first}{answer}"
+
+
+def _counts(columns: collections.Counter, problems: list[Problem]) -> str:
+    """Columns, with how many rows where not all have the same one."""
+    if columns.total() == len(problems) and len(columns) == 1:
+        return next(iter(columns))
+    return ", ".join(f"{name} ({n})" for name, n in columns.most_common())
+
+
 def encode(
     tok: Any,
     prompt: str | list[dict[str, str]],

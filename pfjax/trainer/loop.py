@@ -20,6 +20,7 @@ from pfjax.trainer import (
     diagnostics,
     export,
     health_checks,
+    metrics,
     preemption,
     settings,
     tracking,
@@ -186,6 +187,11 @@ class _Run:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
+            if self.has_other_eval:
+                self.progress.note(
+                    "warning: the prompts of evaluations are others than before: scores "
+                    f"up to step {start} are not of the same problems"
+                )
             self.grader.check_golds(self.trainer.golds)
             if distributed.is_first():
                 self.reward.start()
@@ -211,6 +217,8 @@ class _Run:
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
+        before = saved.get("identity", self.identity).get(settings.EVAL_PROMPTS)
+        self.has_other_eval = before != self.identity.get(settings.EVAL_PROMPTS)
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"{self.folder} holds {saved['step']} steps already; "
@@ -239,9 +247,7 @@ class _Run:
             is_preempted, has_failed, _ = self._agree()
         if is_preempted or has_failed or self._is_due(step, self.checkpoint_every):
             about = {"step": step, "prompts": cursor, "identity": self.identity}
-            is_best = lambda name: self.best_metric in (name, name.partition("@")[0])
-            row = self.writer.history[-1]
-            metric = next((v for k, v in row.items() if is_best(k)), None)
+            metric = metrics.value_of(self.best_metric, self.writer.history[-1])
             self.checkpoints.save(step, state, about, metric)
         if has_failed:
             self.checkpoints.wait()

@@ -9,7 +9,7 @@ of the target (see `targets.Target.residual`).
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
@@ -306,3 +306,58 @@ def described(key: str) -> str:
     """
     first, _, last = re.sub(r"@\d+", "@k", key).rpartition("/")
     return "eval/" + last if first.startswith("eval/") else f"{first}/{last}".strip("/")
+
+
+def names(sets: list[str], k: int, has_target: bool) -> list[str]:
+    """The keys that a run may write.
+
+    Args:
+      sets: of its evaluations; where there are several, `eval/avg@k` stands for the mean
+        over them (see `value_of`).
+      k: samples per prompt in evaluations.
+      has_target: whether there are samples of the target.
+    """
+    prefixes = ["", *(f"{name}/" for name in sets if len(sets) > 1)]
+    out = []
+    for key, metric in METRICS.items():
+        group, _, last = key.partition("/")
+        if group != "eval":
+            out.append(key)
+        elif metric.when == _TARGET:
+            out += [key] if has_target else []
+        elif sets:
+            out += [f"eval/{x}{last.replace('@k', f'@{k}')}" for x in prefixes]
+    return out
+
+
+def without_k(key: str) -> str:
+    """A key without its number of samples.
+
+    >>> without_k("eval/avg@16"), without_k("eval/avg@16_se")
+    ('eval/avg', 'eval/avg@16_se')
+    """
+    return re.sub(r"@\d+$", "", key)
+
+
+def value_of(name: str, row: dict[str, Any]) -> float | None:
+    """The metric of a name in a row of `metrics.jsonl`, None if it is not there.
+
+    Args:
+      name: a key, perhaps without its number of samples, or of several sets without the
+        set, for the mean over them.
+
+    >>> row = {"eval/a/avg@8": 0.25, "eval/b/avg@8": 0.75, "tb/loss": 1.0, "lr": 0}
+    >>> value_of("eval/avg", row), value_of("eval/b/avg", row), value_of("tb/loss", row)
+    (0.5, 0.75, 1.0)
+    >>> value_of("entropy", row)
+    """
+    has_name = lambda key: name in (key, without_k(key))
+    if exact := [v for key, v in row.items() if has_name(key)]:
+        return exact[0]
+    of_sets = [v for key, v in row.items() if has_name(_without_set(key))]
+    return sum(of_sets) / len(of_sets) if of_sets else None
+
+
+def _without_set(key: str) -> str:
+    is_of_set = key.startswith("eval/")
+    return f"eval/{key.rpartition('/')[2]}" if is_of_set else key

@@ -50,9 +50,11 @@ def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:
             table = rich.table.Table(title="What changed on the held-out prompts")
             for name in ("", f"step {first['step']}", f"step {last['step']}"):
                 table.add_column(name, justify="right" if name else "left")
-            for key in first:
+            for key in dict.fromkeys((*first, *last)):  # of sets that changed too
                 if key.startswith("eval/") and not key.endswith("_se"):
-                    table.add_row(key, f"{first[key]:.3f}", f"{last[key]:.3f}")
+                    values = (row.get(key) for row in (first, last))
+                    shown = ("" if v is None else f"{v:.3f}" for v in values)
+                    table.add_row(key, *shown)
             console.print(table)
         console.print(f"run:   {workdir}", soft_wrap=True)
         console.print(f"model: {workdir / 'hf'}", soft_wrap=True)

@@ -126,8 +126,12 @@ _DECIDING: dict[str, Setting] = {
         "pfjax/toy/train.jsonl",
         "prompts to train on: a file, a hub name[:split], or pfjax/toy/<file>",
     ),
-    "data.eval": Setting(
-        "pfjax/toy/eval.jsonl", 'prompts of evaluations, held out; "" for none'
+    "data.prompt_field": Setting(
+        "",
+        "column of the prompts, in the files that have it; else prompt, problem, question",
+    ),
+    "data.answer_field": Setting(
+        "", "column of the answers, in the files that have it; else answer and its kin"
     ),
     "data.target": Setting(
         "",
@@ -257,6 +261,11 @@ _FREE: dict[str, Setting] = {
         for x in dataclasses.fields(TokenFilters)
     },
     "eval_sampling.stop_strings": Setting((), "texts that end a response"),
+    "data.eval": Setting(
+        "pfjax/toy/eval.jsonl",
+        "prompts of evaluations, held out: a file, a hub name, a benchmark such as "
+        'math500, or several with commas between; "" for none',
+    ),
     # Prompts are fingerprinted as encoded, so that another time is noticed.
     "data.clock": Setting(
         "", 'time that chat templates are told, ISO 8601; "" for that of the start'
@@ -266,7 +275,9 @@ _FREE: dict[str, Setting] = {
     "checkpoint_every": _positive(40, "steps between checkpoints"),
     "keep_best": _not_negative(1, "best checkpoints kept beside the latest two"),
     "best_metric": Setting(
-        "eval/avg", "metric whose best checkpoint is kept, without its @k"
+        "eval/avg",
+        "metric whose best checkpoint is kept, with or without its @k; of several sets "
+        "their mean, or that of one: eval/math500/avg",
     ),
     "profile_steps": Setting(
         (0, 0), "steps traced by JAX's profiler: (first, first after); (0, 0) for none"
@@ -294,6 +305,10 @@ _FREE: dict[str, Setting] = {
 }
 
 SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
+
+EVAL_PROMPTS = (
+    "prompts of the evaluation"  # in an identity; may change as `data.eval` may
+)
 
 
 # What other trainers call a setting, or people write for short.
@@ -652,7 +667,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default, and of
     other things an older run may know less."""
     default = {k: s.default for k, s in SETTINGS.items()}
-    names = sorted(old.keys() | (new.keys() & default.keys()))
+    free = {EVAL_PROMPTS, *(k for k, s in SETTINGS.items() if s.may_change)}
+    names = sorted((old.keys() | (new.keys() & default.keys())) - free)
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
     pairs = [(k, value(old, k), value(new, k)) for k in names]
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,12 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from pfjax.evaluation import elbo, scores
-from pfjax.infra import dataset_io
 from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
-from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
+from pfjax.model.transformer import Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
-from pfjax.trainer import settings
+from pfjax.trainer import inputs, settings
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -52,9 +50,9 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         hf_config.read(source),
         tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock),
     )
-    train, held_out = _load_prompts(config, tok, base_model)
-    longest = max(len(p) for s in (train, held_out or train) for p in s.tokens)
-    settings.check_lengths(config, longest, base_model.max_positions)
+    given = inputs.load(config, tok, base_model)
+    train, longest = given.train, given.longest()
+    settings.check_lengths(config, given.longest_of_any(), base_model.max_positions)
     # The list that is trained with, sampled with, and exported.
     stop_ids = tokenizer.stop_ids(tok, base_model)
     base_model = dataclasses.replace(
@@ -69,7 +67,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
-    bind, graded = functools.partial, [held_out] if held_out else []
+    bind, graded = functools.partial, [*given.held_out.values()]
     reward = rewards.Reward(
         fns.objective.reward_source, config.reward_seconds, config.reward_workers
     )
@@ -79,7 +77,7 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=_inputs(tok, train, held_out, target, config.lora.init_from),
+        inputs=inputs.fingerprints(given, tok, target, config.lora.init_from),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         seed=config.seed,
@@ -103,54 +101,16 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
             reward=reward,
             format_penalty=config.format_penalty,
         ),
-        evaluate=_evaluation(config, fns, on_devices, tok, held_out, target, longest),
+        evaluate=_evaluation(config, fns, on_devices, tok, given, target),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
     )
-    about = _describe(config, fns, mesh, plan, train, held_out)
-    first = textwrap.shorten(
-        repr(tok.decode(train.tokens[0])), 400, placeholder=" ...'"
-    )
+    about = f"{_describe(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
     if config.data.clock:
         about += (
             f"\nthe chat template is told that it is {config.data.clock} (data.clock)"
         )
-    return trainer, state, f"{about}\nfirst prompt, as the model sees it: {first}"
-
-
-def _load_prompts(
-    config: FrozenConfigDict, tok: Any, model: ModelConfig
-) -> tuple[data.PromptSet, data.PromptSet | None]:
-    """Those to train on, and those held out."""
-    args = (tok, config.data.max_prompt_tokens, config.data.suffix, model)
-    train, held_out = data.load_prompts(config.data.train, *args), None
-    if config.data.eval:
-        held_out = data.load_prompts(config.data.eval, *args)
-        data.warn_of_overlap(train, held_out)
-    settings.check_answers(config, [p.gold for p in train.problems])
-    return train, held_out
-
-
-def _inputs(
-    tok: Any,
-    train: data.PromptSet,
-    held_out: data.PromptSet | None,
-    target: data.TargetSamples | None,
-    adapter: str,
-) -> dict[str, str]:
-    """Fingerprints of what the model is given and of what its tokens mean: a file, a chat
-    template or a tokenizer may change under a config that does not."""
-    of = lambda s: [s.tokens, [p.gold for p in s.problems]]
-    found = {"prompts": of(train), "tokens": sorted(tok.get_vocab().items())}
-    if held_out:
-        found["prompts of the evaluation"] = of(held_out)
-    if target:
-        found["samples of the target"] = target
-    out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
-    if adapter:
-        folder = hf.resolve_adapter(adapter)
-        out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
-    return out
+    return trainer, state, about
 
 
 def _load_params(
@@ -195,9 +155,8 @@ def _evaluation(
     fns: TrainFns,
     base: Callable[[], Params],
     tok: Any,
-    held_out: data.PromptSet | None,
+    given: inputs.Inputs,
     target: data.TargetSamples | None,
-    prompt_width: int,
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
     shared = {
@@ -210,16 +169,19 @@ def _evaluation(
         temperature=config.eval_sampling.temperature,
         token_filters=options.token_filters(config.eval_sampling.to_dict()),
         stop_strings=tuple(config.eval_sampling.stop_strings),
-        prompt_width=prompt_width,
+        prompt_width=given.longest_of_any(),
         **shared,
     )
 
     def evaluate(policy: Policy, grader: Any) -> tuple[dict, list]:
         values, rows = {}, []
-        if held_out is not None:
-            values, rows = scores.evaluate(
-                policy, tok, grader, held_out.problems, held_out.tokens, how
+        for name, of_set in given.held_out.items():
+            found, new = scores.evaluate(
+                policy, tok, grader, of_set.problems, of_set.tokens, how
             )
+            prefix = f"{name}/" if len(given.held_out) > 1 else ""
+            values |= {prefix + key: value for key, value in found.items()}
+            rows += [{"set": name, **row} for row in new]
         if target is not None:
             policies = (policy, Policy(fns.base_model, base()))
             what = (target, fns.objective.target, tok)
@@ -235,8 +197,6 @@ def _describe(
     fns: TrainFns,
     mesh: Mesh,
     plan: slots.Plan,
-    train: data.PromptSet,
-    held_out: data.PromptSet | None,
 ) -> str:
     """Describes the run and what follows from the batch numbers, for the log."""
     m, shape = fns.model, fns.shape
@@ -252,9 +212,7 @@ def _describe(
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
         f"attention: {backend}; rematerialisation: {c.remat}\n"
-        f"rollouts: {plan}\n"
-        f"{len(train.tokens)} training prompts, "
-        f"{len(held_out.tokens) if held_out else 0} for evaluation"
+        f"rollouts: {plan}"
     )
 
 

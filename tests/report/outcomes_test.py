@@ -72,7 +72,7 @@ def test_pass_at_n_is_the_unbiased_estimate(pair):
 )
 def test_the_majority(answers, is_correct):
     rows = [{"answer": a, "correct": a == "7"} for a in answers]
-    assert runs.Problem((0, ""), rows).is_majority_correct == is_correct
+    assert runs.Problem((0, "", ""), rows).is_majority_correct == is_correct
 
 
 def test_problems_that_changed(pair):

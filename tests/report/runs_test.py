@@ -35,7 +35,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert run.versions["jax"] == "0.10.2"
     assert [r["step"] for r in run.rows] == [0, 1, 2, 3, 4]
     first, second = runs.read_problems(run, 4)
-    assert first.key == (0, "problem 0") and len(first.samples) == 2
+    assert first.key == (0, "problem 0", "") and len(first.samples) == 2
     assert (first.fraction_correct, second.fraction_correct) == (1.0, 0.5)
     assert runs.read_problems(run, 3) == []
 

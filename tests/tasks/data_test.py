@@ -6,7 +6,7 @@ import pytest
 
 from pfjax.model import tokenizer
 from pfjax.tasks import benchmarks, data
-from pfjax.tasks.benchmarks import Problem
+from pfjax.tasks.problems import Fields, Problem, check_fields
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,54 @@ def test_a_source_that_is_not_there_is_named_with_what_may_be_meant(tmp_path, to
     ]:
         load = lambda source=source: data.load_prompts(str(source), tok, 16)
         _assert_one_line(load, message)
+
+
+def test_columns_by_name_and_the_others_are_kept(tmp_path, tok):
+    rows = [
+        {"question": "odd", "instruction": "1+2", "target": 3, "level": "easy"},
+        {"question": "5+6", "answer": "11"},  # without them, as ever
+    ]
+    path = _jsonl(tmp_path, *rows)
+    fields = Fields("instruction", "target")
+    got = data.load_prompts(path, tok, 16, fields=fields)
+    assert _texts(got) == ["1+2", "5+6"] and _answers(got) == ["3", "11"]
+    assert [p.columns for p in got.problems] == rows
+    check_fields(fields, got.problems)
+    with pytest.raises(ValueError, match=r"answer_field=traget: .* are \['target', "):
+        check_fields(Fields("instruction", "traget"), got.problems)
+    found = data.load_prompts(path, tok, 16)
+    assert _texts(found) == ["odd", "5+6"] and _answers(found) == [None, "11"]
+
+
+def test_what_became_what_is_said_with_the_prompt_as_the_model_sees_it(tmp_path, tok):
+    rows = [
+        {"question": "1+2", "target": 3, "level": "easy"},
+        {"prompt": "3+4", "answer": "7"},
+        {"prompt": "5+6", "answer": ""},
+    ]
+    path = _jsonl(tmp_path, *rows)
+    got = data.load_prompts(path, tok, 16, fields=Fields(answer="target"))
+    first, second = data.describe(got, tok).splitlines()
+    assert first == (
+        f"{path}: 3 prompts from prompt (2), question (1), answers from target (1), "
+        "answer (1); other columns: level"
+    )
+    seen = tok.decode(tokenizer.encode_prompt(tok, "1+2"))
+    assert seen != "1+2"  # but within its chat template
+    told = f"first prompt, as the model sees it: {seen!r}; its answer: '3'"
+    assert second.strip() == told
+    path = _jsonl(tmp_path, {"prompt": "1+" * 300 + "2", "solution": "none"})
+    first, second = data.describe(data.load_prompts(path, tok, 999), tok).splitlines()
+    assert first.endswith("1 prompts from prompt, no answers; other columns: solution")
+    assert len(second) < 450 and " ... " in second and second.endswith("'")
+
+
+def test_rewards_find_the_columns_of_their_prompts(tmp_path, tok):
+    rows = [{"prompt": f"{i}+2", "level": i} for i in range(5)]
+    got = data.load_prompts(_jsonl(tmp_path, *rows), tok, 16)
+    indices, *_ = data.next_prompts(got, 0, 5, seed=0)
+    levels = [got.problems[i].columns["level"] for i in indices]
+    assert [f"{x}+2" for x in levels] == [_texts(got)[i] for i in indices]
 
 
 def test_over_long_prompts_are_counted_and_skipped(tmp_path, tok, caplog):

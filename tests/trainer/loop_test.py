@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -16,6 +17,7 @@ from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
+from pfjax.report import runs
 from pfjax.trainer import loop, setup
 from tests.conftest import (
     all_responses,
@@ -393,11 +395,6 @@ def _other_template(config):
     (pathlib.Path(config.model) / "chat_template.jinja").write_text(template)
 
 
-def _other_answer(config):
-    prompts = pathlib.Path(config.data.eval)
-    prompts.write_text(prompts.read_text().replace('"1"', '"2"'))
-
-
 def _write_samples(config, response):
     row = {"prompt_id": 0, "alpha": 4.0, "log_z": 0.0, "prompt_tokens": [2, 3]}
     text = json.dumps(row | {"completion_tokens": response}) + "\n"
@@ -419,7 +416,6 @@ def _other_tokens(config):
         (_other_prompt, "prompts"),
         (_other_template, "prompts"),
         (_other_tokens, "tokens"),
-        (_other_answer, "prompts of the evaluation"),
         (_other_samples, "samples of the target"),
     ],
 )
@@ -460,6 +456,92 @@ def test_a_template_that_asks_for_the_time_is_told_that_of_the_start(
     loop.train_and_evaluate(config, str(tmp_path / "new"))
     new = json.loads((tmp_path / "new/config.json").read_text())
     assert new["config"]["data"]["clock"].startswith("20")
+
+
+def _sets(config, folder):
+    """Two sets of evaluations: of one prompt with an answer, and of two with one."""
+    one, two = folder / "one.jsonl", folder / "two.jsonl"
+    row = {"prompt": PROMPT, "answer": "1"}
+    one.write_text(json.dumps(row) + "\n")
+    two.write_text(json.dumps(row) + "\n" + json.dumps({"prompt": "b a"}) + "\n")
+    config.data.eval, config.eval_every = f"{one}, {two}", 2
+    config.num_steps, config.eval_samples = 2, 4
+    return str(one), str(two)
+
+
+def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
+    one, two = _sets(config, tmp_path)
+    config.best_metric = "eval/two/length_mean"
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    shown = capsys.readouterr().out
+    assert f"data.eval {one}: 1 prompts from prompt, answers from answer\n" in shown
+    assert "  1 of 2 have answers: the others are not graded" in shown
+    assert f"data.train {config.data.train}: 1 prompts from prompt" in shown
+    assert shown.count("first prompt, as the model sees it: 'ab'") == 3
+    assert "eval/two/avg@4" in shown  # in the table of before and after
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert {"eval/one/avg@4", "eval/two/pass@4", "eval/two/distinct"} <= rows[0].keys()
+    assert not any(k.startswith("eval/avg") for row in rows for k in row)
+    responses = dataset_io.read_jsonl(tmp_path / "run/completions/step_000000.jsonl")
+    assert [r["set"] for r in responses] == ["one"] * 4 + ["two"] * 8
+    steps = tmp_path / "run/checkpoints/2/metrics/metrics"
+    assert json.loads(steps.read_text())["best"] == rows[-1]["eval/two/length_mean"]
+    (run,), _ = runs.load([str(tmp_path / "run")])
+    assert len(runs.read_problems(run, 2)) == 3
+    # Alone a set has the same scores, under the plain names.
+    config.data.eval, config.best_metric = two, "eval/avg"
+    loop.train_and_evaluate(config, str(tmp_path / "alone"))
+    alone = dataset_io.read_jsonl(tmp_path / "alone/metrics.jsonl")
+    for row, plain in zip(rows, alone, strict=True):
+        for name in ("avg@4", "length_mean", "distinct"):
+            assert row.get(f"eval/two/{name}") == plain.get(f"eval/{name}")
+
+
+def test_other_prompts_are_evaluated_when_a_run_goes_on_and_it_is_said(
+    config, tmp_path, capsys
+):
+    one, two = _sets(config, tmp_path)
+    config.data.eval = one
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.data.eval, config.num_steps = f"{one},{two}", 4
+    capsys.readouterr()
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    shown = capsys.readouterr().out
+    assert "prompts of evaluations are others than before: scores up to step 2" in shown
+    # Nothing that is trained has changed by it.
+    config.data.eval = one
+    loop.train_and_evaluate(config, str(tmp_path / "never"))
+    a, b = (
+        dataset_io.read_jsonl(tmp_path / x / "metrics.jsonl")[-1]
+        for x in ("run", "never")
+    )
+    assert a["tb/loss"] == b["tb/loss"] and a["entropy"] == b["entropy"]
+    assert a["eval/one/avg@4"] == b["eval/avg@4"]
+    assert "others than before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"best_metric": "eval/agv"}, "eval/agv: no such metric; did you mean eval/avg?"),
+        ({"best_metric": "eval/avg@4"}, "eval/avg@4: no such metric; did you mean"),
+        ({"best_metric": "tb/los"}, "did you mean tb/loss?"),
+        ({"best_metric": "eval/elbo"}, "no such metric"),
+        ({"best_metric": "eval/maj", "data.eval": ""}, "without --config.data.eval"),
+        ({"data.prompt_field": "text"}, "data.prompt_field=text: no such column, there "),
+        ({"data.eval": "a/x.jsonl,b/x.jsonl"}, "sets need different names"),
+        ({"data.eval": "math50"}, "no benchmark 'math50'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_or_read_is_said_before_anything_loads(
+    config, tmp_path, monkeypatch, changes, message
+):
+    config.data.eval = config.data.train
+    config.update_from_flattened_dict(changes)
+    monkeypatch.setattr(hf, "load", None)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_answers_that_nothing_equals_are_said_before_training(config, tmp_path):

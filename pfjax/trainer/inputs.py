@@ -1,0 +1,111 @@
+"""What a run is given: prompts to train on, sets of prompts to evaluate, and samples of the
+target. Mistakes in them are said before anything heavy starts."""
+
+import difflib
+from typing import Any, NamedTuple
+
+from ml_collections import FrozenConfigDict
+
+from pfjax.infra import dataset_io
+from pfjax.model import hf
+from pfjax.model.transformer import ModelConfig
+from pfjax.tasks import benchmarks, data
+from pfjax.tasks.problems import Fields, check_fields
+from pfjax.trainer import metrics, settings
+
+
+class Inputs(NamedTuple):
+    train: data.PromptSet
+    held_out: dict[str, data.PromptSet]  # sets of evaluations, by name
+
+    def longest(self) -> int:
+        """Tokens of the longest prompt to train on."""
+        return max(map(len, self.train.tokens))
+
+    def longest_of_any(self) -> int:
+        """Tokens of the longest prompt."""
+        sets = (self.train, *self.held_out.values())
+        return max(len(prompt) for of_set in sets for prompt in of_set.tokens)
+
+
+def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
+    """Reads all prompts.
+
+    Raises:
+      ValueError: for a mistake in a file or in what is said of it, and for answers or a
+        metric that are needed and will not be there.
+    """
+    c = config.data
+    sources = _sets(c.eval)
+    _check_best_metric(config, list(sources))
+    fields = Fields(c.prompt_field, c.answer_field)
+    args = (tok, c.max_prompt_tokens, c.suffix, model, fields)
+    train = data.load_prompts(c.train, *args)
+    held_out = {name: data.load_prompts(x, *args) for name, x in sources.items()}
+    for of_set in held_out.values():
+        data.warn_of_overlap(train, of_set)
+    problems = [p for of_set in (train, *held_out.values()) for p in of_set.problems]
+    try:
+        check_fields(fields, problems)
+    except ValueError as error:
+        raise ValueError(f"--config.data.{error}") from None
+    settings.check_answers(config, [p.gold for p in train.problems])
+    return Inputs(train, held_out)
+
+
+def _sets(text: str) -> dict[str, str]:
+    """The sets of `data.eval`, by name."""
+    sources = [x.strip() for x in text.split(",") if x.strip()]
+    names = {benchmarks.name_of(x): x for x in sources}
+    if len(names) < len(sources):
+        raise ValueError(
+            f"--config.data.eval={text}: sets need different names to tell their metrics "
+            f"apart, these are called {', '.join(map(benchmarks.name_of, sources))}"
+        )
+    return names
+
+
+def _check_best_metric(config: FrozenConfigDict, sets: list[str]) -> None:
+    """Raises ValueError if no metric of the run can have the name."""
+    name = config.best_metric
+    if name == settings.SETTINGS["best_metric"].default:
+        return  # without an evaluation no checkpoint is the best
+    known = metrics.names(sets, config.eval_samples, bool(config.data.target))
+    known += [metrics.without_k(x) for x in known]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if name.startswith("eval/") and not sets:
+            hint = " without --config.data.eval"
+        raise ValueError(f"--config.best_metric={name}: no such metric{hint}")
+
+
+def fingerprints(
+    inputs: Inputs, tok: Any, target: data.TargetSamples | None, adapter: str
+) -> dict[str, str]:
+    """Of what the model is given and of what its tokens mean: a file, a chat template or a
+    tokenizer may change under a config that does not."""
+    of = lambda s: [s.tokens, [p.gold for p in s.problems]]
+    found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
+    if inputs.held_out:
+        held_out = [of(of_set) for of_set in inputs.held_out.values()]
+        found[settings.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
+    if target:
+        found["samples of the target"] = target
+    out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
+    if adapter:
+        folder = hf.resolve_adapter(adapter)
+        out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
+    return out
+
+
+def describe(inputs: Inputs, tok: Any) -> str:
+    """What each set was read as, with its first prompt, for the start of the log."""
+    said = [f"data.train {data.describe(inputs.train, tok)}"]
+    for of_set in inputs.held_out.values():
+        answered = sum(p.gold is not None for p in of_set.problems)
+        said.append(f"data.eval {data.describe(of_set, tok)}")
+        if answered < len(of_set.problems):
+            left = "the others are not graded" if answered else "nothing is graded"
+            said[-1] += f"\n  {answered} of {len(of_set.problems)} have answers: {left}"
+    return "\n".join(said if inputs.held_out else [*said, "no evaluation (data.eval)"])
