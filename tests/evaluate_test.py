@@ -5,14 +5,13 @@ import os
 import pathlib
 import shutil
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from pfjax.evaluation import results
-from tests.conftest import ROOT, run_command
+from tests import fork_server
+from tests.conftest import run_command
 
 
 def _run(*args):
@@ -154,21 +153,17 @@ def test_two_processes_draw_what_one_does_and_the_first_writes(tmp_path):
     """Of greedy responses, which rounding moves least; then one of them goes on alone."""
 
     def start(out, limit, devices, index=None, port=None):
-        command = [
-            sys.executable, "-m", "pfjax.evaluate", "--benchmark=pfjax/toy/eval.jsonl",
-            "--temperature=0", "--samples=1", "--max_new_tokens=32",
-            f"--limit={limit}", f"--out={tmp_path / out}",
+        args = [
+            "--benchmark=pfjax/toy/eval.jsonl", "--temperature=0", "--samples=1",
+            "--max_new_tokens=32", f"--limit={limit}", f"--out={tmp_path / out}",
         ]  # fmt: skip
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         if port:
-            command.append("--multihost")
+            args.append("--multihost")
             names = ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
             values = (f"localhost:{port}", "2", str(index))
             env |= {f"PFJAX_{k}": v for k, v in zip(names, values, strict=True)}
-        return subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return fork_server.Process("pfjax.evaluate", *args, env={**os.environ, **env})
 
     def finish(*processes):
         for process in processes:

@@ -1,6 +1,6 @@
 """Runs that are killed, told to stop, cut off from their disk or from each other.
 
-All of them are processes of `python -m pfjax.train`. Those that train are slow.
+All of them are processes of `pfjax.train`. Those that train are slow.
 """
 
 import json
@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+from tests import fork_server
 from tests.conftest import ROOT, run_command
 
 STEPS = 8
@@ -33,43 +34,35 @@ ARGS = [
     "--config.optim.log_z_learning_rate=1e-5",
 ]
 
+ENV = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"],
+    # It compiles for longer than it computes.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 
-def start(workdir, *args, processes=1, devices=1, prefix=(), **env):
+
+def start(workdir, *args, processes=1, devices=1, **env):
     """Starts a run; of several processes the list of them."""
     env = {
         **os.environ,
-        "JAX_PLATFORMS": "cpu",
+        **ENV,
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"],
-        "PYTHONPATH": str(ROOT),
         **env,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pfjax.train",
-        *ARGS,
-        f"--workdir={workdir}",
-        *args,
-    ]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            env["PFJAX_COORDINATOR"] = f"localhost:{free.getsockname()[1]}"
-        env["PFJAX_NUM_PROCESSES"] = str(processes)
-        command.append("--multihost")
-    started = [
-        subprocess.Popen(
-            [*prefix, *command],
-            cwd=ROOT,
-            env=env | ({"PFJAX_PROCESS_ID": str(i)} if processes > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+    args = [*ARGS, f"--workdir={workdir}", *args]
+    if processes == 1:
+        return fork_server.Process("pfjax.train", *args, env=env)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        env["PFJAX_COORDINATOR"] = f"localhost:{free.getsockname()[1]}"
+    env["PFJAX_NUM_PROCESSES"] = str(processes)
+    return [
+        fork_server.Process(
+            "pfjax.train", *args, "--multihost", env=env | {"PFJAX_PROCESS_ID": str(i)}
         )
         for i in range(processes)
     ]
-    return started if processes > 1 else started[0]
 
 
 # Where something hangs; nothing is said of how long it takes.
@@ -155,7 +148,7 @@ def kill_and_resume(workdir, rng, kills):
             process, done = start(workdir), -1
         kind = rng.random()
         if kind < 0.2:  # while it starts
-            time.sleep(rng.uniform(0, 8))
+            time.sleep(rng.uniform(0, 3))
         else:
             wait_for_step(workdir, max(done, 0) + 1, process)
             if kind < 0.6:
@@ -299,11 +292,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(whole, tmp_path
         text=True,
         check=False,
         timeout=2 * PATIENCE,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"],
-        },
+        env=os.environ | ENV,
     )
     if done.returncode == 99 or "unshare" in done.stderr:
         pytest.skip(f"no small disk can be made here: {done.stderr}")

@@ -66,8 +66,17 @@ def test_a_step_of_the_toy_model_compiles(monkeypatch):
     assert gathered["update"] == pytest.approx(2 * gathered["score"], rel=0.05)
 
 
+@pytest.fixture
+def little_effort():
+    """XLA spends a third of the time on a program that is slower, and no smaller."""
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", before)
+
+
 @pytest.mark.slow
-def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh):
+def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh, little_effort):
     config = _config("qwen2_5_math_1_5b")
     plan = _plan(config, "v5e:4x4", can_compile=True)
     assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
@@ -99,15 +108,6 @@ def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh):
     }
     assert weights <= sent["score"] <= 1.5 * weights
     assert 3 * weights <= sent["update"] <= 1.5 * 3 * weights
-
-
-@pytest.fixture
-def little_effort():
-    """XLA spends a third of the time on a program that is slower, and no smaller."""
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield
-    jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
-import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -15,6 +16,8 @@ from examples.study import jobs, search, study
 from pfjax import objectives
 from pfjax.infra import dataset_io
 from pfjax.model import hf
+from tests import fork_server
+from tests.conftest import run_command
 from tests.report import fake_runs
 
 SHARED = {"num_steps": 2}
@@ -182,8 +185,23 @@ def test_search_tries_eight_settings_and_keeps_all(tmp_path, capsys):
     assert again.ran == []
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Its commands are forked, which saves each the seconds of importing."""
+
+    def run(command, *, stdout, stderr, env, **unused):
+        _, _, module, *args = command
+        how = {"env": env, "stdout": stdout, "stderr": stderr}
+        process = fork_server.Process(module, *args, **how)
+        return subprocess.CompletedProcess(command, process.wait())
+
+    monkeypatch.setattr(jobs, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["PFJAX_TEST_CACHE"])
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
 @pytest.mark.slow  # three trainings and six times samples, in processes of their own
-def test_runs_tables_and_report_of_one_command(tmp_path):
+def test_runs_tables_and_report_of_one_command(tmp_path, forked):
     args = ("--objectives=powerflow", "--alphas=2", f"--out={tmp_path}")
     printed = _study("--num_steps=2", "--seeds=1", *args)
     assert "8/8" in printed
@@ -202,7 +220,7 @@ def test_runs_tables_and_report_of_one_command(tmp_path):
 
 
 @pytest.mark.slow  # two trainings in processes of their own
-def test_search_trains_on_its_own_prompts(tmp_path, monkeypatch):
+def test_search_trains_on_its_own_prompts(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(search, "RATES", (1e-4,))
     monkeypatch.setattr(search, "CLIPS", (1.0,))
     monkeypatch.setattr(search, "_FINER", (0.5,))
@@ -218,9 +236,6 @@ def test_search_trains_on_its_own_prompts(tmp_path, monkeypatch):
 
 
 def _study(*args):
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.study", *args],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_command("examples.study", *args)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
