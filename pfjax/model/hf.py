@@ -230,11 +230,7 @@ def save(
                 (folder / "README.md").write_text(card)
             if source is not None:
                 _copy_side_files(source, folder)
-            stop_ids = {"eos_token_id": list(policy.config.stop_ids)}
-            _update(folder / "generation_config.json", stop_ids)
-            config |= {"tie_word_embeddings": policy.config.tied_embeddings}
-            text = json.dumps(config | stop_ids | {"dtype": dtype}, indent=2) + "\n"
-            (folder / "config.json").write_text(text)
+            _write_configs(folder, config, policy.config, dtype)
             if out.exists():
                 shutil.rmtree(out)
             folder.rename(out)
@@ -252,6 +248,17 @@ def check_replaceable(out_dir: str | os.PathLike) -> None:
             f"{out} holds something other than a model, which would be lost: choose "
             "another folder"
         )
+
+
+def _write_configs(
+    folder: pathlib.Path, config: dict, model: transformer.ModelConfig, dtype: str
+) -> None:
+    """Writes `config.json`, and into `generation_config.json` what ends a response."""
+    stop_ids = {"eos_token_id": list(model.stop_ids)}
+    _update(folder / "generation_config.json", stop_ids)
+    config |= {"tie_word_embeddings": model.tied_embeddings}
+    text = json.dumps(config | stop_ids | {"dtype": dtype}, indent=2) + "\n"
+    (folder / "config.json").write_text(text)
 
 
 def _update(path: pathlib.Path, values: dict) -> None:
