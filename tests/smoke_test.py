@@ -47,6 +47,7 @@ def test_smoke_run_sharpens_without_shortening(smoke):
     # What a person reads at the end.
     before, after = (f"{row['eval/avg@8']:.3f}" for row in (first, last))
     assert re.search(rf"eval/avg@8 +│ +{before} │ +{after}", output)
+    assert re.search(r"^training all [\d,]{7} parameters$", output, re.MULTILINE)
     assert f"model: {folder / 'hf'}" in output
 
 

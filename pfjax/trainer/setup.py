@@ -219,7 +219,7 @@ def _describe(
 def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:
     """How many parameters are trained, of how many."""
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    number = lambda n: f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n:,}"
+    number = lambda n: f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"
     trained, whole = size(fns.state.params["policy"]), abstract_params(fns.model)
     if not c.lora.rank:
         return f"training all {number(trained)} parameters"
