@@ -139,6 +139,7 @@ def test_second_start_finds_its_programs_compiled(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long_running
 def test_trajectory_level_matching_collapses(tmp_path):
     """The ablation of the paper: the same run on whole sequences turns to guesses."""
     done = run_command(
@@ -146,6 +147,7 @@ def test_trajectory_level_matching_collapses(tmp_path):
         "--config=configs/smoke.py",
         f"--workdir={tmp_path / 'run'}",
         "--config.objective=tb_traj",
+        "--config.eval_every=100",
     )
     assert done.returncode == 0, done.stderr
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
