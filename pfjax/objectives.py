@@ -39,6 +39,7 @@ class ObjectiveConfig:
     # `reward_functions.parse`; "" for the objective's own, if it has one.
     reward: str = ""
     reward_per: str = "response"  # or "token"; in length-aware targets
+    temperature: float = 1.0  # that responses are sampled at
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
@@ -53,6 +54,11 @@ class ObjectiveConfig:
     def reward_source(self) -> str:
         """The terms of the reward that is computed, "" for none."""
         return self.reward or self.kind.reward
+
+    @property
+    def is_balance(self) -> bool:
+        """Whether the optimum is the same whatever distribution responses come from."""
+        return self.kind.loss in (balance, subtb)
 
     @property
     def is_tilted(self) -> bool:

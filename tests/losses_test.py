@@ -257,6 +257,33 @@ def test_the_gradient_on_policy_is_that_of_the_divergence(rng, order):
     np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
 
 
+def test_balance_has_the_same_optimum_at_any_temperature_of_sampling(rng):
+    """A policy gradient does not: of the base it pushes tokens that no reward asks for."""
+    lm = TabularModel(rng)
+    base = lm.log_p(lm.logits)
+
+    def drawn(logits):
+        return jax.lax.stop_gradient(jnp.exp(lm.log_p(logits / 0.6)))
+
+    def balance(params):
+        log_pf = lm.log_p(params["logits"])
+        loss = losses.length_aware_trajectory_balance(
+            log_pf, 2.0 * base, params["log_z"], lm.length
+        )
+        return (drawn(params["logits"]) * loss).sum()
+
+    found = minimise(balance, {"logits": lm.logits, "log_z": jnp.float32(0)})
+    reached = np.exp(lm.log_p(found["logits"]))
+    assert total_variation(reached, length_aware_target(base, lm.length, 2.0)[0]) < 0.02
+
+    def policy_gradient(logits, weight):  # of a reward that is 1 for all
+        return -(weight * lm.log_p(logits)).sum()
+
+    push = jax.grad(policy_gradient)
+    assert np.abs(push(lm.logits, jnp.exp(base))).max() < 1e-6
+    assert np.abs(push(lm.logits, drawn(lm.logits))).max() > 0.01
+
+
 def test_a_residual_far_off_has_a_finite_loss_and_gradient():
     value, slope = jax.value_and_grad(lambda x: losses.divergence(x, 0.0))(-500.0)
     assert np.isfinite(value) and slope == pytest.approx(2 - 2 * np.exp(20.0), rel=1e-5)

@@ -53,6 +53,8 @@ def step_metrics(
         **rollout_metrics(data.rollout, scored),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
+    if objective.temperature != 1:  # these are means over samples of the policy
+        del out["tb/elbo"], out["tb/ess"]
     if objective.reward_source:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)

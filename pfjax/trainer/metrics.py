@@ -88,6 +88,7 @@ METRICS: dict[str, Metric] = {
         "what is never sampled",
         r"\mathbb{E}_\pi[\log\tilde p(y) - \log\pi(y)]",
         "toward 0, from either side, for length-aware targets; rises toward log Z otherwise",
+        when="`temperature` 1",
     ),
     "tb/ess": Metric(
         "effective sample size of a prompt's responses as samples of the target, a fraction",

@@ -497,6 +497,12 @@ def check(c: FrozenConfigDict) -> None:
     from pfjax.objectives import ObjectiveConfig
 
     objective = ObjectiveConfig(c.objective, log_z=c.log_z, reward=c.reward)
+    if c.temperature != 1 and not objective.is_balance:
+        raise ValueError(
+            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
+            "samples of the policy itself, at temperature 1; objectives that may sample "
+            "otherwise are those of balance, such as powerflow"
+        )
     check_reward(c, objective)
     has_groups = objective.log_z_source == "group" or objective.kind.reward
     if has_groups and c.samples_per_prompt < 2:
@@ -557,7 +563,11 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
     from pfjax.tasks import rewards
 
     rewards.check(objective.reward_source)
-    kind = objective.kind
+    if c.reward and objective.kind.has_prefixes:
+        raise ValueError(
+            f"--config.objective={c.objective} weighs every prefix of a response, of which "
+            "there is no reward"
+        )
     if objective.is_tilted and not c.beta:
         paper = "; its paper has 15" if c.objective == "flowrl" else ""
         raise ValueError(
@@ -570,11 +580,6 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             if not objective.reward_source
             else f"--config.beta={c.beta} has no effect on {c.objective}, which has no "
             "target"
-        )
-    if c.reward and kind.has_prefixes:
-        raise ValueError(
-            f"--config.objective={c.objective} weighs every prefix of a response, of which "
-            "there is no reward"
         )
 
 

@@ -124,7 +124,15 @@ def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
 
 
 def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
-    same = ("alpha", "beta", "reward", "reward_per", "divergence", "log_z")
+    same = (
+        "temperature",
+        "alpha",
+        "beta",
+        "reward",
+        "reward_per",
+        "divergence",
+        "log_z",
+    )
     same += ("clip_low", "clip_high", "mask_clipped_tokens")
     same = {name: c[name] for name in same}
     return ObjectiveConfig(c.objective, kl=c.reward_kl, **same)

@@ -71,6 +71,20 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ),
         ({"clip_low": 2.0}, "--config.clip_low=2.0 exceeds --config.clip_high=1.28"),
         ({"profile_steps": ("a", "b")}, "must be the first step to trace"),
+        (
+            {"temperature": 0.6, "objective": "grpo"},
+            "the policy itself, at temperature 1",
+        ),
+        ({"temperature": 0.6, "objective": "rl_token"}, "such as powerflow"),
+        ({"beta": 1.0}, "weighs a reward in the target: set --config.reward too"),
+        ({"beta": 1.0, "objective": "grpo"}, "has no effect on grpo"),
+        (
+            {"objective": "flowrl"},
+            "set --config.beta above 0, in nats; its paper has 15",
+        ),
+        ({"reward": "accuracy"}, "set --config.beta above 0"),
+        ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
+        ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),
         ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),
     ],
 )
