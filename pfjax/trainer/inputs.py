@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io
-from pfjax.model import hf
-from pfjax.model.transformer import ModelConfig
+from pfjax.model import hf, hf_config, tokenizer
+from pfjax.model.transformer import ModelConfig, check_tokens
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, check_fields
 from pfjax.trainer import metrics, settings
@@ -80,8 +80,34 @@ def _check_best_metric(config: FrozenConfigDict, sets: list[str]) -> None:
         raise ValueError(f"--config.best_metric={name}: no such metric{hint}")
 
 
+def other_base(
+    config: FrozenConfigDict, inputs: Inputs, tok: Any
+) -> ModelConfig | None:
+    """The frozen base's config, where the policy starts from another checkpoint.
+
+    Raises:
+      ValueError: if its tokens mean something else than the policy's.
+    """
+    if not config.base:
+        return None
+    source = hf.resolve(config.base)
+    vocabulary, own = tokenizer.load(source).get_vocab(), tok.get_vocab()
+    if different := sorted(k for k, _ in own.items() ^ vocabulary.items()):
+        raise ValueError(
+            f"--config.base={config.base} has another tokenizer than {config.model}: "
+            f"{len(different)} tokens differ, such as {different[0]!r}"
+        )
+    model = hf_config.read(source)
+    check_tokens(model, inputs.train.tokens)
+    return model
+
+
 def fingerprints(
-    inputs: Inputs, tok: Any, target: data.TargetSamples | None, adapter: str
+    inputs: Inputs,
+    tok: Any,
+    target: data.TargetSamples | None,
+    adapter: str,
+    base: str,
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
     tokenizer may change under a config that does not."""
@@ -96,6 +122,8 @@ def fingerprints(
     if adapter:
         folder = hf.resolve_adapter(adapter)
         out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
+    if base:
+        out["checkpoint of the base"] = hf.fingerprint(hf.resolve(base))
     return out
 
 

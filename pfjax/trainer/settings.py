@@ -83,6 +83,10 @@ _DECIDING: dict[str, Setting] = {
         "pfjax/toy",
         "base model: Hugging Face folder or hub id; pfjax/toy ships with pfjax",
     ),
+    "base": Setting(
+        "",
+        'checkpoint whose power is the target, of the same tokenizer; "" for that of model',
+    ),
     "objective": Setting(
         "powerflow",
         "what is trained; formulas are in pfjax/objectives.py",
@@ -475,6 +479,11 @@ def check(c: FrozenConfigDict) -> None:
             "after it, as in (10, 13)"
         )
     _check_adapters(c)
+    if (c.lora.rank or c.lora.init_from) and c.base:
+        raise ValueError(
+            f"--config.base={c.base}: with adapters the base is the policy's own weights; "
+            "leave them out"
+        )
     if (c.lora.rank or c.lora.init_from) and c.offload_ref:
         raise ValueError(
             "--config.offload_ref=True: with adapters the base is the policy's own weights "

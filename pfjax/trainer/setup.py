@@ -11,7 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from pfjax.evaluation import elbo, scores
-from pfjax.model import attention, attention_check, hf, hf_config, lora, tokenizer
+from pfjax.model import (
+    attention,
+    attention_check,
+    hf,
+    hf_config,
+    lora,
+    tokenizer,
+)
 from pfjax.model.transformer import Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
@@ -58,7 +65,8 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     base_model = dataclasses.replace(
         base_model, stop_ids=stop_ids, load_tokenizer=lambda: tok
     )
-    fns = train_fns(config, base_model, longest, mesh)
+    other_base = inputs.other_base(config, given, tok)
+    fns = train_fns(config, base_model, longest, mesh, other_base)
     target = None
     if config.data.target:
         target = data.load_target(config.data.target, fns.objective.target)
@@ -77,11 +85,13 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=inputs.fingerprints(given, tok, target, config.lora.init_from),
+        inputs=inputs.fingerprints(
+            given, tok, target, config.lora.init_from, config.base
+        ),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         seed=config.seed,
-        starts_at_base=not config.lora.init_from,
+        starts_at_base=not (config.lora.init_from or config.base),
         next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
@@ -120,8 +130,10 @@ def _load_params(
     adapters = _load_adapters(config, fns) if config.lora.rank else None
     params = hf.load(source, mesh).params
     trained = params if adapters is None else adapters
-    # A copy, since training gives the buffers of its parameters away.
-    base = jax.tree.map(lambda x: jnp.array(x, config.dtype), params)
+    if config.base:
+        base = hf.load(config.base, mesh, config.dtype).params
+    else:  # a copy, since training gives the buffers of its parameters away
+        base = jax.tree.map(lambda x: jnp.array(x, config.dtype), params)
     if config.offload_ref:
         to_host = lambda x: x.sharding.with_memory_kind("pinned_host")
         base = jax.device_put(base, jax.tree.map(to_host, base))
@@ -162,7 +174,7 @@ def _evaluation(
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
-        "stop_ids": fns.base_model.stop_ids,
+        "stop_ids": fns.model.stop_ids,
     }
     how = scores.Settings(
         samples_per_prompt=config.eval_samples,

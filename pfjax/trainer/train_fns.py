@@ -41,20 +41,26 @@ class TrainFns(NamedTuple):
 
 def train_fns(
     config: FrozenConfigDict,
-    base_model: ModelConfig,
+    start: ModelConfig,
     longest_prompt: int,
     mesh: AnyMesh,
+    base_model: ModelConfig | None = None,
 ) -> TrainFns:
     """Builds them from a config for the devices of `mesh`. If these are absent, it must
-    not be current (see `jax.set_mesh`)."""
-    base_model = dataclasses.replace(
-        base_model, dtype=config.dtype, attention=config.attention
-    )
-    model = policy_model(config, base_model)
+    not be current (see `jax.set_mesh`).
+
+    Args:
+      start: of the checkpoint that the policy starts from.
+      base_model: of the frozen base, where that is another.
+    """
+    same = {"dtype": config.dtype, "attention": config.attention}
+    start = dataclasses.replace(start, **same)
+    base_model = dataclasses.replace(base_model or start, **same)
+    model = policy_model(config, start)
     trained = trained_params(model, mesh)
     learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
-    objective, stop_ids = _objective(config), base_model.stop_ids
+    objective, stop_ids = _objective(config), start.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()
@@ -219,7 +225,7 @@ def first_state(
 ) -> step.TrainState:
     """The state before the first update."""
     everywhere = sharding.replicated(mesh)
-    head = init_head(fns.base_model.embed_dim, jax.random.key(seed))
+    head = init_head(fns.model.embed_dim, jax.random.key(seed))
     head, start = jax.device_put((head, jnp.int32(0)), everywhere)
     params = {"policy": trained, "log_z": head}
     return step.TrainState(start, params, fns.init_opt_state(params))

@@ -215,6 +215,37 @@ def test_rivals_train_on_their_rewards(tmp_path, monkeypatch, objective):
     assert rows[-1]["rollout/logp_gap_max"] < 1e-4
 
 
+@pytest.mark.long_running
+@pytest.mark.slow
+def test_a_policy_reaches_the_power_of_another_base_than_its_start(
+    converging, enumerable_folder, tmp_path
+):
+    config = converging
+    start = hf.load(enumerable_folder)
+    noise = lambda x: x + 0.2 * np.random.default_rng(0).normal(size=x.shape)
+    other = start._replace(params=jax.tree.map(noise, start.params))
+    config.base = config.model
+    config.model = str(tmp_path / "start")
+    hf.save(other, config.model, base=config.base)
+    config.alpha, config.num_steps, config.checkpoint_every = 2.0, 250, 250
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    base, length = _distribution(config.base)
+    trained, _ = _distribution(tmp_path / "run/hf")
+    target, _ = length_aware_target(base, length, 2.0)
+    assert total_variation(np.exp(trained), target) < 0.02
+    own = length_aware_target(_distribution(config.model)[0], length, 2.0)[0]
+    assert total_variation(own, target) > 0.05
+
+
+def test_a_base_of_other_tokens_is_refused(config, tmp_path):
+    config.base = "pfjax/toy"
+    with pytest.raises(ValueError, match="pfjax/toy has another tokenizer than"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.lora.rank = 2
+    with pytest.raises(ValueError, match="with adapters the base is the policy's own"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+
 def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
     config.objective = "grpo"
     pathlib.Path(config.data.train).write_text('{"prompt": "a"}\n')
