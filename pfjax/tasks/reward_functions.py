@@ -12,12 +12,16 @@ import contextlib
 import json
 import math
 import select
+import shlex
 import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
 
+from pfjax.tasks import reward_worker
+
 _WORKER = "pfjax.tasks.reward_worker"
+_PROGRAM = "pipe:"
 _START_SECONDS = 300.0  # to import what a function needs
 
 
@@ -72,8 +76,16 @@ class Worker:
         if self._process is not None:
             return
         command = [sys.executable, "-m", _WORKER, self._spec]
+        is_program = self._spec.startswith(_PROGRAM)
+        if is_program:
+            command = shlex.split(self._spec.removeprefix(_PROGRAM))
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        try:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+        except OSError as error:
+            raise ValueError(f"--config.reward={self._spec}: {error}") from error
+        if is_program:  # which only answers what it is asked
+            return
         found = self._read(_START_SECONDS)
         if found is None or "error" in found:
             self.stop()
@@ -93,8 +105,12 @@ class Worker:
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
             found = self._read(seconds)
+            if self._spec.startswith(_PROGRAM) and found is not None:
+                found = {"values": reward_worker.numbers(found, len(given["prompts"]))}
         except BrokenPipeError:
             found = None
+        except reward_worker.Invalid as error:
+            found = {"invalid": str(error)}
         if found is None:
             self.stop()
             raise Failed(f"ended or took more than {seconds:g} s")
@@ -104,8 +120,8 @@ class Worker:
             raise ValueError(f"--config.reward={self._spec} {found['invalid']}")
         return found["values"]
 
-    def _read(self, seconds: float) -> dict[str, Any] | None:
-        """A line of the process, None if there is none in time."""
+    def _read(self, seconds: float) -> Any:
+        """A line of the process as JSON, None if there is none in time."""
         out, deadline, line = self._process.stdout, time.monotonic() + seconds, b""
         while not line.endswith(b"\n"):
             left = max(deadline - time.monotonic(), 0.0)
@@ -115,7 +131,10 @@ class Worker:
             if not some:
                 return None
             line += some
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError:
+            return line.decode(errors="replace").strip()
 
     def stop(self) -> None:
         """Kills the process, if there is one."""
@@ -129,7 +148,8 @@ class RewardFunction(contextlib.AbstractContextManager):
     """One function, in a pool of processes; `failures` counts responses without a value.
 
     Args:
-      spec: "path/to/file.py:name" or "package.module:name".
+      spec: "path/to/file.py:name", "package.module:name", or "pipe:COMMAND", a program
+        that answers each line of JSON, the arguments, with a line: a list of numbers.
       seconds: of wall time for a response, after which it is given up.
       num_workers: processes, each of which takes the samples of a prompt.
     """

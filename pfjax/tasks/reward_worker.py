@@ -56,21 +56,30 @@ def call(function: Callable, given: dict[str, Any]) -> list[float | None]:
     Raises:
       Invalid: if it returns something else than a number or None for each.
     """
-    n = len(given["completions"])
+    num = len(given["completions"])
     parameters = inspect.signature(function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         given = {p.name: given[p.name] for p in parameters if p.name in given}
     values = function(**given)
     if inspect.isawaitable(values):
         values = asyncio.run(_wait(values))
+    return numbers(values, num)
+
+
+def numbers(values: Any, num: int) -> list[float | None]:
+    """Values of so many responses as floats; None for what does not apply.
+
+    Raises:
+      Invalid: if they are something else.
+    """
     if hasattr(values, "tolist"):  # of NumPy, torch, or JAX
         values = values.tolist()
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         shown = repr(values)[:80]
         raise Invalid(f"returned {shown}, not a list of numbers")
     values = [v.item() if hasattr(v, "item") else v for v in values]
-    if len(values) != n:
-        raise Invalid(f"returned {len(values)} values for {n} responses")
+    if len(values) != num:
+        raise Invalid(f"returned {len(values)} values for {num} responses")
     for v in values:
         if not isinstance(v, int | float | None) or (v is not None and v - v != 0):
             raise Invalid(f"returned {v!r} for a response, not a finite number")

@@ -102,6 +102,23 @@ def test_what_hangs_dies_or_raises_costs_its_own_reward_alone(mine):
     assert np.nansum(flat) == 4
 
 
+def test_any_program_may_answer_over_a_pipe(tmp_path):
+    program = (
+        tmp_path / "judge.awk"
+    )  # counts a letter in each line, which it is asked once
+    program.write_text('{ print "[" gsub(/z/, "") "]"; fflush() }')
+    got = _values(f"pipe:awk -f {program}", _group(["zz"]), _group(["a"]))
+    assert got == [[2.0], [0.0]]
+    for command, message in [
+        ("none-such-program", "No such file"),
+        ("echo good", "returned 'good', not a list of numbers"),
+        ("true", "failed for every response: ended or took more"),
+    ]:
+        with pytest.raises(ValueError) as error:
+            _values(f"pipe:{command}", _group(["a"]))
+        assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
