@@ -103,11 +103,11 @@ def test_what_hangs_dies_or_raises_costs_its_own_reward_alone(mine):
 
 
 def test_any_program_may_answer_over_a_pipe(tmp_path):
-    program = (
-        tmp_path / "judge.awk"
-    )  # counts a letter in each line, which it is asked once
-    program.write_text('{ print "[" gsub(/z/, "") "]"; fflush() }')
-    got = _values(f"pipe:awk -f {program}", _group(["zz"]), _group(["a"]))
+    program = tmp_path / "judge.sh"  # counts a letter
+    program.write_text(
+        'while read -r line; do z=${line//[^z]/}; echo "[${#z}]"; done\n'
+    )
+    got = _values(f"pipe:bash {program}", _group(["zz"]), _group(["a"]))
     assert got == [[2.0], [0.0]]
     for command, message in [
         ("none-such-program", "No such file"),
