@@ -5,6 +5,7 @@ import csv
 import difflib
 import hashlib
 import json
+import logging
 import pathlib
 import re
 import textwrap
@@ -94,6 +95,8 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     import datasets
 
     datasets.disable_progress_bars()
+    # Of each try; what comes of it is said below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     name, *config, split = source.split(":") if ":" in source else (source, "train")
     name, _, revision = name.partition("@")
     try:
@@ -106,8 +109,8 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
             hint = f", such as {', '.join(files)}" if files else ""
             what = f"{name!r} is a folder (give a file{hint}) which"
         raise ValueError(
-            f"{what} could not be loaded as a data set of the Hugging Face hub: "
-            f"{one_line(error)}"
+            f"{what} could not be loaded as a data set of the Hugging Face hub (a file "
+            f"fetched from there can be given instead): {one_line(error)}"
         ) from error
     return [(f"{source} row {i}", row) for i, row in enumerate(table)]
 

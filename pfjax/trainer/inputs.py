@@ -37,7 +37,6 @@ def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
     """
     c = config.data
     sources = _sets(c.eval)
-    _check_best_metric(config, list(sources))
     fields = Fields(c.prompt_field, c.answer_field)
     args = (tok, c.max_prompt_tokens, c.suffix, model, fields)
     train = data.load_prompts(c.train, *args)
@@ -50,6 +49,7 @@ def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
     except ValueError as error:
         raise ValueError(f"--config.data.{error}") from None
     settings.check_answers(config, [p.gold for p in train.problems])
+    _check_best_metric(config, held_out)
     return Inputs(train, held_out)
 
 
@@ -65,18 +65,24 @@ def _sets(text: str) -> dict[str, str]:
     return names
 
 
-def _check_best_metric(config: FrozenConfigDict, sets: list[str]) -> None:
+def _check_best_metric(
+    config: FrozenConfigDict, sets: dict[str, data.PromptSet]
+) -> None:
     """Raises ValueError if no metric of the run can have the name."""
     name = config.best_metric
     if name == settings.SETTINGS["best_metric"].default:
         return  # without an evaluation no checkpoint is the best
-    known = metrics.names(sets, config.eval_samples, bool(config.data.target))
+    is_graded = lambda of_set: any(p.gold is not None for p in of_set.problems)
+    graded = [k for k, of_set in sets.items() if is_graded(of_set)]
+    has_target = bool(config.data.target)
+    known = metrics.names([*sets], graded, config.eval_samples, has_target)
     known += [metrics.without_k(x) for x in known]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        if name.startswith("eval/") and not sets:
-            hint = " without --config.data.eval"
+        if name.startswith("eval/") and not graded:
+            what = "answers in" if sets else "any"
+            hint = f" without {what} --config.data.eval" + hint
         raise ValueError(f"--config.best_metric={name}: no such metric{hint}")
 
 
@@ -106,11 +112,14 @@ def fingerprints(
     inputs: Inputs,
     tok: Any,
     target: data.TargetSamples | None,
+    *,
     adapter: str,
     base: str,
+    reads_columns: bool,
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
-    tokenizer may change under a config that does not."""
+    tokenizer may change under a config that does not. Of all columns where a reward
+    `reads_columns`."""
     of = lambda s: [s.tokens, [p.gold for p in s.problems]]
     found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
     if inputs.held_out:
@@ -118,6 +127,9 @@ def fingerprints(
         found[settings.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
     if target:
         found["samples of the target"] = target
+    if reads_columns:  # of any type, not of JSON's alone
+        rows = [repr(dict(p.columns)) for p in inputs.train.problems]
+        found["columns of the prompts"] = rows
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)

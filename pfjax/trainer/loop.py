@@ -1,5 +1,6 @@
 """The training loop: one iteration from top to bottom, and what happens between them."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -282,8 +283,13 @@ class _Run:
         self.writer.write_completions(step, rows)
         if not values:
             return {}
-        shown = (f"{k} {v:.3f}" for k, v in values.items() if not k.endswith("_se"))
-        self.progress.note(f"step {step}  " + "  ".join(shown))
+        shown = collections.defaultdict(list)  # by set, if there are several
+        for key, value in values.items():
+            if not key.endswith("_se"):
+                of_set, _, name = key.rpartition("/")
+                shown[of_set].append(f"{name} {value:.3f}")
+        for of_set, scores in shown.items():
+            self.progress.note("  ".join([f"step {step}  {of_set}".rstrip(), *scores]))
         values = {f"eval/{k}": v for k, v in values.items()}
         self.callbacks.on_evaluation(step, values, rows)
         return values | {"time/eval": time.perf_counter() - begin}

@@ -309,25 +309,29 @@ def described(key: str) -> str:
     return "eval/" + last if first.startswith("eval/") else f"{first}/{last}".strip("/")
 
 
-def names(sets: list[str], k: int, has_target: bool) -> list[str]:
+def names(sets: list[str], graded: list[str], k: int, has_target: bool) -> list[str]:
     """The keys that a run may write.
 
     Args:
       sets: of its evaluations; where there are several, `eval/avg@k` stands for the mean
         over them (see `value_of`).
+      graded: those of them that have answers.
       k: samples per prompt in evaluations.
       has_target: whether there are samples of the target.
     """
-    prefixes = ["", *(f"{name}/" for name in sets if len(sets) > 1)]
     out = []
     for key, metric in METRICS.items():
         group, _, last = key.partition("/")
+        last, measured = last.replace("@k", f"@{k}"), sets
+        if metric.when == _GOLD:
+            measured = graded
         if group != "eval":
             out.append(key)
         elif metric.when == _TARGET:
             out += [key] if has_target else []
-        elif sets:
-            out += [f"eval/{x}{last.replace('@k', f'@{k}')}" for x in prefixes]
+        elif measured:
+            of_each = [f"eval/{x}/{last}" for x in measured if len(sets) > 1]
+            out += [f"eval/{last}", *of_each]
     return out
 
 

@@ -12,6 +12,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
 from pfjax.sampler.options import TokenFilters
+from pfjax.tasks import benchmarks
 from pfjax.trainer import checkpoint, settings
 
 _SOME_PROMPT = "What is 17 + 25?"
@@ -59,9 +60,11 @@ def program() -> str:
 
 def _evaluation(config: FrozenConfigDict) -> list[str]:
     """Flags of `pfjax evaluate` that do what the run's evaluations did."""
-    out = [f"--benchmark={config.data.eval}", f"--samples={config.eval_samples}"]
-    if config.data.suffix:
+    sets = [name.strip() for name in config.data.eval.split(",")]
+    out = [f"--benchmark={','.join(sets)}", f"--samples={config.eval_samples}"]
+    if config.data.suffix or set(sets) & benchmarks.BENCHMARKS.keys():
         out += [f"--style={{question}}{config.data.suffix}"]
+    out += _given(config, "data.prompt_field", "data.answer_field")
     filters = (x.name for x in dataclasses.fields(TokenFilters))
     names = (f"eval_sampling.{x}" for x in ("temperature", *filters))
     out += _given(config, "seed", *names)

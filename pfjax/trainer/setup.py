@@ -86,7 +86,12 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
         inputs=inputs.fingerprints(
-            given, tok, target, config.lora.init_from, config.base
+            given,
+            tok,
+            target,
+            adapter=config.lora.init_from,
+            base=config.base,
+            reads_columns=bool(reward.functions),
         ),
         frozen=base if config.lora.rank else {},
         base=on_devices,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, Problem, check_fields
@@ -237,3 +238,12 @@ def test_order_is_a_permutation_each_epoch_and_resumes_anywhere():
     later, later_ids, _ = data.next_prompts(prompts, 7, 4, seed=1)
     assert later == chosen[7:11] and later_ids == ids[7:11]
     assert data.next_prompts(prompts, 0, 15, seed=2)[0] != chosen
+
+
+def test_a_benchmark_is_asked_by_its_name_as_training_prompts_are(tok, monkeypatch):
+    rows = [("hub row 0", {"problem": "1+2", "answer": "3"})]
+    source = "HuggingFaceH4/MATH-500:test"
+    monkeypatch.setattr(dataset_io, "read", {source: rows}.get)
+    got = data.load_prompts("math500", tok, 16, suffix="+4")
+    assert (_texts(got), _answers(got)) == (["1+2+4"], ["3"])
+    assert benchmarks.name_of("math500") == "math500"

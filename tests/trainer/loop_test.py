@@ -509,6 +509,7 @@ def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
     assert "  1 of 2 have answers: the others are not graded" in shown
     assert f"data.train {config.data.train}: 1 prompts from prompt" in shown
     assert shown.count("first prompt, as the model sees it: 'ab'") == 3
+    assert "step 0  two  length_mean" in shown
     assert "eval/two/avg@4" in shown  # in the table of before and after
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     assert {"eval/one/avg@4", "eval/two/pass@4", "eval/two/distinct"} <= rows[0].keys()
@@ -558,7 +559,11 @@ def test_other_prompts_are_evaluated_when_a_run_goes_on_and_it_is_said(
         ({"best_metric": "eval/avg@4"}, "eval/avg@4: no such metric; did you mean"),
         ({"best_metric": "tb/los"}, "did you mean tb/loss?"),
         ({"best_metric": "eval/elbo"}, "no such metric"),
-        ({"best_metric": "eval/maj", "data.eval": ""}, "without --config.data.eval"),
+        ({"best_metric": "eval/maj", "data.eval": ""}, "without any --config.data.eval"),
+        (
+            {"best_metric": "eval/maj", "data.eval": "pfjax/toy/train.jsonl"},
+            "without answers in --config.data.eval",
+        ),
         ({"data.prompt_field": "text"}, "data.prompt_field=text: no such column, there "),
         ({"data.eval": "a/x.jsonl,b/x.jsonl"}, "sets need different names"),
         ({"data.eval": "math50"}, "no benchmark 'math50'"),

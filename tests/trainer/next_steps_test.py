@@ -25,7 +25,8 @@ def _commands(folder, **changes):
 
 def test_an_evaluation_does_what_the_run_did(tmp_path):
     changes = {
-        "data.eval": "my data.jsonl",
+        "data.eval": "my data.jsonl, b.jsonl",
+        "data.answer_field": "target",
         "data.suffix": " Box it.",
         "data.chat_template_kwargs": '{"x": true}',
         "eval_sampling.temperature": 0.0,
@@ -35,11 +36,16 @@ def test_an_evaluation_does_what_the_run_did(tmp_path):
     }
     folder = tmp_path / "my run"
     assert set(_commands(folder, **changes)["evaluate"]) == {
-        f"--model={folder}/hf", "--max_new_tokens=3072", "--benchmark=my data.jsonl",
+        f"--model={folder}/hf", "--max_new_tokens=3072", "--benchmark=my data.jsonl,b.jsonl", "--answer_field=target",
         '--chat_template_kwargs={"x": true}', "--style={question} Box it.",
         "--temperature=0.0", "--stop=\n\n", "--samples=1", "--seed=3",
         f"--out={folder}/scores",
     }  # fmt: skip
+
+
+def test_a_benchmark_is_asked_as_in_the_run(tmp_path):
+    flags = _commands(tmp_path, **{"data.eval": "math500"})["evaluate"]
+    assert "--style={question}" in flags  # rather than with a suffix of evaluate's
 
 
 def test_what_a_run_does_not_have_is_not_asked_for(tmp_path):
