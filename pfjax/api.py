@@ -239,6 +239,7 @@ def fine_tune(
     workdir: str | os.PathLike,
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
     on_evaluation: Callable[[int, dict[str, float], list[dict]], Any] | None = None,
+    reward: Callable[..., list[float]] | None = None,
 ) -> Policy:
     """Trains as `pfjax train` does, and returns the trained policy.
 
@@ -253,8 +254,13 @@ def fine_tune(
         the step, its metrics (`eval/...`), and the graded responses, a dict each, as in
         `completions/`.
 
-    Both are called on the first process only. An exception in one of them stops the run
-    after a save, and is raised here; the same call continues after that step.
+      reward: called as those of TRL are, `reward(prompts, completions, completion_ids,
+        **columns)`, with the samples of a prompt; returns a number for each. It is what
+        `config.beta` weighs in the target, or a policy gradient follows; `config.reward`
+        takes its name.
+
+    These are called on the first process only. An exception in the first two stops the run
+    after a save, one in the reward at once; it is raised here, and the same call continues.
 
     Returns:
       The policy after the last step, adapters merged, on the mesh of the run; a folder in
@@ -275,5 +281,10 @@ def fine_tune(
     from pfjax.trainer import loop
 
     folder = os.fspath(workdir)
-    trained = loop.train_and_evaluate(config, folder, on_step, on_evaluation)
+    if reward is not None:
+        config = config.copy_and_resolve_references()
+        config.reward = (
+            f"python:{getattr(reward, '__qualname__', type(reward).__name__)}"
+        )
+    trained = loop.train_and_evaluate(config, folder, on_step, on_evaluation, reward)
     return lora.merge(trained)

@@ -218,3 +218,29 @@ def test_an_exception_in_a_callback_stops_after_a_save(config, tmp_path):
     again = []
     pfjax.fine_tune(config, tmp_path, on_step=lambda step, _: again.append(step))
     assert again == [] and (tmp_path / "hf").exists()
+
+
+def test_a_reward_from_python_tilts_the_target(config, tmp_path):
+    asked = []
+
+    def digits(completions, answer, **columns):
+        asked.append((len(completions), len(answer)))
+        return [sum(c.isdigit() for c in text) / 10 for text in completions]
+
+    with pytest.raises(ValueError, match="set --config.beta above 0"):
+        pfjax.fine_tune(config, tmp_path, reward=digits)
+    config.beta = 1.0
+    rewards = []
+    pfjax.fine_tune(
+        config,
+        tmp_path,
+        on_step=lambda step, metrics: rewards.append(metrics["reward/mean"]),
+        reward=digits,
+    )
+    assert len(rewards) == 2 and min(rewards) > 0
+    assert asked == [(2, 2)] * 8  # 4 prompts, 2 steps
+    saved = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert saved["reward"].startswith("python:") and "digits" in saved["reward"]
+    config.reward = saved["reward"]
+    with pytest.raises(ValueError, match="call pfjax.fine_tune with it"):
+        pfjax.fine_tune(config, tmp_path / "other")

@@ -5,7 +5,7 @@ Rewards are float32 `[S]`, the samples of a prompt side by side.
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from pfjax.tasks import reward_functions
 from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
 from pfjax.tasks.problems import Problem
-from pfjax.tasks.reward_functions import RewardFunction, Term
+from pfjax.tasks.reward_functions import LocalFunction, RewardFunction, Term
 
 # Of the answers in boxes, see `of_answers`.
 OF_ANSWERS = ("accuracy", "majority", "cluster")
@@ -55,13 +55,28 @@ class Reward(contextlib.AbstractContextManager):
     Args:
       text: the terms, see `reward_functions.parse`; "" for no reward.
       seconds, num_workers: see `RewardFunction`.
+      local: what a term "python:NAME" calls, in this process.
     """
 
-    def __init__(self, text: str, seconds: float = 10.0, num_workers: int = 1):
+    def __init__(
+        self,
+        text: str,
+        seconds: float = 10.0,
+        num_workers: int = 1,
+        local: Callable | None = None,
+    ):
         terms = reward_functions.parse(text)
         self.terms = [t._replace(name=_READY.get(t.name, t.name)) for t in terms]
+        is_local = lambda term: term.name.startswith(reward_functions.LOCAL)
+        if local is None and any(map(is_local, self.terms)):
+            raise ValueError(
+                f"--config.reward={text} is a function of Python: call pfjax.fine_tune with "
+                "it, or name its file, FILE.py:NAME"
+            )
         self.functions = {
-            t.name: RewardFunction(t.name, seconds, num_workers)
+            t.name: LocalFunction(t.name, local)
+            if is_local(t)
+            else RewardFunction(t.name, seconds, num_workers)
             for t in self.terms
             if t.is_function
         }

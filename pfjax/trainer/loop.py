@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ def train_and_evaluate(
     workdir: str,
     on_step: OnStep | None = None,
     on_evaluation: OnEvaluation | None = None,
+    reward: Callable | None = None,
 ) -> Policy:
     """Trains a policy toward the alpha-power distribution of its base.
 
@@ -50,7 +52,7 @@ def train_and_evaluate(
     Args:
       config: see `settings.SETTINGS`.
       workdir: the run's folder, local or `gs://`; the same for all processes.
-      on_step, on_evaluation: called on the first process, see `pfjax.fine_tune`.
+      on_step, on_evaluation, reward: called on the first process, see `pfjax.fine_tune`.
 
     Returns:
       The policy after the last step, adapters beside its weights.
@@ -72,7 +74,7 @@ def train_and_evaluate(
     config = settings.with_clock(settings.with_adapter(config), folder)
     settings.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        trainer, state, about = setup(config, mesh)
+        trainer, state, about = setup(config, mesh, reward)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             stack.enter_context(Lease(folder))

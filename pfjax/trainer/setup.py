@@ -49,7 +49,9 @@ class Trainer(NamedTuple):
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
 
 
-def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, str]:
+def setup(
+    config: FrozenConfigDict, mesh: Mesh, reward_function: Callable | None = None
+) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source = hf.resolve(config.model)
@@ -77,7 +79,10 @@ def setup(config: FrozenConfigDict, mesh: Mesh) -> tuple[Trainer, TrainState, st
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [*given.held_out.values()]
     reward = rewards.Reward(
-        fns.objective.reward_source, config.reward_seconds, config.reward_workers
+        fns.objective.reward_source,
+        config.reward_seconds,
+        config.reward_workers,
+        reward_function,
     )
     if rewards.needs_answers(fns.objective.reward_source):
         graded.append(train)
