@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def test_run_folder_holds_what_is_promised(smoke):
     row = dataset_io.read_jsonl(folder / "completions/step_000000.jsonl")[0]
     assert {"prompt", "completion", "answer", "gold", "correct"} <= set(row)
     assert (folder / "checkpoints").is_dir()
+
+
+def test_the_code_on_the_model_card_runs(smoke, tmp_path, capsys):
+    card = (smoke[0] / "hf/README.md").read_text()
+    code = re.search(r"## How to use.*?```python\n(.*?)```", card, re.DOTALL)[1]
+    (tmp_path / "code.py").write_text(code.replace("...", "47+35"))
+    runpy.run_path(str(tmp_path / "code.py"))
+    assert "=" in capsys.readouterr().out  # the toy writes out its sums
 
 
 def test_transformers_reads_the_exported_model(smoke):
