@@ -117,6 +117,14 @@ def test_values_that_are_not_those_saved_are_refused(run, monkeypatch):
     assert not (run / "hf-step-4").exists()
 
 
+def test_another_base_is_refused(run):
+    content = json.loads((run / "config.json").read_text())
+    content["config"]["model"] = str(run / "hf")
+    (run / "config.json").write_text(json.dumps(content))
+    done = _export(run)
+    assert done.returncode == 1 and "is no longer the model" in done.stderr
+
+
 def test_push_sends_the_folder_to_a_private_repository(run, monkeypatch):
     calls = []
     repo = types.SimpleNamespace(repo_id="me/name")
@@ -157,10 +165,10 @@ def test_the_card_says_what_the_hub_asks_for(run, tmp_path):
     c = ConfigDict(settings.read_config(epath.Path(run)))
     c.model, c.data.eval = str(base), "me/held-out:test"
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    (tmp_path / "card.md").write_text(
-        model_card.model_card(FrozenConfigDict(c), rows, "me/name")
-    )
-    data = huggingface_hub.ModelCard.load(tmp_path / "card.md").data
+    text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
+    card = huggingface_hub.ModelCard(text)
+    assert "# base toward its power distribution, alpha 4\n" in card.text
+    data = card.data
     assert data.license == "mit" and data.model_name == "name"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     found = {x.metric_name: x for x in data.eval_results}

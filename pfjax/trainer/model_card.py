@@ -47,6 +47,7 @@ def model_card(
         data,
         template_str=_TEMPLATE.read_text(),
         name=name,
+        base=hub_id(config.model) or pathlib.PurePath(config.model).name,
         c=config,
         is_chat=getattr(tok, "chat_template", None) is not None,
         steps=history[-1]["step"] if history else 0,
