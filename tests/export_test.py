@@ -168,6 +168,11 @@ def test_the_card_says_what_the_hub_asks_for(run, tmp_path):
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
     card = huggingface_hub.ModelCard(text)
     assert "# base toward its power distribution, alpha 4\n" in card.text
+    assert "without labels" in card.text
+    c.beta, c.base = 2.0, "me/other"
+    text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
+    assert "tilted power distribution" in text and "distribution of me/other" in text
+    assert "without labels" not in text
     data = card.data
     assert data.license == "mit" and data.model_name == "name"
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
