@@ -5,6 +5,7 @@ Rewards are float32 `[S]`, the samples of a prompt side by side.
 
 import contextlib
 import difflib
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,11 @@ class Reward(contextlib.AbstractContextManager):
         """Loads the functions; raises ValueError for what cannot be loaded."""
         for function in self.functions.values():
             function.check()
+
+    def files(self) -> list[pathlib.Path]:
+        """Files that functions are in, as far as they are named by one."""
+        names = (name.rpartition(":")[0] for name in self.functions)
+        return [pathlib.Path(x).expanduser() for x in names if x.endswith(".py")]
 
     @property
     def failures(self) -> int:

@@ -11,6 +11,7 @@ from pfjax.model import hf, hf_config, tokenizer
 from pfjax.model.transformer import ModelConfig, check_tokens
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, check_fields
+from pfjax.tasks.rewards import Reward
 from pfjax.trainer import metrics, settings
 
 
@@ -115,11 +116,11 @@ def fingerprints(
     *,
     adapter: str,
     base: str,
-    reads_columns: bool,
+    reward: Reward,
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
-    tokenizer may change under a config that does not. Of all columns where a reward
-    `reads_columns`."""
+    tokenizer may change under a config that does not. Of a reward's functions too, and of
+    all columns that they may read."""
     of = lambda s: [s.tokens, [p.gold for p in s.problems]]
     found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
     if inputs.held_out:
@@ -127,9 +128,10 @@ def fingerprints(
         found[settings.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
     if target:
         found["samples of the target"] = target
-    if reads_columns:  # of any type, not of JSON's alone
+    if reward.functions:  # columns of any type, not of JSON's alone
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows
+        found |= {f"code of {path}": path.read_text() for path in reward.files()}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)

@@ -96,7 +96,7 @@ def setup(
             target,
             adapter=config.lora.init_from,
             base=config.base,
-            reads_columns=bool(reward.functions),
+            reward=reward,
         ),
         frozen=base if config.lora.rank else {},
         base=on_devices,

@@ -1,7 +1,7 @@
 """What a run is given, told from one version to another."""
 
 from pfjax.model import tokenizer
-from pfjax.tasks import data
+from pfjax.tasks import data, rewards
 from pfjax.tasks.problems import Problem
 from pfjax.trainer import inputs
 
@@ -12,11 +12,18 @@ def _given(level):
     return inputs.Inputs(prompts, {})
 
 
-def test_columns_decide_where_a_reward_reads_them():
-    tok = tokenizer.load("pfjax/toy")
-    of = lambda level, reads: inputs.fingerprints(
-        _given(level), tok, None, adapter="", base="", reads_columns=reads
-    )
-    assert of(1, False) == of(2, False)
-    a, b = of(1, True), of(2, True)
+def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
+    tok, code = tokenizer.load("pfjax/toy"), tmp_path / "mine.py"
+    mine = f"{code}:reward"
+
+    def of(level, reward, text="1"):
+        code.write_text(text)
+        with rewards.Reward(reward) as reward:
+            return inputs.fingerprints(
+                _given(level), tok, None, adapter="", base="", reward=reward
+            )
+
+    assert of(1, "") == of(2, "") == of(1, "accuracy")
+    a, b, c = of(1, mine), of(2, mine), of(1, mine, "2")
     assert {k for k in a if a[k] != b[k]} == {"columns of the prompts"}
+    assert {k for k in a if a[k] != c[k]} == {f"code of {code}"}
