@@ -16,9 +16,9 @@ def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
     tok, code = tokenizer.load("pfjax/toy"), tmp_path / "mine.py"
     mine = f"{code}:reward"
 
-    def of(level, reward, text="1"):
+    def of(level, terms, text="1"):
         code.write_text(text)
-        with rewards.Reward(reward) as reward:
+        with rewards.Reward(terms) as reward:
             return inputs.fingerprints(
                 _given(level), tok, None, adapter="", base="", reward=reward
             )
