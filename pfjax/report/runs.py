@@ -29,33 +29,12 @@ class Problem(NamedTuple):
     key: tuple[int, str, str]  # prompt_id, prompt, and set of prompts
     samples: list[dict[str, Any]]
 
-    num_correct = property(lambda self: sum(bool(r["correct"]) for r in self.samples))
-
     @property
-    def fraction_correct(self) -> float | None:
+    def num_correct(self) -> int | None:
         """None where the answer is not known."""
         if self.samples[0]["correct"] is None:
             return None
-        return self.num_correct / len(self.samples)
-
-    @property
-    def is_majority_correct(self) -> bool:
-        """Whether the most common answer is correct, or a correct one as common.
-
-        Correct answers are one class. Incorrect ones are told apart as text, without the
-        grader: two spellings of one incorrect answer do not add up.
-        """
-        given = [r for r in self.samples if r["answer"] is not None]
-        votes = collections.Counter(r["correct"] or r["answer"] for r in given)
-        return votes[True] > 0 and votes[True] == max(votes.values())
-
-    @property
-    def typical(self) -> dict[str, Any]:
-        """The first sample whose verdict is that of most; of a tie, the first."""
-        if self.fraction_correct in (None, 0.5):
-            return self.samples[0]
-        verdict = self.fraction_correct > 0.5
-        return next(r for r in self.samples if r["correct"] == verdict)
+        return sum(bool(r["correct"]) for r in self.samples)
 
 
 class Run(NamedTuple):
@@ -74,12 +53,14 @@ class Group(NamedTuple):
     first: list[list[Problem]]  # of each run, at the first of them
     last: list[list[Problem]]  # and at the last; [] without completions
 
+    @property
+    def last_step(self) -> int:
+        return min((run.rows[-1]["step"] for run in self.runs if run.rows), default=0)
 
-def load(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
-    """Returns runs in and below folders that were evaluated, each once, in the order
-    given and then by name; and the folders of those that were not (yet)."""
+
+def load(paths: Sequence[str]) -> list[Run]:
+    """Returns runs in and below folders, each once, in the order given and then by name."""
     found: dict[str, Run] = {}
-    skipped: list[str] = []
     for path in paths:
         root = storage.place(path)
         here = [_read(f) for f in _find(root)] if root.is_dir() else []
@@ -87,16 +68,20 @@ def load(paths: Sequence[str]) -> tuple[list[Run], list[str]]:
             raise ValueError(
                 f"{path} holds no run: no folder there has config.json and metrics.jsonl"
             )
-        evaluated = [run for run in here if _evaluated(run)]
-        if not evaluated:
-            raise ValueError(
-                f"{path} holds {len(here)} run{'s' * (len(here) > 1)} but no evaluation: "
-                "train with --config.data.eval=PROMPTS, or wait for step 0"
-            )
-        for run in evaluated:
+        for run in here:
             found.setdefault(str(run.folder.resolve()), run)
-        skipped += [run.folder.name for run in here if run not in evaluated]
-    return list(found.values()), list(dict.fromkeys(skipped))
+    return list(found.values())
+
+
+def files(folder: epath.Path) -> list[epath.Path]:
+    """What a report reads of a run."""
+    names = ("config.json", "metrics.jsonl", "label.txt")
+    return [p for n in names if (p := folder / n).exists()] + [*_completions(folder)]
+
+
+def _completions(folder: epath.Path) -> Iterator[epath.Path]:
+    completions = folder / "completions"
+    return completions.glob("step_*.jsonl") if completions.exists() else iter(())
 
 
 def _evaluated(run: Run) -> set[int]:
@@ -121,15 +106,13 @@ def _read(folder: epath.Path) -> Run:
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a run: {error!r}") from error
     label = folder / "label.txt"
-    completions = folder / "completions"
-    files = completions.glob("step_*.jsonl") if completions.exists() else ()
     return Run(
         folder=folder,
         config=config,
         versions=versions,
         label=label.read_text().partition("\n")[0].strip() if label.exists() else "",
         rows=dataset_io.read_jsonl(folder / "metrics.jsonl"),
-        completions={int(p.name[5:-6]): p for p in files},
+        completions={int(p.name[5:-6]): p for p in _completions(folder)},
     )
 
 
@@ -153,12 +136,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
             name += f" ({len(groups) + 1})"
         mine.sort(key=lambda r: (r.config.get("seed", 0), str(r.folder)))
         shared = sorted(set.intersection(*map(_evaluated, mine)))
-        if not shared:
-            raise ValueError(
-                f"runs of the group {name!r} were evaluated at no step that all share: "
-                + ", ".join(str(r.folder) for r in mine)
-            )
-        first, last = ([read_problems(r, shared[i]) for r in mine] for i in (0, -1))
+        at = [shared[0], shared[-1]] if shared else []
+        first, last = [[read_problems(r, s) for r in mine] for s in at] or [[], []]
         groups.append(Group(name, mine, shared, first, last))
     return groups
 

@@ -242,7 +242,7 @@ METRICS: dict[str, Metric] = {
     "eval/avg@k": Metric(
         "mean accuracy over prompts and their k samples",
         r"\frac{1}{P}\sum_q \frac{c_q}{k}",
-        "the headline; compare the change with its standard error",
+        "rises by more than its standard error",
         _GOLD,
     ),
     "eval/avg@k_se": Metric(

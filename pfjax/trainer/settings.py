@@ -735,6 +735,7 @@ def write_config(c: FrozenConfigDict, folder: epath.Path) -> None:
         "pfjax": _version(),
         **{p: importlib.metadata.version(p) for p in packages},
         "backend": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
     }
     out = {"config": json.loads(c.to_json()), "versions": versions}
     storage.write_text(folder / "config.json", json.dumps(out, indent=2) + "\n")

@@ -11,7 +11,7 @@ from tests.report import fake_runs
 def pair(tmp_path):
     fake_runs.make(tmp_path / "a", 0, fake_runs.SEED_0)
     fake_runs.make(tmp_path / "b", 1, fake_runs.SEED_1)
-    (group,) = runs.group(runs.load([str(tmp_path)])[0])
+    (group,) = runs.group(runs.load([str(tmp_path)]))
     return group
 
 
@@ -45,11 +45,16 @@ def test_a_curve_spans_its_seeds_and_leaves_out_what_is_not_finite(pair):
     assert outcomes.curve(pair, "entropy").x.tolist() == [1, 3, 4]
 
 
-def test_many_steps_are_averaged_in_windows(pair):
-    curve = outcomes.curve(pair, "entropy", most=3)
-    assert curve.window == 2
-    assert curve.x.tolist() == [1.5, 3.5]
-    np.testing.assert_allclose(curve.mean, [0.65, 0.85])
+def test_a_running_median_is_blind_to_single_steps(pair):
+    x = np.arange(16)
+    noisy = outcomes.Curve(x, np.array([[1.0] * 16, [*range(16)]]))
+    noisy.values[0, [5, 15]] = 100.0
+    assert outcomes.window(16) == 3 and outcomes.window(7) == 1
+    assert outcomes.window(100) == 13  # an eighth, odd
+    smooth = outcomes.smooth(noisy, 3)
+    # Of two at the ends: (0 + 1) / 2 and (14 + 15) / 2.
+    assert smooth.values[1].tolist() == [0.5, *range(1, 15), 14.5]
+    assert smooth.values[0].tolist() == [1.0] * 15 + [50.5]
 
 
 def test_pass_at_n_is_the_unbiased_estimate(pair):
@@ -61,49 +66,15 @@ def test_pass_at_n_is_the_unbiased_estimate(pair):
     assert outcomes.pass_curve([[], []]) is None
 
 
-@pytest.mark.parametrize(
-    ("answers", "is_correct"),
-    [
-        (("7", "3", "4"), True),  # a tie of three
-        (("7", "3", "3"), False),
-        (("7", None, None), True),  # no answer has no vote
-        ((None, None, None), False),
-    ],
-)
-def test_the_majority(answers, is_correct):
-    rows = [{"answer": a, "correct": a == "7"} for a in answers]
-    assert runs.Problem((0, "", ""), rows).is_majority_correct == is_correct
-
-
-def test_problems_that_changed(pair):
-    # Problem 0 stays correct by a tie and by all; problem 1 becomes correct in both seeds.
-    assert outcomes.changes(pair) == (1, 0)
-    back = pair._replace(first=pair.last, last=pair.first)
-    assert outcomes.changes(back) == (0, 1)
-    still = pair._replace(last=[pair.first[0], pair.last[1]])
-    assert outcomes.changes(still) == (0.5, 0)  # mean over seeds
-
-
-def test_telling_problems_are_those_that_changed_most_then_some_that_did_not(tmp_path):
-    before = tuple(("0",) * 2 for _ in range(2))
-    fake_runs.make(tmp_path / "a", answers={0: before, 4: (("0", "0"), ("9", "9"))})
-    (group,) = runs.group(runs.load([str(tmp_path)])[0])
-    shown = outcomes.telling(group, changed=1, unchanged=1)
-    assert [x.key[0] for x, _ in shown] == [1, 0]
-    assert [(x.fraction_correct, y.fraction_correct) for x, y in shown] == [
-        (0, 1),
-        (0, 0),
-    ]
-    # By how much, and not by which comes first.
-    answers = {0: before, 4: (("7", "0"), ("9", "9"))}
-    fake_runs.make(tmp_path / "b/run", answers=answers)
-    (group,) = runs.group(runs.load([str(tmp_path / "b")])[0])
-    shown = outcomes.telling(group, changed=1, unchanged=1)
-    assert [x.key[0] for x, _ in shown] == [1]
-
-
-def test_without_answers_the_first_problems_are_shown(tmp_path):
+def test_without_answers_nothing_is_correct_or_incorrect(tmp_path):
     fake_runs.make(tmp_path / "a", is_graded=False)
-    (group,) = runs.group(runs.load([str(tmp_path)])[0])
-    assert outcomes.changes(group) is None and outcomes.pass_curve(group.last) is None
-    assert [x.key[0] for x, _ in outcomes.telling(group, 1, 1)] == [0, 1]
+    (group,) = runs.group(runs.load([str(tmp_path)]))
+    assert outcomes.pass_curve(group.last) is None
+    assert {p.num_correct for p in group.last[0]} == {None}
+
+
+def test_every_metric_is_described():
+    for metric in outcomes.METRICS:
+        key = metric.key + "@8" * (metric.key in ("eval/avg", "eval/maj", "eval/pass"))
+        assert metric.description(key).about, key
+        assert metric.description(key).good or not metric.title, key

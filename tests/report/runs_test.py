@@ -1,7 +1,5 @@
 """Folders read back, and which runs are one group."""
 
-import shutil
-
 import pytest
 
 from pfjax.report import runs
@@ -9,7 +7,7 @@ from tests.report import fake_runs
 
 
 def _groups(*folders):
-    return runs.group(runs.load([str(f) for f in folders])[0])
+    return runs.group(runs.load([str(f) for f in folders]))
 
 
 def _names(tmp_path, *settings):
@@ -30,13 +28,13 @@ def test_seeds_and_what_touches_records_or_speed_make_no_other_group(tmp_path):
 
 def test_a_run_is_read_as_it_was_written(tmp_path):
     fake_runs.make(tmp_path / "a")
-    ((run,), _) = runs.load([str(tmp_path / "a")])
+    (run,) = runs.load([str(tmp_path / "a")])
     assert run.config["optim.learning_rate"] == 0.001
     assert run.versions["jax"] == "0.10.2"
     assert [r["step"] for r in run.rows] == [0, 1, 2, 3, 4]
     first, second = runs.read_problems(run, 4)
     assert first.key == (0, "problem 0", "") and len(first.samples) == 2
-    assert (first.fraction_correct, second.fraction_correct) == (1.0, 0.5)
+    assert (first.num_correct, second.num_correct) == (2, 1)
     assert runs.read_problems(run, 3) == []
 
 
@@ -69,11 +67,28 @@ def test_a_label_names_and_merges(tmp_path):
     assert [g.name for g in _groups(tmp_path)] == ["sharp & sure", "flat"]
 
 
-def test_runs_are_found_below_once_and_unevaluated_ones_are_named(tmp_path):
+def test_runs_are_found_below_once_in_the_order_given(tmp_path):
     fake_runs.make(tmp_path / "study/deep/a")
     fake_runs.make(tmp_path / "study/b", answers={}, alpha=2.0)
-    found, skipped = runs.load([str(tmp_path), str(tmp_path / "study/deep")])
-    assert [r.folder.name for r in found] == ["a"] and skipped == ["b"]
+    found = runs.load([str(tmp_path), str(tmp_path / "study/deep")])
+    assert [r.folder.name for r in found] == ["b", "a"]
+    found = runs.load([str(tmp_path / "study/deep"), str(tmp_path)])
+    assert [r.folder.name for r in found] == ["a", "b"]
+    assert [g.name for g in runs.group(found)] == ["alpha 4", "alpha 2"]
+
+
+def test_a_run_that_was_not_evaluated_has_its_steps(tmp_path):
+    fake_runs.make(tmp_path / "a", answers={})
+    (group,) = _groups(tmp_path)
+    assert (group.evaluated, group.first, group.last) == ([], [], [])
+    assert group.last_step == 4
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    path = fake_runs.make(tmp_path / "a") / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    (run,) = runs.load([str(tmp_path / "a")])
+    assert [r["step"] for r in run.rows] == [0, 1, 2, 3]
 
 
 def test_mistakes_say_what_is_wrong(tmp_path):
@@ -81,9 +96,6 @@ def test_mistakes_say_what_is_wrong(tmp_path):
     for path in ("empty", "absent"):
         with pytest.raises(ValueError, match=f"{path} holds no run"):
             runs.load([str(tmp_path / path)])
-    fake_runs.make(tmp_path / "silent/a", answers={})
-    with pytest.raises(ValueError, match="holds 1 run but no evaluation"):
-        runs.load([str(tmp_path / "silent")])
     broken = fake_runs.make(tmp_path / "broken")
     (broken / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is no config of a run"):
@@ -96,17 +108,13 @@ def test_a_group_goes_as_far_as_all_of_its_runs(tmp_path):
     fake_runs.make(tmp_path / "b", seed=1, answers=early)
     (group,) = _groups(tmp_path)
     assert group.evaluated == [0]
-    shutil.rmtree(tmp_path / "b")
-    fake_runs.make(tmp_path / "b", seed=1, answers={2: fake_runs.SEED_1[0]})
-    with pytest.raises(ValueError, match="no step that all share"):
-        _groups(tmp_path)
 
 
 def test_a_problem_cut_short_by_a_kill_is_left_out(tmp_path):
     folder = fake_runs.make(tmp_path / "a")
     path = folder / "completions/step_000004.jsonl"
     path.write_text(path.read_text()[:-30])
-    ((run,), _) = runs.load([str(folder)])
+    (run,) = runs.load([str(folder)])
     assert [p.key[0] for p in runs.read_problems(run, 4)] == [0]
 
 
