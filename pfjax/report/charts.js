@@ -3,6 +3,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const hiddenGroups = new Set();
+const MOST_BANDS = 6; // of as many groups, or they cannot be told apart
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 const make = (tag, className = "", text = "") => {
   const element = document.createElement(tag);
@@ -57,6 +58,7 @@ function drawChart(chart, holder) {
   const columns = [chart.x];
   const series = [{}];
   const bands = [];
+  const hasBands = data.groups.length - hiddenGroups.size <= MOST_BANDS;
   const lines = []; // [place, group, name]
   const add = (values, options) => {
     columns.push(values);
@@ -69,7 +71,7 @@ function drawChart(chart, holder) {
   }
   for (const c of chart.curves) {
     const show = !hiddenGroups.has(c.group);
-    if (c.low) {
+    if (c.low && hasBands) {
       const edge = { stroke: "transparent", width: 0, show };
       const [high, low] = [add(c.high, edge), add(c.low, edge)];
       bands.push({ series: [high, low], fill: colour(c.group, +css("--band")) });
@@ -91,7 +93,8 @@ function drawChart(chart, holder) {
   };
   // Raw points beyond the lines do not decide the scale.
   const decides = chart.curves.flatMap((c) =>
-    hiddenGroups.has(c.group) ? [] : [...c.y, ...(c.low || []), ...(c.high || [])]);
+    hiddenGroups.has(c.group) ? []
+      : [...c.y, ...((hasBands && c.low) || []), ...((hasBands && c.high) || [])]);
   decides.push(...(chart.before || []));
   if (chart.reference !== null) decides.push(chart.reference, 0);
   const known = decides.filter((v) => v !== null);
@@ -101,6 +104,7 @@ function drawChart(chart, holder) {
   const range = [low >= 0 && low < room ? 0 : low - room, high + room];
   const plot = new uPlot({
     width: holder.clientWidth, height: 220, series, bands, legend: { show: false },
+    focus: { alpha: 0.25 },
     padding: [8, 10, 0, 0],
     scales: { x: chart.doubles ? { time: false, distr: 3, log: 2 } : { time: false },
       y: { range: () => range } },
@@ -111,6 +115,7 @@ function drawChart(chart, holder) {
     ],
     cursor: {
       y: false, drag: { x: true, y: false }, points: { show: false },
+      focus: { prox: hasBands ? -1 : 20 }, // the curve under the mouse, of many
       sync: chart.doubles ? undefined : { key: "steps", setSeries: false },
     },
     hooks: {
@@ -204,7 +209,7 @@ function drawAll() {
   }
 }
 
-/** Buttons that show and hide a group in all charts; none if there is but one. */
+/** Buttons that show and hide a group in all charts; a double click leaves it alone. */
 function makeLegend() {
   const legend = document.querySelector(".legend");
   if (!legend) return;
@@ -214,10 +219,21 @@ function makeLegend() {
     button.title = group.name;
     button.append(make("i", "dot"), group.name);
     button.setAttribute("aria-pressed", "true");
+    const update = () => {
+      [...legend.children].forEach((b, j) =>
+        b.setAttribute("aria-pressed", String(!hiddenGroups.has(j))));
+      drawAll();
+    };
     button.addEventListener("click", () => {
       if (!hiddenGroups.delete(i)) hiddenGroups.add(i);
-      button.setAttribute("aria-pressed", String(!hiddenGroups.has(i)));
-      drawAll();
+      update();
+    });
+    button.addEventListener("dblclick", () => {
+      const others = data.groups.map((_, j) => j).filter((j) => j !== i);
+      const isAlone = others.every((j) => hiddenGroups.has(j));
+      hiddenGroups.clear();
+      if (!isAlone) others.forEach((j) => hiddenGroups.add(j));
+      update();
     });
   });
   paintLegend();

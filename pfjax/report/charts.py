@@ -76,15 +76,17 @@ def _pass_at_n(groups: Sequence[Group]) -> Iterator[Chart]:
     if any(c and len(c.x) > 1 for c in last):
         caption = (
             "Probability that n samples hold a correct one, mean over problems, at the "
-            "last evaluation; dashed: at the first one of the first run. Good: higher at "
-            "n = 1 without a loss at large n."
+            "last evaluation. Good: higher at n = 1 without a loss at large n."
         )
         made = [_curve(i, c) for i, c in enumerate(last) if c]
         chart = _chart("pass", "A correct answer in n samples", caption, made, "n")
-        on_axis = dict(zip(first.x.tolist(), _numbers(first.mean), strict=True))
-        before = [on_axis.get(n) for n in chart["x"]]
-        step = groups[0].evaluated[0]
-        yield chart | {"doubles": True, "before": before, "before_name": f"step {step}"}
+        chart["doubles"] = True
+        if first:
+            on_axis = dict(zip(first.x.tolist(), _numbers(first.mean), strict=True))
+            chart["before"] = [on_axis.get(n) for n in chart["x"]]
+            chart["before_name"] = f"step {groups[0].evaluated[0]}"
+            chart["caption"] += " Dashed: the first run at its first evaluation."
+        yield chart
 
 
 def _paths(groups: Sequence[Group]) -> Iterator[Chart]:

@@ -23,10 +23,13 @@ _SAME_EXPERIMENT = {
 _FIRST = ("objective", "alpha")  # of what makes a name
 
 
+Key = tuple[int, str, str]  # prompt_id, prompt, and set of prompts
+
+
 class Problem(NamedTuple):
     """A prompt of an evaluation, and the rows of its samples in order."""
 
-    key: tuple[int, str, str]  # prompt_id, prompt, and set of prompts
+    key: Key
     samples: list[dict[str, Any]]
 
     @property
@@ -59,17 +62,23 @@ class Group(NamedTuple):
 
 
 def load(paths: Sequence[str]) -> list[Run]:
-    """Returns runs in and below folders, each once, in the order given and then by name."""
-    found: dict[str, Run] = {}
+    """Returns the runs of folders; see `find`."""
+    return [_read(folder) for folder in find(paths)]
+
+
+def find(paths: Sequence[str]) -> list[epath.Path]:
+    """Returns folders of runs in and below others, each once, in the order given and then
+    by name."""
+    found: dict[str, epath.Path] = {}
     for path in paths:
         root = storage.place(path)
-        here = [_read(f) for f in _find(root)] if root.is_dir() else []
+        here = [*_find(root)] if root.is_dir() else []
         if not here:
             raise ValueError(
                 f"{path} holds no run: no folder there has config.json and metrics.jsonl"
             )
-        for run in here:
-            found.setdefault(str(run.folder.resolve()), run)
+        for folder in here:
+            found.setdefault(str(folder.resolve()), folder)
     return list(found.values())
 
 

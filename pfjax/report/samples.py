@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pfjax.report import runs
-from pfjax.report.runs import Problem, Run
+from pfjax.report.runs import Key, Problem, Run
 
 
 class Packed(NamedTuple):
@@ -37,12 +37,15 @@ def pack(found: Sequence[Run], room: int) -> Packed:
         shown = shown[: int(len(shown) * min(0.95 * room / len(text), 0.95))]
     if not shown:
         return Packed("", "The completions are too long to be shown here.", False)
-    num_more = 0
+    num_more, used = 0, len(text)
     for i, step in between:
-        more = [*kept, (i, step, runs.read_problems(found[i], step))]
-        if len(longer := _pack(more, shown)) > room:
+        more = (i, step, runs.read_problems(found[i], step))
+        used += len(_pack([more], shown))  # alone it takes more than among others
+        if used > room:
             break
-        kept, text, num_more = more, longer, num_more + 1
+        kept.append(more)
+        num_more += 1
+    text = _pack(kept, shown) if num_more else text
     left_out = []
     if len(shown) < len(keys):
         left_out.append(f"{len(keys) - len(shown)} of {len(keys)} prompts")
@@ -58,9 +61,9 @@ def _ends(run: Run) -> set[int]:
     return {min(run.completions), max(run.completions)} if run.completions else set()
 
 
-def _pack(kept: Sequence[Evaluation], shown: Sequence[tuple[int, str, str]]) -> str:
+def _pack(kept: Sequence[Evaluation], shown: Sequence[Key]) -> str:
     number = {key: i for i, key in enumerate(shown)}
-    golds: dict[tuple[int, str, str], Any] = {}
+    golds: dict[Key, Any] = {}
     evaluations = []
     for run, step, problems in sorted(kept, key=lambda e: e[:2]):
         samples = {}

@@ -22,7 +22,7 @@ def make_server(
     made: dict[str, bytes] = {}
 
     def version() -> str:
-        files = [f for r in runs.load(paths) for f in runs.files(r.folder)]
+        files = [f for folder in runs.find(paths) for f in runs.files(folder)]
         state = [(str(f), f.stat().mtime, f.stat().length) for f in files]
         return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 

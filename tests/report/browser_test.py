@@ -11,6 +11,7 @@ from tests.report.serve_test import serving
 
 webdriver = pytest.importorskip("selenium.webdriver")
 ui = pytest.importorskip("selenium.webdriver.support.ui")
+exceptions = pytest.importorskip("selenium.common.exceptions")
 DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
     not (DRIVER and CHROMIUM), reason="needs chromium and chromedriver"
@@ -58,7 +59,8 @@ def _open(browser, address, width=1200, scheme="light"):
 
 
 def _wait(browser, until):
-    return ui.WebDriverWait(browser, 30, 0.05).until(lambda _: until())
+    gone = exceptions.StaleElementReferenceException  # the page was loaded anew
+    return ui.WebDriverWait(browser, 30, 0.05, [gone]).until(lambda _: until())
 
 
 def _all(browser, selector):
@@ -190,6 +192,45 @@ def test_filters_choose_run_step_prompt_and_change(page):
     _choose(page, "run", 1)  # seed 1: problem 0 stays as it is
     _choose(page, "kind", "changed")
     shown("problem 1")
+
+
+def test_what_changed_most_comes_first(browser, tmp_path):
+    answers = {0: (("3", "7"), ("4", "4")), 4: (("7", "7"), ("9", "9"))}
+    fake_runs.make(tmp_path / "a", answers=answers)
+    with serving(tmp_path) as port:
+        _open(browser, f"http://127.0.0.1:{port}/")
+        assert _texts(browser, ".prompt header .said") == ["problem 0", "problem 1"]
+        _choose(browser, "kind", "changed")
+        found = lambda: _texts(browser, ".prompt header .said")
+        _wait(browser, lambda: found() == ["problem 1", "problem 0"])
+
+
+def test_of_many_groups_one_can_be_looked_at_alone(browser, tmp_path):
+    for i in range(14):
+        alpha, seed = float(i // 2), i % 2
+        answers = [fake_runs.SEED_0, fake_runs.SEED_1][seed]
+        fake_runs.make(tmp_path / f"{i:02d}", seed, answers, alpha=alpha)
+    bands = """
+        const {bands, series} = plots[0];
+        return bands.filter(b => series[b.series[0]].show).length
+    """
+    pressed = lambda: [
+        b.get_attribute("aria-pressed") == "true"
+        for b in _all(browser, ".legend button")
+    ]
+    with serving(tmp_path) as port:
+        _open(browser, f"http://127.0.0.1:{port}/")
+        # Seven bands over each other would show nothing; six are drawn.
+        assert browser.execute_script(bands) == 0
+        third = _all(browser, ".legend button")[2]
+        third.click()
+        assert browser.execute_script(bands) == 6
+        third.click()
+        webdriver.ActionChains(browser).double_click(third).perform()
+        assert pressed() == [i == 2 for i in range(7)]
+        assert browser.execute_script(bands) == 1
+        webdriver.ActionChains(browser).double_click(third).perform()
+        assert pressed() == [True] * 7
 
 
 def test_a_square_shows_its_sample(page):

@@ -129,3 +129,10 @@ def test_a_long_run_is_thinned_and_keeps_its_end(tmp_path):
     groups[0].runs[0].rows[:] = [{"step": i, "entropy": i / 1e4} for i in range(5000)]
     x = _drawn(groups)["entropy"]["x"]
     assert len(x) <= 301 and x[-1] == 4999
+
+
+def test_pass_at_n_needs_no_completions_of_the_first_run(tmp_path):
+    groups = _groups(tmp_path, {"answers": {}}, {"alpha": 2.0})
+    chart = _drawn(groups)["pass"]
+    assert [c["group"] for c in chart["curves"]] == [1]
+    assert "before" not in chart and "Dashed" not in chart["caption"]

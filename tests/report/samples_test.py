@@ -38,9 +38,9 @@ def test_all_samples_come_back(tmp_path):
 
 
 def test_what_leaves_no_room_is_left_out_and_said(tmp_path):
-    many = tuple((f"{i}", f"-{i}") for i in range(2))
-    answers = {s: many for s in range(5)}
-    fake_runs.make(tmp_path / "a", answers=answers, texts=_long({"0": 0, "-0": 0}))
+    answers = {s: ((f"{s}", f"-{s}"), ("1.5", "2.5")) for s in range(5)}
+    texts = _long({a: 0 for mine in answers.values() for a in mine[0]})
+    fake_runs.make(tmp_path / "a", answers=answers, texts=texts)
     found = runs.load([str(tmp_path)])
     whole = samples.pack(found, ROOM)
     assert [e["step"] for e in _read(whole)["evaluations"]] == [0, 1, 2, 3, 4]
@@ -69,3 +69,20 @@ def test_prompts_are_left_out_of_all_runs_alike(tmp_path):
 def test_without_completions_there_is_nothing(tmp_path):
     fake_runs.make(tmp_path / "a", answers={})
     assert samples.pack(runs.load([str(tmp_path)]), ROOM) == ("", "", False)
+
+
+def test_the_work_grows_with_what_there_is(tmp_path, monkeypatch):
+    answers = dict.fromkeys(range(5), fake_runs.SEED_0[0])
+    for i in range(8):
+        texts = _long({"3": 0, "4": 0}, seed=i)
+        fake_runs.make(tmp_path / f"{i}", answers=answers, texts=texts, alpha=float(i))
+    packed, compress = [], gzip.compress
+
+    def counted(data, *args, **kwargs):
+        packed.append(len(data))
+        return compress(data, *args, **kwargs)
+
+    monkeypatch.setattr(samples.gzip, "compress", counted)
+    said = samples.pack(runs.load([str(tmp_path)]), 10**9)
+    assert said.left_out == "" and len(_read(said)["evaluations"]) == 8 * 5
+    assert sum(packed) < 3 * max(packed)

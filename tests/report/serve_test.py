@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from pfjax.infra import dataset_io
 from pfjax.report import serve
 from tests.report import fake_runs
 
@@ -42,6 +43,12 @@ def test_the_page_and_its_version_follow_the_run(tmp_path):
             file.write(json.dumps({"step": 5, "entropy": 0.5}) + '\n{"step": 6, "ent')
         assert _get(port, "/version")[1] != version
         assert "step 5</small>" in _get(port, "/")[1]
+
+
+def test_a_version_is_told_without_reading_the_runs(tmp_path, monkeypatch):
+    with serving(fake_runs.make(tmp_path / "a")) as port:
+        monkeypatch.delattr(dataset_io, "read_jsonl")
+        assert _get(port, "/version")[0] == 200
 
 
 def test_nothing_else_is_served_and_to_no_one_else(tmp_path):
