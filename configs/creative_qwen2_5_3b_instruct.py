@@ -8,10 +8,10 @@ Command: pfjax train --config=creative_qwen2_5_3b_instruct \
 
 import ml_collections
 
-from pfjax.trainer import settings
+import pfjax
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = settings.recipe("creative")
+    c = pfjax.recipe("creative")
     c.model = "Qwen/Qwen2.5-3B-Instruct"
     return c

@@ -7,11 +7,11 @@ Command: pfjax train --config=llama3_2_3b_instruct --workdir=runs/llama3_2_3b_in
 
 import ml_collections
 
-from pfjax.trainer import settings
+import pfjax
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = settings.recipe("reasoning")
+    c = pfjax.recipe("reasoning")
     c.model = "meta-llama/Llama-3.2-3B-Instruct"
     c.alpha = 2.0
     return c

@@ -7,11 +7,11 @@ Command: pfjax train --config=qwen2_5_1_5b --workdir=runs/qwen2_5_1_5b
 
 import ml_collections
 
-from pfjax.trainer import settings
+import pfjax
 
 
 def get_config() -> ml_collections.ConfigDict:
-    c = settings.recipe("reasoning")
+    c = pfjax.recipe("reasoning")
     c.model = "Qwen/Qwen2.5-1.5B"
     c.alpha = 4.0
     return c

@@ -8,11 +8,11 @@ Command: bash launch/local.sh --study
 
 import ml_collections
 
-from pfjax.trainer import settings
+import pfjax
 
 
 def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
-    c = settings.recipe("smoke")
+    c = pfjax.recipe("smoke")
     c.objective = objective
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 import latex2mathml.converter
 
 from pfjax import objectives
-from pfjax.trainer import metrics, settings
+from pfjax.trainer import metrics, recipes, settings
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -88,7 +88,7 @@ def _objectives() -> str:
 
 def _recipes() -> str:
     lines = ["| recipe | what it does |", "|---|---|"]
-    for name, path in settings.recipes().items():
+    for name, path in recipes.recipe_paths().items():
         about = ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0]
         lines.append(_row(f"`{name}`", about))
     return "\n".join(lines)

@@ -28,7 +28,7 @@ _EXPORTS = {
     "log_probs": "pfjax.api",
     "losses": None,
     "pack": "pfjax.api",
-    "recipe": "pfjax.trainer.settings",
+    "recipe": "pfjax.trainer.recipes",
     "response_sum": "pfjax.api",
     "rollout": "pfjax.api",
     "save": "pfjax.model.hf",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
     from pfjax.model.hf import save
     from pfjax.model.log_probs import score
     from pfjax.model.transformer import Policy
-    from pfjax.trainer.settings import recipe
+    from pfjax.trainer.recipes import recipe
 else:
 
     def __getattr__(name: str):

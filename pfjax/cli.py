@@ -20,7 +20,7 @@ from etils import epy
 from ml_collections import ConfigDict, config_flags
 
 from pfjax.sampler import options
-from pfjax.trainer import settings
+from pfjax.trainer import recipes, settings
 
 with epy.lazy_imports():  # flags are parsed, and --help answers, without them
     import jax
@@ -197,9 +197,9 @@ def _check_name(name: str) -> None:
 def _load_config(recipe: str | None, overrides: list[str]) -> ConfigDict:
     """The config of a recipe with other values."""
     if not recipe:
-        names = ", ".join(settings.recipes())
+        names = ", ".join(recipes.recipe_paths())
         raise ValueError(f"give --config=RECIPE, a .py file or one of {names}")
-    config = settings.recipe(recipe)
+    config = recipes.recipe(recipe)
     values, argv = flags.FlagValues(), ["", *overrides]
     config_flags.DEFINE_config_dict(
         "config", config, flag_values=values, sys_argv=argv, lock_config=True
@@ -270,7 +270,7 @@ def _help(module: ModuleType) -> str:
     shown = [(f"--{f.name}{_default(f.default)}", f.help) for f in own]
     parts = [module.__doc__.strip(), "\nflags:", _columns(shown, width)]
     if any(f.name == "config" for f in own):
-        names = textwrap.fill(", ".join(settings.recipes()), width - 2)
+        names = textwrap.fill(", ".join(recipes.recipe_paths()), width - 2)
         parts += ["\nrecipes:", textwrap.indent(names, "  ")]
         parts += ["\nsettings, each as --config.NAME=VALUE:"]
         shown = []

@@ -21,7 +21,7 @@ with epy.lazy_imports():
 
     from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
     from pfjax.model import hf
-    from pfjax.trainer import checkpoint, export, settings
+    from pfjax.trainer import checkpoint, export, run_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("step", None, "checkpoint to take; default: the latest")
@@ -36,7 +36,7 @@ def main(args: list[str]) -> None:
         raise ValueError(f"give one run, a folder that was a --workdir; got {args}")
     distributed.check_alone()
     folder = storage.place(args[0])
-    config, step = settings.read_config(folder), _step(folder)
+    config, step = run_config.read_config(folder), _step(folder)
     out, adapter = _places(folder, step)
     hf.check_replaceable(out)
     repo = _make_repository(out) if FLAGS.push else ""  # before anything takes long

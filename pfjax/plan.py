@@ -43,14 +43,16 @@ def main() -> None:
     from pfjax.model import hf, hf_config
     from pfjax.planner import aot
     from pfjax.planner import plan as planner
-    from pfjax.trainer import settings
+    from pfjax.trainer import config_checks, run_config
 
     jax.config.update("jax_platforms", "cpu")  # compiles and estimates, runs nothing
     config, name = FrozenConfigDict(cli.config()), _TOPOLOGY.value
-    settings.check(config)
-    config = settings.with_adapter(config)
+    config_checks.check(config)
+    config = run_config.with_adapter(config)
     base = hf_config.read(hf.resolve_config(config.model))
-    settings.check_lengths(config, config.data.max_prompt_tokens, base.max_positions)
+    config_checks.check_lengths(
+        config, config.data.max_prompt_tokens, base.max_positions
+    )
     response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
     plan_for = lambda x, can: planner.make_plan(config, base, x, response, can)
     if _ALL.value:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pfjax import __main__ as command
-from pfjax.trainer import settings
+from pfjax.trainer import recipes, settings
 from tests.conftest import ROOT, run_command
 
 TRAIN, SMOKE, RUN = "pfjax.train", "--config=smoke", "--workdir={tmp}/run"
@@ -95,7 +95,7 @@ def test_a_mistake_is_answered_in_one_line(module, args, message, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     (tmp_path / "wrong.py").write_text(
         "from pfjax.trainer import settings\n\ndef get_config():\n"
-        "    return settings.recipe('smoke').no_such_setting\n"
+        "    return recipes.recipe('smoke').no_such_setting\n"
     )
     done = run_command(module, *(a.format(tmp=tmp_path) for a in args))
     said = done.stderr.strip().splitlines()
@@ -112,7 +112,7 @@ def test_help_lists_every_setting_with_its_default():
         shown = name if default in ("", ()) or default is False else f"{name}={default}"
         assert f"\n  {shown}" in done.stdout, name
         assert setting.about.split()[0] in done.stdout
-    assert all(name in done.stdout for name in settings.recipes())
+    assert all(name in done.stdout for name in recipes.recipe_paths())
     assert "--workdir" in done.stdout and "--multihost" in done.stdout
 
 
@@ -161,8 +161,8 @@ def test_a_command_passes_its_flags_on():
 
 
 def test_recipes_are_found_by_name_and_by_path():
-    by_name = settings.recipe("smoke")
-    assert by_name == settings.recipe(str(ROOT / "configs/smoke.py"))
-    assert settings.recipe("study:grpo").objective == "grpo"
+    by_name = recipes.recipe("smoke")
+    assert by_name == recipes.recipe(str(ROOT / "configs/smoke.py"))
+    assert recipes.recipe("study:grpo").objective == "grpo"
     with pytest.raises(ValueError, match="did you mean reasoning"):
-        settings.recipe("reasonin")
+        recipes.recipe("reasonin")

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from pfjax.trainer import checkpoint, loop, model_card, settings
+from pfjax.trainer import checkpoint, loop, model_card, run_config
 from tests.conftest import run_command
 from tests.trainer import loop_test
 
@@ -162,7 +162,7 @@ def test_push_sends_the_folder_to_a_private_repository(run, monkeypatch):
 def test_the_card_says_what_the_hub_asks_for(run, tmp_path):
     base = shutil.copytree(run / "hf", tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: mit\n---\nbase\n")
-    c = ConfigDict(settings.read_config(epath.Path(run)))
+    c = ConfigDict(run_config.read_config(epath.Path(run)))
     c.model, c.data.eval = str(base), "me/held-out:test"
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
@@ -198,7 +198,7 @@ def test_only_names_on_the_hub_are_given_as_such(name, found):
 
 
 def test_the_command_on_the_card_gives_the_config_again(run):
-    c = settings.read_config(epath.Path(run))
+    c = run_config.read_config(epath.Path(run))
     assert (
         json.loads(c.to_json())
         == json.loads((run / "config.json").read_text())["config"]

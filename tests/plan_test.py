@@ -15,12 +15,12 @@ from pfjax.infra import hardware, sharding
 from pfjax.model import hf, hf_config, transformer
 from pfjax.planner import aot
 from pfjax.planner import plan as planner
-from pfjax.trainer import settings
+from pfjax.trainer import recipes
 from tests.conftest import ROOT, run_command
 
 
 def _config(name, **changes):
-    config = settings.recipe(name)
+    config = recipes.recipe(name)
     config.update_from_flattened_dict(changes)
     return ml_collections.FrozenConfigDict(config)
 

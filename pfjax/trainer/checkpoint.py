@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from pfjax.infra import distributed, storage
 from pfjax.model.transformer import Params
 from pfjax.targets import Array
-from pfjax.trainer.settings import OtherRun, check_same
+from pfjax.trainer.run_config import OtherRun, check_same
 
 
 class Checkpoints:

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.model import hf, hf_config, lora, tokenizer, weights
 from pfjax.model.transformer import Policy
-from pfjax.trainer import checkpoint, train_fns
+from pfjax.trainer import checkpoint, run_config, train_fns
 from pfjax.trainer.model_card import model_card
 
 
@@ -56,7 +56,7 @@ def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) ->
     abstract = train_fns.trained_params(model, mesh)
     found = checkpoint.read_policy(folder / "checkpoints", step, abstract)
     trained, identity = found
-    if identity["base"] != hf.fingerprint(source):
+    if identity[run_config.WEIGHTS] != hf.fingerprint(source):
         raise ValueError(
             f"{config.model} is no longer the model that the run in {folder} started from"
         )

@@ -12,7 +12,7 @@ from pfjax.model.transformer import ModelConfig, check_tokens
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, check_fields
 from pfjax.tasks.rewards import Reward
-from pfjax.trainer import metrics, settings
+from pfjax.trainer import config_checks, metrics, run_config, settings
 
 
 class Inputs(NamedTuple):
@@ -49,7 +49,7 @@ def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
         check_fields(fields, problems)
     except ValueError as error:
         raise ValueError(f"--config.data.{error}") from None
-    settings.check_answers(config, [p.gold for p in train.problems])
+    config_checks.check_answers(config, [p.gold for p in train.problems])
     _check_best_metric(config, held_out)
     return Inputs(train, held_out)
 
@@ -125,7 +125,7 @@ def fingerprints(
     found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
     if inputs.held_out:
         held_out = [of(of_set) for of_set in inputs.held_out.values()]
-        found[settings.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
+        found[run_config.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
     if target:
         found["samples of the target"] = target
     if reward.functions:  # columns of any type, not of JSON's alone

@@ -19,12 +19,13 @@ from pfjax.model.transformer import Policy
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
+    config_checks,
     diagnostics,
     export,
     health_checks,
     metrics,
     preemption,
-    settings,
+    run_config,
     tracking,
 )
 from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
@@ -66,19 +67,19 @@ def train_and_evaluate(
       OSError: if a file could not be written.
     """
     config = FrozenConfigDict(config)
-    settings.check(config)
+    config_checks.check(config)
     tracking.check(config.wandb_project)
     folder = storage.place(workdir)
     storage.check_writable(folder)
     mesh = sharding.make_mesh(**config.mesh)
-    config = settings.with_clock(settings.with_adapter(config), folder)
-    settings.check_workdir(config, folder)
+    config = run_config.with_clock(run_config.with_adapter(config), folder)
+    run_config.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh, reward)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             stack.enter_context(Lease(folder))
-            settings.write_config(config, folder)
+            run_config.write_config(config, folder)
         callbacks = Callbacks(on_step, on_evaluation)
         run = _Run(config, folder, trainer, callbacks, stack)
         state = run.train(state, about)
@@ -166,10 +167,10 @@ class _Run:
         self.checkpoint_every = config.checkpoint_every
         self.best_metric, self.log_every = config.best_metric, config.log_every
         self.health, self.wandb_project = config.health_checks, config.wandb_project
-        base = hf.fingerprint(hf.resolve(config.model))
+        weights = hf.fingerprint(hf.resolve(config.model))
         self.config = json.loads(config.to_json())
-        values = settings.identity(self.config)
-        self.identity = values | {"base": base} | trainer.inputs
+        values = run_config.identity(self.config)
+        self.identity = values | {run_config.WEIGHTS: weights} | trainer.inputs
         self.preempted = stack.enter_context(preemption.Preemption())
         self.checkpoints = stack.enter_context(
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
@@ -220,8 +221,8 @@ class _Run:
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
-        before = saved.get("identity", self.identity).get(settings.EVAL_PROMPTS)
-        self.has_other_eval = before != self.identity.get(settings.EVAL_PROMPTS)
+        before = saved.get("identity", self.identity).get(run_config.EVAL_PROMPTS)
+        self.has_other_eval = before != self.identity.get(run_config.EVAL_PROMPTS)
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"{self.folder} holds {saved['step']} steps already; "

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io
 from pfjax.model import hf, tokenizer
-from pfjax.trainer import settings
+from pfjax.trainer import run_config
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
 _SCORES = ("avg", "maj", "pass")  # of evaluations, as others know them
@@ -70,7 +70,7 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def command(config: FrozenConfigDict) -> str:
     """The command that trains with a config, but for the folder."""
-    changed = settings.changed(config)
+    changed = run_config.changed(config)
     args = [shlex.quote(f"--config.{k}={v}") for k, v in changed.items()]
     return " \\\n  ".join(["pfjax train --config=default --workdir=RUN", *args])
 

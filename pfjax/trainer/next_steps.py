@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from pfjax.infra import dataset_io, storage
 from pfjax.sampler.options import TokenFilters
 from pfjax.tasks import benchmarks
-from pfjax.trainer import checkpoint, settings
+from pfjax.trainer import checkpoint, run_config
 
 _SOME_PROMPT = "What is 17 + 25?"
 
@@ -73,7 +73,7 @@ def _evaluation(config: FrozenConfigDict) -> list[str]:
 
 def _given(config: FrozenConfigDict, *names: str) -> list[str]:
     """Settings that differ from their defaults, as flags of the same names."""
-    changed = settings.changed(config)
+    changed = run_config.changed(config)
     return [f"--{k.rpartition('.')[2]}={changed[k]}" for k in names if k in changed]
 
 

@@ -22,7 +22,7 @@ from pfjax.model import (
 from pfjax.model.transformer import Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
-from pfjax.trainer import inputs, settings
+from pfjax.trainer import config_checks, inputs
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -61,7 +61,9 @@ def setup(
     )
     given = inputs.load(config, tok, base_model)
     train, longest = given.train, given.longest()
-    settings.check_lengths(config, given.longest_of_any(), base_model.max_positions)
+    config_checks.check_lengths(
+        config, given.longest_of_any(), base_model.max_positions
+    )
     # The list that is trained with, sampled with, and exported.
     stop_ids = tokenizer.stop_ids(tok, base_model)
     base_model = dataclasses.replace(

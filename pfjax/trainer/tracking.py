@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from pfjax.infra import dataset_io, distributed, storage
-from pfjax.trainer import preemption, settings
+from pfjax.trainer import preemption, run_config
 
 Row = dict[str, Any]
 _TABLE_ROWS = 512  # completions that are shown of an evaluation
@@ -112,7 +112,7 @@ def only_new(known: dict[int, Row], row: Row) -> Row:
 
 def _group(config: Row) -> str:
     """A name that runs share whose settings differ in the seed alone."""
-    same = settings.identity(config)
+    same = run_config.identity(config)
     del same["seed"]
     model = pathlib.PurePath(config["model"]).name
     of_others = dataset_io.fingerprint(same)[:6]

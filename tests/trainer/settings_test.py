@@ -14,7 +14,7 @@ from flax import traverse_util
 from configs import default
 from pfjax.model import lora, transformer
 from pfjax.sampler import options
-from pfjax.trainer import settings
+from pfjax.trainer import config_checks, run_config, settings
 
 
 def _config(**changes):
@@ -26,7 +26,7 @@ def _config(**changes):
 
 def test_the_config_holds_every_setting_and_its_default_is_allowed():
     config = _config()
-    settings.check(config)
+    config_checks.check(config)
     flat = traverse_util.flatten_dict(json.loads(config.to_json()), sep=".")
     assert flat.keys() == settings.SETTINGS.keys()
     for name, setting in settings.SETTINGS.items():
@@ -55,7 +55,7 @@ def test_a_number_out_of_its_bounds_is_refused(name):
     assert outside and setting.bounds(), f"{name} has no bounds"
     for value in outside:
         with pytest.raises(ValueError, match=rf"--config.{name}={value}: must be "):
-            settings.check(_config(**{name: value}))
+            config_checks.check(_config(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_a_number_out_of_its_bounds_is_refused(name):
 )
 def test_values_that_cannot_be_meant_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        settings.check(_config(**changes))
+        config_checks.check(_config(**changes))
 
 
 @pytest.mark.parametrize("name", [k for k, s in settings.SETTINGS.items() if s.choices])
 def test_a_choice_that_is_none_of_those_is_refused(name):
     with pytest.raises(ValueError, match=rf"--config.{name}=fulll: must be one of"):
-        settings.check(_config(**{name: "fulll"}))
+        config_checks.check(_config(**{name: "fulll"}))
 
 
 def _write(folder, config):
@@ -111,35 +111,35 @@ def test_a_setting_that_an_older_run_did_not_know_has_its_default(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     del saved["config"]["format_penalty"], saved["config"]["optim"]["mu_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    settings.check_workdir(_config(), folder)
+    run_config.check_workdir(_config(), folder)
     with pytest.raises(ValueError, match=r"format_penalty: -0.5 -> 0.0"):
-        settings.check_workdir(_config(format_penalty=0.0), folder)
+        run_config.check_workdir(_config(format_penalty=0.0), folder)
 
 
 def test_a_run_is_continued_with_other_records_but_no_other_results(tmp_path):
     folder = _write(tmp_path, _config())
-    settings.check_workdir(_config(**{"num_steps": 7, "mesh.tensor": 2}), folder)
+    run_config.check_workdir(_config(**{"num_steps": 7, "mesh.tensor": 2}), folder)
     with pytest.raises(ValueError, match="holds a run with another config") as error:
-        settings.check_workdir(_config(seed=1, eval_every=2), folder)
+        run_config.check_workdir(_config(seed=1, eval_every=2), folder)
     assert "seed: 0 -> 1" in str(error.value) and "eval_every" not in str(error.value)
 
 
 def test_where_a_schedule_ends_is_part_of_the_run_unless_it_is_constant(tmp_path):
     decays = {"optim.schedule": "cosine", "num_steps": 4}
     folder = _write(tmp_path, _config(**decays))
-    settings.check_workdir(_config(**decays), folder)
+    run_config.check_workdir(_config(**decays), folder)
     with pytest.raises(ValueError, match="restore these values") as error:
-        settings.check_workdir(_config(**decays | {"num_steps": 8}), folder)
+        run_config.check_workdir(_config(**decays | {"num_steps": 8}), folder)
     shown = "optim.schedule: cosine over num_steps=4 -> cosine over num_steps=8"
     assert shown in str(error.value)
     with pytest.raises(ValueError, match="cosine over num_steps=4 -> constant"):
-        settings.check_workdir(_config(num_steps=4), folder)
+        run_config.check_workdir(_config(num_steps=4), folder)
 
 
 def test_a_warm_up_longer_than_a_schedule_is_refused():
-    settings.check(_config(**{"optim.warmup_steps": 501}))
+    config_checks.check(_config(**{"optim.warmup_steps": 501}))
     with pytest.raises(ValueError, match="warmup_steps=501 exceeds num_steps=500"):
-        settings.check(
+        config_checks.check(
             _config(**{"optim.warmup_steps": 501, "optim.schedule": "linear"})
         )
 
@@ -157,38 +157,38 @@ def adapter(tmp_path, tiny_config) -> str:
 
 def test_an_adapter_decides_its_rank_alpha_and_targets(adapter):
     start = {"lora.init_from": adapter}
-    config = settings.with_adapter(_config(**start))
+    config = run_config.with_adapter(_config(**start))
     found = (config.lora.rank, config.lora.alpha, config.lora.targets)
     assert found == (2, 6.0, "q_proj,v_proj")
-    settings.check(config)
+    config_checks.check(config)
     same = {"lora.rank": 2, "lora.alpha": 6.0, "lora.targets": "v_proj,q_proj"}
-    assert settings.with_adapter(_config(**start, **same)) == config
+    assert run_config.with_adapter(_config(**start, **same)) == config
     for name, value in ("rank", 4), ("alpha", 2.0), ("targets", "q_proj"):
         said = rf"--config.lora.{name}={value}, but .*{adapter} has {name} {found[0]}"
         found = (*found[1:], found[0])
         with pytest.raises(ValueError, match=said):
-            settings.with_adapter(_config(**start, **{f"lora.{name}": value}))
+            run_config.with_adapter(_config(**start, **{f"lora.{name}": value}))
 
 
 def test_an_adapter_that_is_not_there_is_refused(adapter, tmp_path):
     with pytest.raises(ValueError, match="no/where does not exist"):
-        settings.with_adapter(_config(**{"lora.init_from": f"{tmp_path}/no/where"}))
+        run_config.with_adapter(_config(**{"lora.init_from": f"{tmp_path}/no/where"}))
     # Of a run, say.
     with pytest.raises(ValueError, match=f"no adapter_config.json: give {adapter}$"):
-        settings.with_adapter(_config(**{"lora.init_from": str(tmp_path)}))
+        run_config.with_adapter(_config(**{"lora.init_from": str(tmp_path)}))
 
 
 def test_targets_are_checked():
-    settings.check(_config(**{"lora.rank": 2, "lora.targets": "q_proj,o_proj"}))
+    config_checks.check(_config(**{"lora.rank": 2, "lora.targets": "q_proj,o_proj"}))
     with pytest.raises(ValueError, match=r"lora.targets=q_prj: .* mean 'q_proj'"):
-        settings.check(_config(**{"lora.rank": 2, "lora.targets": "q_prj"}))
+        config_checks.check(_config(**{"lora.rank": 2, "lora.targets": "q_prj"}))
     with pytest.raises(ValueError, match="targets=q_proj without adapters"):
-        settings.check(_config(**{"lora.targets": "q_proj"}))
+        config_checks.check(_config(**{"lora.targets": "q_proj"}))
     with pytest.raises(ValueError, match="dropout=0.1 without adapters"):
-        settings.check(_config(**{"lora.dropout": 0.1}))
+        config_checks.check(_config(**{"lora.dropout": 0.1}))
     with pytest.raises(ValueError, match="offload_ref=True: with adapters"):
-        settings.check(_config(**{"lora.init_from": "a", "offload_ref": True}))
+        config_checks.check(_config(**{"lora.init_from": "a", "offload_ref": True}))
 
 
 def test_a_setting_that_is_gone_is_a_difference():
-    assert settings.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]
+    assert run_config.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]

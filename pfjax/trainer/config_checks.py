@@ -1,0 +1,156 @@
+"""Refuses configs that cannot be meant, before anything heavy starts."""
+
+import difflib
+import operator
+from typing import Any
+
+from ml_collections import FrozenConfigDict
+
+from pfjax.objectives import OBJECTIVES, ObjectiveConfig
+from pfjax.sampler.options import token_filters
+from pfjax.trainer import settings
+
+_WHY_NOT_GREEDY = (
+    "; training needs samples of the whole distribution, greedy decoding is for "
+    "evaluation: --config.eval_sampling.temperature=0"
+)
+
+
+def check(c: FrozenConfigDict) -> None:
+    """Raises ValueError for invalid values."""
+    for name, setting in settings.SETTINGS.items():
+        value, choices = operator.attrgetter(name)(c), setting.choices
+        if setting.bounds() and not setting.allows(value):
+            why = _WHY_NOT_GREEDY if name == "temperature" else ""
+            raise ValueError(
+                f"--config.{name}={value}: must be {setting.bounds()}{why}"
+            )
+        allowed = sorted(choices() if callable(choices) else choices or [value])
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
+    try:
+        token_filters(c.eval_sampling.to_dict())
+    except ValueError as error:
+        raise ValueError(f"--config.eval_sampling.{error}") from None
+    steps = c.profile_steps
+    are_numbers = all(isinstance(x, int) for x in steps)
+    if len(steps) != 2 or not are_numbers or not 0 <= steps[0] <= steps[1]:
+        raise ValueError(
+            f"--config.profile_steps={steps}: must be the first step to trace and the first "
+            "after it, as in (10, 13)"
+        )
+    _check_adapters(c)
+    if (c.lora.rank or c.lora.init_from) and c.base:
+        raise ValueError(
+            f"--config.base={c.base}: with adapters the base is the policy's own weights; "
+            "leave them out"
+        )
+    if (c.lora.rank or c.lora.init_from) and c.offload_ref:
+        raise ValueError(
+            "--config.offload_ref=True: with adapters the base is the policy's own weights "
+            "and has to stay on the devices"
+        )
+    if c.clip_low > c.clip_high:
+        raise ValueError(
+            f"--config.clip_low={c.clip_low} exceeds --config.clip_high={c.clip_high}"
+        )
+    if c.optim.schedule != "constant" and c.optim.warmup_steps > c.num_steps:
+        raise ValueError(
+            f"--config.optim.warmup_steps={c.optim.warmup_steps} exceeds "
+            f"num_steps={c.num_steps}, where optim.schedule={c.optim.schedule} ends"
+        )
+    if c.updates_per_rollout > c.prompts_per_step:
+        raise ValueError(
+            f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
+            f"prompts_per_step={c.prompts_per_step}"
+        )
+    objective = ObjectiveConfig(c.objective, log_z=c.log_z, reward=c.reward)
+    if c.temperature != 1 and not objective.is_balance:
+        raise ValueError(
+            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
+            "samples of the policy itself, at temperature 1; objectives that may sample "
+            "otherwise are those of balance, such as powerflow"
+        )
+    check_reward(c, objective)
+    has_groups = objective.log_z_source == "group" or objective.kind.reward
+    if has_groups and c.samples_per_prompt < 2:
+        raise ValueError(
+            f"--config.objective={c.objective} with --config.log_z={c.log_z} averages over "
+            "the samples of a prompt: samples_per_prompt must be at least 2, got "
+            f"{c.samples_per_prompt}"
+        )
+
+
+def _check_adapters(c: FrozenConfigDict) -> None:
+    from pfjax.model import lora
+
+    try:
+        lora.projections(c.lora.targets)
+    except ValueError as error:
+        raise ValueError(f"--config.lora.targets={c.lora.targets}: {error}") from None
+    for name in ("targets", "dropout"):
+        value, default = c.lora[name], settings.SETTINGS[f"lora.{name}"].default
+        if value != default and not (c.lora.rank or c.lora.init_from):
+            raise ValueError(
+                f"--config.lora.{name}={value} without adapters: give their rank with "
+                "--config.lora.rank=16, say"
+            )
+
+
+def check_reward(c: FrozenConfigDict, objective: Any) -> None:
+    """Raises ValueError for a reward that there is not, or that nothing would come of."""
+    from pfjax.tasks import rewards
+
+    rewards.check(objective.reward_source)
+    if c.reward and objective.kind.has_prefixes:
+        raise ValueError(
+            f"--config.objective={c.objective} weighs every prefix of a response, of which "
+            "there is no reward"
+        )
+    if objective.is_tilted and not c.beta:
+        paper = "; its paper has 15" if c.objective == "flowrl" else ""
+        raise ValueError(
+            f"--config.objective={c.objective} weighs the reward by beta: set "
+            f"--config.beta above 0, in nats{paper}"
+        )
+    if c.beta and not objective.is_tilted:
+        raise ValueError(
+            f"--config.beta={c.beta} weighs a reward in the target: set --config.reward too"
+            if not objective.reward_source
+            else f"--config.beta={c.beta} has no effect on {c.objective}, which has no "
+            "target"
+        )
+
+
+def check_answers(c: FrozenConfigDict, answers: list[str | None]) -> None:
+    """Raises ValueError if the objective grades answers and the prompts have none."""
+    from pfjax.tasks import rewards
+
+    missing = answers.count(None)
+    free = [k for k, o in OBJECTIVES.items() if o.reward != "accuracy"]
+    if not rewards.needs_answers(c.reward or OBJECTIVES[c.objective].reward):
+        return
+    if missing:
+        who = f"reward={c.reward}" if c.reward else f"objective={c.objective}"
+        raise ValueError(
+            f"--config.{who} grades responses, but {missing} of "
+            f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
+            f"need none: {', '.join(free)}"
+        )
+
+
+def check_lengths(c: FrozenConfigDict, longest_prompt: int, max_positions: int) -> None:
+    """Raises ValueError if a trajectory could exceed a row or the model."""
+    need = longest_prompt + c.max_new_tokens
+    new = f"max_new_tokens {c.max_new_tokens}"
+    total = f"longest prompt {longest_prompt} + {new} = {need}"
+    if need > c.pack_length:
+        text = f"--config.pack_length={c.pack_length} is too short for {total}"
+        raise ValueError(text)
+    if need > max_positions:
+        raise ValueError(
+            f"{total} exceeds the model's {max_positions} positions; lower "
+            "--config.max_new_tokens or --config.data.max_prompt_tokens"
+        )

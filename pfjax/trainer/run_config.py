@@ -1,0 +1,153 @@
+"""The config of a run: completed at its start, kept in `config.json`, and compared with that
+of the run that a folder holds already."""
+
+import importlib.metadata
+import json
+import operator
+from typing import Any
+
+import jax
+from etils import epath
+from flax import traverse_util
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import pfjax
+from pfjax.infra import distributed, storage
+from pfjax.model import hf, lora, tokenizer
+from pfjax.trainer import settings
+
+WEIGHTS = "weights of the model"  # in an identity: their fingerprint
+# In an identity; may change as `data.eval` may.
+EVAL_PROMPTS = "prompts of the evaluation"
+
+
+def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
+    """The config with rank, alpha and targets of the adapter that it starts from, if any.
+
+    Raises:
+      ValueError: if one of them was set to something else; defaults count as not set.
+    """
+    if not c.lora.init_from:
+        return c
+    adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
+    out = ConfigDict(c)
+    is_all = adapter.targets == lora.ALL
+    names = lora.ALL_LINEAR if is_all else ",".join(lora.target_names(adapter.targets))
+    found = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": names}
+    for name, value in found.items():
+        given, default = c.lora[name], settings.SETTINGS[f"lora.{name}"].default
+        is_same = given in (default, value)
+        if name == "targets" and not is_same:
+            is_same = lora.projections(given) == adapter.targets
+        if not is_same:
+            raise ValueError(
+                f"--config.lora.{name}={given}, but the adapter {c.lora.init_from} has "
+                f"{name} {value}: leave the setting out, it comes from the adapter"
+            )
+        out.lora[name] = value
+    return FrozenConfigDict(out)
+
+
+class OtherRun(ValueError):
+    """A folder belongs to another model or config."""
+
+
+def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
+    """Raises OtherRun if the folder holds a run with another config."""
+    path = folder / "config.json"
+    if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
+        return  # nothing that would be continued
+    old, new = json.loads(path.read_text())["config"], json.loads(c.to_json())
+    said = f"{folder} holds a run with another config"
+    check_same(said, identity(old), identity(new))
+
+
+def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
+    """The config with the time that the chat template of its model is told, if it asks:
+    that of a run found in the folder, else now. All processes have to call it."""
+    if c.data.clock or not tokenizer.asks_for_time(c.model):
+        return c
+    path = folder / "config.json"
+    old = json.loads(path.read_text())["config"] if path.exists() else {}
+    clock = old.get("data", {}).get("clock", "") or tokenizer.now()
+    out = ConfigDict(c)
+    out.data.clock = distributed.text_from_first(clock)
+    return FrozenConfigDict(out)
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a `config.json`, by name, that a continued run must not change."""
+    flat = traverse_util.flatten_dict(config, sep=".")
+    free = {name for name, setting in settings.SETTINGS.items() if setting.may_change}
+    out = {name: value for name, value in flat.items() if name not in free}
+    if out.get("optim.schedule", "constant") != "constant":
+        out["optim.schedule"] += f" over num_steps={flat['num_steps']}"
+    return out
+
+
+def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises OtherRun with what differs between two identities."""
+    if different := differences(old, new):
+        shown = "\n  ".join(different)
+        raise OtherRun(
+            f"{what}:\n  {shown}\n"
+            "choose another --workdir, or restore these values to continue it"
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`name: old -> new` of what differs; a setting that is absent has its default, and of
+    other things an older run may know less."""
+    default = {k: s.default for k, s in settings.SETTINGS.items()}
+    free = {EVAL_PROMPTS, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
+    names = sorted((old.keys() | (new.keys() & default.keys())) - free)
+    value = lambda values, k: values.get(k, default.get(k, "(absent)"))
+    pairs = [(k, value(old, k), value(new, k)) for k in names]
+    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
+
+
+def read_config(folder: epath.Path) -> FrozenConfigDict:
+    """The config of a run; a setting that it did not know has its default.
+
+    Raises:
+      ValueError: if the folder holds no run, or one of another version of pfjax.
+    """
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if "config" not in content:
+        raise ValueError(f"{folder} holds no run: it has no config.json of one")
+    out = settings.default_config()
+    old = traverse_util.flatten_dict(content["config"], sep=".")
+    if unknown := sorted(old.keys() - settings.SETTINGS.keys()):
+        version = content["versions"]["pfjax"]
+        raise ValueError(
+            f"{path} has settings that pfjax {_version()} does not know: "
+            f"{', '.join(unknown)}; they are of pfjax {version}"
+        )
+    for name, value in old.items():
+        is_tuple = isinstance(settings.SETTINGS[name].default, tuple)
+        out.update_from_flattened_dict({name: tuple(value) if is_tuple else value})
+    return FrozenConfigDict(out)
+
+
+def changed(c: FrozenConfigDict) -> dict[str, Any]:
+    """The settings that have other values than their defaults, by name."""
+    values = {name: operator.attrgetter(name)(c) for name in settings.SETTINGS}
+    return {k: v for k, v in values.items() if v != settings.SETTINGS[k].default}
+
+
+def _version() -> str:
+    return pfjax.__version__  # known without being installed
+
+
+def write_config(c: FrozenConfigDict, folder: epath.Path) -> None:
+    """Writes `config.json`: every value, and the versions that computed with it."""
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {
+        "pfjax": _version(),
+        **{p: importlib.metadata.version(p) for p in packages},
+        "backend": jax.devices()[0].device_kind,
+        "devices": str(jax.device_count()),
+    }
+    out = {"config": json.loads(c.to_json()), "versions": versions}
+    storage.write_text(folder / "config.json", json.dumps(out, indent=2) + "\n")
