@@ -5,6 +5,7 @@ const PAGE = 8; // prompts shown at once
 const $ = (id) => document.getElementById(id);
 let said = { prompts: [], evaluations: [] }; // see samples.py
 let shownPrompts = PAGE;
+let manySets = false; // of prompts: each says which it is from
 
 /** The samples were packed with gzip, as they are most of the page. */
 async function unpack() {
@@ -52,6 +53,7 @@ function chosen() {
   const kind = KINDS[$("kind").value];
   const only = $("prompt").value;
   const has = (i) => said.prompts[i].text.toLowerCase().includes(words)
+    || said.prompts[i].set === words
     || [before[i], after[i]].some((x) => x?.some((s) => s[0].toLowerCase().includes(words)));
   const found = said.prompts.map((_, i) => i).filter((i) => {
     if ((!before[i] && !after[i]) || (only && +only !== i)) return false;
@@ -105,13 +107,14 @@ function side(name, samples, words, hasMath) {
 }
 
 function card(i, { before, after, words }) {
-  const { text, gold } = said.prompts[i];
+  const { text, gold, set } = said.prompts[i];
   const hasMath = !$("plain")?.checked;
   const element = make("article", "prompt");
   const head = element.appendChild(make("header"));
   write(head.appendChild(make("div", "said")), text, words, hasMath);
+  const facts = head.appendChild(make("div", "note", set && manySets ? `${set} · ` : ""));
   if (gold !== null) {
-    const facts = head.appendChild(make("div", "note", "correct answer "));
+    facts.append("correct answer ");
     write(facts.appendChild(make("span")), /\\/.test(gold) ? `\\(${gold}\\)` : gold, "", hasMath);
     const counts = [before[i], after[i]].filter(Boolean).map(
       (samples) => `${samples.filter((s) => s[4]).length} of ${samples.length}`);
@@ -169,6 +172,7 @@ function restore() {
 
 async function startBrowser() {
   said = await unpack();
+  manySets = new Set(said.prompts.map((p) => p.set)).size > 1;
   const numbers = [...new Set(said.evaluations.map((e) => e.run))];
   $("run").replaceChildren(...numbers.map((i) => option(i, data.runs[i])));
   const short = (text) => (text.length > 70 ? `${text.slice(0, 70)}…` : text);

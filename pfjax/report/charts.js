@@ -88,7 +88,7 @@ function drawChart(chart, holder) {
     lines.push([place, c.group, data.groups[c.group].name]);
   }
   const axis = {
-    stroke: css("--muted"), font: "11px system-ui, sans-serif", size: 34, gap: 4,
+    stroke: css("--muted"), font: "11px system-ui, sans-serif", size: 22, gap: 4,
     grid: { stroke: css("--line"), width: 1 }, ticks: { show: false },
   };
   // Raw points beyond the lines do not decide the scale.

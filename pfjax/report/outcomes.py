@@ -43,7 +43,7 @@ METRICS = (
     Metric("eval/boxed_frac", "boxed", "greatest"),
     Metric("eval/distinct", "distinct", "", 3, "Distinct responses"),
     Metric("entropy", "entropy", "", 3, "Entropy per token"),
-    Metric("kl/policy_base_per_token", "KL to base", "", 3, "Distance from the base"),
+    Metric("kl/policy_base_per_token", "KL to base", "", 3, "KL to the base"),
     Metric("tb/residual_std_within_prompt", "residual", "least", 3, "Residual"),
 )
 

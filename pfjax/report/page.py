@@ -126,11 +126,10 @@ def _is(column: dict[str, Any], name: str) -> bool:
     )
 
 
-def _tile(column: dict[str, Any]) -> dict[str, str]:
+def _tile(column: dict[str, Any]) -> dict[str, Any]:
     """What the first group came to."""
     cell = column["cells"][0]
-    value = {"value": cell["text"], "change": cell["change"]}
-    return {"name": column["title"], "about": column["about"], **value}
+    return {"name": column["title"], "about": column["about"], **cell}
 
 
 def _columns(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -158,20 +157,18 @@ def _columns(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return columns + _costs(groups)
 
 
-_NOTHING = {"value": "", "text": "—", "change": "", "is_best": False}
+_NOTHING = {"value": "", "text": "—", "spread": "", "change": "", "is_best": False}
 
 
 def _cell(c: outcomes.Curve | None, places: int, best: float | None) -> dict[str, Any]:
     if c is None:
         return _NOTHING
     last, change = float(c.mean[-1]), float(c.mean[-1] - c.mean[0])
-    said = [_number(change, places, "+")] if len(c.x) > 1 else []
-    if c.spread is not None:
-        said.append(f"±{_number(c.spread[-1], places)}")
     return {
         "value": f"{last:.6g}",
         "text": _number(last, places),
-        "change": " ".join(said),
+        "spread": "" if c.spread is None else f"±{_number(c.spread[-1], places)}",
+        "change": _number(change, places, "+") if len(c.x) > 1 else "",
         "is_best": best is not None and round(last, places) == best,
     }
 

@@ -72,7 +72,7 @@ def _pack(kept: Sequence[Evaluation], shown: Sequence[Key]) -> str:
                 golds.setdefault(p.key, p.samples[0]["gold"])
                 samples[number[p.key]] = [_sample(r) for r in p.samples]
         evaluations.append({"run": run, "step": step, "samples": samples})
-    prompts = [{"text": _whole(k[1]), "gold": golds.get(k)} for k in shown]
+    prompts = [{"text": _whole(k[1]), "gold": golds.get(k), "set": k[2]} for k in shown]
     out = json.dumps({"prompts": prompts, "evaluations": evaluations})
     return base64.b64encode(gzip.compress(out.encode(), mtime=0)).decode()
 

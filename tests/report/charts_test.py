@@ -22,7 +22,7 @@ def test_all_that_is_known_is_drawn(tmp_path):
     assert [c["id"] for c in drawn] == [
         "accuracy", "length", "distinct", "entropy", "residual", "pass", "quality"
     ]  # fmt: skip
-    assert missing == ["Distance from the base"]
+    assert missing == ["KL to the base"]
     assert all(" Good: " in c["caption"] for c in drawn)
 
 
@@ -31,7 +31,7 @@ def test_what_is_missing_is_said(tmp_path):
     drawn, missing = charts.draw(groups)
     assert [c["id"] for c in drawn] == ["length", "distinct", "entropy", "residual"]
     assert missing == [
-        "Accuracy", "Distance from the base", "pass@n", "Quality against diversity"
+        "Accuracy", "KL to the base", "pass@n", "Quality against diversity"
     ]  # fmt: skip
 
 

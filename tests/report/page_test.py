@@ -86,8 +86,8 @@ def test_its_numbers_are_right(index):
         dict(zip(head[1:], re.findall("<td.+?</td>", r), strict=True)) for r in rows
     ]
     # avg@2: 1/4 and 1/2, then 3/4 and 1 (tests/report/fake_runs.py).
-    assert _words(cells[0]["avg@2"]) == "0.875 +0.500 ±0.177"
-    assert _words(cells[0]["length"]) == "14.0 +4.0 ±0.0"
+    assert _words(cells[0]["avg@2"]) == "0.875 ±0.177 +0.500"
+    assert _words(cells[0]["length"]) == "14.0 ±0.0 +4.0"
     assert "seeds 0, 1 · step 4" in rows[0]
     # 1/2, then 1: the best.
     assert _words(cells[1]["avg@2"]) == "1.000 +0.500"

@@ -27,7 +27,8 @@ def test_all_samples_come_back(tmp_path):
     said = _read(packed)
     assert packed.left_out == "" and packed.has_math
     assert said["prompts"] == [
-        {"text": "problem 0", "gold": "7"}, {"text": "problem 1", "gold": "9"}
+        {"text": "problem 0", "gold": "7", "set": ""},
+        {"text": "problem 1", "gold": "9", "set": ""},
     ]  # fmt: skip
     first, last = said["evaluations"]
     assert (first["run"], first["step"], last["step"]) == (0, 0, 4)
