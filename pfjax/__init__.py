@@ -8,7 +8,7 @@
     policy = pfjax.fine_tune(config, "runs/smoke", on_step=print)
     pfjax.save(policy, "out", base="pfjax/toy")
 
-    batch = pfjax.pack(sequences, prompt_lengths)
+    batch = pfjax.pack_rollout(drawn)
     log_pf = pfjax.response_sum(pfjax.log_probs(policy, batch), batch)
     pfjax.losses.powerflow(log_pf, log_p_base, log_z, batch.length, alpha=4.0)
 
@@ -28,6 +28,7 @@ _EXPORTS = {
     "log_probs": "pfjax.api",
     "losses": None,
     "pack": "pfjax.api",
+    "pack_rollout": "pfjax.api",
     "recipe": "pfjax.trainer.recipes",
     "response_sum": "pfjax.api",
     "rollout": "pfjax.api",
@@ -41,6 +42,7 @@ __all__ = [
     "log_probs",
     "losses",
     "pack",
+    "pack_rollout",
     "recipe",
     "response_sum",
     "rollout",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # what editors and type checkers see
         load,
         log_probs,
         pack,
+        pack_rollout,
         response_sum,
         rollout,
     )

@@ -87,7 +87,8 @@ def rollout(
 
     Returns:
       Host arrays `tokens`, `log_probs` `[P, G, R]`, `lengths`, `finished` `[P, G]`; and
-      `texts[p][g]`, without special tokens, which is None if the policy has no tokenizer.
+      `texts[p][g]`, without special tokens, which is None if the policy has no tokenizer;
+      and the token ids of the `prompts`.
 
     Raises:
       ValueError: for a prompt that is empty or of another kind, text without a tokenizer,
@@ -114,7 +115,7 @@ def rollout(
         room = policy.config.max_positions - max(map(len, ids), default=0)
         max_new_tokens = max(1, min(NEW_TOKENS, room))
     args = (policy, ids, samples_per_prompt, max_new_tokens, temperature, seed)
-    drawn = engine.rollout(*args, **options)
+    drawn = engine.rollout(*args, **options)._replace(prompts=ids)
     if tok is None:
         return drawn
     of_prompt = lambda rows, lengths: [
@@ -149,8 +150,6 @@ def pack(
     sequences: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
     shape: tuple[int, int] | None = None,
-    *,
-    prompt_index: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lays sequences end to end in rows, for `log_probs`.
 
@@ -159,11 +158,11 @@ def pack(
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
       shape: rows and tokens per row `(B, T)`, so that a jitted step compiles once; when
         None, powers of two that suffice.
-      prompt_index: an integer per sequence, by which its place is found again; its number
-        when None. Where `is_real`, `reward[batch.prompt_index]` is `[B, N]`.
 
     Returns:
-      A batch of `[B, T]` tokens, with at most N sequences in a row.
+      A batch of `[B, T]` tokens, with at most N sequences in a row. `prompt_index` `[B, N]`
+      holds the number of each, so that `reward[batch.prompt_index]` are values of theirs
+      where `is_real`; it is -1 elsewhere.
 
     Raises:
       ValueError: if a sequence is longer than a row or lacks a prompt or a response, or
@@ -177,7 +176,6 @@ def pack(
     starts = np.asarray(prompt_lengths, np.int64)
     if len(arrays) != len(starts):
         raise ValueError(f"{len(arrays)} sequences but {len(starts)} prompt_lengths")
-    index = np.arange(len(arrays)) if prompt_index is None else np.array(prompt_index)
     if shape is None:
         longest = max(map(len, arrays), default=1)
         pack_length = max(64, _power_of_two(longest))
@@ -188,8 +186,33 @@ def pack(
     rows, pack_length = shape
     segments = packing.segments_per_row(pack_length, pack_length)
     whole = PackShape(1, rows, pack_length, segments)
+    index = np.arange(len(arrays))
     packed, _, _ = packing.pack(arrays, starts, whole, prompt_index=index)
     return jax.tree.map(lambda x: x[0], packed)
+
+
+def pack_rollout(rollout: Rollout, shape: tuple[int, int] | None = None) -> PackedBatch:
+    """Lays what `pfjax.rollout` has drawn end to end in rows, for `log_probs`.
+
+    Args:
+      rollout: G responses to each of P prompts; response g of prompt p has the number
+        `p * G + g`.
+      shape: as in `pack`.
+
+    Returns:
+      As `pack`. `prompt_index // G` is the prompt of each, -1 elsewhere.
+
+    >>> import pfjax
+    >>> drawn = pfjax.rollout(pfjax.load("pfjax/toy"), ["17+25"], 2, 15, temperature=0.0)
+    >>> pack_rollout(drawn, (1, 64)).length[0, :3]
+    array([15, 15,  0], dtype=int32)
+    """
+    sequences, prompt_lengths = [], []
+    for p, g in np.ndindex(*rollout.lengths.shape):
+        response = rollout.tokens[p, g, : rollout.lengths[p, g]]
+        sequences.append([*rollout.prompts[p], *response.tolist()])
+        prompt_lengths.append(len(rollout.prompts[p]))
+    return pack(sequences, prompt_lengths, shape)
 
 
 def _power_of_two(n: int) -> int:

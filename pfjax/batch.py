@@ -94,8 +94,10 @@ class Rollout(NamedTuple):
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
     slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
-    # [P][G], without special tokens; None where there is no tokenizer (`pfjax.rollout`).
+    # Of `pfjax.rollout` alone. Texts [P][G] are without special tokens, and None where there
+    # is no tokenizer; prompts [P] are token ids.
     texts: list[list[str]] | None = None
+    prompts: list[list[int]] | None = None
 
 
 class RolloutBatch(NamedTuple):

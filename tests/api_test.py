@@ -103,6 +103,19 @@ def test_log_probs_are_those_of_score_and_come_back_by_index(toy):
     np.testing.assert_allclose([got[i] for i in range(3)], want, rtol=1e-5)
 
 
+def test_a_rollout_is_packed_in_its_order(toy):
+    drawn = pfjax.rollout(toy, ["17+25", "11+9"], 3, 12)
+    batch = pfjax.pack_rollout(drawn, (4, 64))
+    assert (batch.prompt_index[batch.is_real] // 3).min() == 0
+    assert (batch.prompt_index // 3)[~batch.is_real].max() == -1
+    log_pf = pfjax.response_sum(pfjax.log_probs(toy, batch), batch)
+    is_in = np.arange(12) < drawn.lengths[..., None]
+    want = np.where(is_in, drawn.log_probs, 0).sum(axis=-1).ravel()
+    np.testing.assert_allclose(
+        log_pf[batch.is_real], want[batch.prompt_index[batch.is_real]], rtol=1e-4
+    )
+
+
 def test_a_batch_has_the_shape_that_is_asked_for():
     assert pfjax.pack(SEQUENCES, PROMPT_LENGTHS, (4, 8)).tokens.shape == (4, 8)
     # Eight at most in a row of 64: two rows; of five rows eight.
