@@ -18,7 +18,7 @@ from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
-from pfjax.trainer import loop, settings, setup
+from pfjax.trainer import config_checks, loop, setup
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -688,7 +688,8 @@ def test_mistakes_are_refused_before_a_folder_is_made(
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(settings, "check", lambda c: None)  # would refuse such a rate
+    # They would refuse such a rate.
+    monkeypatch.setattr(config_checks, "check", lambda c: None)
     config.checkpoint_every = 1
     config.optim.clip_norm, config.optim.learning_rate = 1e30, 1e25
     with pytest.raises(FloatingPointError, match="at step 2; the last checkpoint"):
