@@ -112,15 +112,15 @@ def test_a_verifier_leaves_the_base_given_that_it_passes():
 
     def mean_length(target, shift):
         density = lambda z: target.log_density(
-            base, length, z, reward=np.asarray(GRADED) + shift
+            base, length, z, reward=np.asarray(GRADED, np.float64) + shift
         )
         return (np.exp(density(_log_z(density))) * length).sum()
 
     per_response = Target(2.0, 1.0, False)
     per_token = Target(2.0, 1.0, False, is_reward_per_token=True)
-    assert mean_length(per_response, -0.5) > mean_length(per_response, 0.0) + 0.1
+    assert mean_length(per_response, -2.0) > mean_length(per_response, 0.0) + 0.1
     np.testing.assert_allclose(
-        mean_length(per_token, -0.5), mean_length(per_token, 0.0), rtol=1e-9
+        mean_length(per_token, -2.0), mean_length(per_token, 0.0), rtol=1e-9
     )
 
 
@@ -161,7 +161,7 @@ def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
     assert total_variation(exact, np.exp(without(_log_z(without)))) > 5 * floor
     args = (policy, enumerable.PROMPTS[:1], target, enumerable.SAMPLES, 3)
     kwargs = {"log_z": log_z, "reward": _count_of_2}
-    chains = mcmc.metropolis_hastings(*args, blocks=2, steps=30, **kwargs)
+    chains = mcmc.metropolis_hastings(*args, blocks=2, steps=120, **kwargs)
     particles, evidence = smc.sequential_monte_carlo(
         *args, particles=4 * enumerable.SAMPLES, ramp=2, **kwargs
     )
