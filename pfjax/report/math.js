@@ -8,6 +8,7 @@ const MATH = new RegExp(
     String.raw`\\\((?<inline>[\s\S]+?)\\\)`,
     // No prices: a dollar that opens has no space behind it, one that closes none before.
     String.raw`(?<![\\$\w])\$(?<dollar>[^\s$](?:[^$\n]{0,400}?[^\s$\\])?)\$(?![\d$])`,
+    String.raw`(?<block>\\begin\{(?<of>(?:align|equation|gather)\*?)\}[\s\S]+?\\end\{\k<of>\})`,
     String.raw`(?<boxed>\\boxed\{)`,
   ].join("|"), "g");
 
@@ -17,18 +18,23 @@ function parts(text) {
   let from = 0;
   MATH.lastIndex = 0;
   for (let m; (m = MATH.exec(text)); ) {
-    const { display, dollars, inline, dollar, boxed } = m.groups;
-    let tex = display ?? dollars ?? inline ?? dollar;
+    const { dollars, inline, dollar, block, boxed } = m.groups;
+    const display = m.groups.display ?? dollars ?? block;
+    let tex = display ?? inline ?? dollar;
     if (boxed) {
       const end = closing(text, MATH.lastIndex);
       if (end < 0) continue;
       tex = text.slice(m.index, end);
       MATH.lastIndex = end;
     }
-    out.push(["text", text.slice(from, m.index)]);
     const source = text.slice(m.index, MATH.lastIndex);
-    out.push(["math", tex, (display ?? dollars) !== undefined, source]);
+    let before = text.slice(from, m.index);
     from = MATH.lastIndex;
+    if (display !== undefined) { // has lines of its own
+      before = before.replace(/\s+$/, "");
+      while (/\s/.test(text[from] ?? "")) from++;
+    }
+    out.push(["text", before], ["math", tex, display !== undefined, source]);
   }
   out.push(["text", text.slice(from)]);
   return out;

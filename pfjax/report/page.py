@@ -194,7 +194,8 @@ def _costs(groups: Sequence[Group]) -> list[dict[str, Any]]:
             else _NOTHING
         )
         text = f"{hours:.1f} h" if hours >= 0.1 else f"{hours * 60:.1f} min"
-        cells["time"].append({**_NOTHING, "value": f"{hours:.6g}", "text": text})
+        took = {"value": f"{hours:.6g}", "text": text} if hours else {}
+        cells["time"].append(_NOTHING | took)
         kinds = dict.fromkeys(_devices(run) for run in g.runs)
         text = " / ".join(kinds)
         cells["devices"].append({**_NOTHING, "value": text, "text": text})

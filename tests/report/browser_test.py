@@ -251,6 +251,27 @@ def test_latex_is_drawn_and_markup_is_text(page):
     assert r"\(\frac{1}{2}\)" in _all(page, ".prompt")[1].text
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            r"so \(x\) and $y_1$, \boxed{\frac{1}{2}}.",
+            ["x", "y_1", r"\boxed{\frac{1}{2}}"],
+        ),
+        (r"\[a\] $$b$$", ["a", "b"]),
+        ("\\begin{align*}\na &= b\n\\end{align*}", [None]),
+        ("costs $3 or $4, US$5 and $6", []),
+        (r"open \( and \boxed{1 and \[", []),
+    ],
+)
+def test_latex_is_told_from_prices_and_from_what_was_cut(page, text, found):
+    parts = page.execute_script("return parts(arguments[0])", text)
+    maths = [p[1] for p in parts if p[0] == "math"]
+    assert maths == [text if x is None else x for x in found]
+    if not found:
+        assert "".join(p[1] for p in parts) == text
+
+
 def test_long_responses_are_folded(page):
     folded = _all(page, ".said.folded")
     assert folded
