@@ -31,7 +31,9 @@ def main(runs: list[str]) -> None:
     try:
         server = serve.make_server(runs, _PORT.value, command)
     except OSError as error:
-        raise ValueError(f"--port={_PORT.value}: {error.strerror}") from error
+        raise ValueError(
+            f"--port={_PORT.value}: {error.strerror}; --port=0 takes any that is free"
+        ) from error
     with server:
         print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends)", flush=True)
         try:

@@ -50,7 +50,9 @@ def pack(found: Sequence[Run], room: int) -> Packed:
     if len(shown) < len(keys):
         left_out.append(f"{len(keys) - len(shown)} of {len(keys)} prompts")
     if num_more < len(between):
-        left_out.append(f"{len(between) - num_more} evaluations between first and last")
+        left_out.append(
+            f"{len(between) - num_more} of {len(between)} evaluations between first and last"
+        )
     said = f"Left out to keep the page small: {' and '.join(left_out)}." * bool(
         left_out
     )

@@ -48,7 +48,7 @@ def test_what_leaves_no_room_is_left_out_and_said(tmp_path):
     ends = samples.pack(found, len(whole.text) - 1)
     assert [e["step"] for e in _read(ends)["evaluations"]] == [0, 1, 2, 4]
     assert ends.left_out == (
-        "Left out to keep the page small: 1 evaluations between first and last."
+        "Left out to keep the page small: 1 of 3 evaluations between first and last."
     )
     none = samples.pack(found, 100)
     assert none.text == "" and "too long" in none.left_out
