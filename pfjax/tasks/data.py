@@ -89,8 +89,12 @@ def describe(prompts: PromptSet, tok: Any) -> str:
     others = list(
         dict.fromkeys(k for p in problems for k in p.columns if k not in used)
     )
-    said = f"{prompts.source}: {len(problems)} prompts from {_counts(asked, problems)}"
-    said += f", answers from {_counts(graded, problems)}" if graded else ", no answers"
+    said = f"{prompts.source}: {len(problems)} prompts from column {_counts(asked, problems)}"
+    said += (
+        f", answers from column {_counts(graded, problems)}"
+        if graded
+        else ", no answers"
+    )
     said += f"; other columns: {', '.join(others)}" if others else ""
     first = dataset_io.brief(tok.decode(prompts.tokens[0]), 400)
     gold = problems[0].gold

@@ -184,7 +184,7 @@ def test_what_became_what_is_said_with_the_prompt_as_the_model_sees_it(tmp_path,
     got = data.load_prompts(path, tok, 16, fields=Fields(answer="target"))
     first, second = data.describe(got, tok).splitlines()
     assert first == (
-        f"{path}: 3 prompts from prompt (2), question (1), answers from target (1), "
+        f"{path}: 3 prompts from column prompt (2), question (1), answers from column target (1), "
         "answer (1); other columns: level"
     )
     seen = tok.decode(tokenizer.encode_prompt(tok, "1+2"))
@@ -193,7 +193,9 @@ def test_what_became_what_is_said_with_the_prompt_as_the_model_sees_it(tmp_path,
     assert second.strip() == told
     path = _jsonl(tmp_path, {"prompt": "1+" * 300 + "2", "solution": "none"})
     first, second = data.describe(data.load_prompts(path, tok, 999), tok).splitlines()
-    assert first.endswith("1 prompts from prompt, no answers; other columns: solution")
+    assert first.endswith(
+        "1 prompts from column prompt, no answers; other columns: solution"
+    )
     assert len(second) < 450 and " ... " in second and second.endswith("'")
 
 

@@ -505,9 +505,12 @@ def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
     config.best_metric = "eval/two/length_mean"
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     shown = capsys.readouterr().out
-    assert f"data.eval {one}: 1 prompts from prompt, answers from answer\n" in shown
+    assert (
+        f"data.eval {one}: 1 prompts from column prompt, answers from column answer\n"
+        in shown
+    )
     assert "  1 of 2 have answers: the others are not graded" in shown
-    assert f"data.train {config.data.train}: 1 prompts from prompt" in shown
+    assert f"data.train {config.data.train}: 1 prompts from column prompt" in shown
     assert shown.count("first prompt, as the model sees it: 'ab'") == 3
     assert "step 0  two  length_mean" in shown
     assert "eval/two/avg@4" in shown  # in the table of before and after
