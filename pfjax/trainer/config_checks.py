@@ -18,18 +18,7 @@ _WHY_NOT_GREEDY = (
 
 def check(c: FrozenConfigDict) -> None:
     """Raises ValueError for invalid values."""
-    for name, setting in settings.SETTINGS.items():
-        value, choices = operator.attrgetter(name)(c), setting.choices
-        if setting.bounds() and not setting.allows(value):
-            why = _WHY_NOT_GREEDY if name == "temperature" else ""
-            raise ValueError(
-                f"--config.{name}={value}: must be {setting.bounds()}{why}"
-            )
-        allowed = sorted(choices() if callable(choices) else choices or [value])
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
+    _check_each(c)
     try:
         token_filters(c.eval_sampling.to_dict())
     except ValueError as error:
@@ -81,6 +70,22 @@ def check(c: FrozenConfigDict) -> None:
             "the samples of a prompt: samples_per_prompt must be at least 2, got "
             f"{c.samples_per_prompt}"
         )
+
+
+def _check_each(c: FrozenConfigDict) -> None:
+    """Raises ValueError for a value out of its bounds or none of its choices."""
+    for name, setting in settings.SETTINGS.items():
+        value, choices = operator.attrgetter(name)(c), setting.choices
+        if setting.bounds() and not setting.allows(value):
+            why = _WHY_NOT_GREEDY if name == "temperature" else ""
+            raise ValueError(
+                f"--config.{name}={value}: must be {setting.bounds()}{why}"
+            )
+        allowed = sorted(choices() if callable(choices) else choices or [value])
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"--config.{name}={value}: must be one of {allowed}{hint}")
 
 
 def _check_adapters(c: FrozenConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from pfjax.model import (
     lora,
     tokenizer,
 )
-from pfjax.model.transformer import Params, Policy, abstract_params
+from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
 from pfjax.trainer import config_checks, inputs
@@ -54,23 +55,12 @@ def setup(
 ) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
-    source = hf.resolve(config.model)
-    base_model, tok = (
-        hf_config.read(source),
-        tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock),
-    )
-    given = inputs.load(config, tok, base_model)
+    source, start, tok = _read_model(config)
+    given = inputs.load(config, tok, start)
     train, longest = given.train, given.longest()
-    config_checks.check_lengths(
-        config, given.longest_of_any(), base_model.max_positions
-    )
-    # The list that is trained with, sampled with, and exported.
-    stop_ids = tokenizer.stop_ids(tok, base_model)
-    base_model = dataclasses.replace(
-        base_model, stop_ids=stop_ids, load_tokenizer=lambda: tok
-    )
+    config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
-    fns = train_fns(config, base_model, longest, mesh, other_base)
+    fns = train_fns(config, start, longest, mesh, other_base)
     target = None
     if config.data.target:
         target = data.load_target(config.data.target, fns.objective.target)
@@ -80,26 +70,17 @@ def setup(
     state = first_state(fns, trained, config.seed, mesh)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [*given.held_out.values()]
-    reward = rewards.Reward(
-        fns.objective.reward_source,
-        config.reward_seconds,
-        config.reward_workers,
-        reward_function,
-    )
-    if rewards.needs_answers(fns.objective.reward_source):
+    terms = fns.objective.reward_source
+    limits = config.reward_seconds, config.reward_workers
+    reward = rewards.Reward(terms, *limits, reward_function)
+    if rewards.needs_answers(terms):
         graded.append(train)
+    kept = {"adapter": config.lora.init_from, "base": config.base, "reward": reward}
     trainer = Trainer(
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=inputs.fingerprints(
-            given,
-            tok,
-            target,
-            adapter=config.lora.init_from,
-            base=config.base,
-            reward=reward,
-        ),
+        inputs=inputs.fingerprints(given, tok, target, **kept),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         seed=config.seed,
@@ -128,11 +109,20 @@ def setup(
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
     )
     about = f"{_describe(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
-    if config.data.clock:
-        about += (
-            f"\nthe chat template is told that it is {config.data.clock} (data.clock)"
-        )
+    if clock := config.data.clock:
+        about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
+
+
+def _read_model(config: FrozenConfigDict) -> tuple[pathlib.Path, ModelConfig, Any]:
+    """Folder, config and tokenizer of the model that the policy starts from."""
+    source = hf.resolve(config.model)
+    tok = tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock)
+    model = hf_config.read(source)
+    # The list that is trained with, sampled with, and exported.
+    stop_ids = tokenizer.stop_ids(tok, model)
+    own = {"stop_ids": stop_ids, "load_tokenizer": lambda: tok}
+    return source, dataclasses.replace(model, **own), tok
 
 
 def _load_params(
