@@ -225,8 +225,11 @@ def test_an_exception_in_a_callback_stops_after_a_save(config, tmp_path):
     with pytest.raises(Mine, match="at 1") as caught:
         pfjax.fine_tune(config, tmp_path, on_step=fail_at(1))
     assert "stopped after step 1; the same call" in caught.value.__notes__[0]
+    done = []
     with pytest.raises(Mine, match="at 2"):
-        pfjax.fine_tune(config, tmp_path, on_evaluation=fail_at(2))
+        note = lambda step, _: done.append(step)
+        pfjax.fine_tune(config, tmp_path, note, on_evaluation=fail_at(2))
+    assert done == [2]  # the first was saved
     assert not (tmp_path / "hf").exists()
     again = []
     pfjax.fine_tune(config, tmp_path, on_step=lambda step, _: again.append(step))
