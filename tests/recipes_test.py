@@ -81,5 +81,5 @@ def test_recipe_trains(name, tmp_path):
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2]
     card = (tmp_path / "run/hf/README.md").read_text()
-    assert f"alpha {config.alpha:g}" in card and "steps: 2" in card
+    assert f"alpha {config.alpha:g}" in card and "\n2 steps of " in card
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
