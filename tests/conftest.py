@@ -228,6 +228,9 @@ def run_command(module: str, *args: object) -> subprocess.CompletedProcess:
         use_one_device(patch)
         patch.chdir(ROOT)
         patch.setattr(sys, "argv", argv)
+        # The code of a module that is run is kept where processes without type checks
+        # look for it.
+        patch.setattr(sys, "dont_write_bytecode", True)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:

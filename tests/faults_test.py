@@ -269,7 +269,9 @@ def test_another_base_is_refused_with_the_difference(stopped, tmp_path):
     _flip(next(model.glob("*.safetensors")))
     status, errors = finish(start(workdir, f"--config.model={model}"))
     assert status == 1 and "checkpoints of another run" in errors
-    assert "base: " in errors and f"model: pfjax/toy -> {model}" in errors
+    assert (
+        "weights of the model: " in errors and f"model: pfjax/toy -> {model}" in errors
+    )
 
 
 @pytest.mark.slow

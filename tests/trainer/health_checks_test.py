@@ -91,7 +91,7 @@ def test_a_reward_that_is_constant_is_said(rewards, spread, is_constant):
 def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     """Responses of one token hold no answer."""
     config.objective, config.samples_per_prompt = "grpo", 8
-    config.health_checks.truncated_ceiling = 2.0
+    config.health_checks.truncated_ceiling = 1.0
     with open(config.data.train, "w") as file:
         file.write('{"prompt": "a b", "answer": "7"}\n')
     loop.train_and_evaluate(config, str(tmp_path / "run"))

@@ -521,7 +521,7 @@ def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
     assert [r["set"] for r in responses] == ["one"] * 4 + ["two"] * 8
     steps = tmp_path / "run/checkpoints/2/metrics/metrics"
     assert json.loads(steps.read_text())["best"] == rows[-1]["eval/two/length_mean"]
-    (run,), _ = runs.load([str(tmp_path / "run")])
+    (run,) = runs.load([str(tmp_path / "run")])
     assert len(runs.read_problems(run, 2)) == 3
     # Alone a set has the same scores, under the plain names.
     config.data.eval, config.best_metric = two, "eval/avg"
