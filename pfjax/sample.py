@@ -1,4 +1,4 @@
-r"""Draws responses: pfjax sample --model=pfjax/toy --prompt="17 + 25 = ?"
+r"""Draws responses: pfjax sample --model=pfjax/toy --prompt="17+25"
 
 Prompts come from --prompt (may be repeated) or from --prompts, a file or data set as
 in training. Responses go to --out as JSON lines, each as soon as it has ended.
