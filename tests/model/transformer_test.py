@@ -1,14 +1,24 @@
 """The network against transformers, and what a token must not see."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pfjax import batch as batches
 from pfjax.batch import PackShape, from_segments, pack, response_sum, unpack_responses
-from pfjax.model import hf, log_probs, transformer
+from pfjax.model import (
+    attention,
+    chunked_attention,
+    hf,
+    log_probs,
+    rope,
+    transformer,
+)
 
 
 def torch_logits(folder, tokens):
@@ -81,14 +91,31 @@ def test_no_gradient_from_later_tokens_or_other_segments(rng, tiny_policy):
                 assert not (seen & ~may_see).any()
 
 
-def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
-    config, params = tiny_policy
+@pytest.fixture
+def in_double(monkeypatch):
+    """What is computed in float32 is computed in float64, by the same lines."""
+    double = types.SimpleNamespace(**vars(jnp))
+    double.float32 = jnp.float64
+    # Integers stay what they are.
+    double.arange = lambda *args: jnp.arange(*args, dtype=jnp.int32)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float64)
+    for module in (attention, batches, chunked_attention, log_probs, rope, transformer):
+        monkeypatch.setattr(module, "jnp", double)
+    for module in (chunked_attention, log_probs):
+        monkeypatch.setattr(module, "_dot", dot)
+    with jax.enable_x64(True):
+        yield
+
+
+def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy, in_double):
+    config = dataclasses.replace(tiny_policy.config, dtype="float64")
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), tiny_policy.params)
     sequences, prompts, batch, placement = _packed(rng, config.vocab_size)
 
     def packed(params):
         log_p, _, _ = log_probs.packed_log_probs(config, params, batch)
         sums = response_sum(log_p, batch)
-        return jnp.sum(jnp.where(batch.is_real, sums, 0.0) ** 2), (log_p, sums)
+        return jnp.sum(jnp.where(batch.is_real, sums, 0.0) ** 2), sums
 
     def alone(params):
         total, sums = 0.0, []
@@ -103,27 +130,27 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy):
             total += sums[-1] ** 2
         return total, jnp.array(sums)
 
-    (loss, (log_p, sums)), grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(
-        params
-    )
+    (loss, sums), grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
     (want, want_sums), want_grads = jax.jit(jax.value_and_grad(alone, has_aux=True))(
         params
     )
-    np.testing.assert_allclose(from_segments(sums, placement), want_sums, rtol=1e-5)
-    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    assert {x.dtype for x in jax.tree.leaves((loss, grads))} == {np.dtype("float64")}
+    np.testing.assert_allclose(from_segments(sums, placement), want_sums, rtol=1e-12)
+    np.testing.assert_allclose(loss, want, rtol=1e-12)
     # Entries of hundreds cancel in some sums: the rounding is that of the largest.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max()),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12 * np.abs(b).max()),
         grads,
         want_grads,
     )
-    # `score` is the same computation behind the public interface.
+
+
+def test_scores_are_those_of_the_packed_batch(rng, tiny_policy):
+    """`score` is the same computation behind the public interface."""
+    sequences, prompts, batch, placement = _packed(rng, tiny_policy.config.vocab_size)
+    log_p, _, _ = log_probs.packed_log_probs(*tiny_policy, batch)
     scored = log_probs.score(tiny_policy, [y.tolist() for y in sequences], prompts)
-    for a, b in zip(
-        scored,
-        unpack_responses(log_p, placement),
-        strict=True,
-    ):
+    for a, b in zip(scored, unpack_responses(log_p, placement), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
