@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     above: Real | None = None
     at_most: Real | None = None
     may_change: bool = False  # when a run is continued
+    may_vary: bool = False  # by training step, see `schedules`
 
     def bounds(self) -> str:
         """What a number may be, in words: "positive", "at least 0, at most 1"."""
@@ -88,10 +89,10 @@ _DECIDING: dict[str, Setting] = {
     ),
     "alpha": _positive(
         4.0, "power of the base distribution: > 1 sharpens, < 1 flattens"
-    ),
+    )._replace(may_vary=True),
     "beta": _not_negative(
         0.0, "weight of the reward in the target p_0^alpha e^{beta r}, in nats"
-    ),
+    )._replace(may_vary=True),
     "reward": Setting(
         "",
         "accuracy, majority, cluster, self_certainty, format, length, compiles_python, or "
