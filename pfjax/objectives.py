@@ -32,9 +32,10 @@ class ObjectiveConfig:
     """Names the objective and holds its constants. Hashable: a static argument."""
 
     name: str = "powerflow"
-    alpha: float = 4.0  # of the target
+    # Of the target; with a schedule numbers of the step, traced in `train_step`.
+    alpha: Any = 4.0
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
-    beta: float = 0.0  # of the reward in the target
+    beta: Any = 0.0  # of the reward in the target
     # Terms of the reward that tilts the target or that policy gradients follow, see
     # `reward_functions.parse`; "" for the objective's own, if it has one.
     reward: str = ""
@@ -61,9 +62,14 @@ class ObjectiveConfig:
         return self.kind.loss in (balance, subtb)
 
     @property
+    def has_target(self) -> bool:
+        """Whether it trains toward a target, not for a reward alone."""
+        return self.is_balance or self.kind.loss is policy_gradient
+
+    @property
     def is_tilted(self) -> bool:
         """Whether the reward is part of the target."""
-        return bool(self.reward_source) and self.kind.loss in (balance, policy_gradient)
+        return bool(self.reward_source) and self.has_target
 
     @property
     def target(self) -> Target:

@@ -56,6 +56,11 @@ class Target:
     is_reward_per_token: bool = False  # k = 1; of length-aware targets only
     log_sum: float = 0.0  # of exp(log R) at the optimal log Z, before it is taken off
 
+    @property
+    def has_reward(self) -> bool:
+        """Whether the reward counts; of a beta that is traced, it may."""
+        return isinstance(self.beta, jax.Array) or self.beta != 0
+
     def log_reward(
         self,
         log_p_base: Array,
@@ -73,7 +78,7 @@ class Target:
         """
         tilted = log_p_base + psi * length if self.has_format else log_p_base
         out = self.alpha * tilted
-        if self.beta:
+        if self.has_reward:
             is_per_token = self.is_length_aware and self.is_reward_per_token
             out = out + self.beta * reward * (length if is_per_token else 1)
         return out - self.log_sum if self.log_sum else out

@@ -1,5 +1,6 @@
 """Refuses configs that cannot be meant, before anything heavy starts."""
 
+import dataclasses
 import difflib
 import operator
 from typing import Any
@@ -8,7 +9,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.objectives import OBJECTIVES, ObjectiveConfig
 from pfjax.sampler.options import token_filters
-from pfjax.trainer import settings
+from pfjax.trainer import schedules, settings
 
 _WHY_NOT_GREEDY = (
     "; training needs samples of the whole distribution, greedy decoding is for "
@@ -62,6 +63,7 @@ def check(c: FrozenConfigDict) -> None:
             "samples of the policy itself, at temperature 1; objectives that may sample "
             "otherwise are those of balance, such as powerflow"
         )
+    _check_schedules(c, objective)
     check_reward(c, objective)
     has_groups = objective.log_z_source == "group" or objective.kind.reward
     if has_groups and c.samples_per_prompt < 2:
@@ -104,6 +106,19 @@ def _check_adapters(c: FrozenConfigDict) -> None:
             )
 
 
+def _check_schedules(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for a schedule that says nothing of the objective."""
+    if "alpha" not in schedules.parse(c.schedules):
+        return
+    with_alpha = lambda x: dataclasses.replace(objective, alpha=x).target
+    if not objective.has_target or with_alpha(2.0) == with_alpha(3.0):
+        why = f"whose target has alpha {objective.target.alpha:g}"
+        why = why if objective.has_target else "which has no target"
+        raise ValueError(
+            f"--config.schedules={c.schedules}: alpha has no effect on {c.objective}, {why}"
+        )
+
+
 def check_reward(c: FrozenConfigDict, objective: Any) -> None:
     """Raises ValueError for a reward that there is not, or that nothing would come of."""
     from pfjax.tasks import rewards
@@ -114,18 +129,19 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             f"--config.objective={c.objective} weighs every prefix of a response, of which "
             "there is no reward"
         )
-    if objective.is_tilted and not c.beta:
+    has_schedule = "beta" in schedules.parse(c.schedules)
+    if objective.is_tilted and not (c.beta or has_schedule):
         paper = "; its paper has 15" if c.objective == "flowrl" else ""
         raise ValueError(
             f"--config.objective={c.objective} weighs the reward by beta: set "
             f"--config.beta above 0, in nats{paper}"
         )
-    if c.beta and not objective.is_tilted:
+    if (c.beta or has_schedule) and not objective.is_tilted:
+        given = f"schedules={c.schedules}: beta" if has_schedule else f"beta={c.beta}"
         raise ValueError(
-            f"--config.beta={c.beta} weighs a reward in the target: set --config.reward too"
+            f"--config.{given} weighs a reward in the target: set --config.reward too"
             if not objective.reward_source
-            else f"--config.beta={c.beta} has no effect on {c.objective}, which has no "
-            "target"
+            else f"--config.{given} has no effect on {c.objective}, which has no target"
         )
 
 

@@ -31,7 +31,7 @@ from pfjax.trainer import (
 from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
-from pfjax.trainer.minibatch import init_log_z, prepare_minibatch
+from pfjax.trainer.minibatch import follow_target, init_log_z, prepare_minibatch
 from pfjax.trainer.next_steps import next_steps
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
@@ -100,7 +100,7 @@ def train_iteration(
     FloatingPointError if the loss or a gradient is not finite.
     """
     clock = Clock()
-    fns, policy = trainer.fns, trainer.policy(state)
+    fns, policy = trainer.fns_at(step), trainer.policy(state)
     indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
         prompts = [trainer.prompts[i] for i in indices]
@@ -123,8 +123,12 @@ def train_iteration(
             is_scored=step == 1 and not trainer.starts_at_base,
         )
         minibatches = [prepare(x.ravel(), is_first=i == 0) for i, x in groups]
-        if step == 1 and fns.objective.log_z_source == "head":
-            head = init_log_z(state.params["log_z"], minibatches, fns.objective)
+        if fns.objective.log_z_source == "head":
+            head, objective = state.params["log_z"], fns.objective
+            if step == 1:
+                head = init_log_z(head, minibatches, objective)
+            elif (before := trainer.fns_at(step - 1).objective) != objective:
+                head = follow_target(head, minibatches, before, objective)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
         # An offloaded base leaves room, the policy is donated.
@@ -132,7 +136,8 @@ def train_iteration(
     seen = []
     with clock.part("update"):
         for batch, num, *_ in minibatches:
-            state, *of_update = fns.train_step(state, trainer.frozen, batch, num)
+            args = (state, trainer.frozen, batch, num, trainer.constants(step))
+            state, *of_update = fns.train_step(*args)
             seen.append(of_update)
         scalars, stats, log_p = map(list, zip(*seen, strict=True))
         values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
@@ -147,6 +152,7 @@ def train_iteration(
     if trainer.reward.functions:
         values["reward/failed"] = float(trainer.reward.failures - failed)
     values["lr"] = trainer.learning_rate(step)
+    values |= {f"target/{k}": v for k, v in trainer.constants(step).items()}
     values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
     return state, cursor, values
 

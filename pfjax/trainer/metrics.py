@@ -100,6 +100,12 @@ METRICS: dict[str, Metric] = {
         r"\Pr[(\log\pi(y)-\log\pi(y'))\,(\log p_0(y)-\log p_0(y')) \lt 0]",
         "small; not 0 for length-aware targets, whose tilt reorders across lengths",
     ),
+    "target/alpha": Metric(
+        "power of the base in the target of this step", "", "", "`schedules` of alpha"
+    ),
+    "target/beta": Metric(
+        "weight of the reward in the target of this step", "", "", "`schedules` of beta"
+    ),
     # Policy and base.
     "policy/logp_per_token": Metric(
         "log-prob of the responses under the policy, nats per token",

@@ -121,5 +121,32 @@ def init_log_z(
         residual = _residuals(objective, batch, log_p)
         total += float(jnp.where(batch.is_real, residual, 0.0).sum())
         count += float(batch.is_real.sum())
-    out = {**params["out"], "bias": params["out"]["bias"] - total / count}
+    return _moved(params, -total / count)
+
+
+def follow_target(
+    params: Params,
+    minibatches: list[Minibatch],
+    before: ObjectiveConfig,
+    now: ObjectiveConfig,
+) -> Params:
+    r"""Moves the log Z head as the change of a schedule moves log Z.
+
+    Of whole sequences :math:`d\log Z = E[d\log R]`, and per token
+    :math:`d\log Z' = E[d\log R] / E[|y|]`, both means under the target, which are taken
+    over the policy's samples. The head's own steps are small and would trail far behind.
+    """
+    total = count = 0.0
+    for m in minibatches:
+        batch = m.batch
+        new, old = (_residuals(c, batch, batch.log_p_base) for c in (now, before))
+        weight = batch.length if now.target.is_length_aware else 1
+        total += float(jnp.where(batch.is_real, (new - old) * weight, 0.0).sum())
+        count += float(jnp.where(batch.is_real, weight, 0).sum())
+    return _moved(params, -total / count)
+
+
+def _moved(params: Params, by: float) -> Params:
+    """The log Z head with its output moved by a constant."""
+    out = {**params["out"], "bias": params["out"]["bias"] + by}
     return {**params, "out": out}

@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io
 from pfjax.model import hf, tokenizer
-from pfjax.trainer import run_config
+from pfjax.trainer import run_config, schedules
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
 _SCORES = ("avg", "maj", "pass")  # of evaluations, as others know them
@@ -29,7 +29,7 @@ def model_card(
     import huggingface_hub
 
     source = hf.resolve(config.model)
-    evaluated = evaluations(history)
+    evaluated, found = evaluations(history), schedules.parse(config.schedules)
     results = _results(config, evaluated[-1] if evaluated else {})
     data = huggingface_hub.ModelCardData(
         **_license(source),
@@ -49,6 +49,7 @@ def model_card(
         name=name,
         base=hub_id(config.model) or pathlib.PurePath(config.model).name,
         c=config,
+        end={k: schedules.final(found, k, config[k]) for k in ("alpha", "beta")},
         is_chat=getattr(tok, "chat_template", None) is not None,
         steps=history[-1]["step"] if history else 0,
         rows=evaluated[:1] + evaluated[1:][-1:],

@@ -93,6 +93,12 @@ _DECIDING: dict[str, Setting] = {
     "beta": _not_negative(
         0.0, "weight of the reward in the target p_0^alpha e^{beta r}, in nats"
     )._replace(may_vary=True),
+    "schedules": Setting(
+        "",
+        "values by training step, instead of the settings' own: "
+        "alpha:1@0,4@100,beta:0@1,2@50 takes alpha from 1 to 4 at step 100, linearly, "
+        "and beta from 0 at step 1 to 2 at step 50",
+    ),
     "reward": Setting(
         "",
         "accuracy, majority, cluster, self_certainty, format, length, compiles_python, or "

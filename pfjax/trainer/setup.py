@@ -23,7 +23,7 @@ from pfjax.model import (
 from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards
-from pfjax.trainer import config_checks, inputs
+from pfjax.trainer import config_checks, inputs, schedules
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -45,9 +45,17 @@ class Trainer(NamedTuple):
     compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
     learning_rate: Callable[[int], float]  # of a step
+    constants: Callable[[int], dict[str, float]]  # of the objective at a step, where
+    # they have a schedule
 
     def policy(self, state: TrainState) -> Policy:
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
+
+    def fns_at(self, step: int) -> TrainFns:
+        """With the objective of a step."""
+        constants = self.constants(step)
+        objective = dataclasses.replace(self.fns.objective, **constants)
+        return self.fns._replace(objective=objective)
 
 
 def setup(
@@ -107,11 +115,20 @@ def setup(
         evaluate=_evaluation(config, fns, on_devices, tok, given, target),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
+        constants=_constants(config),
     )
     about = f"{_describe(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
     if clock := config.data.clock:
         about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
+
+
+def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:
+    """Those of the objective that have a schedule, by training step."""
+    found = schedules.parse(config.schedules)
+    names = [name for name in ("alpha", "beta") if name in found]
+    at = lambda name, step: schedules.value(found, name, step, config[name])
+    return lambda step: {name: at(name, step) for name in names}
 
 
 def _read_model(config: FrozenConfigDict) -> tuple[pathlib.Path, ModelConfig, Any]:
@@ -221,13 +238,17 @@ def _describe(
         f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
         f"mesh {sizes}\n"
         f"{_describe_trained(c, fns)}\n"
-        f"{c.objective}, alpha {c.alpha:g}: {prompts} prompts x {samples} samples = "
+        f"{c.objective}, {_describe_target(c)}: {prompts} prompts x {samples} samples = "
         f"{prompts * samples} responses per step, "
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
         f"attention: {backend}; rematerialisation: {c.remat}\n"
         f"rollouts: {plan}"
     )
+
+
+def _describe_target(c: FrozenConfigDict) -> str:
+    return c.schedules.replace(",", ", ") if c.schedules else f"alpha {c.alpha:g}"
 
 
 def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:

@@ -5,6 +5,7 @@ trajectories. The loop's trip count is known only at run time: one compiled prog
 however many rows packing needed, and padding past them costs nothing.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -128,8 +129,10 @@ def train_step(
     frozen: transformer.Params,
     batch: PackedBatch,
     num_microbatches: Int[Array, ""],
+    constants: dict[str, Any] | None = None,
     *,
     optimizer: optax.GradientTransformation,
+    objective: ObjectiveConfig,
     **static: Any,
 ) -> tuple[TrainState, dict[str, Array], TrajectoryStats, Float[Array, "m b t"]]:
     """Sums gradients over micro-batches with one denominator, then updates once.
@@ -139,14 +142,15 @@ def train_step(
       frozen: parameters of the policy that are not trained; empty without LoRA.
       batch: `[M, B, ...]`, with the scores that the objective reads.
       num_microbatches: to go through, the rest being padding.
+      constants: of the objective, in place of its own.
       optimizer: static; takes params `{"policy", "log_z"}`.
-      **static: `model`, `objective`, `stop_ids`, `remat` and `dropout` of
-        `loss_fn`.
+      objective, **static: `model`, `stop_ids`, `remat` and `dropout` of `loss_fn`.
 
     Returns:
       The new state; scalars (`loss`, `grad_norm`, `log_z_grad_norm`); statistics
       `[M, B, N]`; and log-probs of each token, `[M, B, T]`, both from before the update.
     """
+    static["objective"] = dataclasses.replace(objective, **(constants or {}))
     num_trajectories = jnp.sum(batch.is_real).astype(jnp.float32)
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 

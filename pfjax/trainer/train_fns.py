@@ -17,7 +17,7 @@ from pfjax.infra.sharding import AnyMesh
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
-from pfjax.trainer import optim, step
+from pfjax.trainer import optim, schedules, step
 from pfjax.trainer.log_z import init_head
 
 
@@ -130,6 +130,7 @@ def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
 
 
 def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
+    """The objective of a run, that of its end where it has schedules."""
     same = (
         "temperature",
         "alpha",
@@ -141,6 +142,8 @@ def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
     )
     same += ("clip_low", "clip_high", "mask_clipped_tokens")
     same = {name: c[name] for name in same}
+    found = schedules.parse(c.schedules)
+    same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}
     return ObjectiveConfig(c.objective, kl=c.reward_kl, **same)
 
 

@@ -44,6 +44,24 @@ def test_starts_where_the_first_mean_residual_is_zero(rng):
         np.testing.assert_allclose(from_segments(log_z, placement), want, rtol=1e-6)
 
 
+def test_follows_a_target_that_moves_as_log_z_does(rng):
+    batch, placement = _batch(rng)
+    head = init_head(16, jax.random.key(0))
+    hidden = jnp.array(rng.normal(size=(2, 24, 16)), jnp.float32)
+    # Of responses of 6, 10, 3 and 5 tokens only the second has another log p_0 than 0: -5.
+    _, row, segment = np.argwhere(batch.length == 10)[0]
+    is_second = batch.segment_ids[0, row] == segment + 1
+    log_p = np.where(batch.is_response, np.float32(0), np.float32(np.nan))
+    log_p[0, row, is_second & batch.is_response[0, row]] = -0.5
+    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None)
+    # As alpha goes from 2 to 5 log R changes by -15: -15/4 per response, -15/24 per token.
+    for name, want in (("tb_traj", -15 / 4), ("tb_token", -15 / 24)):
+        before, now = (ObjectiveConfig(name, alpha=a) for a in (2.0, 5.0))
+        moved = minibatch.follow_target(head, [m, m], before, now)
+        log_z = apply_head(moved, hidden, _only(batch))
+        np.testing.assert_allclose(from_segments(log_z, placement), want, rtol=1e-6)
+
+
 def test_sees_every_prompt_token_and_no_response_token(rng, tiny_policy):
     batch = _only(_batch(rng)[0])
     head = init_head(16, jax.random.key(0))

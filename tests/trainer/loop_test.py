@@ -173,6 +173,27 @@ def test_training_reaches_the_target_tilted_by_a_function(
     assert last["reward/mean"] > 0 and last["tb/corr_logp_target"] > 0.95
 
 
+@pytest.mark.long_running
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["powerflow", "rl_traj"])
+def test_annealing_reaches_the_target_of_the_end(converging, tmp_path, objective):
+    """log Z too, which its own steps of 0.001 could not bring there from 0."""
+    config = converging
+    config.objective, config.schedules = objective, "alpha:1@0,4@50"
+    config.num_steps = config.checkpoint_every = 100
+    config.optim.clip_norm = 0.05
+    config.optim.log_z_learning_rate = 1e-3
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    base, length = _distribution(config.model)
+    trained, _ = _distribution(tmp_path / "run/hf")
+    target, log_z = power_target(base, 4.0)
+    if objective == "powerflow":
+        target, log_z = length_aware_target(base, length, 4.0)
+    assert total_variation(np.exp(trained), target) < 0.02
+    last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["tb/logz_mean"] == pytest.approx(log_z, abs=0.05)
+
+
 def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
     config = converging
@@ -304,6 +325,42 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
     longer.num_steps = 8
     with pytest.raises(ValueError, match="num_steps=4 -> cosine over num_steps=8"):
         loop.train_and_evaluate(longer, str(parts))
+
+
+def test_a_run_with_schedules_is_one_program_and_continues_bit_for_bit(
+    config, tmp_path
+):
+    config.reward, config.schedules = "length", "alpha:1@0,4@4, beta:0@1,2@3"
+    config.checkpoint_every = 1
+    with count_compiles() as count:
+        loop.train_and_evaluate(config, str(tmp_path / "whole"))
+    rows = _deterministic(tmp_path / "whole")
+    assert [r["target/alpha"] for r in rows[1:]] == [1.75, 2.5, 3.25, 4.0]
+    assert [r["target/beta"] for r in rows[1:]] == [0.0, 1.0, 2.0, 2.0]
+    assert sum(n for k, n in count.items() if "train_step" in k) == 1, count
+    for config.num_steps in (2, 4):
+        loop.train_and_evaluate(config, str(tmp_path / "parts"))
+    assert _deterministic(tmp_path / "parts") == rows
+    files = [tmp_path / x / "hf/model.safetensors" for x in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    config.schedules = "alpha:1@0,4@5, beta:0@1,2@3"
+    with pytest.raises(ValueError, match="another config:\n  schedules: alpha:1@0,4@4"):
+        loop.train_and_evaluate(config, str(tmp_path / "parts"))
+
+
+def test_a_schedule_of_one_value_is_that_value(whole, config, tmp_path):
+    """Loss, log Z and how well the policy matches, until the schedule moves."""
+    config.schedules, config.alpha = "alpha:4@2,2@4", 0.5
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    found, want = _deterministic(tmp_path / "run"), _deterministic(whole[1])
+    for row, same in zip(found[1:3], want[1:3], strict=True):
+        assert row.pop("target/alpha") == 4.0
+        assert row == pytest.approx({k: same[k] for k in row}, rel=1e-3, abs=1e-5)
+    # Two powers less are two times the mean log p_0 per token less.
+    per_token = found[4]["base/logp_per_token"]
+    change = found[4]["tb/logz_mean"] - want[4]["tb/logz_mean"]
+    assert change == pytest.approx(-2 * per_token, rel=0.3)
+    assert found[4]["tb/slope"] > 1.5 * want[4]["tb/slope"]
 
 
 def test_first_step_of_the_base_has_no_residual_and_no_gap(whole, config, tmp_path):
@@ -676,6 +733,20 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ({"max_new_tokens": 100, "pack_length": 200}, "exceeds the model's 64"),
         ({"data.max_prompt_tokens": 1}, "all are too long"),
         ({"log_z": "group", "samples_per_prompt": 1}, "must be at least 2, got 1"),
+        ({"schedules": "alhpa:1@1"}, r"alhpa:1@1: .* did you mean alpha\?"),
+        (
+            {"schedules": "alpha:1@1", "objective": "grpo"},
+            "schedules=alpha:1@1: alpha has no effect on grpo, which has no target",
+        ),
+        (
+            {"schedules": "alpha:2@1", "objective": "flowrl", "beta": 15.0},
+            "alpha has no effect on flowrl, whose target has alpha 1",
+        ),
+        ({"schedules": "beta:1@1"}, "schedules=beta:1@1: beta weighs a reward in the"),
+        (
+            {"schedules": "beta:1@1", "objective": "grpo"},
+            "schedules=beta:1@1: beta has no effect on grpo, which has no target",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_a_folder_is_made(
