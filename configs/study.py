@@ -16,7 +16,9 @@ def get_config(objective: str = "powerflow") -> ml_collections.ConfigDict:
     c.objective = objective
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"
-    c.num_steps = 200
+    c.num_steps, c.prompts_per_step = 200, 32
+    c.behavior.base = 0.0  # so that all objectives may be compared
+    c.optim.schedule = "constant"
     c.eval_every = 25
     c.eval_samples = 16
     c.checkpoint_every = 200

@@ -67,7 +67,12 @@ _MISTAKES = [
     (TRAIN, [SMOKE, RUN, "--config.model={tmp}"], "has no config.json"),
     (TRAIN, [SMOKE, RUN, "--config.data.train={tmp}/none.jsonl"], "does not exist"),
     (TRAIN, [SMOKE, RUN, "--config.data.chat_template_kwargs=x"], "chat_template_kwargs"),
-    (TRAIN, [SMOKE, RUN, "--config.objective=grpo"], "prompts of pfjax/toy/train.jsonl"),
+    (
+        TRAIN,
+        [SMOKE, RUN, "--config.objective=grpo", "--config.behavior.base=0"],
+        "prompts of pfjax/toy/train.jsonl",
+    ),
+    (TRAIN, [SMOKE, RUN, "--config.objective=grpo"], "itself (behavior.base=0)"),
     # The other commands.
     ("pfjax.sample", [], "give either --prompt or --prompts"),
     ("pfjax.sample", ["--prompt=1", "--prompts=x"], "give either --prompt or --prompts"),

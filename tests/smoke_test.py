@@ -45,6 +45,10 @@ def test_smoke_run_sharpens_without_shortening(smoke):
     assert last["eval/avg@8"] >= 0.93
     assert last["eval/length_mean"] >= first["eval/length_mean"]
     assert max(r.get("rollout/logp_gap_max", 0) for r in rows) < 1e-4
+    # It is the power of the base that was asked for, and not only right.
+    found = json.loads((folder / "match.json").read_text())
+    assert found["total_variation"] < 0.03 and 3.4 < found["exponent"] < 4.4
+    assert "4 is asked for" in output and "warning" not in output
     # What a person reads at the end.
     before, after = (f"{row['eval/avg@8']:.3f}" for row in (first, last))
     assert re.search(rf"eval/avg@8 +│ +{before} │ +{after}", output)
@@ -156,7 +160,7 @@ def test_trajectory_level_matching_collapses(tmp_path):
         "--config=configs/smoke.py",
         f"--workdir={tmp_path / 'run'}",
         "--config.objective=tb_traj",
-        "--config.eval_every=100",
+        "--config.eval_every=200",
     )
     assert done.returncode == 0, done.stderr
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")

@@ -105,7 +105,7 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     state = decode.SamplerState(weights, key, temperature)
     prompts = math.ceil(work.num_prompts / plan.dp_size)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
-    numbers = [*[array(prompts)] * 3, *[array(1)] * 3]
+    numbers = [*[array(prompts)] * 3, *[array(1)] * 5]
     queue = decode.Queue(*numbers, array(prompts * g, bool))
     sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
     prefixes, *others = _results(decode.start, queue, s=settings, **sizes)

@@ -47,12 +47,14 @@ class SamplerState(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """The samples in the order they are begun; prompt q owns q*G to (q+1)*G - 1."""
+    """The samples in the order they are begun; prompt q owns q*g to (q+1)*g - 1, g of its G."""
 
     prompt_id: Int[Array, "q"]  # in the random numbers
     last_token: Int[Array, "q"]  # of the prompt
     prefix_slot: Int[Array, "q"]
     ready: Int[Array, "1"]  # samples whose prompt has been prefilled
+    per_prompt: Int[Array, "1"]  # g
+    first: Int[Array, "1"]  # the first of them among G, in the random numbers
     limit: Int[Array, "1"]  # tokens per sample at most
     steps: Int[Array, "1"]  # to decode before the host is asked again
     is_cut: Array  # bool [N], samples to be ended now
@@ -194,7 +196,7 @@ def decode(
         @jax.named_scope("rollout")
         def body(carry):
             i, slots, cache, results = carry
-            slots = _begin(s, queue, slots, samples_per_prefix)
+            slots = _begin(queue, slots, samples_per_prefix)
             logits, cache = forward(s, state, prompts, slots, cache, samples_per_prefix)
             slots, results = _record(s, state, queue, slots, results, logits)
             return i + 1, slots, cache, results
@@ -208,9 +210,9 @@ def decode(
     return sharding.over_batch(local, 1)(state, *args)
 
 
-def _begin(s: Settings, queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
+def _begin(queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
     """Idle slots take the next ready samples."""
-    n, g = queue.is_cut.shape[0], s.samples_per_prompt
+    n, g = queue.is_cut.shape[0], queue.per_prompt
     is_idle = slots.sample >= n
     sample = slots.begun + jnp.cumsum(is_idle) - 1
     takes = is_idle & (sample < queue.ready)
@@ -302,7 +304,7 @@ def _draw(
 ) -> Int[Array, "s"]:
     if s.is_greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    g = s.samples_per_prompt
+    g = queue.per_prompt
     prompt = jnp.minimum(slots.sample // g, queue.prompt_id.shape[0] - 1)
 
     def one(prompt_id, sample, position, logits):
@@ -312,7 +314,8 @@ def _draw(
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
     logits = filters.apply(s.token_filters, logits / state.temperature)
-    numbers = (queue.prompt_id[prompt], slots.sample % g, slots.drawn)
+    sample = queue.first + slots.sample % g
+    numbers = (queue.prompt_id[prompt], sample, slots.drawn)
     return jax.vmap(one)(*numbers, logits)
 
 

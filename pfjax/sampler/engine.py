@@ -32,6 +32,7 @@ def rollout(
     token_filters: TokenFilters = options.NO_FILTERS,
     stop: StopConditions = options.NO_STOP,
     capacity: Capacity = options.ANY_CAPACITY,
+    samples: range | None = None,
     on_finish: Callable[[list[Finished]], None] | None = None,
 ) -> Rollout:
     """Draws responses.
@@ -51,6 +52,8 @@ def rollout(
       token_filters: of the distribution drawn from (not for training).
       stop: see `StopConditions`.
       capacity: see `Capacity`.
+      samples: which of the G to draw, all by default: each is drawn as it would be among
+        the others, by the same compiled programs.
       on_finish: called with the responses that have ended since the last call, while
         the devices go on (at the end only, with `max_total_tokens`).
 
@@ -73,7 +76,8 @@ def rollout(
         raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    num_samples = len(prompts) * samples_per_prompt
+    samples = range(samples_per_prompt) if samples is None else samples
+    num_samples = len(prompts) * len(samples)
     if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
         raise ValueError(
             f"max_total_tokens={stop.max_total_tokens} is less than one token for each "
@@ -100,7 +104,7 @@ def rollout(
         np.float32(temperature or 1.0),
     )
     return Scheduler(
-        settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish
+        settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish, samples
     ).to_end()
 
 

@@ -34,7 +34,7 @@ class Scheduler:
     """One rollout: its device buffers, and what the host knows of them.
 
     Prompt i of the caller is number i // D of part i % D, D parts in all; sample j of
-    it is number (i // D) * G + j of that part's queue.
+    it is number (i // D) * g + j of that part's queue, g samples of each being drawn.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class Scheduler:
         max_new_tokens: int,
         stop: StopConditions,
         on_finish: Callable[[list[Finished]], None] | None,
+        samples: range,
     ):
-        plan = settings.plan
-        d, g = plan.dp_size, settings.samples_per_prompt
+        plan, most = settings.plan, settings.samples_per_prompt
+        d, g = plan.dp_size, len(samples)
         per_part = -(-len(prompts) // d)
         self.plan, self.settings, self.state = plan, settings, state
         self.num_prompts, self.max_new_tokens = len(prompts), max_new_tokens
-        self.stop, self.on_finish = stop, on_finish
+        self.stop, self.on_finish, self.samples = stop, on_finish, samples
         self.prompts = [prompts[i::d] for i in range(d)]
         self.num_samples = np.array([len(p) * g for p in self.prompts], np.int32)
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -65,12 +66,13 @@ class Scheduler:
         self.num_prefilled = np.zeros(d, np.int32)
         self.prompt_length = np.zeros((d, plan.prefix_slots), np.int32)
         self.limit = max_new_tokens
-        self.cut = np.zeros((d, per_part * g), np.int32)  # length; 0 for not cut
+        # Room for all G, so that any number of them runs the same programs.
+        self.cut = np.zeros((d, per_part * most), np.int32)  # length; 0 for not cut
         self.known = np.zeros_like(self.cut)  # tokens seen of each sample
         self.is_reported = np.zeros(self.cut.shape, bool)
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
-        self.sizes = resize.Sizes(plan.slots, plan.widths[0], g)
+        self.sizes = resize.Sizes(plan.slots, plan.widths[0], most)
         # The slots as last seen: nothing has begun.
         self.sample = np.full((d, plan.slots), self.cut.shape[1])
         self.drawn = np.zeros((d, plan.slots), np.int32)
@@ -95,13 +97,15 @@ class Scheduler:
         return self.sample < self.cut.shape[1]
 
     def _queue(self) -> decode.Queue:
-        d, g = self.prefix_slot.shape[0], self.settings.samples_per_prompt
+        d, g = self.prefix_slot.shape[0], len(self.samples)
         return decode.Queue(
             prompt_id=self.prompt_id.ravel(),
             last_token=self.last_token.ravel(),
             # A copy: it changes while devices read it.
             prefix_slot=self.prefix_slot.flatten(),
             ready=self.num_prefilled * np.int32(g),
+            per_prompt=np.full(d, g, np.int32),
+            first=np.full(d, self.samples.start, np.int32),
             limit=np.full(d, self.limit, np.int32),
             steps=np.full(d, self.steps, np.int32),
             is_cut=(self.cut > 0).ravel(),
@@ -135,7 +139,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Prefills waiting prompts when enough prefix slots are free to be worth it."""
-        g, prefix_slots = self.settings.samples_per_prompt, self.plan.prefix_slots
+        g, prefix_slots = len(self.samples), self.plan.prefix_slots
         chosen, is_worth_it, is_busy = [], False, self._is_busy()
         for part, prompts in enumerate(self.prompts):
             prefilled = int(self.num_prefilled[part])
@@ -225,7 +229,7 @@ class Scheduler:
 
     def _report(self, ended: decode.Results) -> None:
         """Passes on the responses that have ended since the last time."""
-        g = self.settings.samples_per_prompt
+        g = len(self.samples)
         new = (ended.length > 0) & ~self.is_reported
         finished = []
         for part, n in zip(*np.nonzero(new), strict=True):
@@ -233,7 +237,7 @@ class Scheduler:
             finished.append(
                 Finished(
                     prompt=int(n) // g * self.plan.dp_size + int(part),
-                    sample=int(n) % g,
+                    sample=self.samples[int(n) % g],
                     tokens=ended.tokens[part, n, :upto],
                     log_probs=ended.log_probs[part, n, :upto],
                     is_stopped=bool(ended.is_stopped[part, n]),
@@ -245,6 +249,7 @@ class Scheduler:
 
     def _collect(self) -> Rollout:
         _, of_slots, _, results = self.on_device
+        g = len(self.samples)
         ended = self._ended(results)
         # The budget's length cuts some on the devices, and some that ended past it.
         length = np.where(ended.length > 0, ended.length, self.limit)
@@ -257,7 +262,8 @@ class Scheduler:
             self._report(ended)
 
         def by_prompt(x: np.ndarray) -> np.ndarray:
-            x = x.reshape(len(x), -1, self.settings.samples_per_prompt, *x.shape[2:])
+            per_part = self.prompt_id.shape[1]
+            x = x[:, : per_part * g].reshape(len(x), per_part, g, *x.shape[2:])
             return np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: self.num_prompts]
 
         return Rollout(

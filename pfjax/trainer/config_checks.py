@@ -64,6 +64,13 @@ def check(c: FrozenConfigDict) -> None:
             "otherwise are those of balance, such as powerflow"
         )
     _check_schedules(c, objective)
+    has_base = c.behavior.base or "behavior.base" in schedules.parse(c.schedules)
+    if has_base and not objective.is_balance:
+        raise ValueError(
+            f"--config.behavior.base={c.behavior.base}: the gradient of {c.objective} is that "
+            "of samples of the policy itself (behavior.base=0); objectives that may learn "
+            "from samples of the base are those of balance, such as powerflow"
+        )
     check_reward(c, objective)
     has_groups = objective.log_z_source == "group" or objective.kind.reward
     if has_groups and c.samples_per_prompt < 2:

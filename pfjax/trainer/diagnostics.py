@@ -4,6 +4,9 @@ They come from host arrays with one entry per trajectory, so that each can be te
 batch made by hand. Means are over responses unless said otherwise.
 """
 
+import collections
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -45,12 +48,22 @@ def step_metrics(
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
+    own = _is_own(data.rollout)
+    mine = jax.tree.map(lambda x: x[own], r)
+    scored = [y for y, is_mine in zip(scored, own, strict=True) if is_mine]
+    responses = [y for y, is_mine in zip(data.responses, own, strict=True) if is_mine]
+    finished = data.rollout.finished.reshape(-1)[own]
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
-        **match_metrics(r, objective.target),
-        **completion_metrics(r, data.rollout.finished.reshape(-1), has_box),
-        **repetition_metrics(data.responses),
-        **rollout_metrics(data.rollout, scored),
+        **policy_metrics(mine),
+        **match_metrics(mine, objective.target),
+        **exponent_metrics(r, objective.target, own),
+        **completion_metrics(mine, finished, has_box[own]),
+        "completions/repeats_across_prompts": repeats_across_prompts(
+            np.array(data.texts, object)[own].reshape(len(data.prompts), -1)
+        ),
+        **repetition_metrics(responses),
+        **rollout_metrics(data.rollout, scored, own),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
     if objective.temperature != 1:  # these are means over samples of the policy
@@ -83,8 +96,6 @@ def _in_order(
 
 def balance_metrics(r: TrajectoryStats, clip_range: tuple[float, float]) -> dict:
     """Statistics of the residual, and the gap of log Z to each prompt's own estimate."""
-    n = targets.tokens(r.num_loss_tokens)
-    m, m0 = r.log_pf / n, r.log_p_base / n
     by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
     at_clamp = np.isclose(r.weight, clip_range[0]) | np.isclose(r.weight, clip_range[1])
     return {
@@ -96,14 +107,54 @@ def balance_metrics(r: TrajectoryStats, clip_range: tuple[float, float]) -> dict
         "tb/logz_mean": r.log_z.mean(),
         "tb/logz_std": r.log_z.std(),
         "tb/logz_gap": np.mean([abs(x.mean()) for x in by_prompt]),
-        "policy/logp_per_token": m.mean(),
-        "base/logp_per_token": m0.mean(),
-        "kl/policy_base_per_token": (m - m0).mean(),
         "is/w_mean": r.weight.mean(),
         "is/w_at_clamp_frac": at_clamp.mean(),
         "is/keep_frac": r.num_loss_tokens.sum() / r.length.sum(),
+    }
+
+
+def policy_metrics(r: TrajectoryStats) -> dict:
+    """Log-probs and entropy of the policy's own samples."""
+    n = targets.tokens(r.num_loss_tokens)
+    m, m0 = r.log_pf / n, r.log_p_base / n
+    return {
+        "policy/logp_per_token": m.mean(),
+        "base/logp_per_token": m0.mean(),
+        "kl/policy_base_per_token": (m - m0).mean(),
         "entropy": r.entropy.sum() / r.length.sum(),
     }
+
+
+def _is_own(rollout: Rollout) -> np.ndarray:
+    """Which of the S responses the policy has drawn."""
+    own = np.arange(rollout.lengths.shape[1]) < (rollout.num_own or np.inf)
+    return np.tile(own, len(rollout.lengths))
+
+
+def exponent_metrics(r: TrajectoryStats, target: Target, is_own: np.ndarray) -> dict:
+    """The power of the base that the policy has, see `exponent`: of all responses of the
+    step, and of those that the base has drawn."""
+    out = {}
+    out["tb/exponent"], out["tb/exponent_se"] = exponent(r, target)
+    if not is_own.all():
+        theirs = jax.tree.map(lambda x: x[~is_own], r)
+        out["tb/exponent_base"], out["tb/exponent_base_se"] = exponent(theirs, target)
+    return out
+
+
+def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
+    r"""Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
+    optimum, 1 for the base; and its standard error.
+    """
+    n = r.num_loss_tokens
+    wanted = target.log_density(r.log_p_base, n, r.log_z, **tilt(r))
+    y = r.log_pf - wanted + target.alpha * r.log_p_base
+    x = r.log_p_base - mean_by_prompt(r.log_p_base, r.prompt_index)
+    y = y - mean_by_prompt(y, r.prompt_index)
+    xx = max(x @ x, np.finfo(np.float32).tiny)
+    slope = x @ y / xx
+    by_prompt = np.bincount(r.prompt_index, x * (y - slope * x))
+    return slope, np.sqrt((by_prompt**2).sum()) / xx
 
 
 def match_metrics(r: TrajectoryStats, target: Target) -> dict:
@@ -119,20 +170,22 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
     - `tb/ess`: effective sample size, as a fraction, of the prompt's samples with weights
       e^{-residual}, per token for a length-aware target; 1 at the optimum.
     - `tb/inversion_rate`: fraction of a prompt's pairs of different responses that policy
-      and base rank the other way round by log-prob; 0 for p_0^alpha, which keeps ranks.
+      and target rank the other way round by log-prob; 0 at the optimum.
     """
     n = r.num_loss_tokens
     log_reward = target.log_reward(r.log_p_base, n, **tilt(r))
     residual = target.residual(r.log_pf, r.log_p_base, n, 0.0, **tilt(r))
-    within = residual - mean_by_prompt(residual, r.prompt_index)
+    log_z = -mean_by_prompt(residual, r.prompt_index)
+    within = residual + log_z
     gap, scale = residual, 1
+    density = target.log_density(r.log_p_base, n, log_z, **tilt(r))
     if target.is_length_aware:
         gap, scale = r.length * within, targets.tokens(n)
     policy, wanted = r.log_pf / scale, log_reward / scale
     groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
     weights = [np.exp(within[g].min() - within[g]) for g in groups]
     corr, slope = _regression(policy, wanted, r.prompt_index)
-    inverted = [_inverted(r.log_pf[g], r.log_p_base[g]) for g in groups]
+    inverted = [_inverted(r.log_pf[g], density[g]) for g in groups]
     pairs = sum(n for _, n in inverted)
     ranks = (_ranks(policy, groups), _ranks(wanted, groups))
     return {
@@ -194,6 +247,16 @@ def completion_metrics(
     }
 
 
+def repeats_across_prompts(texts: Any) -> float:
+    """The fraction of responses, texts `[P][G]`, that another prompt has got too.
+
+    >>> repeats_across_prompts([["yes", "no"], ["yes", "4"]])
+    0.5
+    """
+    prompts_of = collections.Counter(y for of_prompt in texts for y in set(of_prompt))
+    return float(np.mean([[prompts_of[y] > 1 for y in of] for of in texts]))
+
+
 def repetition_metrics(responses: list[np.ndarray]) -> dict:
     """Fractions of token 4-grams that repeat, and of responses that end in a loop."""
     return {
@@ -216,14 +279,16 @@ def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     return any((tail == tail[0]).all() for tail in tails)
 
 
-def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+def rollout_metrics(
+    rollout: Rollout, scored: list[np.ndarray], is_own: np.ndarray
+) -> dict:
     """Differences of the sampler's token log-probs from the scorer's, in nats; and the
     fraction of the sampler's work that produced nothing.
 
     The mean difference estimates the KL divergence of one from the other per token. It is
     of second order in rounding, where the mean distance is of first.
     """
-    drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
+    drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])[is_own]
     gaps = np.concatenate([y[: len(x)] - x for x, y in zip(scored, drawn, strict=True)])
     return {
         "rollout/kl": gaps.mean(),

@@ -64,8 +64,71 @@ def symptoms(
     return out
 
 
-def suspicions(history: Sequence[dict[str, Any]], patience: int) -> list[str]:
-    """What deserves a look in the last `patience` rows, but may be meant; as `symptoms`."""
+def suspicions(
+    history: Sequence[dict[str, Any]], patience: int, alpha: float | None = None
+) -> list[str]:
+    """What deserves a look in the last `patience` rows, but may be meant; as `symptoms`.
+
+    Args:
+      alpha: power of the target; None where there is no target.
+    """
+    out = _constant_reward(history, patience)
+    rows = [r for r in history if all(k in r for k in _WATCHED)]
+    if len(rows) < 2 * patience:
+        return out
+    first, last = (
+        {k: sum(r[k] for r in some) / patience for k in _WATCHED}
+        for some in (rows[:patience], rows[-patience:])
+    )
+    repeats = "completions/repeats_across_prompts"
+    if last[repeats] > max(0.5, first[repeats] + 0.3):
+        out.append(
+            f"{last[repeats]:.0%} of the responses are given to other prompts of the step "
+            f"too, {first[repeats]:.0%} at the start ({repeats}): the policy is about to say "
+            "one thing to all. A smaller optim.learning_rate, or samples of the base "
+            "(behavior.base=0.5), mend that"
+        )
+    length, cut = "completions/mean_length", "completions/clipped_ratio"
+    if last[cut] > first[cut] + 0.2:
+        out.append(
+            f"{last[cut]:.0%} of the responses are cut at max_new_tokens, {first[cut]:.0%} at "
+            f"the start ({cut}), and mean length went from {first[length]:.1f} to "
+            f"{last[length]:.1f}: what is cut has not paid for its end, and the target asks "
+            "for more of it. Raise max_new_tokens, or look at repetition/loop_frac"
+        )
+    if alpha is not None and alpha != 1:
+        out += _far_exponent(first, last, alpha)
+    return out
+
+
+_WATCHED = (
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "completions/repeats_across_prompts",
+    "tb/residual_std_within_prompt",
+    "tb/exponent",
+)
+
+
+def _far_exponent(
+    first: dict[str, float], last: dict[str, float], alpha: float
+) -> list[str]:
+    spread = "tb/residual_std_within_prompt"
+    is_small = last[spread] < 0.25 * first[spread]
+    way = (last["tb/exponent"] - 1) / (alpha - 1)
+    if not is_small or 0.7 <= way <= 1.3:
+        return []
+    return [
+        (
+            f"the residual has become small ({spread}), yet the policy is the base to the power "
+            f"of {last['tb/exponent']:.2f} rather than {alpha:g} (tb/exponent): what it seldom "
+            "says is not where the target wants it. Samples of the base (behavior.base=0.5) "
+            "teach it that"
+        )
+    ]
+
+
+def _constant_reward(history: Sequence[dict[str, Any]], patience: int) -> list[str]:
     rows = [r for r in history if "reward/mean" in r][-patience:]
     seen = {(r["reward/mean"], r["reward/std"]) for r in rows}
     if len(rows) < patience or len(seen) > 1 or rows[-1]["reward/std"]:

@@ -23,6 +23,7 @@ from pfjax.trainer import (
     diagnostics,
     export,
     health_checks,
+    match,
     metrics,
     preemption,
     run_config,
@@ -85,8 +86,11 @@ def train_and_evaluate(
         state = run.train(state, about)
         policy, history = trainer.policy(state), run.writer.history
         export.write(policy, config, history, folder / "hf", folder / "adapter")
+        found = run.measure_match(policy)
     if distributed.is_first():
         print(before_and_after(history, folder))
+        if found:
+            print(match.describe(found, trainer.fns.objective.target.alpha))
         print(next_steps(config, folder))
     return policy
 
@@ -104,7 +108,7 @@ def train_iteration(
     indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
         prompts = [trainer.prompts[i] for i in indices]
-        rollout = trainer.rollout(policy, prompts, step=step, prompt_ids=ids)
+        rollout = trainer.rollout(policy, trainer.base_policy, prompts, step, ids)
     failed = trainer.reward.failures
     with clock.part("reward"):
         data = trainer.compute_rewards(indices, rollout, grader, step)
@@ -224,6 +228,16 @@ class _Run:
         self.checkpoints.wait()
         return state
 
+    def measure_match(self, policy: Policy) -> dict[str, float]:
+        """Estimates the match with the target, if there is one, and writes `match.json`."""
+        trainer = self.trainer
+        if not trainer.fns.objective.has_target:
+            return {}
+        found = trainer.measure_match(policy, trainer.base_policy, self.grader)
+        if distributed.is_first():
+            (self.folder / "match.json").write_text(json.dumps(found, indent=2) + "\n")
+        return found
+
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
@@ -307,7 +321,9 @@ class _Run:
         health, history = self.health, self.writer.history
         if health.action == "off" or history[-1]["step"] % health.patience:
             return []
-        return health_checks.suspicions(history, health.patience)
+        objective = self.trainer.fns.objective
+        alpha = objective.target.alpha if objective.has_target else None
+        return health_checks.suspicions(history, health.patience, alpha)
 
     def _symptoms(self) -> list[str]:
         """What is wrong now; with `warn`, once in `patience` steps."""

@@ -24,6 +24,7 @@ class Metric(NamedTuple):
 _REWARD = "a reward"
 _GOLD = "evaluation prompts with answers"
 _TARGET = "`data.target`"
+_BASE = "`behavior.base`"
 
 METRICS: dict[str, Metric] = {
     # The balance of a step.
@@ -96,9 +97,27 @@ METRICS: dict[str, Metric] = {
         "toward 1",
     ),
     "tb/inversion_rate": Metric(
-        "fraction of a prompt's pairs of responses that policy and base order differently",
-        r"\Pr[(\log\pi(y)-\log\pi(y'))\,(\log p_0(y)-\log p_0(y')) \lt 0]",
-        "small; not 0 for length-aware targets, whose tilt reorders across lengths",
+        "fraction of pairs of a prompt's responses that policy and target order differently",
+        r"\Pr[(\log\pi(y)-\log\pi(y'))\,(\log\tilde p(y)-\log\tilde p(y')) \lt 0]",
+        "falls; responses that the target hardly tells apart keep it above 0",
+    ),
+    "tb/exponent": Metric(
+        "power of the base that the policy is: slope of log pi, less what else the target "
+        "holds, on log p_0, over all responses of the step; its standard error is "
+        "tb/exponent_se",
+        r"\mathrm{slope}_{y\mid q}(\log\pi - \log\tilde p + \alpha\log p_0,\ \log p_0)",
+        "from 1 to alpha; over the policy's own samples alone, which are much alike, it is "
+        "noisy and says nothing of the rest",
+    ),
+    "tb/exponent_se": Metric("standard error of tb/exponent over prompts"),
+    "tb/exponent_base": Metric(
+        "the same over the responses that the base has drawn, so weighted by its mass",
+        "",
+        "from 1 to alpha",
+        _BASE,
+    ),
+    "tb/exponent_base_se": Metric(
+        "standard error of tb/exponent_base over prompts", when=_BASE
     ),
     "target/alpha": Metric(
         "power of the base in the target of this step", "", "", "`schedules` of alpha"
@@ -165,6 +184,11 @@ METRICS: dict[str, Metric] = {
         r"fraction of responses with a closed \boxed{}",
         "",
         "toward 1 where the format term is on",
+    ),
+    "completions/repeats_across_prompts": Metric(
+        "fraction of responses that another prompt of the step got too",
+        "",
+        "stays near its value at step 1; a rise means that the policy says one thing to all",
     ),
     "num_tokens": Metric("response tokens of the step", r"\sum\lvert y\rvert"),
     "repetition/ngram_frac": Metric(

@@ -7,6 +7,7 @@ takes alpha from 1 at step 1 to 4 at step 100, where it stays, and beta from 0 t
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -43,7 +44,9 @@ def parse(text: str) -> dict[str, Points]:
     return out
 
 
-def value(schedules: dict[str, Points], name: str, step: int, default: float) -> float:
+def value(
+    schedules: Mapping[str, Points], name: str, step: int, default: float
+) -> float:
     """What a setting is at a training step, `default` if it has no schedule.
 
     >>> s = parse("alpha:1@1,4@100")
@@ -58,7 +61,7 @@ def value(schedules: dict[str, Points], name: str, step: int, default: float) ->
     return float(np.interp(step, steps, values))
 
 
-def final(schedules: dict[str, Points], name: str, default: float) -> float:
+def final(schedules: Mapping[str, Points], name: str, default: float) -> float:
     """What a setting is from the last point of its schedule on."""
     return schedules[name][-1][1] if name in schedules else default
 

@@ -152,6 +152,18 @@ _DECIDING: dict[str, Setting] = {
     "samples_per_prompt": _positive(32, "samples per prompt (chosen)"),
     "max_new_tokens": _positive(3072, "most tokens of a response; it is cut there"),
     "temperature": _positive(1.0, "sampling temperature in training"),
+    "behavior.base": Setting(
+        0.0,
+        "fraction of each prompt's responses that the frozen base draws, for objectives of "
+        "balance: they have the same optimum whoever draws, and learn what the policy no "
+        "longer says",
+        at_least=0,
+        at_most=0.99,
+        may_vary=True,
+    ),
+    "behavior.base_temperature": _positive(
+        1.0, "sampling temperature of the base in training"
+    ),
     "updates_per_rollout": _positive(
         1, "minibatches per rollout, an update each; 1 is exactly on policy"
     ),

@@ -21,9 +21,9 @@ from pfjax.model import (
     tokenizer,
 )
 from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
-from pfjax.sampler import engine, options, slots
+from pfjax.sampler import options, slots
 from pfjax.tasks import data, rewards
-from pfjax.trainer import config_checks, inputs, schedules
+from pfjax.trainer import behavior, config_checks, inputs, match, schedules
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -40,10 +40,11 @@ class Trainer(NamedTuple):
     golds: list[str | None]  # that responses are graded by
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
     next_prompts: Callable  # cursor -> indices, ids, cursor
-    rollout: Callable  # policy, prompts, step, prompt_ids -> Rollout
+    rollout: Callable  # policy, base, prompts, step, prompt_ids -> Rollout
     reward: rewards.Reward  # holds processes, once it is started
     compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
+    measure_match: Callable  # policy, base, grader -> estimates
     learning_rate: Callable[[int], float]  # of a step
     constants: Callable[[int], dict[str, float]]  # of the objective at a step, where
     # they have a schedule
@@ -56,6 +57,16 @@ class Trainer(NamedTuple):
         constants = self.constants(step)
         objective = dataclasses.replace(self.fns.objective, **constants)
         return self.fns._replace(objective=objective)
+
+    def base_policy(self) -> Policy:
+        """The frozen base, with adapters of zeros where the policy has some, so that one
+        program samples from both."""
+        if not self.frozen:
+            return Policy(self.fns.base_model, self.base())
+        adapters = self.fns.state.params["policy"]
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters)
+        zeros = jax.jit(zeros, out_shardings=shardings_of(adapters))()
+        return Policy(self.fns.model, lora.join(self.frozen, zeros))
 
 
 def setup(
@@ -97,10 +108,14 @@ def setup(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
         rollout=bind(
-            engine.rollout,
+            behavior.rollout,
+            behavior=behavior.Behavior(
+                config.temperature,
+                **config.behavior,
+                by_step=schedules.parse(config.schedules),
+            ),
             samples_per_prompt=config.samples_per_prompt,
             max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
             seed=config.seed,
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
@@ -113,6 +128,7 @@ def setup(
             format_penalty=config.format_penalty,
         ),
         evaluate=_evaluation(config, fns, on_devices, tok, given, target),
+        measure_match=_match(config, fns, tok, given, reward),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
         constants=_constants(config),
@@ -221,6 +237,38 @@ def _evaluation(
         return values, rows
 
     return evaluate
+
+
+def _match(
+    config: FrozenConfigDict,
+    fns: TrainFns,
+    tok: Any,
+    given: inputs.Inputs,
+    reward: rewards.Reward,
+) -> Callable:
+    """What measures the match: on held-out prompts, unless the reward needs answers that
+    they lack."""
+    chosen = next(iter(given.held_out.values()), given.train)
+    if rewards.needs_answers(fns.objective.reward_source):
+        is_missing = any(p.gold is None for p in chosen.problems[: match.PROMPTS])
+        chosen = given.train if is_missing else chosen
+    compute_rewards = functools.partial(
+        rewards.compute_rewards,
+        step=config.num_steps,
+        tok=tok,
+        prompts=chosen,
+        reward=reward,
+        format_penalty=config.format_penalty,
+    )
+    return functools.partial(
+        match.measure,
+        prompts=chosen.tokens,
+        objective=fns.objective,
+        compute_rewards=compute_rewards,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        capacity=options.Capacity(given.longest_of_any()),
+    )
 
 
 def _describe(

@@ -73,7 +73,7 @@ def _compile(mesh):
     n = PROMPTS * G
     bools = array((parts * n,), bool, split)
     queue = decode.Queue(
-        *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(3)), bools
+        *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(5)), bools
     )
     prompts = decode.Prompts(caches(PREFIX_SLOTS, PROMPT_WIDTH), int32(PREFIX_SLOTS))
     of_slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))

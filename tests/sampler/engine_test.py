@@ -39,6 +39,20 @@ def test_recorded_log_probs_equal_the_scorers(tiny_policy):
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 
 
+def test_some_of_the_samples_are_drawn_as_among_all_by_the_same_programs(tiny_policy):
+    kwargs = {"samples_per_prompt": 6, "max_new_tokens": 12, "seed": 4}
+    kwargs["capacity"] = Capacity(num_slots=4)  # which stay as many to the end
+    whole = _cut(engine.rollout(tiny_policy, PROMPTS, **kwargs))
+    for chosen in (range(4), range(4, 6), range(1)):
+        with count_compiles() as compiled:
+            some = engine.rollout(tiny_policy, PROMPTS, **kwargs, samples=chosen)
+        assert not compiled, dict(compiled)
+        for got, want in zip(_cut(some), whole, strict=True):
+            assert [y for y, _ in got] == [y for y, _ in want][
+                chosen.start : chosen.stop
+            ]
+
+
 def test_stop_token_ends_a_response_and_counts(tiny_policy):
     out = engine.rollout(tiny_policy, PROMPTS, 16, 12)
     assert out.finished.any() and not out.finished.all()

@@ -41,15 +41,19 @@ def test_balance_by_hand():
         "tb/logz_mean": -1.5,
         "tb/logz_std": 0.5,
         "tb/logz_gap": 1.0,  # |-0.5| and |1.5|
-        "policy/logp_per_token": -1.125,
-        "base/logp_per_token": -1.625,
-        "kl/policy_base_per_token": 0.5,
         "is/w_mean": 1.045,
         "is/w_at_clamp_frac": 0.5,
         "is/keep_frac": 1.0,
-        "entropy": 0.5,
     }
     assert got == pytest.approx(want)
+    assert diagnostics.policy_metrics(RECORD) == pytest.approx(
+        {
+            "policy/logp_per_token": -1.125,
+            "base/logp_per_token": -1.625,
+            "kl/policy_base_per_token": 0.5,
+            "entropy": 0.5,
+        }
+    )
 
 
 def test_completions_by_hand():
@@ -85,11 +89,14 @@ def test_gap_between_sampler_and_scorer_by_hand():
         slot_steps=8,
     )
     scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -1.5])]
-    got = diagnostics.rollout_metrics(rollout, scored)
+    got = diagnostics.rollout_metrics(rollout, scored, np.ones(2, bool))
     assert got["rollout/kl"] == pytest.approx((0.5 + 0.5) / 5)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.2)
     assert got["rollout/logp_gap_max"] == 0.5
     assert got["rollout/waste"] == pytest.approx(3 / 8)
+    # What the base has drawn is not the policy's to explain.
+    of_first = diagnostics.rollout_metrics(rollout, scored[:1], np.array([True, False]))
+    assert of_first["rollout/kl"] == pytest.approx(0.5 / 2)
 
 
 def test_match_by_hand():
@@ -109,8 +116,10 @@ def test_match_by_hand():
     }
     assert got == pytest.approx(want)
     swapped = RECORD._replace(log_pf=np.array([-1.0, -2.0, -3.0, -2.0]))
-    # Prompt 0: -1 > -2 against -3 < -2, inverted; prompt 1: the base's are equal.
-    assert diagnostics.match_metrics(swapped, Target(2.0))["tb/inversion_rate"] == 1.0
+    # log Z' by group: m - target = 2.5, 2 | 1.25, 4, so -2.25 and -2.625. The target, 2 m0
+    # |y| + 2 psi |y| - log Z' |y|: -6 + 4.5 < -4 + 2.25? no: -1.5 > -1.75, as the policy
+    # has it; -8 + 10.5 > -8 - 2 + 5.25, where the policy has -3 < -2.
+    assert diagnostics.match_metrics(swapped, Target(2.0))["tb/inversion_rate"] == 0.5
 
 
 def test_match_is_about_the_target_that_is_trained():
@@ -135,3 +144,27 @@ def test_match_is_about_the_target_that_is_trained():
 def test_ranks_of_ties_are_shared():
     ranks = diagnostics._ranks(np.array([3.0, 1.0, 3.0, 2.0]), [np.ones(4, bool)])
     np.testing.assert_array_equal(ranks, [2.5, 0.0, 2.5, 1.0])
+
+
+def test_exponent_by_hand():
+    # Whole sequences, alpha 2: y = log pi + log Z, less the means of prompts: with log pi
+    # -2, -1 on log p_0 -3, -2 the slope is 1; with -5, -3 on -4, -3 it is 2.
+    r = RECORD._replace(
+        log_pf=np.array([-2.0, -1.0, -5.0, -3.0]),
+        log_p_base=np.array([-3.0, -2.0, -4.0, -3.0]),
+    )
+    target = Target(2.0, has_format=False, is_length_aware=False)
+    # Both prompts have x = -1/2, 1/2, so the slope is their mean; each is off by 1/2.
+    got = diagnostics.exponent(r, target)
+    assert got == pytest.approx((1.5, np.sqrt(2 * (0.5 * 0.5) ** 2) / 1.0))
+    # Length-aware, log Z' -1 and -2 per token, of 2, 1 | 4, 2 tokens: the policy is
+    # compared where e^{-log Z' |y|} is taken off it: -4, -2 | -13, -7.
+    got, _ = diagnostics.exponent(r, Target(2.0, has_format=False))
+    assert got == pytest.approx((2 + 6) / 2)
+    # psi, in nats per token, is the target's own business: 2 * -0.5 * 2 of the last.
+    assert diagnostics.exponent(r, Target(2.0))[0] == pytest.approx((2 + 8) / 2)
+
+
+def test_responses_that_other_prompts_got_by_hand():
+    texts = [["a", "a", "b"], ["a", "c", "c"]]
+    assert diagnostics.repeats_across_prompts(texts) == 3 / 6

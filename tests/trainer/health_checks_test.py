@@ -88,6 +88,45 @@ def test_a_reward_that_is_constant_is_said(rewards, spread, is_constant):
         assert f"had the same reward, {rewards[-1]:g} " in found[0]
 
 
+def _quiet(**changed):
+    """Six steps of which the last three are otherwise as told."""
+    row = {
+        "completions/mean_length": 20.0,
+        "completions/clipped_ratio": 0.0,
+        "completions/repeats_across_prompts": 0.1,
+        "tb/residual_std_within_prompt": 0.4,
+        "tb/exponent": 1.5,
+    }
+    later = row | {k: v for k, v in changed.items()}
+    return [{"step": i, **(row if i < 4 else later)} for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "alpha", "said"),
+    [
+        ({}, 4.0, ""),
+        ({"completions/repeats_across_prompts": 0.9}, 4.0, "one thing to all"),
+        ({"completions/repeats_across_prompts": 0.35}, 4.0, ""),
+        ({"completions/clipped_ratio": 0.3}, 0.5, "30% of the responses are cut"),
+        ({"completions/clipped_ratio": 0.1}, 0.5, ""),
+        # 1.5 of 4 is a sixth of the way, 3.4 four fifths.
+        ({"tb/residual_std_within_prompt": 0.05}, 4.0, "power of 1.50 rather than 4"),
+        ({"tb/residual_std_within_prompt": 0.2}, 4.0, ""),
+        ({"tb/residual_std_within_prompt": 0.05, "tb/exponent": 3.4}, 4.0, ""),
+        (
+            {"tb/residual_std_within_prompt": 0.05, "tb/exponent": 0.9},
+            0.5,
+            "0.90 rather",
+        ),
+        ({"tb/residual_std_within_prompt": 0.05}, None, ""),
+    ],
+)
+def test_a_match_that_is_none_is_said(changed, alpha, said):
+    found = health_checks.suspicions(_quiet(**changed), patience=3, alpha=alpha)
+    assert len(found) == bool(said)
+    assert not said or said in found[0]
+
+
 def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     """Responses of one token hold no answer."""
     config.objective, config.samples_per_prompt = "grpo", 8

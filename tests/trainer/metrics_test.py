@@ -25,7 +25,8 @@ def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
     with c.unlocked():
         c.update_from_flattened_dict(
             {
-                "objective": "grpo",
+                "beta": 1.0,
+                "behavior.base": 0.5,
                 "reward": "accuracy, 0 * compiles_python",
                 "data.train": "pfjax/toy/train_answered.jsonl",
                 "data.target": str(target),

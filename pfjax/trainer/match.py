@@ -1,0 +1,116 @@
+"""How far a run's policy is from its target, at the end of the run: `match.json`."""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pfjax.evaluation import match
+from pfjax.model.transformer import Policy
+from pfjax.objectives import ObjectiveConfig
+from pfjax.tasks import rewards
+from pfjax.tasks.grading import Grader
+from pfjax.trainer import behavior, diagnostics
+
+PROMPTS, SAMPLES = 64, 16  # at most; samples of the policy and of the base, to each
+_HALF = behavior.Behavior(base=0.5)
+
+
+def measure(
+    policy: Policy,
+    base: Callable[[], Policy],
+    grader: Grader,
+    *,
+    prompts: list[list[int]],
+    objective: ObjectiveConfig,
+    compute_rewards: Callable,
+    **how: Any,
+) -> dict[str, float]:
+    """Draws from policy and base at temperature 1 and estimates the match with the target.
+
+    Args:
+      policy, base, grader: of the run, at its end.
+      prompts: the first `PROMPTS` are answered.
+      objective: its target is matched.
+      compute_rewards: indices, rollout and grader -> `RolloutBatch`.
+      **how: what `engine.rollout` takes.
+
+    Returns:
+      The estimates of `match.measure`; `num_prompts`, `num_samples` of them; and of the
+      responses, for policy and base (`base_...`), `repeats_across_prompts`: the fraction
+      that another prompt got too; and `commonest_changed`: the fraction of prompts whose
+      commonest response is another than the base's.
+    """
+    prompts, indices = prompts[:PROMPTS], list(range(len(prompts[:PROMPTS])))
+    rollout = behavior.rollout(
+        policy, base, prompts, 0, indices,
+        behavior=_HALF, samples_per_prompt=2 * SAMPLES, **how,
+    )  # fmt: skip
+    data = compute_rewards(indices, rollout, grader)
+    reward = data.reward
+    if objective.kind.reward:
+        reward = rewards.group_normalized(reward, 2 * SAMPLES)
+    samples = match.score(policy, base(), prompts, data.responses)
+    shape = samples.log_p.shape
+    tilt = {"psi": data.psi.reshape(shape), "reward": reward.reshape(shape)}
+    out = match.measure(samples._replace(**tilt), objective.target)
+    texts = np.array(data.texts, object).reshape(shape)
+    own, others = texts[:, :SAMPLES], texts[:, SAMPLES:]
+    pairs = zip(map(_commonest, own), map(_commonest, others), strict=True)
+    return out | {
+        "repeats_across_prompts": diagnostics.repeats_across_prompts(own),
+        "base_repeats_across_prompts": diagnostics.repeats_across_prompts(others),
+        "commonest_changed": float(np.mean([a != b for a, b in pairs])),
+        "num_prompts": len(prompts),
+        "num_samples": SAMPLES,
+    }
+
+
+def _commonest(texts: np.ndarray) -> str:
+    return collections.Counter(texts).most_common(1)[0][0]
+
+
+def describe(found: dict[str, float], alpha: float) -> str:
+    """The estimates as a person reads them, and what they warn of."""
+    value = lambda name: f"{found[name]:.3f} ± {found[f'{name}_se']:.3f}"
+    lines = [
+        (
+            f"match with the target, of {found['num_prompts']} prompts x "
+            f"{found['num_samples']} samples of the policy and of the base each:"
+        ),
+        f"  total variation {value('total_variation')}",
+        (
+            f"  KL(policy, target) {value('kl_policy_target')}, KL(target, policy) "
+            f"{value('kl_target_policy')} nats per response"
+        ),
+        (
+            f"  exponent {value('exponent')} over the base's mass, "
+            f"{value('exponent_target')} over the target's; {alpha:g} is asked for"
+        ),
+    ]
+    return "\n".join([*lines, *(f"warning: {x}" for x in warnings(found, alpha))])
+
+
+def warnings(found: dict[str, float], alpha: float) -> list[str]:
+    """What the estimates say against the match, in sentences."""
+    out = []
+    exponent, se = found["exponent"], found["exponent_se"]
+    if abs(exponent - alpha) > 0.2 * alpha + 2 * se:
+        out.append(
+            f"the policy is the base to the power of {exponent:.2f} rather than {alpha:g}: "
+            "what it seldom says is not where the target wants it. More steps, or samples of "
+            "the base (--config.behavior.base=0.5), mend that"
+        )
+    if found["ess"] < 0.05:
+        out.append(
+            f"{found['ess']:.1%} of the samples carry the target: neither policy nor base "
+            "says much of it, and these estimates are rough"
+        )
+    repeats = found["repeats_across_prompts"]
+    if repeats > 0.5 and repeats > found["base_repeats_across_prompts"] + 0.3:
+        out.append(
+            f"{repeats:.0%} of the responses are given to other prompts too, of the base's "
+            f"{found['base_repeats_across_prompts']:.0%}: the policy says one thing to all"
+        )
+    return out

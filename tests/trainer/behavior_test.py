@@ -1,0 +1,59 @@
+"""Responses of a step that policy and base draw."""
+
+import jax
+import numpy as np
+
+from pfjax.sampler import engine
+from pfjax.sampler.options import Capacity
+from pfjax.trainer import behavior, schedules
+from pfjax.trainer.behavior import Behavior
+from tests.conftest import count_compiles
+
+PROMPTS, IDS = [[2, 3, 4], [5]], [7, 9]
+HOW = {"max_new_tokens": 10, "seed": 3, "capacity": Capacity(num_slots=4)}
+
+
+def _draw(policy, base, mixture, step=2):
+    args = (policy, lambda: base, PROMPTS, step, IDS)
+    return behavior.rollout(*args, behavior=mixture, samples_per_prompt=8, **HOW)
+
+
+def test_the_base_draws_its_fraction_by_the_programs_of_the_policy(tiny_policy):
+    policy, base = tiny_policy, tiny_policy
+    other = jax.tree.map(lambda x: x * 1.1, policy.params)
+    policy = policy._replace(params=other)
+    want = [
+        engine.rollout(m, PROMPTS, 8, temperature=t, step=2, prompt_ids=IDS, **HOW)
+        for m, t in ((policy, 1.0), (base, 2.0))
+    ]
+    with count_compiles() as compiled:
+        got = _draw(policy, base, Behavior(base=0.25, base_temperature=2.0))
+    assert not compiled, dict(compiled)
+    assert got.num_own == 6
+    for q in range(2):
+        for g in range(8):
+            y = want[g >= 6]
+            n = y.lengths[q, g]
+            assert got.lengths[q, g] == n
+            np.testing.assert_array_equal(got.tokens[q, g, :n], y.tokens[q, g, :n])
+            np.testing.assert_array_equal(
+                got.log_probs[q, g, :n], y.log_probs[q, g, :n]
+            )
+
+
+def test_policy_and_base_that_are_the_same_draw_different_responses(tiny_policy):
+    got = _draw(tiny_policy, tiny_policy, Behavior(base=0.5))
+    texts = [
+        tuple(y[:n])
+        for y, n in zip(got.tokens[0].tolist(), got.lengths[0], strict=True)
+    ]
+    assert texts[:4] != texts[4:]
+
+
+def test_the_fraction_follows_its_schedule_and_leaves_one_to_the_policy(tiny_policy):
+    by_step = schedules.parse("behavior.base:0.5@1,0@11")
+    mixture = Behavior(by_step=by_step)
+    assert [mixture.num_base(step, 8) for step in (1, 6, 11, 50)] == [4, 2, 0, 0]
+    assert Behavior(base=0.99).num_base(1, 8) == 7
+    got = _draw(tiny_policy, tiny_policy, mixture, step=11)
+    assert got.num_own == 8 == got.lengths.shape[1]
