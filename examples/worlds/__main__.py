@@ -12,7 +12,9 @@ import sys
 
 from absl import app, flags
 
+import pfjax
 from examples.worlds import WORLDS, exact
+from pfjax.model import tokenizer
 
 _OUT = flags.DEFINE_string("out", None, "folder of the base model and of prompts")
 _EXACT = flags.DEFINE_bool("exact", False, "print exact values, and train nothing")
@@ -37,7 +39,8 @@ def main(argv: list[str]) -> None:
         f"{world.name}, the generator:\n{exact.table(exact.of_generator(world, held_out))}"
     )
     if out and pathlib.Path(out).exists():
-        rows, distance = exact.of_model(world, held_out, out)
+        policy, tok = pfjax.load(out), tokenizer.load(out)
+        rows, distance = exact.of_model(world, held_out, policy, tok)
         print(f"\n{out}:\n{exact.table(rows)}")
         print(f"\nKL(generator, model) {distance.kl:.4f} nats per response")
         print(f"said beside the generator's responses: {distance.leak:.4f}")

@@ -84,10 +84,9 @@ def of_generator(world: World, problems: Sequence[Any]) -> list[Row]:
 
 
 def of_model(
-    world: World, problems: Sequence[Any], folder: str, seed: int = 0
+    world: World, problems: Sequence[Any], policy: pfjax.Policy, tok: Any, seed: int = 0
 ) -> tuple[list[Row], Distance]:
-    """A base model that was fitted to a world, in its folder."""
-    policy, tok = pfjax.load(folder), tokenizer.load(folder)
+    """A base model that was fitted to a world."""
     rng = np.random.default_rng(seed)
     support, scores, rows = {}, {}, []
     for method in methods(world):

@@ -287,6 +287,41 @@ def test_the_toy_has_the_vocabulary_of_its_model():
     assert made.get_vocab() == tokenizer.load("pfjax/toy").get_vocab()
 
 
+def log_prob(grammar: Grammar, text: str) -> float:
+    """Of the one path that spells a text."""
+    state, total = grammar.start, 0.0
+    while not isinstance(state, bool):
+        p, said, state = next(
+            c for c in grammar.choices(state) if text.startswith(c.text)
+        )
+        total, text = total + math.log(p), text.removeprefix(said)
+    return total
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("sums", 1e-9), ("chains", 0.05)])
+def test_a_model_that_is_the_generator_has_its_values(name, tolerance, monkeypatch):
+    """Listed, or of samples: 8 x 64, and the length-aware log Z' from them."""
+    world = WORLDS[name]
+    problems = some(world, 8)
+
+    def score(policy, tok, problems, texts, temperature):
+        return [
+            np.array([log_prob(g, text) for text in mine])
+            for p, mine in zip(problems, texts, strict=True)
+            for g in [grammars.tempered(world.grammar(p), temperature)]
+        ]
+
+    monkeypatch.setattr(exact, "score", score)
+    rows, distance = exact.of_model(world, problems, None, None)
+    assert distance.kl == pytest.approx(0, abs=1e-9)
+    for got, want in zip(rows, exact.of_generator(world, problems), strict=True):
+        assert got.method == want.method
+        assert got.accuracy == pytest.approx(want.accuracy, abs=tolerance)
+        assert got.length == pytest.approx(want.length, rel=tolerance)
+        assert got.log_z == pytest.approx(want.log_z, abs=tolerance)
+        assert got.distinct == pytest.approx(want.distinct, abs=tolerance, nan_ok=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("detour")
@@ -302,7 +337,7 @@ def test_a_base_model_is_fitted_and_loads(folder):
         lines = (folder / f"{name}.jsonl").read_text().splitlines()
         prompts = [json.loads(line)["prompt"] for line in lines]
         assert prompts == [p.prompt for p in problems]
-    rows, distance = exact.of_model(world, held_out[:2], str(folder))
+    rows, distance = exact.of_model(world, held_out[:2], policy, tok)
     assert len(rows) == 4
     # Three steps from random weights: nearly all of it is outside of the list.
     assert distance.leak > 0.9
