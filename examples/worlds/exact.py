@@ -19,6 +19,7 @@ from examples.worlds import grammar as grammars
 from examples.worlds.grammar import Grammar, Response
 from examples.worlds.world import World
 from pfjax.model import tokenizer, transformer
+from pfjax.targets import Target
 
 NUM_SAMPLES = 16  # of which different correct ones are counted
 _DRAWN = 64  # responses per prompt where they cannot be listed
@@ -157,13 +158,14 @@ def _value(
     """Accuracy, length, its deviation and log Z'; and distinct correct responses."""
     length = np.array([r.length for r in support.responses])
     is_correct = np.array([r.is_correct for r in support.responses])
-    log_reward = method.alpha * log_p - support.log_q
+    target = Target(method.alpha, is_length_aware=method.is_length_aware)
+    log_weight = lambda log_z: target.log_density(log_p, length, log_z) - support.log_q
     log_z = 0.0
     if method.is_length_aware:
-        excess = lambda z: special.logsumexp(log_reward - z * length)
+        excess = lambda log_z: special.logsumexp(log_weight(log_z))
         bound = abs(excess(0.0)) + 1e-6  # see `grammar.length_aware`
         log_z = optimize.brentq(excess, -bound, bound)
-    log_w = log_reward - log_z * length
+    log_w = log_weight(log_z)
     normalised = np.exp(log_w - special.logsumexp(log_w))
     # What a model says beside the list is incorrect. A target has no such part: it is
     # the list's.
