@@ -45,6 +45,19 @@ METRICS = (
     Metric("entropy", "entropy", "", 3, "Entropy per token"),
     Metric("kl/policy_base_per_token", "KL to base", "", 3, "KL to the base"),
     Metric("tb/residual_std_within_prompt", "residual", "least", 3, "Residual"),
+    Metric(
+        "match/exponent",
+        "exponent",
+        places=2,
+        about="power of the base that the policy is, over the base's mass; alpha at the "
+        "optimum",
+    ),
+    Metric(
+        "match/total_variation",
+        "distance",
+        "least",
+        about="total variation to the target, estimated from samples",
+    ),
 )
 
 

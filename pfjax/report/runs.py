@@ -84,7 +84,7 @@ def find(paths: Sequence[str]) -> list[epath.Path]:
 
 def files(folder: epath.Path) -> list[epath.Path]:
     """What a report reads of a run."""
-    names = ("config.json", "metrics.jsonl", "label.txt")
+    names = ("config.json", "metrics.jsonl", "match.json", "label.txt")
     return [p for n in names if (p := folder / n).exists()] + [*_completions(folder)]
 
 
@@ -114,13 +114,17 @@ def _read(folder: epath.Path) -> Run:
         config, versions = _flatten(about["config"]), about["versions"]
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a run: {error!r}") from error
-    label = folder / "label.txt"
+    label, match = folder / "label.txt", folder / "match.json"
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+    if rows and match.exists():  # of the last step
+        found = json.loads(match.read_text())
+        rows[-1] |= {f"match/{name}": value for name, value in found.items()}
     return Run(
         folder=folder,
         config=config,
         versions=versions,
         label=label.read_text().partition("\n")[0].strip() if label.exists() else "",
-        rows=dataset_io.read_jsonl(folder / "metrics.jsonl"),
+        rows=rows,
         completions={int(p.name[5:-6]): p for p in _completions(folder)},
     )
 

@@ -124,3 +124,12 @@ def test_settings_are_shared_or_differ(tmp_path):
     shared, differ = runs.settings(_groups(tmp_path))
     assert differ == {"alpha": ["4", "0.5"], "log_z": ["not set", "group"]}
     assert shared["optim.learning_rate"] == "0.001" and "seed" not in shared
+
+
+def test_the_match_of_a_run_is_read_as_of_its_last_step(tmp_path):
+    folder = fake_runs.make(tmp_path / "a")
+    assert not any("match/exponent" in row for row in runs.load([str(folder)])[0].rows)
+    (folder / "match.json").write_text('{"exponent": 3.6}')
+    (run,) = runs.load([str(folder)])
+    assert run.rows[-1]["match/exponent"] == 3.6 and run.rows[-1]["step"] == 4
+    assert "match/exponent" not in run.rows[0]
