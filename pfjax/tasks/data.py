@@ -193,6 +193,37 @@ def load_target(source: str, target: Target) -> TargetSamples:
     )
 
 
+def load_responses(
+    source: str, prompts: list[list[int]], max_new_tokens: int
+) -> dict[tuple[int, ...], list[np.ndarray]]:
+    """Responses to each of `prompts`, as `pfjax sample` wrote them.
+
+    Raises:
+      ValueError: if a prompt has none, or a response is empty or too long.
+    """
+    out: dict[tuple[int, ...], list[np.ndarray]] = collections.defaultdict(list)
+    for where, row in dataset_io.read(source):
+        try:
+            prompt, response = row["prompt_tokens"], row["completion_tokens"]
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: no {error}; responses to learn from are those that pfjax sample "
+                "--out=FILE.jsonl writes"
+            ) from None
+        if not 0 < len(response) <= max_new_tokens:
+            raise ValueError(
+                f"{where}: a response of {len(response)} tokens, where max_new_tokens is "
+                f"{max_new_tokens}"
+            )
+        out[tuple(prompt)].append(np.array(response, np.int32))
+    if missing := [p for p in prompts if tuple(p) not in out]:
+        raise ValueError(
+            f"--config.behavior.file={source} has no response to {len(missing)} of "
+            f"{len(prompts)} training prompts; the first is {missing[0][:20]}"
+        )
+    return dict(out)
+
+
 def next_prompts(
     prompts: PromptSet, cursor: int, num: int, seed: int
 ) -> tuple[list[int], list[int], int]:

@@ -1,4 +1,4 @@
-"""Who draws the responses that a step learns from: the policy, and the frozen base.
+"""Where the responses of a step come from: the policy, the frozen base, a file.
 
 A balance objective has its minimum where the residual of every response is 0, whoever drew
 the responses. The policy's own samples are where it matters most and say nothing of what it
@@ -16,6 +16,9 @@ from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.trainer import schedules
 
+Given = Mapping[tuple[int, ...], list[np.ndarray]]  # responses by their prompts
+_NONE: Mapping[Any, Any] = types.MappingProxyType({})
+
 
 class Behavior(NamedTuple):
     """Fractions of each prompt's responses, and how they are drawn."""
@@ -23,13 +26,20 @@ class Behavior(NamedTuple):
     temperature: float = 1.0  # of the policy
     base: float = 0.0  # fraction that the frozen base draws
     base_temperature: float = 1.0
-    # Schedules of these.
-    by_step: Mapping[str, schedules.Points] = types.MappingProxyType({})
+    from_file: float = 0.0  # fraction that is taken from `given`
+    given: Given = _NONE
+    by_step: Mapping[str, schedules.Points] = _NONE  # schedules of the fractions
 
-    def num_base(self, step: int, samples_per_prompt: int) -> int:
-        """How many of a prompt's responses the base draws; the policy keeps at least one."""
-        fraction = schedules.value(self.by_step, "behavior.base", step, self.base)
-        return min(round(fraction * samples_per_prompt), samples_per_prompt - 1)
+    def counts(self, step: int, samples_per_prompt: int) -> tuple[int, int, int]:
+        """How many of a prompt's responses are the policy's, at least one, the base's, and
+        given."""
+        numbers, left = [], samples_per_prompt - 1
+        wanted = {"base": self.base, "from_file": self.from_file if self.given else 0.0}
+        for name, default in wanted.items():
+            at = schedules.value(self.by_step, f"behavior.{name}", step, default)
+            numbers.append(min(round(at * samples_per_prompt), left))
+            left -= numbers[-1]
+        return left + 1, *numbers
 
 
 def rollout(
@@ -41,6 +51,8 @@ def rollout(
     *,
     behavior: Behavior,
     samples_per_prompt: int,
+    max_new_tokens: int,
+    seed: int,
     **how: Any,
 ) -> Rollout:
     """Draws the responses of a step, those of the policy first.
@@ -50,21 +62,45 @@ def rollout(
       prompts, step, prompt_ids: see `engine.rollout`.
       behavior: how many each draws.
       samples_per_prompt: G, of all together.
-      **how: what else `engine.rollout` takes.
+      max_new_tokens, seed, **how: see `engine.rollout`.
     """
-    own = samples_per_prompt - behavior.num_base(step, samples_per_prompt)
-    how |= {"step": step, "prompt_ids": prompt_ids}
-    how |= {"samples_per_prompt": samples_per_prompt}
-    first, rest = range(own), range(own, samples_per_prompt)
+    own, others, given = behavior.counts(step, samples_per_prompt)
+    how |= {"step": step, "prompt_ids": prompt_ids, "seed": seed}
+    how |= {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     out = engine.rollout(
-        policy, prompts, temperature=behavior.temperature, samples=first, **how
+        policy, prompts, temperature=behavior.temperature, samples=range(own), **how
     )
-    if rest:
-        others = engine.rollout(
-            base(), prompts, temperature=behavior.base_temperature, samples=rest, **how
-        )
-        out = _join(out, others)
-    return out._replace(num_own=own)
+    if others:
+        more = {"temperature": behavior.base_temperature}
+        more |= {"samples": range(own, own + others)}
+        out = _join(out, engine.rollout(base(), prompts, **more, **how))
+    if given:
+        rngs = (np.random.default_rng((seed, step, i)) for i in prompt_ids)
+        known = [behavior.given[tuple(p)] for p in prompts]
+        chosen = [
+            [y[i] for i in rng.choice(len(y), given, replace=len(y) < given)]
+            for y, rng in zip(known, rngs, strict=True)
+        ]
+        out = _join(out, _as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
+    return out._replace(num_own=own, num_base=others)
+
+
+def _as_rollout(
+    responses: list[list[np.ndarray]], max_new_tokens: int, stop_ids: tuple[int, ...]
+) -> Rollout:
+    """Responses `[P][g]` that nobody has drawn: of log-prob 0."""
+    shape = (len(responses), len(responses[0]))
+    tokens = np.zeros((*shape, max_new_tokens), np.int32)
+    for at in np.ndindex(*shape):
+        y = responses[at[0]][at[1]]
+        tokens[at][: len(y)] = y
+    return Rollout(
+        tokens=tokens,
+        lengths=np.array([[len(y) for y in of] for of in responses], np.int32),
+        log_probs=np.zeros(tokens.shape, np.float32),
+        finished=np.array([[y[-1] in stop_ids for y in of] for of in responses]),
+        slot_steps=0,
+    )
 
 
 def _join(a: Rollout, b: Rollout) -> Rollout:

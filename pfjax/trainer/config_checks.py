@@ -64,12 +64,19 @@ def check(c: FrozenConfigDict) -> None:
             "otherwise are those of balance, such as powerflow"
         )
     _check_schedules(c, objective)
-    has_base = c.behavior.base or "behavior.base" in schedules.parse(c.schedules)
-    if has_base and not objective.is_balance:
+    by_step = schedules.parse(c.schedules)
+    for name, value in (("base", c.behavior.base), ("file", c.behavior.file)):
+        if (value or f"behavior.{name}" in by_step) and not objective.is_balance:
+            default = settings.SETTINGS[f"behavior.{name}"].default
+            raise ValueError(
+                f"--config.behavior.{name}={value}: the gradient of {c.objective} is that of "
+                f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
+                "may learn from other samples are those of balance, such as powerflow"
+            )
+    if "behavior.from_file" in by_step and not c.behavior.file:
         raise ValueError(
-            f"--config.behavior.base={c.behavior.base}: the gradient of {c.objective} is that "
-            "of samples of the policy itself (behavior.base=0); objectives that may learn "
-            "from samples of the base are those of balance, such as powerflow"
+            f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
+            "--config.behavior.file"
         )
     check_reward(c, objective)
     has_groups = objective.log_z_source == "group" or objective.kind.reward

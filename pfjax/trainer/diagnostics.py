@@ -48,7 +48,7 @@ def step_metrics(
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
-    own = _is_own(data.rollout)
+    own, of_base = _who(data.rollout)
     mine = jax.tree.map(lambda x: x[own], r)
     scored = [y for y, is_mine in zip(scored, own, strict=True) if is_mine]
     responses = [y for y, is_mine in zip(data.responses, own, strict=True) if is_mine]
@@ -57,7 +57,7 @@ def step_metrics(
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
         **policy_metrics(mine),
         **match_metrics(mine, objective.target),
-        **exponent_metrics(r, objective.target, own),
+        **exponent_metrics(r, objective.target, of_base),
         **completion_metrics(mine, finished, has_box[own]),
         "completions/repeats_across_prompts": repeats_across_prompts(
             np.array(data.texts, object)[own].reshape(len(data.prompts), -1)
@@ -125,19 +125,21 @@ def policy_metrics(r: TrajectoryStats) -> dict:
     }
 
 
-def _is_own(rollout: Rollout) -> np.ndarray:
-    """Which of the S responses the policy has drawn."""
-    own = np.arange(rollout.lengths.shape[1]) < (rollout.num_own or np.inf)
-    return np.tile(own, len(rollout.lengths))
+def _who(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the S responses the policy has drawn, and which the base."""
+    prompts, samples = rollout.lengths.shape
+    own = samples if rollout.num_own is None else rollout.num_own
+    sample = np.tile(np.arange(samples), prompts)
+    return sample < own, (sample >= own) & (sample < own + rollout.num_base)
 
 
-def exponent_metrics(r: TrajectoryStats, target: Target, is_own: np.ndarray) -> dict:
+def exponent_metrics(r: TrajectoryStats, target: Target, is_base: np.ndarray) -> dict:
     """The power of the base that the policy has, see `exponent`: of all responses of the
     step, and of those that the base has drawn."""
     out = {}
     out["tb/exponent"], out["tb/exponent_se"] = exponent(r, target)
-    if not is_own.all():
-        theirs = jax.tree.map(lambda x: x[~is_own], r)
+    if is_base.any():
+        theirs = jax.tree.map(lambda x: x[is_base], r)
         out["tb/exponent_base"], out["tb/exponent_base_se"] = exponent(theirs, target)
     return out
 

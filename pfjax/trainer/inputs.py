@@ -2,8 +2,10 @@
 target. Mistakes in them are said before anything heavy starts."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io
@@ -113,6 +115,7 @@ def fingerprints(
     inputs: Inputs,
     tok: Any,
     target: data.TargetSamples | None,
+    responses: Mapping[tuple[int, ...], list[np.ndarray]],
     *,
     adapter: str,
     base: str,
@@ -128,6 +131,10 @@ def fingerprints(
         found[run_config.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
     if target:
         found["samples of the target"] = target
+    if responses:
+        found["responses to learn from"] = [
+            [*p, [y.tolist() for y in of]] for p, of in sorted(responses.items())
+        ]
     if reward.functions:  # columns of any type, not of JSON's alone
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows

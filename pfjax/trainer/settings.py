@@ -164,6 +164,18 @@ _DECIDING: dict[str, Setting] = {
     "behavior.base_temperature": _positive(
         1.0, "sampling temperature of the base in training"
     ),
+    "behavior.file": Setting(
+        "",
+        "responses to learn from, of pfjax sample, some to every training prompt: those of "
+        "the target (--method=smc) show what neither policy nor base says",
+    ),
+    "behavior.from_file": Setting(
+        0.25,
+        "fraction of each prompt's responses that are taken from behavior.file",
+        at_least=0,
+        at_most=0.99,
+        may_vary=True,
+    ),
     "updates_per_rollout": _positive(
         1, "minibatches per rollout, an update each; 1 is exactly on policy"
     ),

@@ -83,6 +83,10 @@ def setup(
     target = None
     if config.data.target:
         target = data.load_target(config.data.target, fns.objective.target)
+    responses = {}
+    if config.behavior.file:
+        where = (config.behavior.file, train.tokens, config.max_new_tokens)
+        responses = data.load_responses(*where)
     attention_check.check(fns.base_model, mesh, fns.shape.max_segments + 1)
 
     base, on_devices, trained = _load_params(config, source, fns, mesh)
@@ -99,7 +103,7 @@ def setup(
         fns,
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
-        inputs=inputs.fingerprints(given, tok, target, **kept),
+        inputs=inputs.fingerprints(given, tok, target, responses, **kept),
         frozen=base if config.lora.rank else {},
         base=on_devices,
         seed=config.seed,
@@ -109,11 +113,7 @@ def setup(
         ),
         rollout=bind(
             behavior.rollout,
-            behavior=behavior.Behavior(
-                config.temperature,
-                **config.behavior,
-                by_step=schedules.parse(config.schedules),
-            ),
+            behavior=_behavior(config, responses),
             samples_per_prompt=config.samples_per_prompt,
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
@@ -137,6 +137,17 @@ def setup(
     if clock := config.data.clock:
         about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
+
+
+def _behavior(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Behavior:
+    return behavior.Behavior(
+        temperature=c.temperature,
+        base=c.behavior.base,
+        base_temperature=c.behavior.base_temperature,
+        from_file=c.behavior.from_file,
+        given=responses,
+        by_step=schedules.parse(c.schedules),
+    )
 
 
 def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:

@@ -249,3 +249,22 @@ def test_a_benchmark_is_asked_by_its_name_as_training_prompts_are(tok, monkeypat
     got = data.load_prompts("math500", tok, 16, suffix="+4")
     assert (_texts(got), _answers(got)) == (["1+2+4"], ["3"])
     assert benchmarks.name_of("math500") == "math500"
+
+
+def test_responses_to_learn_from_are_found_by_their_prompts(tmp_path):
+    path = tmp_path / "given.jsonl"
+    rows = [([2, 3], [4, 1]), ([5], [1]), ([2, 3], [6])]
+    named = [{"prompt_tokens": p, "completion_tokens": y} for p, y in rows]
+    dataset_io.write_jsonl(path, named)
+    got = data.load_responses(str(path), [[5], [2, 3]], max_new_tokens=2)
+    assert {p: [y.tolist() for y in of] for p, of in got.items()} == {
+        (2, 3): [[4, 1], [6]],
+        (5,): [[1]],
+    }
+    with pytest.raises(ValueError, match="no response to 1 of 2 training prompts"):
+        data.load_responses(str(path), [[5], [7]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="of 2 tokens, where max_new_tokens is 1"):
+        data.load_responses(str(path), [[5]], max_new_tokens=1)
+    dataset_io.write_jsonl(path, [{"prompt": "x", "completion": "y"}])
+    with pytest.raises(ValueError, match="no 'prompt_tokens'; responses to learn from"):
+        data.load_responses(str(path), [[5]], max_new_tokens=1)

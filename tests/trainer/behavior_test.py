@@ -29,7 +29,7 @@ def test_the_base_draws_its_fraction_by_the_programs_of_the_policy(tiny_policy):
     with count_compiles() as compiled:
         got = _draw(policy, base, Behavior(base=0.25, base_temperature=2.0))
     assert not compiled, dict(compiled)
-    assert got.num_own == 6
+    assert (got.num_own, got.num_base) == (6, 2)
     for q in range(2):
         for g in range(8):
             y = want[g >= 6]
@@ -53,7 +53,28 @@ def test_policy_and_base_that_are_the_same_draw_different_responses(tiny_policy)
 def test_the_fraction_follows_its_schedule_and_leaves_one_to_the_policy(tiny_policy):
     by_step = schedules.parse("behavior.base:0.5@1,0@11")
     mixture = Behavior(by_step=by_step)
-    assert [mixture.num_base(step, 8) for step in (1, 6, 11, 50)] == [4, 2, 0, 0]
-    assert Behavior(base=0.99).num_base(1, 8) == 7
+    counts = [mixture.counts(step, 8) for step in (1, 6, 11, 50)]
+    assert counts == [(4, 4, 0), (6, 2, 0), (8, 0, 0), (8, 0, 0)]
+    assert Behavior(base=0.99).counts(1, 8) == (1, 7, 0)
+    both = Behavior(base=0.5, from_file=0.5, given={(5,): [np.array([1])]})
+    assert both.counts(1, 8) == (1, 4, 3)
     got = _draw(tiny_policy, tiny_policy, mixture, step=11)
     assert got.num_own == 8 == got.lengths.shape[1]
+
+
+def test_responses_of_a_file_are_taken_by_their_prompts(tiny_policy):
+    given = {
+        tuple(p): [np.array([q + 2] * n + [1], np.int32) for n in range(1, 5)]
+        for q, p in enumerate(PROMPTS)
+    }
+    mixture = Behavior(from_file=0.5, given=given)
+    got, again = (_draw(tiny_policy, tiny_policy, mixture, step=s) for s in (2, 3))
+    assert (got.num_own, got.num_base, got.lengths.shape) == (4, 0, (2, 8))
+    assert got.finished[:, 4:].all()
+    for q in range(2):
+        # Each once, in an order that the step decides.
+        assert sorted(got.lengths[q, 4:]) == [2, 3, 4, 5]
+        for g in range(4, 8):
+            n = got.lengths[q, g]
+            assert got.tokens[q, g, :n].tolist() == [q + 2] * (n - 1) + [1]
+    assert (got.lengths[:, 4:] != again.lengths[:, 4:]).any()

@@ -522,6 +522,11 @@ def _other_samples(config):
     _write_samples(config, [3, 1])
 
 
+def _other_responses(config):
+    path = pathlib.Path(config.behavior.file)
+    path.write_text(path.read_text().replace("[2, 1]", "[3, 1]"))
+
+
 def _other_tokens(config):
     path = pathlib.Path(config.model) / "tokenizer.json"
     path.write_text(path.read_text().replace('"a": 2', '"c": 2'))
@@ -534,6 +539,7 @@ def _other_tokens(config):
         (_other_template, "prompts"),
         (_other_tokens, "tokens"),
         (_other_samples, "samples of the target"),
+        (_other_responses, "responses to learn from"),
     ],
 )
 def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change, what):
@@ -541,6 +547,9 @@ def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change
     config.data.eval = str(shutil.copy(config.data.train, tmp_path / "eval.jsonl"))
     config.data.target = str(tmp_path / "target.jsonl")
     _write_samples(config, [2, 1])
+    if change is _other_responses:
+        given = shutil.copy(config.data.target, tmp_path / "given.jsonl")
+        config.behavior.file = str(given)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     config.num_steps = 2
     change(config)

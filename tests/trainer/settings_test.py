@@ -78,13 +78,18 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ({"temperature": 0.6, "objective": "rl_token"}, "such as powerflow"),
         (
             {"behavior.base": 0.5, "objective": "ttrl"},
-            "samples of the base are those of balance",
+            "other samples are those of balance",
         ),
         (
             {"schedules": "behavior.base:0.5@1,0@9", "objective": "rl_traj"},
-            "samples of the base are those of balance",
+            "other samples are those of balance",
         ),
         ({"behavior.base": 1.0}, "at most 0.99"),
+        (
+            {"behavior.file": "a.jsonl", "objective": "grpo"},
+            "samples are those of balance",
+        ),
+        ({"schedules": "behavior.from_file:0.5@1"}, "has no effect without"),
         ({"beta": 1.0}, "weighs a reward in the target: set --config.reward too"),
         ({"beta": 1.0, "objective": "grpo"}, "has no effect on grpo"),
         (
