@@ -72,7 +72,7 @@ _MISTAKES = [
         [SMOKE, RUN, "--config.objective=grpo", "--config.behavior.base=0"],
         "prompts of pfjax/toy/train.jsonl",
     ),
-    (TRAIN, [SMOKE, RUN, "--config.objective=grpo"], "itself (behavior.base=0)"),
+    (TRAIN, [SMOKE, RUN, "--config.objective=grpo"], "itself (behavior.base=0.0)"),
     # The other commands.
     ("pfjax.sample", [], "give either --prompt or --prompts"),
     ("pfjax.sample", ["--prompt=1", "--prompts=x"], "give either --prompt or --prompts"),
