@@ -137,9 +137,9 @@ def inversion_rate(log_pi: np.ndarray, log_p: np.ndarray) -> float:
 
 
 class Listed(NamedTuple):
-    """All responses to a prompt, and what the base says of them; arrays `[n]`."""
+    """All responses to a problem, and what the base says of them; arrays `[n]`."""
 
-    prompt: str
+    problem: Any
     texts: list[str]
     length: np.ndarray
     is_correct: np.ndarray
@@ -150,37 +150,43 @@ def listed(world: World, base: pfjax.Policy, problems: Sequence[Any]) -> list[Li
     """Lists the responses to problems of a world and has the base score them."""
     found = [world.responses(p) for p in problems]
     texts = [[r.text for r in responses] for responses in found]
-    scores = exact.score(base, base.tokenizer, problems, texts)
     return [
         Listed(
-            problem.prompt,
-            [r.text for r in responses],
+            problem,
+            mine,
             np.array([r.length for r in responses]),
             np.array([r.is_correct for r in responses]),
-            log_p0.astype(float),
+            log_p0,
         )
-        for problem, responses, log_p0 in zip(problems, found, scores, strict=True)
+        for problem, mine, responses, log_p0 in zip(
+            problems, texts, found, _score(base, base, problems, texts), strict=True
+        )
     ]
 
 
+def _score(policy: pfjax.Policy, base: pfjax.Policy, problems, texts) -> list:
+    scores = exact.score(policy, base.tokenizer, problems, texts)
+    return [x.astype(float) for x in scores]
+
+
 def measure_all(
-    policy: pfjax.Policy,
-    base: pfjax.Policy,
-    world: World,
-    problems: Sequence[Any],
-    target: Target,
+    policy: pfjax.Policy, base: pfjax.Policy, rows: Sequence[Listed], target: Target
 ) -> list[Match]:
-    """Compares a policy with its target on each problem.
+    """Compares a policy with its target on each problem; the base lends its tokenizer.
 
     A reward in the target is a verifier: 0 for a correct response, -1 for any other.
     """
-    rows = listed(world, base, problems)
-    scores = exact.score(policy, base.tokenizer, problems, [r.texts for r in rows])
+    scores = _score(policy, base, [r.problem for r in rows], [r.texts for r in rows])
     return [
-        measure(r.log_p0, log_pi.astype(float), r.length, target, r.is_correct,
-                r.is_correct - 1.0)
+        measure(
+            r.log_p0, log_pi, r.length, target, r.is_correct, verifier(r.is_correct)
+        )
         for r, log_pi in zip(rows, scores, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def verifier(is_correct: np.ndarray) -> np.ndarray:
+    return is_correct - 1.0
 
 
 def mean(rows: Sequence[Match]) -> Match:
@@ -220,7 +226,7 @@ def main(argv: list[str]) -> None:
         policy, base = (pfjax.load(x) for x in (_model_in(argv[1]), _BASE.value))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    rows = measure_all(policy, base, world, problems, target)
+    rows = measure_all(policy, base, listed(world, base, problems), target)
     if _JSON.value:
         print(json.dumps(mean(rows)._asdict()))
     else:

@@ -93,7 +93,8 @@ def test_the_list_holds_all_that_the_toys_generator_samples(rng):
 def test_the_toy_is_its_own_power_of_1():
     base = pfjax.load("pfjax/toy")
     problems = toy_model.split_problems(0).held_out[:2]
-    rows = exact.measure_all(base, base, exact.WORLDS["toy"], problems, Target(1.0))
+    listed = exact.listed(exact.WORLDS["toy"], base, problems)
+    rows = exact.measure_all(base, base, listed, Target(1.0))
     found = exact.mean(rows)
     assert 0.97 < found.base_mass < 1
     # All that is left is what the base says beside the list.
