@@ -140,7 +140,9 @@ def score(
         for text in mine:
             sequences.append(prompt + tok.encode(text) + [tok.eos_token_id])
             starts.append(len(prompt))
-    log_p = np.array([x.sum() for x in pfjax.score(policy, sequences, starts)])
+    log_p = np.array(
+        [x.sum(dtype=float) for x in pfjax.score(policy, sequences, starts)]
+    )
     return np.split(log_p, np.cumsum([len(mine) for mine in texts])[:-1])
 
 
