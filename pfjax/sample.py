@@ -4,8 +4,8 @@ Prompts come from --prompt (may be repeated) or from --prompts, a file or data s
 in training. Responses go to --out as JSON lines, each as soon as it has ended.
 
 --method=mh and --method=smc draw from the model's power distribution p^alpha without
-training it (times e^{-log_z |y|}, which with PowerFlow's log Z' is what it trains toward);
-their lines come at the end. --method=low_temperature draws at temperature 1 / alpha, which
+training it (times e^{-log_z |y|}, which with PowerFlow's log Z' is what it trains toward,
+and e^{beta r} with --reward); their lines come at the end. --method=low_temperature draws at temperature 1 / alpha, which
 sharpens each token on its own.
 """
 
@@ -25,7 +25,7 @@ with epy.lazy_imports():
     from pfjax import targets
     from pfjax.model import tokenizer
     from pfjax.sampler import engine, mcmc, progress, slots, smc
-    from pfjax.tasks import data, problems
+    from pfjax.tasks import data, problems, target_reward
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -49,6 +49,12 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
 flags.DEFINE_float("log_z", 0.0, "nats per token; mh and smc")
+flags.DEFINE_string(
+    "reward", "", "r(y) by name or FILE.py:FUNCTION, as in training; mh and smc"
+)
+flags.DEFINE_float(
+    "beta", 0.0, "nats per response that r(y) is weighed by; mh, smc", lower_bound=0.0
+)
 flags.DEFINE_integer("blocks", 16, "mh: in which responses grow", lower_bound=1)
 flags.DEFINE_integer("steps", 10, "mh: proposals after each block", lower_bound=0)
 flags.DEFINE_integer("particles", 64, "smc: per prompt", lower_bound=1)
@@ -66,7 +72,7 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     _check_flags()
     source, tok = cli.find_model()
-    texts, prompts = _prompts(tok)
+    asked, prompts = _prompts(tok)
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if FLAGS.out != "-":
@@ -76,13 +82,18 @@ def main() -> None:
         limit = FLAGS.max_new_tokens or min(512, room)
 
         def write(finished: list) -> None:
-            rows = (_row(x, tok, texts, prompts) for x in finished)
-            out.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+            rows = (_row(x, tok, asked, prompts) for x in finished)
+            text = lambda row: json.dumps(row, ensure_ascii=False, default=_plain)
+            out.writelines(text(r) + "\n" for r in rows)
             out.flush()
 
         begin = time.perf_counter()
-        draw = _draw_power if FLAGS.method in _OF_SEQUENCES else _draw_tokens
-        rollout = draw(policy, tok, prompts, limit, write)
+        if FLAGS.method in _OF_SEQUENCES:
+            with target_reward.started(FLAGS.reward, tok, asked) as reward:
+                rollout = _draw_power(policy, tok, prompts, limit, reward)
+            write(engine.all_finished(rollout))
+        else:
+            rollout = _draw_tokens(policy, tok, prompts, limit, write)
         seconds = time.perf_counter() - begin
     tokens = rollout.lengths.sum()
     print(
@@ -100,6 +111,14 @@ def _check_flags() -> None:
         raise ValueError("give either --prompt or --prompts")
     cli.token_filters()
     method, alpha = FLAGS.method, FLAGS.alpha
+    if bool(FLAGS.reward) != bool(FLAGS.beta):
+        raise ValueError(
+            f"--reward={FLAGS.reward} and --beta={FLAGS.beta:g} go together: the weight of "
+            "the reward, in nats"
+        )
+    if FLAGS.reward and method not in _OF_SEQUENCES:
+        raise ValueError("--reward needs --method=smc or mh")
+    target_reward.check(FLAGS.reward)
     if method == "tokens":
         if alpha is not None:
             raise ValueError("--alpha needs --method=low_temperature, mh or smc")
@@ -157,34 +176,35 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
         )
 
 
-def _draw_power(policy, tok, prompts, max_new_tokens, write):
+def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     """Samples the power distribution."""
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
-    target = targets.Target(FLAGS.alpha, has_format=False)
+    target = targets.Target(FLAGS.alpha, FLAGS.beta, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     stop_ids = tokenizer.stop_ids(tok, policy.config)
     kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
+    kwargs["reward"] = reward
     if FLAGS.method == "mh":
         kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}
         rollout = mcmc.metropolis_hastings(*args, **kwargs)
     else:
         kwargs |= {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
         rollout, log_sum = smc.sequential_monte_carlo(*args, **kwargs)
-        what = "log of the sum of p^alpha e^(-log_z |y|) over all responses"
+        tilt = " e^(beta r)" if reward else ""
+        what = f"log of the sum of p^alpha e^(-log_z |y|){tilt} over all responses"
         mean = f"{what}, mean over prompts: {log_sum.mean():.3f}"
         print(mean, file=sys.stderr)
-    write(engine.all_finished(rollout))
     return rollout
 
 
-def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
+def _row(response, tok, asked: list, prompts: list[list[int]]) -> dict:
     """What is written of a response."""
     tokens = response.tokens.tolist()
     row = {
         "prompt_id": response.prompt,
         "sample": response.sample,
-        "prompt": texts[response.prompt],
+        "prompt": problems.text_of(asked[response.prompt]),
         "completion": tokenizer.decode(tok, tokens),
         "tokens": len(tokens),
         "finished": response.is_stopped,
@@ -194,10 +214,23 @@ def _row(response, tok, texts: list[str], prompts: list[list[int]]) -> dict:
         row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
         row["prompt_tokens"] = prompts[response.prompt]
         row["completion_tokens"] = tokens
+    if FLAGS.reward:
+        row |= {"reward": FLAGS.reward, "beta": FLAGS.beta}
+        problem = asked[response.prompt]
+        row["problem"] = {
+            "question": problem.question,
+            "gold": problem.gold,
+            "columns": dict(problem.columns),
+        }
     return row
 
 
-def _prompts(tok) -> tuple[list[str], list[list[int]]]:
+def _plain(value):
+    """For JSON: a list of an array, else the text of what a column may hold."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _prompts(tok) -> tuple[list, list[list[int]]]:
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
         fields = problems.Fields(FLAGS.prompt_field)
@@ -205,9 +238,10 @@ def _prompts(tok) -> tuple[list[str], list[list[int]]]:
             FLAGS.prompts, tok, longest, FLAGS.suffix, fields=fields
         )
         problems.check_fields(fields, found.problems)
-        return [problems.text_of(p) for p in found.problems], found.tokens
+        return found.problems, found.tokens
     texts = [text + FLAGS.suffix for text in FLAGS.prompt]
-    return texts, [tokenizer.encode_prompt(tok, text) for text in texts]
+    asked = [problems.Problem(str(i), text, None) for i, text in enumerate(texts)]
+    return asked, [tokenizer.encode_prompt(tok, text) for text in texts]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from pfjax.targets import Target
+from pfjax.tasks import data
 from tests.conftest import ROOT, run_command
 
 
@@ -59,11 +61,43 @@ def test_mistakes_are_one_line():
             ("--prompt=1", "--samples=4", "--method=smc", "--alpha=2", "--particles=2"),
             "must not be fewer",
         ),
+        (("--prompt=1", "--reward=length"), "--beta=0 go together"),
+        (("--prompt=1", "--reward=length", "--beta=1"), "--reward needs --method=smc"),
     ]:
         done = _run(*args)
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and message in last
         assert "Traceback" not in done.stderr
+
+
+def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def brief(completion_ids, answer, **kwargs):\n"
+        "    return [-len(y) if a else 0 for y, a in zip(completion_ids, answer)]\n"
+    )
+    rows = [{"prompt": "17+25", "answer": "42"}, {"prompt": "3+9", "answer": "12"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    reward, out = f"{tmp_path / 'mine.py'}:brief", tmp_path / "out.jsonl"
+    args = ["--method=smc", "--alpha=1.5", f"--prompts={tmp_path / 'in.jsonl'}"]
+    args += ["--samples=8", "--max_new_tokens=24", "--ramp=4", f"--out={out}"]
+    mean = {}
+    for beta in (0, 1):
+        more = [f"--reward={reward}", "--beta=1"] if beta else []
+        done = _run(*args, *more)
+        assert done.returncode == 0, done.stderr
+        drawn = [json.loads(line) for line in out.read_text().splitlines()]
+        mean[beta] = sum(r["tokens"] for r in drawn) / 16
+    assert "e^(-log_z |y|) e^(beta r) over all" in done.stderr
+    assert mean[1] < 0.7 * mean[0], mean
+    target = Target(1.5, 1.0, is_length_aware=True)
+    found = data.load_target(str(out), target, reward)
+    assert [p.gold for p in found.problems] == ["42", "12"]
+    assert [p.columns for p in found.problems] == rows
+    assert len(found.responses) == 16
+    with pytest.raises(ValueError, match="beta is 1.0, expected 2.0"):
+        data.load_target(str(out), Target(1.5, 2.0), reward)
+    with pytest.raises(ValueError, match="beta is 1.0, expected 0.0"):
+        data.load_target(str(out), Target(1.5))
 
 
 @pytest.mark.parametrize("lines", [1, 1_000_000])  # still buffered, or not

@@ -131,7 +131,7 @@ class Curved(Target):
         return self.alpha * log_p_base + self.beta * reward**2
 
 
-def _count_of_2(tokens, length):
+def _count_of_2(tokens, length, prompt):
     is_in = jnp.arange(tokens.shape[1])[None] < length[:, None]
     return ((tokens == 2) & is_in).sum(axis=1).astype(jnp.float32)
 

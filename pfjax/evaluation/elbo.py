@@ -9,6 +9,7 @@ The lower bound (ELBO) is blind to what the policy never says, the upper one (EU
 what lies between them is KL(pi || target) + KL(target || pi).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def bounds(
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     seed: int,
+    reward: Callable[[list[int], list[list[int]]], np.ndarray] | None = None,
 ) -> dict[str, float]:
     """`elbo`, from as many samples of the policy as there are of the target, and `eubo`.
 
@@ -44,10 +46,12 @@ def bounds(
       samples: of the target without psi, at their `log_z`.
       format_penalty: psi of a response without a box.
       max_new_tokens, stop_ids, seed: of the policy's samples.
+      reward: r(y), where the target has one, by the numbers of prompts and responses.
     """
     num = len(samples.responses) // len(samples.prompts)
     prompts = [p for p in samples.prompts for _ in range(num)]
     starts = [len(p) for p in prompts]
+    numbers = [q for q in range(len(samples.prompts)) for _ in range(num)]
 
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
@@ -57,8 +61,10 @@ def bounds(
         length = np.array([len(y) for y in responses])
         texts = [tokenizer.decode(tok, y) for y in responses]
         psi = rewards.format_term(texts, format_penalty)
-        density = target.log_density(log_p_base, length, samples.log_z, psi=psi)
-        plain = target.log_density(log_p_base, length, samples.log_z)
+        r = reward(numbers, responses) if reward else 0.0
+        sums = (log_p_base, length, samples.log_z)
+        density = target.log_density(*sums, psi=psi, reward=r)
+        plain = target.log_density(*sums, reward=r)
         return (density - log_p).reshape(-1, num), (density - plain).reshape(-1, num)
 
     how = {"seed": seed, "stop": StopConditions(stop_ids)}

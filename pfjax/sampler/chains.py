@@ -22,8 +22,9 @@ from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, slots
 from pfjax.targets import Target
 
-# r(y) of responses: tokens [s, r], undefined past length [s], to [s]. Traced by jit.
-Reward = Callable[[Array, Array], Array]
+# r(y) of responses: tokens [s, r], undefined past length [s], and numbers of their prompts
+# [s], to [s]. Traced by jit. Of responses that have not ended the length is 0.
+Reward = Callable[[Array, Array, Array], Array]
 
 
 class Spec(NamedTuple):
@@ -245,8 +246,11 @@ def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array,
     if alpha is not None:
         target = dataclasses.replace(target, alpha=alpha)
     if run.spec.reward is not None:
-        reward = run.spec.reward(y.tokens, y.length)
-        reward = jnp.where(is_open(run, y), 0.0, reward)
+        is_left = is_open(run, y)
+        prompt = jnp.repeat(run.prompt_id, run.spec.settings.samples_per_prompt)
+        length = jnp.where(is_left, 0, y.length)
+        reward = run.spec.reward(y.tokens, length, prompt)
+        reward = jnp.where(is_left, 0.0, reward)
     log_p = sum_from(y.log_p, y)
     return target.log_density(log_p, y.length, run.log_z, reward=reward)
 

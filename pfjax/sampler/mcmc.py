@@ -61,7 +61,8 @@ def metropolis_hastings(
       max_new_tokens: R.
       log_z: in nats per token, lambda; 0 for a target of whole sequences.
       reward: r(y), which the target's beta weighs, of tokens `[s, r]` (undefined past
-        the length) and lengths `[s]`. It is traced by jit.
+        the length), lengths `[s]` and the numbers of their prompts `[s]`. It is traced
+        by jit.
       temperature: of the proposal; 1 / alpha when not given.
       blocks: in which a response grows.
       steps: proposals after each.

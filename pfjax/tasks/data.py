@@ -3,6 +3,7 @@
 import collections
 import functools
 import logging
+import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,30 +152,44 @@ class TargetSamples(NamedTuple):
     prompts: list[list[int]]
     responses: list[list[int]]
     log_z: float  # lambda, nats per token, that they were drawn with
+    problems: tuple[Problem, ...] = ()  # of the prompts, where there is a reward
 
 
-def load_target(source: str, target: Target) -> TargetSamples:
+def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
     """Reads what `python -m pfjax.sample --method=smc` (or `mh`) wrote.
+
+    Args:
+      reward: its terms, if the target has one.
 
     Raises:
       ValueError: if the samples are none of the target (but for its format term), or of
         several kinds.
     """
-    if target.beta:
+    if target.has_reward and target.is_reward_per_token:
         raise ValueError(
-            f"--config.data.target={source}: the target of this objective has a reward, "
-            "which no such samples know"
+            f"--config.data.target={source}: the target of this objective has a reward per "
+            "token, and samples are drawn by one per response"
         )
     found = dataset_io.read(source)
     log_z = found[0][1].get("log_z") if found else None
+    wanted = {"alpha": target.alpha, "log_z": log_z, "beta": 0.0, "reward": ""}
+    command = f"--method=smc --alpha={target.alpha:g} --log_z=..."
+    if target.has_reward:
+        wanted |= {"beta": target.beta, "reward": reward}
+        command += f" --reward={shlex.quote(reward)} --beta={target.beta:g}"
+    untold = {"beta": 0.0, "reward": ""}  # of rows drawn without a reward
     for where, row in found:
-        for name, want in (("alpha", target.alpha), ("log_z", log_z)):
-            if row.get(name) is None or row[name] != want:
+        for name, want in wanted.items():
+            value = row.get(name, untold.get(name))
+            if value is None or value != want:
                 raise ValueError(
-                    f"{where}: {name} is {row.get(name)}, expected {want}; samples of the "
-                    "target come from python -m pfjax.sample --method=smc --alpha="
-                    f"{target.alpha:g} --log_z=..."
+                    f"{where}: {name} is {value!r}, expected {want!r}; samples of the "
+                    f"target come from python -m pfjax.sample {command}"
                 )
+        if reward and "problem" not in row:
+            raise ValueError(
+                f"{where}: there is no 'problem', of which a reward could be"
+            )
     by_prompt = collections.defaultdict(list)
     for _, row in found:
         by_prompt[row["prompt_id"]].append(row)
@@ -190,6 +205,9 @@ def load_target(source: str, target: Target) -> TargetSamples:
         prompts=[g[0]["prompt_tokens"] for g in groups],
         responses=[r["completion_tokens"] for g in groups for r in g],
         log_z=log_z,
+        problems=tuple(
+            Problem(str(q), **g[0]["problem"]) for q, g in enumerate(groups) if reward
+        ),
     )
 
 

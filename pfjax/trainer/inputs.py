@@ -130,7 +130,7 @@ def fingerprints(
         held_out = [of(of_set) for of_set in inputs.held_out.values()]
         found[run_config.EVAL_PROMPTS] = held_out if len(held_out) > 1 else held_out[0]
     if target:
-        found["samples of the target"] = target
+        found["samples of the target"] = [*target[:3], *map(repr, target.problems)]
     if responses:
         found["responses to learn from"] = [
             [*p, [y.tolist() for y in of]] for p, of in sorted(responses.items())

@@ -21,8 +21,9 @@ from pfjax.model import (
     tokenizer,
 )
 from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
+from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import options, slots
-from pfjax.tasks import data, rewards
+from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import behavior, config_checks, inputs, match, schedules
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
@@ -82,7 +83,7 @@ def setup(
     fns = train_fns(config, start, longest, mesh, other_base)
     target = None
     if config.data.target:
-        target = data.load_target(config.data.target, fns.objective.target)
+        target = _load_target(config.data.target, fns.objective)
     responses = {}
     if config.behavior.file:
         where = (config.behavior.file, train.tokens, config.max_new_tokens)
@@ -127,7 +128,7 @@ def setup(
             reward=reward,
             format_penalty=config.format_penalty,
         ),
-        evaluate=_evaluation(config, fns, on_devices, tok, given, target),
+        evaluate=_evaluation(config, fns, on_devices, tok, given, target, reward),
         measure_match=_match(config, fns, tok, given, reward),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
@@ -208,6 +209,17 @@ def _plan(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
     )
 
 
+def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples:
+    terms = objective.reward if objective.is_tilted else ""
+    if objective.is_tilted and objective.kind.reward:
+        raise ValueError(
+            f"--config.data.target={source}: the reward of {objective.name} is relative to "
+            "the other samples of a step, so nobody can draw from its target"
+        )
+    target_reward.check(terms)
+    return data.load_target(source, objective.target, terms)
+
+
 def _evaluation(
     config: FrozenConfigDict,
     fns: TrainFns,
@@ -215,6 +227,7 @@ def _evaluation(
     tok: Any,
     given: inputs.Inputs,
     target: data.TargetSamples | None,
+    reward: rewards.Reward,
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
     shared = {
@@ -243,8 +256,11 @@ def _evaluation(
         if target is not None:
             policies = (policy, Policy(fns.base_model, base()))
             what = (target, fns.objective.target, tok)
-            psi = {"format_penalty": config.format_penalty}
-            values = values | elbo.bounds(*policies, *what, **psi, **shared)
+            tilt = {"format_penalty": config.format_penalty}
+            if target.problems:
+                of = target_reward.ResponseReward(reward, grader, tok, target.problems)
+                tilt["reward"] = of.shared_values
+            values = values | elbo.bounds(*policies, *what, **tilt, **shared)
         return values, rows
 
     return evaluate

@@ -886,15 +886,29 @@ def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("psi", [0.0, -0.5])
+@pytest.mark.parametrize(("psi", "beta"), [(0.0, 0.0), (-0.5, 0.0), (-0.5, 1.5)])
 def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
-    config, tmp_path, rng, psi
+    config, tmp_path, rng, psi, beta
 ):
     """Of the base, before the first step: every expectation is a sum over responses."""
     alpha, lam, samples = 2.0, -0.4, 1000
     base, length = _distribution(config.model)
-    drawn_from = np.exp(alpha * base - lam * length)
     responses = all_responses(vocab=4, stop=1, max_tokens=3)
+    reward = 0.5 * np.array([y.count(3) for y in responses])
+    log_drawn_from = alpha * base + beta * reward - lam * length
+    drawn_from = np.exp(log_drawn_from)
+    tilt = {}
+    if beta:
+        (tmp_path / "mine.py").write_text(
+            "def threes(completion_ids, worth, **kwargs):\n"
+            "    return [y.count(3) * w for y, w in zip(completion_ids, worth)]\n"
+        )
+        config.reward, config.beta = f"{tmp_path / 'mine.py'}:threes", beta
+        with open(config.data.train, "w") as file:
+            file.write(json.dumps({"prompt": PROMPT, "worth": 1.0}) + "\n")
+        columns = {"prompt": PROMPT, "worth": 0.5}
+        problem = {"question": PROMPT, "gold": None, "columns": columns}
+        tilt = {"beta": beta, "reward": config.reward, "problem": problem}
     chosen = rng.choice(len(base), size=samples, p=drawn_from / drawn_from.sum())
     target = tmp_path / "target.jsonl"
     target.write_text(
@@ -903,7 +917,7 @@ def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
                 {
                     "prompt_id": 0, "alpha": alpha, "log_z": lam,
                     "prompt_tokens": [2, 3], "completion_tokens": responses[i],
-                }
+                } | tilt
             ) + "\n"
             for i in chosen
         )
@@ -912,7 +926,7 @@ def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
     config.num_steps = config.eval_every = 1
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     row = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
-    log_target = alpha * (base + psi * length) - lam * length
+    log_target = log_drawn_from + alpha * psi * length
     log_sum = np.log(np.exp(log_target).sum())
     gap, p = log_target - base, np.exp(log_target - log_sum)
     # Means of `gap` under both, and the variances of their estimates: the upper one
@@ -937,7 +951,34 @@ def test_samples_of_another_target_are_refused(config, tmp_path):
             "target.jsonl:2: log_z is -1.0, expected 0.0",
         ),
         ([{"prompt": "a"}], "pfjax.sample --method=smc --alpha=4"),
+        (
+            [{"alpha": 4.0, "log_z": 0.0, "beta": 1.0, "reward": "format"}],
+            "target.jsonl:1: beta is 1.0, expected 0.0",
+        ),
     ]:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         with pytest.raises(ValueError, match=message):
             loop.train_and_evaluate(config, str(tmp_path / "run"))
+
+    config.reward, config.beta = "length", 0.5
+    row = {"alpha": 4.0, "log_z": 0.0}
+    for more, message in [
+        ({}, "beta is 0.0, expected 0.5; .*--log_z=... --reward=length --beta=0.5"),
+        ({"beta": 0.5, "reward": "format"}, "reward is 'format', expected 'length'"),
+        ({"beta": 0.5, "reward": "length"}, "there is no 'problem'"),
+    ]:
+        path.write_text(json.dumps(row | more) + "\n")
+        with pytest.raises(ValueError, match=message):
+            loop.train_and_evaluate(config, str(tmp_path / "run"))
+    for changes, message in [
+        (
+            {"reward_per": "token"},
+            "has a reward per token, and samples are drawn by one",
+        ),
+        ({"reward": "majority"}, "majority is none of a response alone"),
+        ({"objective": "flowrl"}, "reward of flowrl is relative to the other samples"),
+    ]:
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict(changes)
+        with pytest.raises(ValueError, match=message):
+            loop.train_and_evaluate(other, str(tmp_path / "run"))

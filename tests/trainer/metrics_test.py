@@ -20,14 +20,17 @@ def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
     monkeypatch.setitem(hardware.CHIPS, "x", is_known)
     target = tmp_path / "target.jsonl"
     sample = {"prompt_id": 0, "prompt_tokens": [2, 10, 3], "completion_tokens": [4, 5]}
-    target.write_text(json.dumps({**sample, "alpha": 4.0, "log_z": -0.36}) + "\n")
+    reward = "accuracy, 0 * compiles_python"
+    sample |= {"alpha": 4.0, "log_z": -0.36, "beta": 1.0, "reward": reward}
+    sample["problem"] = {"question": "1+1", "gold": "2", "columns": {}}
+    target.write_text(json.dumps(sample) + "\n")
     c = smoke.get_config()
     with c.unlocked():
         c.update_from_flattened_dict(
             {
-                "beta": 1.0,
                 "behavior.base": 0.5,
-                "reward": "accuracy, 0 * compiles_python",
+                "reward": reward,
+                "schedules": "alpha:4@1,beta:1@1",
                 "data.train": "pfjax/toy/train_answered.jsonl",
                 "data.target": str(target),
                 "num_steps": 1,
