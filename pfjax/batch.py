@@ -101,6 +101,23 @@ class Rollout(NamedTuple):
     texts: list[list[str]] | None = None
     prompts: list[list[int]] | None = None
 
+    @property
+    def is_own(self) -> np.ndarray:
+        """Which of the S responses the policy has drawn."""
+        own = self._sample.max() + 1 if self.num_own is None else self.num_own
+        return self._sample < own
+
+    @property
+    def is_base(self) -> np.ndarray:
+        """Which of the S responses the base has drawn."""
+        own = self.num_own or 0
+        return (self._sample >= own) & (self._sample < own + self.num_base)
+
+    @property
+    def _sample(self) -> np.ndarray:
+        prompts, samples = self.lengths.shape
+        return np.tile(np.arange(samples), prompts)
+
 
 class RolloutBatch(NamedTuple):
     """The S = P * G trajectories of a step, prompt by prompt, and their rewards."""
@@ -120,6 +137,7 @@ class Minibatch(NamedTuple):
     num_microbatches: Any  # int32 scalar; the micro-batches after them are padding
     placement: Placement
     reward: np.ndarray  # float32 [S]
+    is_own: np.ndarray  # bool [S], whether the policy has drawn it
     # Token log-probs [M, B, T] of the policy before the update; None: the update's own.
     log_p: Any = None
 

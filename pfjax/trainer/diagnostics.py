@@ -48,7 +48,7 @@ def step_metrics(
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
-    own, of_base = _who(data.rollout)
+    own, of_base = data.rollout.is_own, data.rollout.is_base
     mine = jax.tree.map(lambda x: x[own], r)
     scored = [y for y, is_mine in zip(scored, own, strict=True) if is_mine]
     responses = [y for y, is_mine in zip(data.responses, own, strict=True) if is_mine]
@@ -123,14 +123,6 @@ def policy_metrics(r: TrajectoryStats) -> dict:
         "kl/policy_base_per_token": (m - m0).mean(),
         "entropy": r.entropy.sum() / r.length.sum(),
     }
-
-
-def _who(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the S responses the policy has drawn, and which the base."""
-    prompts, samples = rollout.lengths.shape
-    own = samples if rollout.num_own is None else rollout.num_own
-    sample = np.tile(np.arange(samples), prompts)
-    return sample < own, (sample >= own) & (sample < own + rollout.num_base)
 
 
 def exponent_metrics(r: TrajectoryStats, target: Target, is_base: np.ndarray) -> dict:

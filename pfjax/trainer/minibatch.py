@@ -71,7 +71,8 @@ def prepare_minibatch(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
             is_on_policy=jnp.full(fns.shape.num_microbatches, is_first),
         )
-    return Minibatch(batch, num_microbatches, placement, reward, log_p)
+    is_own = data.rollout.is_own[indices]
+    return Minibatch(batch, num_microbatches, placement, reward, is_own, log_p)
 
 
 def dropout_seeds(seed: int, step: int, number: int) -> np.ndarray:
@@ -134,15 +135,16 @@ def follow_target(
 
     Of whole sequences :math:`d\log Z = E[d\log R]`, and per token
     :math:`d\log Z' = E[d\log R] / E[|y|]`, both means under the target, which are taken
-    over the policy's samples. The head's own steps are small and would trail far behind.
+    over the policy's own samples. The head's own steps are small and would trail far behind.
     """
     total = count = 0.0
     for m in minibatches:
         batch = m.batch
+        is_own = packing.to_segments(m.is_own, m.placement, batch.length.shape)
         new, old = (_residuals(c, batch, batch.log_p_base) for c in (now, before))
         weight = batch.length if now.target.is_length_aware else 1
-        total += float(jnp.where(batch.is_real, (new - old) * weight, 0.0).sum())
-        count += float(jnp.where(batch.is_real, weight, 0).sum())
+        total += float(jnp.where(is_own, (new - old) * weight, 0.0).sum())
+        count += float(jnp.where(is_own, weight, 0).sum())
     return _moved(params, -total / count)
 
 

@@ -35,7 +35,8 @@ def test_starts_where_the_first_mean_residual_is_zero(rng):
     hidden = jnp.array(rng.normal(size=(2, 24, 16)), jnp.float32)
     assert (apply_head(head, hidden, _only(batch)) == 0).all()
     log_p = np.where(batch.is_response, np.float32(-0.25), np.float32(np.nan))
-    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None)
+    own = np.ones(4, bool)
+    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None, own)
     # Responses of 6, 10, 3 and 5 tokens, 6 on average. Of whole sequences at alpha 2 each
     # leaves (1 - 2) (-0.25) |y|, so 1.5 on average; per token 0.25.
     for name, want in (("tb_traj", -1.5), ("tb_token", -0.25)):
@@ -53,9 +54,11 @@ def test_follows_a_target_that_moves_as_log_z_does(rng):
     is_second = batch.segment_ids[0, row] == segment + 1
     log_p = np.where(batch.is_response, np.float32(0), np.float32(np.nan))
     log_p[0, row, is_second & batch.is_response[0, row]] = -0.5
-    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None)
-    # As alpha goes from 2 to 5 log R changes by -15: -15/4 per response, -15/24 per token.
-    for name, want in (("tb_traj", -15 / 4), ("tb_token", -15 / 24)):
+    # The last, of 5 tokens, is not the policy's.
+    own = np.array([True, True, True, False])
+    m = Minibatch(batch._replace(log_p_base=log_p), jnp.int32(1), placement, None, own)
+    # As alpha goes from 2 to 5 log R changes by -15: -15/3 per response, -15/19 per token.
+    for name, want in (("tb_traj", -15 / 3), ("tb_token", -15 / 19)):
         before, now = (ObjectiveConfig(name, alpha=a) for a in (2.0, 5.0))
         moved = minibatch.follow_target(head, [m, m], before, now)
         log_z = apply_head(moved, hidden, _only(batch))
