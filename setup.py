@@ -85,7 +85,7 @@ setuptools.setup(
             "nbformat>=5.10",
             "peft>=0.18",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff==0.17.6",
             "selenium>=4.40",  # looks at the report
             "torch==2.13.0",

@@ -6,4 +6,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 prepare dev
 cd "$ROOT"
-exec "$PYTHON" -m pytest -n auto --dist worksteal "$@"
+# Some tests wait, for a process to end or a page to be drawn: one worker more than cores.
+# What tests of a file share is made once, as all of them are one worker's.
+exec "$PYTHON" -m pytest -n $(($(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder "$@"

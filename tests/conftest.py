@@ -46,6 +46,12 @@ def pytest_sessionfinish(session):
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with many slow tests come first, so that no worker ends with a long one."""
+    slow = collections.Counter(x.path for x in items if x.get_closest_marker("slow"))
+    items.sort(key=lambda x: -slow[x.path])
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Most tests compile for longer than they compute: a third of the time of all."""

@@ -46,6 +46,8 @@ def shell(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k not in hidden}
     env |= {"PATH": f"{place / 'env/bin'}:{env['PATH']}", "JAX_PLATFORMS": "cpu"}
     env["JAX_COMPILATION_CACHE_DIR"] = os.environ["PFJAX_TEST_CACHE"]
+    # It compiles for longer than it computes.
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
     def run(line):
         how = {"cwd": folder, "env": env, "text": True, "capture_output": True}
@@ -57,35 +59,35 @@ def shell(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_wheel_in_an_empty_folder_trains_and_shows(shell):
-    where = shell("python -c 'import pfjax; print(pfjax.__file__)'")
-    assert "/env/lib/" in where.stdout, where
+    train = "pfjax train --config=smoke --workdir=runs/smoke --config.num_steps=2"
+    outputs = {}
     for line, said in [
+        ("python -c 'import pfjax; print(pfjax.__file__)'", "/env/lib/"),
         ("pfjax", "pfjax train --config=smoke"),
         ("pfjax --version", "pfjax 0."),
         ("pfjax train --help", "samples_per_prompt=32"),
-        ("pfjax train --config=smoke --workdir=runs/smoke --config.num_steps=30", "hf"),
-        ('pfjax sample --model=runs/smoke/hf --prompt="17+25"', "completion"),
+        ("python -m pfjax.train --help", "samples_per_prompt=32"),
+        (train, "hf"),
         (
             "pfjax sample --prompts=pfjax/toy/eval.jsonl --samples=4 | head -n 1",
             "prompt",
         ),
-        ("pfjax report runs/smoke --out=report", "report/index.html"),
-        ("pfjax export runs/smoke --out=model", "model"),
         ("pfjax plan --config=smoke --topology=h100:1", "fits"),
-        ("python -m pfjax.train --help", "samples_per_prompt=32"),
     ]:
         done = shell(line)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
         assert said in done.stdout, (line, done.stdout, done.stderr)
-    done = shell(
-        "pfjax train --config=smoke --workdir=runs/smoke --config.num_steps=30"
-    )
-    after = [x for x in done.stdout.partition("next:")[2].splitlines() if x[:2] == "  "]
+        outputs[line] = done.stdout
+    # What a run ends with: report, sample, evaluate, export.
+    lines = outputs[train].partition("next:")[2].splitlines()
+    after = [line for line in lines if line[:2] == "  "]
     assert len(after) == 4 and all(line.startswith("  pfjax ") for line in after)
-    assert [shell(line).returncode for line in after] == [0] * 4
-    rows = dataset_io.read_jsonl(
-        pathlib.Path(shell.folder) / "runs/smoke/metrics.jsonl"
-    )
-    assert [r["step"] for r in rows] == list(range(31))
-    card = json.loads((shell.folder / "model/config.json").read_text())
-    assert card["model_type"] == "qwen2"
+    for line in after:
+        done = shell(line)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    folder = pathlib.Path(shell.folder) / "runs/smoke"
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert (folder / "report/index.html").is_file()
+    (card,) = folder.glob("hf-step-*/config.json")
+    assert json.loads(card.read_text())["model_type"] == "qwen2"
