@@ -165,7 +165,7 @@ def test_trajectory_level_matching_collapses(tmp_path):
         "--config=configs/smoke.py",
         f"--workdir={tmp_path / 'run'}",
         "--config.objective=tb_traj",
-        "--config.eval_every=200",
+        "--config.num_steps=40",
     )
     assert done.returncode == 0, done.stderr
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")

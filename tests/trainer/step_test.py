@@ -236,7 +236,7 @@ def test_group_estimate_takes_the_place_of_the_head(rng, tiny_policy):
 
 SPLITS = [
     (data, fsdp, tensor)
-    for devices in (1, 2, 8)
+    for devices in (1, 2, 4, 8)
     for data in (1, 2, 4, 8)
     for fsdp in (1, 2, 4, 8)
     for tensor in (1, 2, 4)  # as many heads
