@@ -77,7 +77,7 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
       `log_z`: where the target sums to 1, nats per token (or per response).
       `total_variation`, `kl_policy_target`, `kl_target_policy` in nats per response.
       `exponent`: slope of log pi, less what else the target holds, on log p_0, weighted by
-        the base's mass: alpha at the optimum, 1 for the base.
+        the base's mass: alpha at the optimum.
       `exponent_target`: the same weighted by the target's mass.
       `ess`: effective sample size of the target's weights, as a fraction of all samples.
       `length`, `target_length`: mean length of the policy's responses and of the target's.

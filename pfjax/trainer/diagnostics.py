@@ -137,8 +137,8 @@ def exponent_metrics(r: TrajectoryStats, target: Target, is_base: np.ndarray) ->
 
 
 def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
-    r"""Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
-    optimum, 1 for the base; and its standard error.
+    """Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
+    optimum; and its standard error. The base has 1 where the target is of whole sequences.
     """
     n = r.num_loss_tokens
     wanted = target.log_density(r.log_p_base, n, r.log_z, **tilt(r))

@@ -106,14 +106,14 @@ METRICS: dict[str, Metric] = {
         "holds, on log p_0, over all responses of the step; its standard error is "
         "tb/exponent_se",
         r"\mathrm{slope}_{y\mid q}(\log\pi - \log\tilde p + \alpha\log p_0,\ \log p_0)",
-        "from 1 to alpha; over the policy's own samples alone, which are much alike, it is "
-        "noisy and says nothing of the rest",
+        "toward alpha; over the policy's own samples alone, which are much alike, it is noisy "
+        "and says nothing of the rest",
     ),
     "tb/exponent_se": Metric("standard error of tb/exponent over prompts"),
     "tb/exponent_base": Metric(
         "the same over the responses that the base has drawn, so weighted by its mass",
         "",
-        "from 1 to alpha",
+        "toward alpha",
         _BASE,
     ),
     "tb/exponent_base_se": Metric(
