@@ -22,6 +22,7 @@ from tests.conftest import ROOT, run_command
 STEPS = 8
 ARGS = [
     "--config=configs/smoke.py",
+    "--config.match_prompts=0",
     f"--config.num_steps={STEPS}",
     "--config.prompts_per_step=8",
     "--config.microbatch_size=8",

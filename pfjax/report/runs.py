@@ -17,7 +17,7 @@ from pfjax.infra import dataset_io, storage
 # and what touches speed, memory or records only.
 _SAME_EXPERIMENT = {
     "seed", "attention", "best_metric", "checkpoint_every", "health_checks", "keep_best",
-    "log_every", "mesh", "microbatch_size", "offload_ref", "pack_length",
+    "log_every", "match_prompts", "mesh", "microbatch_size", "offload_ref", "pack_length",
     "profile_steps", "remat", "rollout_slots", "wandb_project",
 }  # fmt: skip
 _FIRST = ("objective", "alpha")  # of what makes a name

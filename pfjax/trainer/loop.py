@@ -229,9 +229,9 @@ class _Run:
         return state
 
     def measure_match(self, policy: Policy) -> dict[str, float]:
-        """Estimates the match with the target, if there is one, and writes `match.json`."""
+        """Estimates the match with the target, if asked for, and writes `match.json`."""
         trainer = self.trainer
-        if not trainer.fns.objective.has_target:
+        if trainer.measure_match is None:
             return {}
         found = trainer.measure_match(policy, trainer.base_policy, self.grader)
         if distributed.is_first():

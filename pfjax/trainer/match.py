@@ -13,7 +13,7 @@ from pfjax.tasks import rewards
 from pfjax.tasks.grading import Grader
 from pfjax.trainer import behavior, diagnostics
 
-PROMPTS, SAMPLES = 64, 16  # at most; samples of the policy and of the base, to each
+SAMPLES = 16  # of the policy and of the base, to each prompt
 _HALF = behavior.Behavior(base=0.5)
 
 
@@ -31,7 +31,7 @@ def measure(
 
     Args:
       policy, base, grader: of the run, at its end.
-      prompts: the first `PROMPTS` are answered.
+      prompts: to answer.
       objective: its target is matched.
       compute_rewards: indices, rollout and grader -> `RolloutBatch`.
       **how: what `engine.rollout` takes.
@@ -42,7 +42,7 @@ def measure(
       that another prompt got too; and `commonest_changed`: the fraction of prompts whose
       commonest response is another than the base's.
     """
-    prompts, indices = prompts[:PROMPTS], list(range(len(prompts[:PROMPTS])))
+    indices = list(range(len(prompts)))
     rollout = behavior.rollout(
         policy, base, prompts, 0, indices,
         behavior=_HALF, samples_per_prompt=2 * SAMPLES, **how,

@@ -299,6 +299,11 @@ _FREE: dict[str, Setting] = {
     "data.clock": Setting(
         "", 'time that chat templates are told, ISO 8601; "" for that of the start'
     ),
+    "match_prompts": _not_negative(
+        64,
+        "prompts that the match with the target is measured on at the end, by sixteen "
+        "samples of policy and base each; 0 for none",
+    ),
     # Records.
     "log_every": _positive(1, "steps between lines when stderr is no terminal"),
     "checkpoint_every": _positive(40, "steps between checkpoints"),

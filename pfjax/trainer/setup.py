@@ -45,7 +45,7 @@ class Trainer(NamedTuple):
     reward: rewards.Reward  # holds processes, once it is started
     compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
-    measure_match: Callable  # policy, base, grader -> estimates
+    measure_match: Callable | None  # policy, base, grader -> estimates
     learning_rate: Callable[[int], float]  # of a step
     constants: Callable[[int], dict[str, float]]  # of the objective at a step, where
     # they have a schedule
@@ -272,12 +272,15 @@ def _match(
     tok: Any,
     given: inputs.Inputs,
     reward: rewards.Reward,
-) -> Callable:
-    """What measures the match: on held-out prompts, unless the reward needs answers that
+) -> Callable | None:
+    """What measures the match, if there is a target: on held-out prompts, unless the reward needs answers that
     they lack."""
+    if not (config.match_prompts and fns.objective.has_target):
+        return None
     chosen = next(iter(given.held_out.values()), given.train)
     if rewards.needs_answers(fns.objective.reward_source):
-        is_missing = any(p.gold is None for p in chosen.problems[: match.PROMPTS])
+        problems = chosen.problems[: config.match_prompts]
+        is_missing = any(p.gold is None for p in problems)
         chosen = given.train if is_missing else chosen
     compute_rewards = functools.partial(
         rewards.compute_rewards,
@@ -289,7 +292,7 @@ def _match(
     )
     return functools.partial(
         match.measure,
-        prompts=chosen.tokens,
+        prompts=chosen.tokens[: config.match_prompts],
         objective=fns.objective,
         compute_rewards=compute_rewards,
         max_new_tokens=config.max_new_tokens,

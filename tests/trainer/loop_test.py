@@ -60,6 +60,7 @@ def small_config(model, folder) -> ml_collections.ConfigDict:
     c.checkpoint_every = 2
     c.log_every = 1000
     c.health_checks.action = "off"  # its target is cut at 3 tokens nearly always
+    c.match_prompts = 0
     return c
 
 
@@ -148,6 +149,7 @@ def test_the_target_is_the_same_whoever_draws(converging, tmp_path, objective, l
     config = converging
     config.objective, config.alpha, config.log_z = objective, 2.0, log_z
     config.behavior.base, config.behavior.base_temperature = 0.5, 1.5
+    config.match_prompts = 1
     config.optim.schedule = "cosine"
     config.num_steps = config.checkpoint_every = 200
     loop.train_and_evaluate(config, str(tmp_path / "run"))
