@@ -59,6 +59,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "beartype>=0.20",
         "huggingface_hub>=1",
+        "httpx2>=2",  # asks judges
         "jinja2>=3.1",  # chat templates
         "jaxtyping>=0.3.5",
         "math-verify[antlr4_13_2]==0.9.0",

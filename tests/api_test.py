@@ -260,3 +260,28 @@ def test_a_reward_from_python_tilts_the_target(config, tmp_path):
     config.reward = saved["reward"]
     with pytest.raises(ValueError, match="call pfjax.fine_tune with it"):
         pfjax.fine_tune(config, tmp_path / "other")
+
+
+def test_a_run_that_a_reward_has_ended_goes_on_when_it_is_mended(
+    config, tmp_path, capsys
+):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "def halves(completions, state, **columns):\n"
+        "    value = 0.5 if state[0]['step'] < 2 else float('nan')\n"
+        "    return [value * (i + 1) for i in range(len(completions))]\n"
+    )
+    config.reward, config.beta, config.checkpoint_every = f"{code}:halves", 1.0, 1
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="returned nan for a response"):
+        pfjax.fine_tune(config, run)
+    code.write_text(code.read_text().replace("nan", "1"))
+    capsys.readouterr()
+    steps = []
+    pfjax.fine_tune(config, run, on_step=lambda step, metrics: steps.append(step))
+    assert steps == [2]  # the first was saved
+    said = capsys.readouterr().out
+    assert "the code of the reward is another than before: rewards up to step 1" in said
+    assert (
+        "reward: mean 1.5, std within a prompt 0.5, from 1 to 2 (beta 1: odds" in said
+    )

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import re
 import select
 import shlex
 import subprocess
@@ -23,7 +24,12 @@ from pfjax.tasks import reward_worker
 
 _WORKER = "pfjax.tasks.reward_worker"
 _PROGRAM, LOCAL = "pipe:", "python:"
+# Of those that come with pfjax, those that take an argument: "regex:PATTERN".
+READY = ("regex", "reward_model")
 _START_SECONDS = 300.0  # to import what a function needs
+# What is between double quotes separates nothing.
+_TERM = re.compile(r'(?:"[^"]*"|[^,"])+')
+_WEIGHTED = re.compile(r'([^":*]*)\*(.*)', re.DOTALL)
 
 
 class Failed(Exception):
@@ -44,20 +50,45 @@ class Term(NamedTuple):
 def parse(text: str) -> list[Term]:
     """The terms of "accuracy, 0.5 * my_rewards.py:brief".
 
+    Commas and stars between double quotes are part of a name.
+
     Raises:
-      ValueError: if a weight is no number.
+      ValueError: if a weight is no number, or a quote is not closed.
 
     >>> parse("accuracy, 0.5 * my_rewards.py:brief")
     [Term(name='accuracy', weight=1.0), Term(name='my_rewards.py:brief', weight=0.5)]
+    >>> parse('2 * regex:"a*, b"')
+    [Term(name='regex:"a*, b"', weight=2.0)]
     """
+    if text.count('"') % 2:
+        raise ValueError(f"--config.reward={text}: a double quote is not closed")
     out = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        weight, star, name = part.partition("*")
+    for part in filter(None, map(str.strip, _TERM.findall(text))):
+        weighted = _WEIGHTED.fullmatch(part)
+        weight, name = weighted.groups() if weighted else (1.0, part)
         try:
-            out.append(Term(name.strip(), float(weight)) if star else Term(part))
+            out.append(Term(name.strip(), float(weight)))
         except ValueError:
-            raise ValueError(f"{part!r}: {weight.strip()!r} is no weight") from None
+            raise ValueError(
+                f"--config.reward={text}: {weight.strip()!r} is no weight"
+            ) from None
     return out
+
+
+def argument(spec: str) -> tuple[str, str]:
+    """The kind of "regex:PATTERN" or 'regex:"PATTERN"', and its argument."""
+    kind, _, rest = spec.partition(":")
+    is_quoted = len(rest) > 1 and rest[0] == rest[-1] == '"'
+    return kind, rest[1:-1] if is_quoted else rest
+
+
+def _command(spec: str) -> list[str]:
+    """What runs a function in a process of its own."""
+    if spec.startswith(_PROGRAM):
+        return shlex.split(spec.removeprefix(_PROGRAM))
+    kind, given = argument(spec)
+    ready = [f"pfjax.tasks.ready_rewards:{kind}", given]
+    return [sys.executable, "-m", _WORKER, *(ready if kind in READY else [spec])]
 
 
 def _plain(value: Any) -> Any:
@@ -76,16 +107,13 @@ class Worker:
         """Starts the process unless it runs; raises ValueError if it cannot."""
         if self._process is not None:
             return
-        command = [sys.executable, "-m", _WORKER, self._spec]
-        is_program = self._spec.startswith(_PROGRAM)
-        if is_program:
-            command = shlex.split(self._spec.removeprefix(_PROGRAM))
         pipe = subprocess.PIPE
         try:
+            command = _command(self._spec)
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
         except OSError as error:
             raise ValueError(f"--config.reward={self._spec}: {error}") from error
-        if is_program:  # which only answers what it is asked
+        if self._spec.startswith(_PROGRAM):  # which only answers what it is asked
             return
         found = self._read(_START_SECONDS)
         if found is None or "error" in found:
@@ -145,6 +173,16 @@ class Worker:
             self._process = None
 
 
+def count_failed(spec: str, values: list[list[float]], reasons: list[str]) -> int:
+    """How many values are NaN; raises ValueError with the first reason if all are."""
+    failed = sum(math.isnan(v) for group in values for v in group)
+    if failed and failed == sum(map(len, values)):
+        raise ValueError(
+            f"--config.reward={spec} failed for every response: {reasons[0]}"
+        )
+    return failed
+
+
 class LocalFunction(contextlib.AbstractContextManager):
     """A function of this process, which nobody can kill; what it raises is raised."""
 
@@ -172,8 +210,9 @@ class RewardFunction(contextlib.AbstractContextManager):
     """One function, in a pool of processes; `failures` counts responses without a value.
 
     Args:
-      spec: "path/to/file.py:name", "package.module:name", or "pipe:COMMAND", a program
-        that answers each line of JSON, the arguments, with a line: a list of numbers.
+      spec: "path/to/file.py:name", "package.module:name", one of `READY` with its
+        argument, or "pipe:COMMAND", a program that answers each line of JSON, the
+        arguments, with a line: a list of numbers.
       seconds: of wall time for a response, after which it is given up.
       num_workers: processes, each of which takes the samples of a prompt.
     """
@@ -213,12 +252,7 @@ class RewardFunction(contextlib.AbstractContextManager):
                 free.append(worker)
 
         out = list(self._pool.map(values, groups))
-        failed = sum(math.isnan(v) for group in out for v in group)
-        self.failures += failed
-        if failed and failed == sum(map(len, out)):
-            raise ValueError(
-                f"--config.reward={self.spec} failed for every response: {reasons[0]}"
-            )
+        self.failures += count_failed(self.spec, out, reasons)
         return out
 
     def _values(

@@ -2,11 +2,13 @@
 
 `python -m pfjax.tasks.reward_worker FILE.py:FUNCTION` answers each line of JSON, keyword
 arguments of the function, with one: {"values": [...]}, {"error": "..."} where it raised, or
-{"invalid": "..."} where it returned what is no reward. Imports nothing of pfjax, and what the
+{"invalid": "..."} where it returned what is no reward. With one more argument the function
+is what FUNCTION makes of it. Imports nothing of pfjax, and what the
 function prints goes to standard error.
 """
 
 import asyncio
+import concurrent.futures
 import importlib
 import importlib.util
 import inspect
@@ -62,7 +64,7 @@ def call(function: Callable, given: dict[str, Any]) -> list[float | None]:
         given = {p.name: given[p.name] for p in parameters if p.name in given}
     values = function(**given)
     if inspect.isawaitable(values):
-        values = asyncio.run(_wait(values))
+        values = wait_for(values)
     return numbers(values, num)
 
 
@@ -74,7 +76,7 @@ def numbers(values: Any, num: int) -> list[float | None]:
     """
     if hasattr(values, "tolist"):  # of NumPy, torch, or JAX
         values = values.tolist()
-    if isinstance(values, str) or not hasattr(values, "__iter__"):
+    if isinstance(values, str | dict | set) or not hasattr(values, "__iter__"):
         shown = repr(values)[:80]
         raise Invalid(f"returned {shown}, not a list of numbers")
     values = [v.item() if hasattr(v, "item") else v for v in values]
@@ -86,8 +88,14 @@ def numbers(values: Any, num: int) -> list[float | None]:
     return [None if v is None else float(v) for v in values]
 
 
-async def _wait(values: Any) -> Any:
-    return await values
+def wait_for(awaitable: Any) -> Any:
+    """The result of what is awaited, in a thread: a notebook's has a loop already."""
+
+    async def wait() -> Any:
+        return await awaitable
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(wait())).result()
 
 
 def describe(error: Exception) -> str:
@@ -97,7 +105,7 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__} at {where}: {' '.join(str(error).split())}"
 
 
-def _serve(spec: str) -> None:
+def _serve(spec: str, *argument: str) -> None:
     """Answers what is read from standard input until it closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints does not disturb the answers
@@ -107,6 +115,8 @@ def _serve(spec: str) -> None:
 
     try:
         function = load(spec)
+        if argument:
+            function = function(*argument)
     except Exception as error:  # noqa: BLE001, whatever a file of one's own may raise
         return answer(
             error=str(error) if type(error) is ValueError else describe(error)
@@ -122,4 +132,4 @@ def _serve(spec: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -14,7 +14,7 @@ import numpy as np
 from pfjax.batch import Rollout, RolloutBatch
 from pfjax.infra import distributed
 from pfjax.model import tokenizer
-from pfjax.tasks import reward_functions
+from pfjax.tasks import judge, ready_rewards, reward_functions
 from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
 from pfjax.tasks.problems import Problem
@@ -27,6 +27,12 @@ OF_ANSWERS = ("accuracy", "majority", "cluster")
 REWARDS = (*OF_ANSWERS, "self_certainty", "format", "length")
 # Functions that come with pfjax.
 _READY = {"compiles_python": "pfjax.tasks.ready_rewards:compiles_python"}
+# What checks the argument of those that have one.
+_WITH_ARGUMENT = {
+    "regex": ready_rewards.regex,
+    "judge": judge.read,
+    "reward_model": ready_rewards.check_reward_model,
+}
 
 
 def check(text: str) -> None:
@@ -39,8 +45,15 @@ def check(text: str) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"--config.reward={text}: there is no reward {term.name!r}{hint} "
-                f"({', '.join(known)}, or a function FILE.py:NAME)"
+                f"({', '.join(known)}, {', '.join(f'{x}:...' for x in _WITH_ARGUMENT)}, "
+                "or a function FILE.py:NAME)"
             )
+        kind, given = reward_functions.argument(term.name)
+        if term.is_function and kind in _WITH_ARGUMENT:
+            try:
+                _WITH_ARGUMENT[kind](given)
+            except ValueError as error:
+                raise ValueError(f"--config.reward={text}: {error}") from None
     if len(terms) > 1 and any(t.name == "self_certainty" for t in terms):
         raise ValueError(f"--config.reward={text}: self_certainty stands alone")
 
@@ -68,19 +81,9 @@ class Reward(contextlib.AbstractContextManager):
     ):
         terms = reward_functions.parse(text)
         self.terms = [t._replace(name=_READY.get(t.name, t.name)) for t in terms]
-        is_local = lambda term: term.name.startswith(reward_functions.LOCAL)
-        if local is None and any(map(is_local, self.terms)):
-            raise ValueError(
-                f"--config.reward={text} is a function of Python: call pfjax.fine_tune with "
-                "it, or name its file, FILE.py:NAME"
-            )
-        self.functions = {
-            t.name: LocalFunction(t.name, local)
-            if is_local(t)
-            else RewardFunction(t.name, seconds, num_workers)
-            for t in self.terms
-            if t.is_function
-        }
+        limits = seconds, num_workers
+        names = [t.name for t in self.terms if t.is_function]
+        self.functions = {name: _function(name, local, *limits) for name in names}
 
     def __exit__(self, *unused) -> None:
         for function in self.functions.values():
@@ -92,9 +95,18 @@ class Reward(contextlib.AbstractContextManager):
             function.check()
 
     def files(self) -> list[pathlib.Path]:
-        """Files that functions are in, as far as they are named by one."""
-        names = (name.rpartition(":")[0] for name in self.functions)
-        return [pathlib.Path(x).expanduser() for x in names if x.endswith(".py")]
+        """Files that functions are in, or are described in, as far as they are named."""
+        parts = map(reward_functions.argument, self.functions)
+        found = (given if kind == "judge" else kind for kind, given in parts)
+        is_file = lambda x: x.endswith((".py", ".toml"))
+        return [pathlib.Path(x).expanduser() for x in found if is_file(x)]
+
+    def models(self) -> list[pathlib.Path]:
+        """Folders of reward models."""
+        parts = map(reward_functions.argument, self.functions)
+        return [
+            pathlib.Path(x).expanduser() for kind, x in parts if kind == "reward_model"
+        ]
 
     @property
     def failures(self) -> int:
@@ -160,6 +172,22 @@ class Reward(contextlib.AbstractContextManager):
         if term.name == "length":
             return np.array([len(y) for y in responses], np.float64)
         return np.zeros(len(texts))
+
+
+def _function(
+    name: str, local: Callable | None, seconds: float, num_workers: int
+) -> LocalFunction | RewardFunction | judge.Judge:
+    kind, given = reward_functions.argument(name)
+    if kind == "judge":
+        return judge.Judge(name, given, seconds)
+    if f"{kind}:" != reward_functions.LOCAL:
+        return RewardFunction(name, seconds, num_workers)
+    if local is None:
+        raise ValueError(
+            f"--config.reward={name} is a function of Python: call pfjax.fine_tune with it, "
+            "or name its file, FILE.py:NAME"
+        )
+    return LocalFunction(name, local)
 
 
 def _arguments(

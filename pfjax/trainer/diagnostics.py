@@ -72,6 +72,7 @@ def step_metrics(
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
         out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
+        out |= {"reward/min": reward.min(), "reward/max": reward.max()}
     out |= clock.done()
     out["perf/tokens_per_s"] = lengths.sum() / out["time/step"]
     work = flops.update_flops(fns.model, prompts + lengths, prompts)

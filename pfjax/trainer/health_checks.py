@@ -142,6 +142,43 @@ def _constant_reward(history: Sequence[dict[str, Any]], patience: int) -> list[s
     return [said]
 
 
+def reward_scale(
+    row: dict[str, Any], beta: float | None, is_per_token: bool
+) -> list[str]:
+    """What the rewards of a step are like, and a warning where they weigh next to nothing
+    in the target or all but everything.
+
+    Args:
+      row: metrics of the step.
+      beta, is_per_token: of the reward in the target; None where it has none.
+    """
+    if "reward/mean" not in row:
+        return []
+    low, high = row["reward/min"], row["reward/max"]
+    said = (
+        f"reward: mean {row['reward/mean']:.3g}, std within a prompt "
+        f"{row['reward/std']:.3g}, from {low:.3g} to {high:.3g}"
+    )
+    if beta is None:
+        return [said]
+    length = row["completions/mean_length"]
+    nats = beta * (high - low) * (length if is_per_token else 1)
+    per_token = f" per token, at {length:.3g} tokens" if is_per_token else ""
+    out = [f"{said} (beta {beta:g}{per_token}: odds change by up to e^{nats:.3g})"]
+    if nats < 0.01:
+        out.append(
+            f"warning: the reward moves the target by {nats:.2g} nats, next to nothing: is "
+            "it the same for most responses, or --config.beta too small?"
+        )
+    elif nats > 50:
+        out.append(
+            f"warning: the reward moves the target by {nats:.3g} nats per response, which "
+            "decides alone and makes large losses; 20 are enough even for a verifier: "
+            "lower --config.beta or the weights of the reward"
+        )
+    return out
+
+
 @contextlib.contextmanager
 def watch(step: int, limit_seconds: float) -> Iterator[None]:
     """Says on standard error, with the stacks of this process, if a step is stuck."""

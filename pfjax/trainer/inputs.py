@@ -138,11 +138,14 @@ def fingerprints(
     if reward.functions:  # columns of any type, not of JSON's alone
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows
-        found |= {f"code of {path}": path.read_text() for path in reward.files()}
+        if files := reward.files():
+            found[run_config.REWARD_CODE] = [path.read_text() for path in files]
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)
         out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
+    for folder in reward.models():
+        out[f"reward model {folder}"] = hf.fingerprint(folder)
     if base:
         out["checkpoint of the base"] = hf.fingerprint(hf.resolve(base))
     return out

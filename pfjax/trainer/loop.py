@@ -201,11 +201,8 @@ class _Run:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
-            if self.has_other_eval:
-                self.progress.note(
-                    "warning: the prompts of evaluations are others than before: scores "
-                    f"up to step {start} are not of the same problems"
-                )
+            for change in self.changes:
+                self.progress.note(f"warning: {change.format(step=start)}")
             self.grader.check_golds(self.trainer.golds)
             if distributed.is_first():
                 self.reward.start()
@@ -221,6 +218,7 @@ class _Run:
                     self.progress.note(
                         f"compiled {made - found} programs, found {found} compiled before"
                     )
+                    self._note_reward(values)
                 self.progress.update(step, values)
                 self.writer.write(step, values)
                 self.callbacks.on_step(step, values)
@@ -241,8 +239,9 @@ class _Run:
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
-        before = saved.get("identity", self.identity).get(run_config.EVAL_PROMPTS)
-        self.has_other_eval = before != self.identity.get(run_config.EVAL_PROMPTS)
+        before = saved.get("identity", self.identity)
+        is_other = lambda name: before.get(name) != self.identity.get(name)
+        self.changes = [x for name, x in run_config.CHANGES.items() if is_other(name)]
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"{self.folder} holds {saved['step']} steps already; "
@@ -316,6 +315,16 @@ class _Run:
         values = {f"eval/{k}": v for k, v in values.items()}
         self.callbacks.on_evaluation(step, values, rows)
         return values | {"time/eval": time.perf_counter() - begin}
+
+    def _note_reward(self, values: dict[str, float]) -> None:
+        """Says how large the reward is, and how much that is in the target."""
+        objective = self.trainer.fns.objective
+        # Where it is normalised, beta is in units of its standard deviation. Of a schedule
+        # beta is the last.
+        is_raw = objective.is_tilted and not objective.kind.reward
+        beta, per = objective.beta if is_raw else None, objective.reward_per
+        for line in health_checks.reward_scale(values, beta, per == "token"):
+            self.progress.note(line)
 
     def _suspicions(self) -> list[str]:
         health, history = self.health, self.writer.history

@@ -215,6 +215,8 @@ METRICS: dict[str, Metric] = {
         "above 0: where it is 0 the prompt teaches nothing",
         _REWARD,
     ),
+    "reward/min": Metric("least reward", when=_REWARD),
+    "reward/max": Metric("greatest reward", when=_REWARD),
     # The sampler against the scorer.
     "rollout/kl": Metric(
         "divergence of the log-probs sampled with from those trained with, nats per token",

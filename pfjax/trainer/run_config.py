@@ -17,8 +17,14 @@ from pfjax.model import hf, lora, tokenizer
 from pfjax.trainer import settings
 
 WEIGHTS = "weights of the model"  # in an identity: their fingerprint
-# In an identity; may change as `data.eval` may.
-EVAL_PROMPTS = "prompts of the evaluation"
+# In an identity; may change as `data.eval` may, and as a mistake in a reward has to.
+EVAL_PROMPTS, REWARD_CODE = "prompts of the evaluation", "code of the reward"
+CHANGES = {
+    EVAL_PROMPTS: "the prompts of evaluations are others than before: scores up to step "
+    "{step} are not of the same problems",
+    REWARD_CODE: "the code of the reward is another than before: rewards up to step {step} "
+    "are of the old",
+}
 
 
 def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
@@ -99,7 +105,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default, and of
     other things an older run may know less."""
     default = {k: s.default for k, s in settings.SETTINGS.items()}
-    free = {EVAL_PROMPTS, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
+    free = {*CHANGES, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
     names = sorted((old.keys() | (new.keys() & default.keys())) - free)
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
     pairs = [(k, value(old, k), value(new, k)) for k in names]

@@ -101,8 +101,9 @@ _DECIDING: dict[str, Setting] = {
     ),
     "reward": Setting(
         "",
-        "accuracy, majority, cluster, self_certainty, format, length, compiles_python, or "
-        "a function FILE.py:NAME; several with weights: 'accuracy, 0.1 * mine.py:brief'; "
+        "accuracy, majority, cluster, self_certainty, format, length, compiles_python, "
+        'regex:"PATTERN", judge:FILE.toml, reward_model:FOLDER, or a function '
+        "FILE.py:NAME; several with weights: 'accuracy, 0.1 * mine.py:brief'; "
         '"" for the objective\'s own',
     ),
     "reward_per": Setting(

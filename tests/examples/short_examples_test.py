@@ -2,12 +2,16 @@
 
 import ast
 import re
+import socket
 
+import numpy as np
 import pytest
 
+from pfjax.tasks import grading, rewards
+from pfjax.tasks.problems import Problem
 from tests.conftest import ROOT, run_command
 
-SHORT = ("own_loss", "own_reward", "own_target", "torch_trainer")
+SHORT = ("own_loss", "own_reward", "own_target", "own_verifier", "torch_trainer")
 
 
 def _printed(name: str, pattern: str) -> list[list[float]]:
@@ -47,6 +51,52 @@ def test_a_reward_of_ones_own_tilts_the_base_as_far_as_it_should():
     (want,), (base,), *_ = rows
     last = sum(value for (value,) in rows[-5:]) / 5
     assert want > base + 0.2 and abs(last - want) < 0.06
+
+
+def test_a_verifier_of_ones_own_passes_what_is_right_alone():
+    done = run_command("examples.own_verifier")
+    verdicts = dict(line.split() for line in done.stdout.splitlines())
+    assert verdicts.pop("right") == "0"
+    assert verdicts == dict.fromkeys(("wrong", "endless", "greedy", "quits"), "-1")
+
+
+_ADD = "\ndef add(a, b): return a + b"
+_HOSTILE = {
+    "sleeps": "import time\ntime.sleep(60)",
+    "prints": "while True: print('x' * 2**20)",
+    "writes": f"with open('FILE', 'w') as file: file.write('x'){_ADD}",
+    "exits": "raise SystemExit(0)",
+    "calls": f"import socket\nsocket.create_connection(('127.0.0.1', PORT)){_ADD}",
+    "ends early": f"assert add(1, 2) == 3{_ADD}",
+}
+
+
+def test_hostile_programs_fail_a_verifier_and_leave_nothing(tmp_path):
+    """As a reward of a run calls it, in a worker."""
+    from examples import own_verifier
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        port, file = server.getsockname()[1], tmp_path / "x"
+        fill = lambda code: code.replace("PORT", str(port)).replace("FILE", str(file))
+        texts = [fill(code) for code in (_ADD, *_HOSTILE.values(), _ADD)]
+        columns = {"asserts": ["assert add(1, 2) == 3"]}
+        spec = f"{ROOT}/examples/own_verifier.py:passes"
+        with rewards.Reward(spec) as reward, grading.Grader() as grader:
+            problem = Problem(
+                "0", [{"role": "user", "content": "q"}], None, None, columns
+            )
+            ids = [np.zeros(1)] * len(texts)
+            first, *rest, last = reward.values([problem], texts, ids, grader)
+            assert reward.failures == 0
+        failed = dict(zip(_HOSTILE, rest, strict=True))
+        if own_verifier.sandbox():
+            with pytest.raises(BlockingIOError):  # nobody has called
+                server.accept()
+        else:
+            failed.pop("calls")
+        assert first == last == 0 and set(failed.values()) == {-1.0}
+    assert not file.exists() or file.read_text() == ""
 
 
 @pytest.mark.slow

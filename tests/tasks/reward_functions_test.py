@@ -1,5 +1,6 @@
 """Reward functions of one's own: as TRL calls them, and what may go wrong."""
 
+import asyncio
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from pfjax.tasks import grading, rewards
 from pfjax.tasks.problems import Problem
-from pfjax.tasks.reward_functions import RewardFunction
+from pfjax.tasks.reward_functions import LocalFunction, RewardFunction
+from tests.conftest import ROOT
 
 _MINE = """
 import os, sys, time
@@ -49,6 +51,18 @@ def text(completions, **kwargs): return "good"
 def words(completions, **kwargs): return ["good"] * len(completions)
 def nothing(completions, **kwargs): return None
 def nan(completions, **kwargs): return [float("nan")] * len(completions)
+def infinite(completions, **kwargs): return [0.0, -float("inf")]
+def mapping(completions, **kwargs): return {c: 1.0 for c in completions}
+def pairs(completions, **kwargs): return [[1.0], [2.0]]
+def inapplicable(completions, **kwargs): return [None] * len(completions)
+def torch_tensor(completions, **kwargs):
+    import torch
+    return torch.tensor([0.5, 2.0], dtype=torch.bfloat16, requires_grad=True)
+def column(completions, **kwargs): return np.ones((2, 1))
+def scalars(completions, **kwargs): return [np.float32(0.5), np.bool_(True)]
+def generator(completions, **kwargs): return (len(c) for c in completions)
+def hangs(completions, **kwargs): time.sleep(1000)
+def exits(completions, **kwargs): sys.exit("enough")
 def few(completions, **kwargs): return [1.0]
 def always(completions, **kwargs): raise RuntimeError("out of\\nluck")
 not_callable = 3
@@ -126,20 +140,76 @@ def test_any_program_may_answer_over_a_pipe(tmp_path):
         ("words", "returned 'good' for a response, not a finite number"),
         ("nothing", "returned None, not a list of numbers"),
         ("nan", "returned nan for a response, not a finite number"),
+        ("infinite", "returned -inf for a response, not a finite number"),
+        ("mapping", "returned {'a': 1.0, 'b': 1.0}, not a list of numbers"),
+        ("pairs", "returned [1.0] for a response, not a finite number"),
+        ("column", "returned [1.0] for a response, not a finite number"),
         ("few", "returned 1 values for 2 responses"),
-        (
-            "always",
-            "failed for every response: RuntimeError at mine.py:42: out of luck",
-        ),
+        ("hangs", "failed for every response: ended or took more than 0.2 s"),
+        ("exits", "failed for every response: ended or took more than 0.2 s"),
+        ("always", "failed for every response: RuntimeError at mine.py:54: out of"),
         ("missing", "has no function 'missing' (it has: reward_len"),
         ("not_callable", "has no function 'not_callable'"),
     ],
 )
 def test_what_is_no_reward_is_one_line(mine, name, message):
     with pytest.raises(ValueError) as error:
-        _values(f"{mine}:{name}", _group(["a", "b"]))
+        _values(f"{mine}:{name}", _group(["a", "b"]), seconds=0.1)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith(f"--config.reward={mine}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("inapplicable", [0.0, 0.0]),
+        ("torch_tensor", [0.5, 2.0]),
+        ("scalars", [0.5, 1.0]),
+        ("generator", [1.0, 1.0]),
+    ],
+)
+def test_whatever_holds_a_number_for_each_is_a_reward(mine, name, values):
+    group = _group(["a", "b"])
+    assert _values(f"{mine}:{name}", group, seconds=60.0) == [values]
+
+
+_LIKE_TRL = r"""
+import re
+
+def reward_unique_chars(prompts, completions, **kwargs):
+    return [len(set(completion)) for completion in completions]
+
+def format_reward_func(completions, **kwargs):
+    pattern = r"^<think>.*?</think>\s*<answer>.*?</answer>$"
+    contents = [completion[0]["content"] for completion in completions]
+    matches = [re.match(pattern, content, re.DOTALL) for content in contents]
+    return [1.0 if match else 0.0 for match in matches]
+
+async def accuracy_reward(completions: list[list[dict[str, str]]], solution: list[str],
+                          **kwargs) -> list[float | None]:
+    rewards = []
+    for completion, gold in zip(completions, solution):
+        found = re.search(r"<answer>(.*?)</answer>", completion[0]["content"])
+        rewards.append(float(found is not None and found.group(1).strip() == gold))
+    return rewards
+"""
+
+
+def test_functions_written_for_trl_are_rewards_as_they_are(tmp_path):
+    file = tmp_path / "trl_rewards.py"
+    file.write_text(_LIKE_TRL)
+    texts = ["<think>a\nb</think> <answer>4</answer>", "<answer> 5 </answer>"]
+    chat = [{"role": "user", "content": "2+2"}]
+    problems = [
+        Problem("0", chat, "4", columns={"prompt": chat, "solution": "4"}),
+        Problem("1", chat, "5", columns={"prompt": chat, "solution": "5"}),
+    ]
+    text = f"{file}:format_reward_func, 10 * {file}:accuracy_reward"
+    with rewards.Reward(text) as reward, grading.Grader() as grader:
+        ids = [np.zeros(1)] * 4
+        got = reward.values(problems, texts * 2, ids, grader)
+    np.testing.assert_array_equal(got, [1 + 10, 0, 1, 10])
+    assert _of_reward(f"{file}:reward_unique_chars", ["abca", ""]) == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +218,8 @@ def test_what_is_no_reward_is_one_line(mine, name, message):
         ("acuracy", "no reward 'acuracy'; did you mean accuracy?"),
         ("x * accuracy", "'x' is no weight"),
         ("accuracy, self_certainty", "self_certainty stands alone"),
+        ('regex:"(a"', "'(a' is no regular expression: missing )"),
+        ('accuracy, regex:"a', "a double quote is not closed"),
     ],
 )
 def test_names_that_there_are_not_are_refused(text, message):
@@ -192,3 +264,100 @@ def test_python_that_compiles_is_not_run(tmp_path):
         got = reward.values([Problem("0", "q", None)], texts, [np.zeros(1)] * 5, grader)
     np.testing.assert_array_equal(got, [1, 0, 1, 0, 0])
     assert not (tmp_path / "x").exists()
+
+
+def _of_reward(text, completions, **columns):
+    """Values of the reward `text` for the responses to one prompt."""
+    ids = [np.zeros(1)] * len(completions)
+    with rewards.Reward(text) as reward, grading.Grader() as grader:
+        got = reward.values(
+            [Problem("0", "q", None, columns=columns)], completions, ids, grader
+        )
+    return got.tolist()
+
+
+def test_a_pattern_with_commas_and_stars_is_found_or_not():
+    text = r'2 * regex:"^a,* *\\boxed\{\d+\}$", -0.5 * regex:z|y'
+    rewards.check(text)
+    found = ["a,, \\boxed{12}", "\\boxed{12}", "zy", ""]
+    assert _of_reward(text, found) == [2.0, 0.0, -0.5, 0.0]
+
+
+def test_a_pattern_that_backtracks_forever_costs_that_response_its_reward():
+    function = RewardFunction('regex:"^(a+)+$"', seconds=0.5)
+    with function:
+        (got,) = function([_group(["aa", "a" * 50 + "b", "b"])])
+    assert got[0] == 1 and math.isnan(got[1]) and got[2] == 0
+    assert function.failures == 1
+
+
+def test_a_function_may_be_async_where_a_notebook_runs_a_loop_already():
+    async def ones(completions, **columns):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    async def cell():
+        return LocalFunction("python:ones", ones)([_group(["a", "b"])])
+
+    assert asyncio.run(cell()) == [[1.0, 1.0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_reward_model_scores_prompt_and_completion(tmp_path, has_template):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    tok = transformers.AutoTokenizer.from_pretrained(ROOT / "pfjax/assets/toy")
+    if not has_template:
+        tok.chat_template = None
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(
+        vocab_size=len(tok),
+        num_labels=1,
+        pad_token_id=tok.pad_token_id,
+        **sizes,
+        **heads,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    texts = [
+        "42",
+        "7+5=12;",
+        "4",
+        "1",
+        "2",
+        "3",
+        "15;9+6=",
+        "1",
+        "9",
+        "8",
+    ]  # two batches
+    text = f"reward_model:{tmp_path}"
+    rewards.check(text)
+    with rewards.Reward(text, 60.0) as reward, grading.Grader() as grader:
+        assert reward.models() == [tmp_path]
+        ids = [np.zeros(1)] * len(texts)
+        got = reward.values([Problem("0", "17+25", None)], texts, ids, grader)
+
+    def alone(text):
+        chat = [{"role": "user", "content": "17+25"}]
+        chat.append({"role": "assistant", "content": text})
+        whole = f"17+25{text}"
+        if has_template:
+            whole = tok.apply_chat_template(chat, tokenize=False)
+        ids = tok(whole, add_special_tokens=not has_template, return_tensors="pt")
+        return model(ids["input_ids"]).logits.item()
+
+    np.testing.assert_allclose(got, [alone(x) for x in texts], rtol=1e-4, atol=1e-6)
+    assert np.ptp(got) > 1e-3
+
+
+def test_what_is_no_reward_model_is_said_before_anything_starts(tmp_path):
+    with pytest.raises(ValueError, match="there is no .*nowhere/config.json"):
+        rewards.check("reward_model:nowhere")
+    with pytest.raises(ValueError, match="ForSequenceClassification, .* names Qwen2"):
+        rewards.check(f"accuracy, reward_model:{ROOT / 'pfjax/assets/toy'}")

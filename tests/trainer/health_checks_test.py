@@ -127,6 +127,32 @@ def test_a_match_that_is_none_is_said(changed, alpha, said):
     assert not said or said in found[0]
 
 
+@pytest.mark.parametrize(
+    "beta, is_per_token, end, warning",
+    [
+        (2.0, False, " (beta 2: odds change by up to e^2)", None),
+        (
+            2.0,
+            True,
+            " (beta 2 per token, at 12 tokens: odds change by up to e^24)",
+            None,
+        ),
+        (5.0, True, "e^60)", "by 60 nats per response"),
+        (0.009, False, "e^0.009)", "by 0.009 nats, next to nothing"),
+        (None, False, "from 0 to 1", None),
+    ],
+)
+def test_the_scale_of_a_reward_is_said(beta, is_per_token, end, warning):
+    row = {"completions/mean_length": 12.0, "reward/mean": 0.41, "reward/std": 0.18}
+    row |= {"reward/min": 0.0, "reward/max": 1.0}
+    first, *more = health_checks.reward_scale(row, beta, is_per_token)
+    start = "reward: mean 0.41, std within a prompt 0.18, from 0 to 1"
+    assert first.startswith(start) and first.endswith(end)
+    assert [warning in x for x in more] == [True] * bool(warning)
+    del row["reward/mean"]
+    assert health_checks.reward_scale(row, beta, is_per_token) == []
+
+
 def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     """Responses of one token hold no answer."""
     config.objective, config.samples_per_prompt = "grpo", 8
@@ -134,7 +160,9 @@ def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     with open(config.data.train, "w") as file:
         file.write('{"prompt": "a b", "answer": "7"}\n')
     loop.train_and_evaluate(config, str(tmp_path / "run"))
-    assert capsys.readouterr().out.count("warning: every response of the last 2") == 2
+    said = capsys.readouterr().out
+    assert said.count("warning: every response of the last 2") == 2
+    assert said.count("reward: mean 0, std within a prompt 0, from 0 to 0\n") == 1
 
 
 @pytest.fixture

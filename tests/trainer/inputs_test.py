@@ -26,4 +26,4 @@ def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
     assert of(1, "") == of(2, "") == of(1, "accuracy")
     a, b, c = of(1, mine), of(2, mine), of(1, mine, "2")
     assert {k for k in a if a[k] != b[k]} == {"columns of the prompts"}
-    assert {k for k in a if a[k] != c[k]} == {f"code of {code}"}
+    assert {k for k in a if a[k] != c[k]} == {"code of the reward"}
