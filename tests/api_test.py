@@ -254,7 +254,7 @@ def test_a_reward_from_python_tilts_the_target(config, tmp_path):
         reward=digits,
     )
     assert len(rewards) == 2 and min(rewards) > 0
-    assert asked == [(2, 2)] * 8  # 4 prompts, 2 steps
+    assert asked[:8] == [(2, 2)] * 8  # 4 prompts, 2 steps; then those of the match
     saved = json.loads((tmp_path / "config.json").read_text())["config"]
     assert saved["reward"].startswith("python:") and "digits" in saved["reward"]
     config.reward = saved["reward"]

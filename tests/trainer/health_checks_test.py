@@ -156,6 +156,7 @@ def test_the_scale_of_a_reward_is_said(beta, is_per_token, end, warning):
 def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     """Responses of one token hold no answer."""
     config.objective, config.samples_per_prompt = "grpo", 8
+    config.behavior.base = 0.0  # a policy gradient learns from its own
     config.health_checks.truncated_ceiling = 1.0
     with open(config.data.train, "w") as file:
         file.write('{"prompt": "a b", "answer": "7"}\n')
