@@ -147,7 +147,7 @@ class TrajectoryStats(NamedTuple):
 
     Sums run over the tokens that enter the loss: all of the response, or those whose ratio
     pi / pi_old is within the clip range (`mask_clipped_tokens`). Objectives read the fields
-    up to `prefix_variance`, where gradients flow as said; metrics read all.
+    up to `mean_length`, where gradients flow as said; metrics read all.
     """
 
     log_pf: Any  # sum of log pi; gradient
@@ -162,6 +162,7 @@ class TrajectoryStats(NamedTuple):
     floored: Any  # sum of max(pi / pi_old, clip_low); gradient
     kl: Any  # sum of p_0/pi - log(p_0/pi) - 1; gradient
     prefix_variance: Any  # of the residuals of prefixes; gradient
+    mean_length: Any  # tokens of a response, on average over those of the update
     entropy: Any  # sum over the whole response
     length: Any  # tokens of the whole response
     prompt_index: Any

@@ -46,6 +46,11 @@ class ObjectiveConfig:
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28
     mask_clipped_tokens: bool = False  # leave tokens out whose ratio is outside
+    advantage: str = "group"  # what rewards become, see `rewards.advantages`
+    loss_aggregation: str = (
+        "response"  # what sums over tokens are divided by, see `grpo`
+    )
+    max_new_tokens: int = 3072  # the constant among these divisors
 
     @property
     def kind(self) -> "Objective":
@@ -70,6 +75,11 @@ class ObjectiveConfig:
     def is_tilted(self) -> bool:
         """Whether the reward is part of the target."""
         return bool(self.reward_source) and self.has_target
+
+    @property
+    def has_advantages(self) -> bool:
+        """Whether it is a policy gradient of a reward, which it makes advantages of."""
+        return self.kind.loss in (grpo, empo)
 
     @property
     def target(self) -> Target:
@@ -166,16 +176,27 @@ def subtb(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
 
 
 def grpo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""Clips the policy gradient of a group-normalised reward, a mean over tokens.
+    r"""Clips the policy gradient of an advantage, token by token.
 
-    .. math:: -\tfrac1{|y|}\sum_t \min(\rho_t A,\ \mathrm{clip}(\rho_t, low, high) A)
-              + \tfrac{k}{|y|}\sum_t (p_0/\pi - \log(p_0/\pi) - 1)_t
+    .. math:: -\tfrac1N\sum_t \min(\rho_t A,\ \mathrm{clip}(\rho_t, low, high) A)
+              + \tfrac kN\sum_t (p_0/\pi - \log(p_0/\pi) - 1)_t
+
+    N is by `loss_aggregation`:
+
+    - `response`: :math:`|y|`, so that each response counts alike, and the tokens of a long
+      one less (GRPO).
+    - `token`: the mean of :math:`|y|` over the responses of the update, so that each of its
+      tokens counts alike (DAPO).
+    - `constant`: `max_new_tokens`, likewise whatever other responses are like (Dr. GRPO).
+
+    Tokens that `mask_clipped_tokens` leaves out count in the last two.
 
     References:
-      GRPO, arXiv 2402.03300, Eq. 3; with the rewards of `ttrl` (arXiv 2504.16084) and
-      `intuitor` (arXiv 2505.19590).
+      GRPO, arXiv 2402.03300, Eq. 3; DAPO, arXiv 2503.14476, Eq. 8; Dr. GRPO, arXiv
+      2503.20783; with the rewards of `ttrl` (arXiv 2504.16084) and `intuitor` (arXiv
+      2505.19590).
     """
-    n = tokens(y.num_loss_tokens)
+    n = _divisor(y, c)
     return _surrogate(y, c, y.capped / n, y.floored / n)
 
 
@@ -185,12 +206,26 @@ def empo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     .. math:: -\min(s A,\ \mathrm{clip}(s, low, high) A),\quad
               s = (\pi/\pi_{old})^{1/|y|}
 
+    With another `loss_aggregation` than `response` a token of the response has this loss,
+    and their sum is divided as in `grpo`.
+
     References:
       EMPO, arXiv 2504.05812; the ratio is GSPO's, as in its recipe.
     """
-    ratio = jnp.exp(y.log_ratio / tokens(y.num_loss_tokens))
+    n = tokens(y.num_loss_tokens)
+    ratio = jnp.exp(y.log_ratio / n)
     capped, floored = jnp.minimum(ratio, c.clip_high), jnp.maximum(ratio, c.clip_low)
-    return _surrogate(y, c, capped, floored)
+    weight = n / _divisor(y, c)
+    return _surrogate(y, c, weight * capped, weight * floored)
+
+
+def _divisor(y: TrajectoryStats, c: ObjectiveConfig) -> Array | int:
+    """What a sum over the tokens of a response is divided by. The mean over the responses
+    of an update comes after it, so that a mean length divides by all tokens."""
+    if c.loss_aggregation == "constant":
+        return c.max_new_tokens
+    is_token = c.loss_aggregation == "token"
+    return tokens(y.mean_length if is_token else y.num_loss_tokens)
 
 
 def _surrogate(
@@ -199,7 +234,7 @@ def _surrogate(
     """PPO's pessimistic clipped surrogate, and the KL penalty: ratios are capped where the
     advantage is positive, floored where it is negative."""
     gain = y.reward * jnp.where(y.reward >= 0, capped, floored)
-    return c.kl * y.kl / tokens(y.num_loss_tokens) - gain
+    return c.kl * y.kl / _divisor(y, c) - gain
 
 
 def _sequence_target(c: ObjectiveConfig) -> Target:

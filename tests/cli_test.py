@@ -31,6 +31,8 @@ _MISTAKES = [
     (TRAIN, [SMOKE, RUN, "--config.optim.lr=1"], "mean --config.optim.learning_rate?"),
     (TRAIN, [SMOKE, RUN, "--config.learning_rate=1"], "--config.optim.learning_rate?"),
     (TRAIN, [SMOKE, RUN, "--config.num_generations=1"], "--config.samples_per_prompt?"),
+    (TRAIN, [SMOKE, RUN, "--config.loss_type=dapo"], "mean --config.loss_aggregation?"),
+    (TRAIN, [SMOKE, RUN, "--config.scale_rewards=none"], "mean --config.advantage?"),
     (TRAIN, [SMOKE, RUN, "--config.optim=1"], "--config.optim is a group; its settings"),
     (TRAIN, [SMOKE, RUN, "--config.top_k=4"], "For evaluation set --config.eval_sampling"),
     (TRAIN, [SMOKE, RUN, "alpha=4"], "unexpected arguments: alpha=4"),

@@ -26,6 +26,7 @@ Y = TrajectoryStats(
     floored=np.array([2.3, 0.8, 5.2]),
     kl=np.array([0.1, 0.2, 0.4]),
     prefix_variance=np.array([0.0, 0.5, 3.0]),
+    mean_length=np.full(3, 7 / 3),
     entropy=np.zeros(3),
     length=np.array([2, 1, 4]),
     prompt_index=np.array([0, 0, 1]),
@@ -89,6 +90,22 @@ def test_one_ratio_a_sequence_by_hand():
     _check("empo", [4.0, 5.0, 3.5], loss)
 
 
+def test_a_long_response_counts_by_its_tokens_alike_or_by_a_constant():
+    # The sums over tokens of grpo above: 0.05 - 2.1, 0.1 + 0.8, 0.2 - 2.4; and of empo,
+    # whose tokens have the loss of their sequence.
+    sums = {"grpo": [-2.05, 0.9, -2.2]}
+    one = [0.025 - np.exp(0.1), 0.1 + 0.8, 0.05 - 0.5 * 1.28]
+    sums["empo"] = np.multiply([2, 1, 4], one)
+    for name, of_tokens in sums.items():
+        c = dataclasses.replace(C, loss_aggregation="constant", max_new_tokens=8)
+        _check(name, [4.0, 5.0, 3.5], np.divide(of_tokens, 8), c)
+        c = dataclasses.replace(C, loss_aggregation="token")
+        y = objectives.add_loss(Y, dataclasses.replace(c, name=name))
+        # So that the mean over responses is the sum over all tokens by their number, 7.
+        np.testing.assert_allclose(y.loss.mean(), np.sum(of_tokens) / 7, rtol=1e-6)
+        np.testing.assert_allclose(y.loss, np.multiply(of_tokens, 3 / 7), rtol=1e-6)
+
+
 def test_only_what_is_trained_has_a_gradient():
     def total(part, name):
         y = Y._replace(**part)
@@ -150,7 +167,14 @@ def test_rewards_of_answers_by_hand():
 
 def test_advantages_by_hand():
     # Mean 0.5, unbiased standard deviation sqrt(1/3); and a group that is all equal.
-    got = rewards.group_normalized(np.float32([1, 0, 0, 1, 1, 1, 1, 1]), 4)
+    reward = np.float32([1, 0, 0, 1, 1, 1, 1, 1])
+    got = rewards.advantages(reward, 4)
     one = 0.5 / np.sqrt(1 / 3)
     np.testing.assert_allclose(got[:4], [one, -one, -one, one], rtol=1e-5)
     np.testing.assert_array_equal(got[4:], 0)
+    half = np.float32([0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0])
+    np.testing.assert_array_equal(rewards.advantages(reward, 4, "group_mean"), half)
+    # The standard deviation of these eight is sqrt(4 / 4 / 7).
+    got = rewards.advantages(reward, 4, "batch")
+    np.testing.assert_allclose(got, half * np.sqrt(7), rtol=1e-5)
+    np.testing.assert_array_equal(rewards.advantages(reward, 4, "none"), reward)

@@ -80,7 +80,7 @@ def test_every_point_of_the_family_is_reached(
 
     def stats(log_pf, log_z):
         return TrajectoryStats(
-            log_pf, base, log_z, length, 0.0, reward, ones, *[None] * 8
+            log_pf, base, log_z, length, 0.0, reward, ones, *[None] * 9
         )
 
     def loss_fn(params):

@@ -294,10 +294,24 @@ def of_answers(
     return np.array(out, np.float32)
 
 
-def group_normalized(reward: np.ndarray, samples_per_prompt: int) -> np.ndarray:
-    """Less the mean of its prompt's samples, over their standard deviation (unbiased,
-    as in TRL and verl); 0 where all are equal. float32 `[S]`."""
+def advantages(
+    reward: np.ndarray, samples_per_prompt: int, how: str = "group"
+) -> np.ndarray:
+    """What a policy gradient takes for the rewards of a step, float32 `[S]`.
+
+    - `group`: less the mean of the prompt's samples, over their standard deviation
+      (unbiased, as in TRL and verl); 0 where all are equal.
+    - `group_mean`: less that mean (Dr. GRPO, arXiv 2503.20783).
+    - `batch`: less that mean, over the standard deviation of these differences in the
+      whole step (REINFORCE++ with a baseline, arXiv 2501.03262).
+    - `none`: the rewards themselves.
+    """
     groups = reward.reshape(-1, samples_per_prompt).astype(np.float64)
-    spread = groups.std(axis=1, keepdims=True, ddof=1)
+    if how == "none":
+        return reward.astype(np.float32)
     centred = groups - groups.mean(axis=1, keepdims=True)
-    return (centred / (spread + 1e-6)).ravel().astype(np.float32)
+    if how == "group":
+        centred /= groups.std(axis=1, keepdims=True, ddof=1) + 1e-6
+    elif how == "batch":
+        centred /= centred.std(ddof=1) + 1e-6
+    return centred.ravel().astype(np.float32)

@@ -79,7 +79,9 @@ def check(c: FrozenConfigDict) -> None:
             "--config.behavior.file"
         )
     check_reward(c, objective)
-    has_groups = objective.log_z_source == "group" or objective.kind.reward
+    _check_policy_gradient(c, objective)
+    needs_std = bool(objective.kind.reward) and c.advantage != "none"
+    has_groups = objective.log_z_source == "group" or needs_std
     if has_groups and c.samples_per_prompt < 2:
         raise ValueError(
             f"--config.objective={c.objective} with --config.log_z={c.log_z} averages over "
@@ -156,6 +158,24 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             f"--config.{given} weighs a reward in the target: set --config.reward too"
             if not objective.reward_source
             else f"--config.{given} has no effect on {c.objective}, which has no target"
+        )
+
+
+def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for settings of policy gradients of a reward that nothing reads."""
+    names = ("advantage", "loss_aggregation", "reward_kl")
+    for name in () if objective.has_advantages else names:
+        if c[name] != settings.SETTINGS[name].default:
+            kin = [k for k in OBJECTIVES if ObjectiveConfig(k).has_advantages]
+            raise ValueError(
+                f"--config.{name}={c[name]} has no effect on {c.objective}; objectives that "
+                f"read it: {', '.join(kin)}"
+            )
+    is_late = objective.reward_source == "self_certainty" and c.updates_per_rollout > 1
+    if c.advantage == "batch" and is_late:
+        raise ValueError(
+            f"--config.advantage=batch: self_certainty is known update by update, and "
+            f"updates_per_rollout={c.updates_per_rollout} has several"
         )
 
 

@@ -50,7 +50,7 @@ def measure(
     data = compute_rewards(indices, rollout, grader)
     reward = data.reward
     if objective.kind.reward:
-        reward = rewards.group_normalized(reward, 2 * SAMPLES)
+        reward = rewards.advantages(reward, 2 * SAMPLES, objective.advantage)
     samples = match.score(policy, base(), prompts, data.responses)
     shape = samples.log_p.shape
     tilt = {"psi": data.psi.reshape(shape), "reward": reward.reshape(shape)}

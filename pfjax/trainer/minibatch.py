@@ -52,7 +52,9 @@ def prepare_minibatch(
         sums = jax.vmap(packing.response_sum)(certainty, batch)
         reward = packing.from_segments(sums, placement) / placement.length
     if fns.objective.reward_source:
-        used = rewards.group_normalized(reward, samples) if kind.reward else reward
+        used = reward
+        if kind.reward:
+            used = _advantages(fns.objective, data, indices, reward)
         segments = packing.to_segments(used, placement, host.length.shape)
         batch = batch._replace(reward=sharding.put_batch(mesh, segments, dim=1))
     if fns.has_dropout:
@@ -73,6 +75,16 @@ def prepare_minibatch(
         )
     is_own = data.rollout.is_own[indices]
     return Minibatch(batch, num_microbatches, placement, reward, is_own, log_p)
+
+
+def _advantages(
+    objective: ObjectiveConfig, data: RolloutBatch, indices: np.ndarray, reward: Array
+) -> np.ndarray:
+    """What the loss takes for the reward of a minibatch, normalised in the whole step."""
+    of_step = data.reward.astype(reward.dtype)
+    of_step[indices] = reward  # self-certainty is known of these alone
+    samples = len(data.texts) // len(data.prompts)
+    return rewards.advantages(of_step, samples, objective.advantage)[indices]
 
 
 def dropout_seeds(seed: int, step: int, number: int) -> np.ndarray:

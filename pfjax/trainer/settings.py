@@ -195,6 +195,19 @@ _DECIDING: dict[str, Setting] = {
     "reward_kl": _not_negative(
         0.0, "coefficient of the KL to the base per token: grpo and its kin, empo"
     ),
+    "advantage": Setting(
+        "group",
+        "what rewards become in grpo and its kin, empo: less their prompt's mean and over "
+        "its standard deviation (group) or that of the step (batch), only less the mean "
+        "(group_mean), or themselves (none)",
+        ("group", "group_mean", "batch", "none"),
+    ),
+    "loss_aggregation": Setting(
+        "response",
+        "what the sum over a response's tokens is divided by in grpo and its kin, empo: its "
+        "length (response), the mean length of the update (token), max_new_tokens (constant)",
+        ("response", "token", "constant"),
+    ),
     "optim.learning_rate": _not_negative(
         1e-6, "learning rate of the policy, after the warm-up", at_most=1
     ),
@@ -359,6 +372,10 @@ _OTHER_NAMES = {
     "eval_steps": "eval_every",
     "dataset": "data.train",
     "psi": "format_penalty",
+    "scale_rewards": "advantage",
+    "norm_adv_by_std_in_grpo": "advantage",
+    "loss_type": "loss_aggregation",
+    "loss_agg_mode": "loss_aggregation",
     "seq_len": "pack_length",
 }
 

@@ -34,6 +34,7 @@ def loss_fn(
     frozen: transformer.Params,
     batch: PackedBatch,
     num_trajectories: Float[Array, ""],
+    mean_length: Float[Array, ""],
     *,
     model: transformer.ModelConfig,
     objective: ObjectiveConfig,
@@ -41,8 +42,9 @@ def loss_fn(
     remat: str,
     dropout: float = 0.0,
 ) -> tuple[Float[Array, ""], tuple[TrajectoryStats, Array]]:
-    """Computes a micro-batch's contribution to the mean loss over all trajectories; and,
-    without gradient, statistics `[B, N]` and token log-probs `[B, T]`."""
+    """Computes a micro-batch's contribution to the mean loss over all trajectories, whose
+    number and mean length are given; and, without gradient, statistics `[B, N]` and token
+    log-probs `[B, T]`."""
     policy = lora.join(frozen, params["policy"])
     how = (remat, dropout)
     log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, *how)
@@ -55,6 +57,7 @@ def loss_fn(
     elif log_z is None:
         log_z = apply_head(params["log_z"], hidden, batch)
     y = _sum_over_tokens(batch, log_p, log_p_stop, entropy, log_z, objective)
+    y = y._replace(mean_length=jnp.full_like(y.log_pf, mean_length))
     # Padding is set to 0 before the loss: masking after it would let a NaN through
     # in the gradient, as 0 * NaN.
     y = jax.tree.map(lambda x: jnp.where(batch.is_real, x, 0), y)
@@ -71,7 +74,8 @@ def _sum_over_tokens(
     log_z: Array,
     c: ObjectiveConfig,
 ) -> TrajectoryStats:
-    """Sums token values per response; `loss` and `residual` are left out."""
+    """Sums token values per response; `loss` and `residual` are left out, and 0 stands for
+    what is of all."""
     zero = jnp.zeros(batch.length.shape)
     of_response = lambda x: jnp.where(batch.is_response, x, 0.0)
     log_p_old = lax.stop_gradient(log_p)  # on policy: the ratio is 1 by definition
@@ -105,6 +109,7 @@ def _sum_over_tokens(
         floored=total(jnp.maximum(ratio, c.clip_low)),
         kl=total(kl),
         prefix_variance=variance,
+        mean_length=zero,
         entropy=response_sum(entropy, batch),
         length=batch.length,
         prompt_index=batch.prompt_index,
@@ -152,6 +157,7 @@ def train_step(
     """
     static["objective"] = dataclasses.replace(objective, **(constants or {}))
     num_trajectories = jnp.sum(batch.is_real).astype(jnp.float32)
+    mean_length = jnp.sum(batch.length) / num_trajectories
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     @jax.named_scope("update")
@@ -159,7 +165,7 @@ def train_step(
         loss, grads, seen = carry
         part = jax.tree.map(lambda x: x[i], batch)
         (part_loss, part_seen), part_grads = grad_fn(
-            state.params, frozen, part, num_trajectories, **static
+            state.params, frozen, part, num_trajectories, mean_length, **static
         )
         grads = jax.tree.map(jnp.add, grads, part_grads)
         seen = jax.tree.map(lambda all_, x: all_.at[i].set(x), seen, part_seen)

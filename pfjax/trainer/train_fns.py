@@ -141,6 +141,7 @@ def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
         "log_z",
     )
     same += ("clip_low", "clip_high", "mask_clipped_tokens")
+    same += ("advantage", "loss_aggregation", "max_new_tokens")
     same = {name: c[name] for name in same}
     found = schedules.parse(c.schedules)
     same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}

@@ -21,6 +21,7 @@ RECORD = TrajectoryStats(
     floored=np.zeros(4),
     kl=np.zeros(4),
     prefix_variance=np.zeros(4),
+    mean_length=np.full(4, 2.25),
     entropy=np.array([1.0, 0.5, 2.0, 1.0]),
     length=np.array([2, 1, 4, 2]),
     prompt_index=np.array([0, 0, 1, 1]),

@@ -97,6 +97,23 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             "set --config.beta above 0, in nats; its paper has 15",
         ),
         ({"reward": "accuracy"}, "set --config.beta above 0"),
+        (
+            {"advantage": "none"},
+            "has no effect on powerflow; objectives that read it: grpo",
+        ),
+        (
+            {"loss_aggregation": "token", "objective": "rl_token"},
+            "--config.loss_aggregation=token has no effect on rl_token",
+        ),
+        ({"reward_kl": 0.1, "objective": "subtb"}, "has no effect on subtb"),
+        (
+            {
+                "objective": "intuitor",
+                "advantage": "batch",
+                "updates_per_rollout": 2,
+            },
+            "self_certainty is known update by update",
+        ),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
         ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),
         ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),

@@ -39,6 +39,7 @@ OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
 
 
 POWERFLOW = ObjectiveConfig("powerflow", alpha=4.0)
+DAPO = ObjectiveConfig("grpo", loss_aggregation="token")
 
 
 def _state(policy, seed=3):
@@ -91,6 +92,13 @@ def _scores(*values, **more):
     return dict(zip(SCORES, values, strict=False)) | more
 
 
+def _rewarded(batch, placement):
+    """Scores of a batch, with advantages that have to do with nothing."""
+    advantage = np.cos(np.arange(len(placement.row))).astype(np.float32)
+    reward = to_segments(advantage, placement, batch.length.shape)
+    return _scores(_base_scores(batch), reward=reward)
+
+
 def _run(policy, batch, used, objective=POWERFLOW, old=None):
     """The new state, scalars, statistics, and log-probs of tokens."""
     batch = batch._replace(**(old or _scores(_base_scores(batch))))
@@ -111,7 +119,8 @@ def _assert_same_stats(a, b, atol=1e-5):
     _assert_same(a._replace(**large), b._replace(**large), atol=atol)
 
 
-def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy):
+@pytest.mark.parametrize("objective", [POWERFLOW, DAPO])
+def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy, objective):
     shapes = [
         {},
         {"microbatch_size": 1, "num_microbatches": 12},
@@ -125,12 +134,25 @@ def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy):
     results = []
     for shape in shapes:
         _, batch, placement, used = _data(np.random.default_rng(0), **shape)
-        state, scalars, stats, _ = _run(tiny_policy, batch, used)
+        old = _rewarded(batch, placement)
+        state, scalars, stats, _ = _run(tiny_policy, batch, used, objective, old)
         stats = jax.tree.map(lambda x, p=placement: from_segments(x, p), stats)
         results.append((state.params, scalars, stats))
     for *other, stats in results[1:]:
         _assert_same(results[0][:2], tuple(other))
         _assert_same_stats(results[0][2], stats)
+
+
+def test_tokens_of_all_rows_count_alike(rng, tiny_policy):
+    """On policy the loss of each is minus its advantage."""
+    _, batch, placement, used = _data(rng)
+    old = _rewarded(batch, placement)
+    _, scalars, _, _ = _run(tiny_policy, batch, used, DAPO, old)
+    length, reward = placement.length, from_segments(old["reward"], placement)
+    of_tokens = -length * reward
+    want = of_tokens.sum() / length.sum()
+    np.testing.assert_allclose(scalars["loss"], want, rtol=1e-5)
+    assert abs(want - (of_tokens / length).mean()) > 0.05 * abs(want)
 
 
 def test_nan_in_padding_changes_nothing(rng, tiny_policy):
@@ -156,7 +178,7 @@ def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_polic
     for i in range(used):
         part = batch._replace(log_p_base=base)
         part = jax.tree.map(lambda x, i=i: x[i], part)
-        one, _ = grad_fn(state.params, {}, part, jnp.float32(5))
+        one, _ = grad_fn(state.params, {}, part, jnp.float32(5), jnp.float32(9))
         grads = jax.tree.map(jnp.add, grads, one)
 
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
@@ -256,9 +278,21 @@ SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
     ],
 )
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
+    _check_mesh(rng, tiny_policy, sizes, POWERFLOW)
+
+
+def test_tokens_are_counted_over_a_mesh_split_along_every_axis(rng, tiny_policy):
+    _check_mesh(rng, tiny_policy, (2, 2, 2), DAPO)
+
+
+def _check_mesh(rng, tiny_policy, sizes, objective):
     # 8 rows: as many as the devices that a batch may be split over.
-    _, batch, _, used = _data(rng, count=24, microbatch_size=8, num_microbatches=3)
-    want_state, want_scalars, want_stats, want_log_p = _run(tiny_policy, batch, used)
+    shape = {"microbatch_size": 8, "num_microbatches": 3}
+    _, batch, placement, used = _data(rng, count=24, **shape)
+    old = _rewarded(batch, placement)
+    want_state, want_scalars, want_stats, want_log_p = _run(
+        tiny_policy, batch, used, objective, old
+    )
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     config = tiny_policy.config
     of_params = sharding.tree_shardings(
@@ -267,8 +301,8 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     spread = transformer.Policy(config, jax.device_put(tiny_policy.params, of_params))
     with jax.set_mesh(mesh):
         put = sharding.put_batch(mesh, batch, dim=1)
-        old = sharding.put_batch(mesh, _scores(_base_scores(batch)), 1)
-        state, scalars, stats, log_p = _run(spread, put, used, old=old)
+        old = sharding.put_batch(mesh, old, 1)
+        state, scalars, stats, log_p = _run(spread, put, used, objective, old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
         assert is_split == (sizes[1] * sizes[2] > 1)
         _assert_same(scalars, want_scalars)
