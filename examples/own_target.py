@@ -4,9 +4,9 @@ r"""A target of your own: whole sequences sharpened, and a bonus for those that 
 
 Sharpening whole sequences favours the toy model's guesses, which are short. Here a bonus in
 nats for a length that only reasoning has more than makes up for it. A target is one method,
-`log_reward`; named in `OBJECTIVES` it is trained with `--config.objective` or, as here, from
-Python, and the samplers and the metrics of the match (`tb/...`) read it too. Takes about a
-minute on a laptop.
+`log_reward`; an objective that has it is trained from Python, as here, or by its file,
+`--config.objective=examples/own_target.py:REASONED`, and the samplers and the metrics of the
+match (`tb/...`) read it too. Takes about a minute on a laptop.
 """
 
 import tempfile
@@ -35,9 +35,7 @@ def make_target(config: objectives.ObjectiveConfig) -> Target:
     return Reasoned(config.alpha, has_format=False, is_length_aware=False)
 
 
-objectives.OBJECTIVES["reasoned"] = objectives.Objective(
-    objectives.balance, make_target, log_z="group"
-)
+REASONED = objectives.Objective(objectives.balance, make_target, log_z="group")
 
 
 def fraction_long(lengths) -> float:
@@ -56,7 +54,6 @@ def main() -> None:
     print(f"target, by sequential Monte Carlo: {fraction_long(exact.lengths):.2f}")
     config = pfjax.recipe(
         "smoke",
-        objective="reasoned",
         alpha=2.0,
         num_steps=40,
         **{"data.eval": ""},
@@ -68,7 +65,7 @@ def main() -> None:
             print(f"step {step:2}  loss {metrics['tb/loss']:.3f}  match {match:.3f}")
 
     with tempfile.TemporaryDirectory() as workdir:
-        policy = pfjax.fine_tune(config, workdir, on_step=show)
+        policy = pfjax.fine_tune(config, workdir, show, objective=REASONED)
     drawn = pfjax.rollout(policy, PROMPTS, 32, NEW_TOKENS)
     print(f"trained: {fraction_long(drawn.lengths):.2f} of the responses reason")
 

@@ -20,6 +20,7 @@ from pfjax.batch import Array, PackedBatch, PackShape, Rollout
 from pfjax.model import hf, tokenizer
 from pfjax.model import log_probs as scorer
 from pfjax.model.transformer import Policy
+from pfjax.objectives import Objective
 from pfjax.sampler import engine
 
 # What a model is asked: text, messages of a chat, or token ids.
@@ -263,6 +264,7 @@ def fine_tune(
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
     on_evaluation: Callable[[int, dict[str, float], list[dict]], Any] | None = None,
     reward: Callable[..., list[float]] | None = None,
+    objective: Callable | Objective | None = None,
 ) -> Policy:
     """Trains as `pfjax train` does, and returns the trained policy.
 
@@ -281,9 +283,13 @@ def fine_tune(
         **columns)`, with the samples of a prompt; returns a number for each. It is what
         `config.beta` weighs in the target, or a policy gradient follows; `config.reward`
         takes its name.
+      objective: what is trained, an `objectives.Objective`, or a loss
+        `loss(y: TrajectoryStats, c: ObjectiveConfig)` of values per trajectory, with the
+        target of PowerFlow; `config.objective` takes its name.
 
-    These are called on the first process only. An exception in the first two stops the run
-    after a save, one in the reward at once; it is raised here, and the same call continues.
+    The callbacks and the reward are called on the first process only. An exception in a
+    callback stops the run after a save, one in the reward at once; it is raised here, and
+    the same call continues.
 
     Returns:
       The policy after the last step, adapters merged, on the mesh of the run; a folder in
@@ -306,8 +312,15 @@ def fine_tune(
     folder = os.fspath(workdir)
     if reward is not None:
         config = config.copy_and_resolve_references()
-        config.reward = (
-            f"python:{getattr(reward, '__qualname__', type(reward).__name__)}"
-        )
-    trained = loop.train_and_evaluate(config, folder, on_step, on_evaluation, reward)
+        config.reward = _python_name(reward)
+    if objective is not None:
+        config = config.copy_and_resolve_references()
+        config.objective = _python_name(getattr(objective, "loss", objective))
+    on = (on_step, on_evaluation)
+    trained = loop.train_and_evaluate(config, folder, *on, reward, objective)
     return lora.merge(trained)
+
+
+def _python_name(function: Any) -> str:
+    """What a config calls a function that only Python knows."""
+    return f"python:{getattr(function, '__qualname__', type(function).__name__)}"

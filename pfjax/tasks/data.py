@@ -165,6 +165,11 @@ def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
       ValueError: if the samples are none of the target (but for its format term), or of
         several kinds.
     """
+    if type(target) is not Target:
+        raise ValueError(
+            f"--config.data.target={source}: the target of this objective is your own, "
+            "which no such samples know"
+        )
     if target.has_reward and target.is_reward_per_token:
         raise ValueError(
             f"--config.data.target={source}: the target of this objective has a reward per "

@@ -31,6 +31,19 @@ def load(spec: str) -> Callable:
     Raises:
       ValueError: if there is none.
     """
+    function = find(spec)
+    if not callable(function):
+        where, _, name = spec.rpartition(":")
+        raise ValueError(f"{where} has no function {name!r}")  # noqa: TRY004
+    return function
+
+
+def find(spec: str) -> Any:
+    """What is called `name` in "path/to/file.py:name" or "package.module:name".
+
+    Raises:
+      ValueError: if there is none.
+    """
     where, _, name = spec.rpartition(":")
     if where.endswith(".py"):
         path = pathlib.Path(where).expanduser()
@@ -44,12 +57,10 @@ def load(spec: str) -> Callable:
     else:
         sys.path.insert(0, os.getcwd())
         module = importlib.import_module(where)
-    function = getattr(module, name, None)
-    if not callable(function):
+    if not hasattr(module, name):
         near = ", ".join(k for k, v in vars(module).items() if inspect.isfunction(v))
-        found = f"{where} has no function {name!r} (it has: {near})"
-        raise ValueError(found)  # noqa: TRY004
-    return function
+        raise ValueError(f"{where} has no function {name!r} (it has: {near})")
+    return getattr(module, name)
 
 
 def call(function: Callable, given: dict[str, Any]) -> list[float | None]:

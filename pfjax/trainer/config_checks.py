@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 from pfjax.objectives import OBJECTIVES, ObjectiveConfig
 from pfjax.sampler.options import token_filters
 from pfjax.trainer import schedules, settings
+from pfjax.trainer.objective import of_config
 
 _WHY_NOT_GREEDY = (
     "; training needs samples of the whole distribution, greedy decoding is for "
@@ -17,8 +18,12 @@ _WHY_NOT_GREEDY = (
 )
 
 
-def check(c: FrozenConfigDict) -> None:
-    """Raises ValueError for invalid values."""
+def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
+    """Raises ValueError for invalid values.
+
+    Args:
+      own_objective: see `objective.of_config`.
+    """
     _check_each(c)
     try:
         token_filters(c.eval_sampling.to_dict())
@@ -56,7 +61,7 @@ def check(c: FrozenConfigDict) -> None:
             f"--config.updates_per_rollout={c.updates_per_rollout} exceeds "
             f"prompts_per_step={c.prompts_per_step}"
         )
-    objective = ObjectiveConfig(c.objective, log_z=c.log_z, reward=c.reward)
+    objective = of_config(c, own_objective)
     if c.temperature != 1 and not objective.is_balance:
         raise ValueError(
             f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
@@ -99,6 +104,8 @@ def _check_each(c: FrozenConfigDict) -> None:
             raise ValueError(
                 f"--config.{name}={value}: must be {setting.bounds()}{why}"
             )
+        if setting.may_be_own and ":" in value:
+            continue
         allowed = sorted(choices() if callable(choices) else choices or [value])
         if value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1)
@@ -146,13 +153,15 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             "there is no reward"
         )
     has_schedule = "beta" in schedules.parse(c.schedules)
-    if objective.is_tilted and not (c.beta or has_schedule):
+    has_beta = c.beta or has_schedule
+    # A loss of one's own may read the reward itself.
+    if objective.is_tilted and not has_beta and not objective.own:
         paper = "; its paper has 15" if c.objective == "flowrl" else ""
         raise ValueError(
             f"--config.objective={c.objective} weighs the reward by beta: set "
             f"--config.beta above 0, in nats{paper}"
         )
-    if (c.beta or has_schedule) and not objective.is_tilted:
+    if has_beta and not objective.is_tilted:
         given = f"schedules={c.schedules}: beta" if has_schedule else f"beta={c.beta}"
         raise ValueError(
             f"--config.{given} weighs a reward in the target: set --config.reward too"
@@ -164,7 +173,7 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
 def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
     """Raises ValueError for settings of policy gradients of a reward that nothing reads."""
     names = ("advantage", "loss_aggregation", "reward_kl")
-    for name in () if objective.has_advantages else names:
+    for name in () if objective.has_advantages or objective.own else names:
         if c[name] != settings.SETTINGS[name].default:
             kin = [k for k in OBJECTIVES if ObjectiveConfig(k).has_advantages]
             raise ValueError(
@@ -179,13 +188,15 @@ def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> N
         )
 
 
-def check_answers(c: FrozenConfigDict, answers: list[str | None]) -> None:
+def check_answers(
+    c: FrozenConfigDict, answers: list[str | None], reward_source: str
+) -> None:
     """Raises ValueError if the objective grades answers and the prompts have none."""
     from pfjax.tasks import rewards
 
     missing = answers.count(None)
     free = [k for k, o in OBJECTIVES.items() if o.reward != "accuracy"]
-    if not rewards.needs_answers(c.reward or OBJECTIVES[c.objective].reward):
+    if not rewards.needs_answers(reward_source):
         return
     if missing:
         who = f"reward={c.reward}" if c.reward else f"objective={c.objective}"

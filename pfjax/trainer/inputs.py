@@ -2,6 +2,7 @@
 target. Mistakes in them are said before anything heavy starts."""
 
 import difflib
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -31,8 +32,10 @@ class Inputs(NamedTuple):
         return max(len(prompt) for of_set in sets for prompt in of_set.tokens)
 
 
-def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
-    """Reads all prompts.
+def load(
+    config: FrozenConfigDict, tok: Any, model: ModelConfig, reward_source: str
+) -> Inputs:
+    """Reads all prompts, for a reward of these terms.
 
     Raises:
       ValueError: for a mistake in a file or in what is said of it, and for answers or a
@@ -51,7 +54,8 @@ def load(config: FrozenConfigDict, tok: Any, model: ModelConfig) -> Inputs:
         check_fields(fields, problems)
     except ValueError as error:
         raise ValueError(f"--config.data.{error}") from None
-    config_checks.check_answers(config, [p.gold for p in train.problems])
+    golds = [p.gold for p in train.problems]
+    config_checks.check_answers(config, golds, reward_source)
     _check_best_metric(config, held_out)
     return Inputs(train, held_out)
 
@@ -120,10 +124,11 @@ def fingerprints(
     adapter: str,
     base: str,
     reward: Reward,
+    code: list[pathlib.Path],
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
-    tokenizer may change under a config that does not. Of a reward's functions too, and of
-    all columns that they may read."""
+    tokenizer may change under a config that does not. Of a reward's functions too, of all
+    columns that they may read, and of the files in `code`."""
     of = lambda s: [s.tokens, [p.gold for p in s.problems]]
     found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
     if inputs.held_out:
@@ -140,6 +145,7 @@ def fingerprints(
         found["columns of the prompts"] = rows
         if files := reward.files():
             found[run_config.REWARD_CODE] = [path.read_text() for path in files]
+    found |= {f"code of {path}": path.read_text() for path in code}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)

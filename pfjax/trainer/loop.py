@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from pfjax.infra import compile_cache, distributed, sharding, storage
 from pfjax.model import hf
 from pfjax.model.transformer import Policy
+from pfjax.objectives import Objective
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
@@ -46,6 +47,7 @@ def train_and_evaluate(
     on_step: OnStep | None = None,
     on_evaluation: OnEvaluation | None = None,
     reward: Callable | None = None,
+    objective: Callable | Objective | None = None,
 ) -> Policy:
     """Trains a policy toward the alpha-power distribution of its base.
 
@@ -54,7 +56,7 @@ def train_and_evaluate(
     Args:
       config: see `settings.SETTINGS`.
       workdir: the run's folder, local or `gs://`; the same for all processes.
-      on_step, on_evaluation, reward: called on the first process, see `pfjax.fine_tune`.
+      on_step, on_evaluation, reward, objective: see `pfjax.fine_tune`.
 
     Returns:
       The policy after the last step, adapters beside its weights.
@@ -68,7 +70,7 @@ def train_and_evaluate(
       OSError: if a file could not be written.
     """
     config = FrozenConfigDict(config)
-    config_checks.check(config)
+    config_checks.check(config, objective)
     tracking.check(config.wandb_project)
     folder = storage.place(workdir)
     storage.check_writable(folder)
@@ -76,7 +78,7 @@ def train_and_evaluate(
     config = run_config.with_clock(run_config.with_adapter(config), folder)
     run_config.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        trainer, state, about = setup(config, mesh, reward)
+        trainer, state, about = setup(config, mesh, reward, objective)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             stack.enter_context(Lease(folder))

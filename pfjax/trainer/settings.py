@@ -36,6 +36,7 @@ class Setting(NamedTuple):
     above: Real | None = None
     at_most: Real | None = None
     may_change: bool = False  # when a run is continued
+    may_be_own: bool = False  # a choice may be FILE.py:NAME too
     may_vary: bool = False  # by training step, see `schedules`
 
     def bounds(self) -> str:
@@ -84,8 +85,10 @@ _DECIDING: dict[str, Setting] = {
     ),
     "objective": Setting(
         "powerflow",
-        "what is trained; formulas are in pfjax/objectives.py",
+        "what is trained; formulas are in pfjax/objectives.py; or one of your own, "
+        "FILE.py:NAME, an Objective or a loss",
         _names("pfjax.objectives", "OBJECTIVES"),
+        may_be_own=True,
     ),
     "alpha": _positive(
         4.0, "power of the base distribution: > 1 sharpens, < 1 flattens"

@@ -24,7 +24,14 @@ from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import options, slots
 from pfjax.tasks import data, rewards, target_reward
-from pfjax.trainer import behavior, config_checks, inputs, match, schedules
+from pfjax.trainer import (
+    behavior,
+    config_checks,
+    inputs,
+    match,
+    objective,
+    schedules,
+)
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -71,16 +78,20 @@ class Trainer(NamedTuple):
 
 
 def setup(
-    config: FrozenConfigDict, mesh: Mesh, reward_function: Callable | None = None
+    config: FrozenConfigDict,
+    mesh: Mesh,
+    reward_function: Callable | None = None,
+    own_objective: Any = None,
 ) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source, start, tok = _read_model(config)
-    given = inputs.load(config, tok, start)
+    terms = objective.of_config(config, own_objective).reward_source
+    given = inputs.load(config, tok, start, terms)
     train, longest = given.train, given.longest()
     config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
-    fns = train_fns(config, start, longest, mesh, other_base)
+    fns = train_fns(config, start, longest, mesh, other_base, own_objective)
     target = None
     if config.data.target:
         target = _load_target(config.data.target, fns.objective)
@@ -94,12 +105,12 @@ def setup(
     state = first_state(fns, trained, config.seed, mesh)
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [*given.held_out.values()]
-    terms = fns.objective.reward_source
     limits = config.reward_seconds, config.reward_workers
     reward = rewards.Reward(terms, *limits, reward_function)
     if rewards.needs_answers(terms):
         graded.append(train)
     kept = {"adapter": config.lora.init_from, "base": config.base, "reward": reward}
+    kept["code"] = objective.code(config.objective)
     trainer = Trainer(
         fns,
         prompts=train.tokens,

@@ -17,8 +17,9 @@ from pfjax.infra.sharding import AnyMesh
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
-from pfjax.trainer import optim, schedules, step
+from pfjax.trainer import optim, step
 from pfjax.trainer.log_z import init_head
+from pfjax.trainer.objective import of_config
 
 
 class TrainFns(NamedTuple):
@@ -45,6 +46,7 @@ def train_fns(
     longest_prompt: int,
     mesh: AnyMesh,
     base_model: ModelConfig | None = None,
+    own_objective: Any = None,
 ) -> TrainFns:
     """Builds them from a config for the devices of `mesh`. If these are absent, it must
     not be current (see `jax.set_mesh`).
@@ -52,6 +54,7 @@ def train_fns(
     Args:
       start: of the checkpoint that the policy starts from.
       base_model: of the frozen base, where that is another.
+      own_objective: see `objective.of_config`.
     """
     same = {"dtype": config.dtype, "attention": config.attention}
     start = dataclasses.replace(start, **same)
@@ -60,7 +63,7 @@ def train_fns(
     trained = trained_params(model, mesh)
     learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
-    objective, stop_ids = _objective(config), start.stop_ids
+    objective, stop_ids = of_config(config, own_objective), start.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()
@@ -127,25 +130,6 @@ def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
     """Shapes and shardings of what is trained of a policy."""
     params = _abstract_params(model, mesh, "float32")
     return lora.select(params) if model.lora_rank else params
-
-
-def _objective(c: FrozenConfigDict) -> ObjectiveConfig:
-    """The objective of a run, that of its end where it has schedules."""
-    same = (
-        "temperature",
-        "alpha",
-        "beta",
-        "reward",
-        "reward_per",
-        "divergence",
-        "log_z",
-    )
-    same += ("clip_low", "clip_high", "mask_clipped_tokens")
-    same += ("advantage", "loss_aggregation", "max_new_tokens")
-    same = {name: c[name] for name in same}
-    found = schedules.parse(c.schedules)
-    same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}
-    return ObjectiveConfig(c.objective, kl=c.reward_kl, **same)
 
 
 def _pack_shape(c: FrozenConfigDict, longest_prompt: int, mesh: AnyMesh) -> PackShape:
