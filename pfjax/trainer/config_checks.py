@@ -37,16 +37,6 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
             "after it, as in (10, 13)"
         )
     _check_adapters(c)
-    if (c.lora.rank or c.lora.init_from) and c.base:
-        raise ValueError(
-            f"--config.base={c.base}: with adapters the base is the policy's own weights; "
-            "leave them out"
-        )
-    if (c.lora.rank or c.lora.init_from) and c.offload_ref:
-        raise ValueError(
-            "--config.offload_ref=True: with adapters the base is the policy's own weights "
-            "and has to stay on the devices"
-        )
     if c.clip_low > c.clip_high:
         raise ValueError(
             f"--config.clip_low={c.clip_low} exceeds --config.clip_high={c.clip_high}"
@@ -62,27 +52,8 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
             f"prompts_per_step={c.prompts_per_step}"
         )
     objective = of_config(c, own_objective)
-    if c.temperature != 1 and not objective.is_balance:
-        raise ValueError(
-            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
-            "samples of the policy itself, at temperature 1; objectives that may sample "
-            "otherwise are those of balance, such as powerflow"
-        )
     _check_schedules(c, objective)
-    by_step = schedules.parse(c.schedules)
-    for name, value in (("base", c.behavior.base), ("file", c.behavior.file)):
-        if (value or f"behavior.{name}" in by_step) and not objective.is_balance:
-            default = settings.SETTINGS[f"behavior.{name}"].default
-            raise ValueError(
-                f"--config.behavior.{name}={value}: the gradient of {c.objective} is that of "
-                f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
-                "may learn from other samples are those of balance, such as powerflow"
-            )
-    if "behavior.from_file" in by_step and not c.behavior.file:
-        raise ValueError(
-            f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
-            "--config.behavior.file"
-        )
+    _check_behavior(c, objective)
     check_reward(c, objective)
     _check_policy_gradient(c, objective)
     needs_std = bool(objective.kind.reward) and c.advantage != "none"
@@ -116,6 +87,16 @@ def _check_each(c: FrozenConfigDict) -> None:
 def _check_adapters(c: FrozenConfigDict) -> None:
     from pfjax.model import lora
 
+    if (c.lora.rank or c.lora.init_from) and c.base:
+        raise ValueError(
+            f"--config.base={c.base}: with adapters the base is the policy's own weights; "
+            "leave them out"
+        )
+    if (c.lora.rank or c.lora.init_from) and c.offload_ref:
+        raise ValueError(
+            "--config.offload_ref=True: with adapters the base is the policy's own weights "
+            "and has to stay on the devices"
+        )
     try:
         lora.projections(c.lora.targets)
     except ValueError as error:
@@ -127,6 +108,30 @@ def _check_adapters(c: FrozenConfigDict) -> None:
                 f"--config.lora.{name}={value} without adapters: give their rank with "
                 "--config.lora.rank=16, say"
             )
+
+
+def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for responses that the objective may not learn from."""
+    if c.temperature != 1 and not objective.is_balance:
+        raise ValueError(
+            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
+            "samples of the policy itself, at temperature 1; objectives that may sample "
+            "otherwise are those of balance, such as powerflow"
+        )
+    by_step = schedules.parse(c.schedules)
+    for name, value in (("base", c.behavior.base), ("file", c.behavior.file)):
+        if (value or f"behavior.{name}" in by_step) and not objective.is_balance:
+            default = settings.SETTINGS[f"behavior.{name}"].default
+            raise ValueError(
+                f"--config.behavior.{name}={value}: the gradient of {c.objective} is that of "
+                f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
+                "may learn from other samples are those of balance, such as powerflow"
+            )
+    if "behavior.from_file" in by_step and not c.behavior.file:
+        raise ValueError(
+            f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
+            "--config.behavior.file"
+        )
 
 
 def _check_schedules(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:

@@ -19,9 +19,8 @@ def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
     def of(level, terms, text="1"):
         code.write_text(text)
         with rewards.Reward(terms) as reward:
-            return inputs.fingerprints(
-                _given(level), tok, None, {}, adapter="", base="", reward=reward
-            )
+            kept = {"adapter": "", "base": "", "reward": reward, "code": []}
+            return inputs.fingerprints(_given(level), tok, None, {}, **kept)
 
     assert of(1, "") == of(2, "") == of(1, "accuracy")
     a, b, c = of(1, mine), of(2, mine), of(1, mine, "2")

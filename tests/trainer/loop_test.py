@@ -803,7 +803,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(
     config, tmp_path, monkeypatch
 ):
     # They would refuse such a rate.
-    monkeypatch.setattr(config_checks, "check", lambda c: None)
+    monkeypatch.setattr(config_checks, "check", lambda *_: None)
     config.checkpoint_every = 1
     config.optim.clip_norm, config.optim.learning_rate = 1e30, 1e25
     with pytest.raises(FloatingPointError, match="at step 2; the last checkpoint"):
