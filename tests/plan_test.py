@@ -259,13 +259,15 @@ def test_mistakes_are_one_message(given, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2_5_1_5b", "qwen2_5_math_7b", "llama3_2_3b_instruct"]
+    "name",
+    ["qwen2_5_0_5b_gsm8k", "qwen2_5_1_5b", "qwen2_5_math_7b", "llama3_2_3b_instruct"],
 )
 def test_shapes_of_recipes_are_at_hand(name):
     """Parameters of the models, as their cards give them."""
     base = _base(_config(name))
     size = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(base)))
     known = {
+        "qwen2_5_0_5b_gsm8k": 0.494e9,
         "qwen2_5_1_5b": 1.54e9,
         "qwen2_5_math_7b": 7.62e9,
         "llama3_2_3b_instruct": 3.21e9,

@@ -9,7 +9,7 @@ import transformers
 
 from pfjax.infra import dataset_io
 from pfjax.model import hf
-from pfjax.trainer import loop
+from pfjax.trainer import loop, recipes
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 SHARED = {"default", "reasoning", "creative", "smoke", "study"}
@@ -22,10 +22,16 @@ def test_all_recipes_are_there():
         "creative_qwen2_5_3b_instruct",
         "creative_qwen2_5_7b_instruct",
         "llama3_2_3b_instruct",
+        "qwen2_5_0_5b_gsm8k",
         "qwen2_5_1_5b",
         "qwen2_5_math_1_5b",
         "qwen2_5_math_7b",
     ]
+
+
+def test_the_recipe_for_one_gpu_takes_alpha_as_its_argument():
+    assert recipes.recipe("qwen2_5_0_5b_gsm8k").alpha == 2
+    assert recipes.recipe("qwen2_5_0_5b_gsm8k:4").alpha == 4
 
 
 def _small_model(folder, family):
@@ -66,7 +72,8 @@ def _small_model(folder, family):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert config.alpha == {"l": 2.0, "q": 4.0, "c": 0.5}[name[0]]
+    expected = {"l": 2.0, "q": 4.0, "c": 0.5}[name[0]]
+    assert config.alpha == (2.0 if name.endswith("gsm8k") else expected)
     assert (config.format_penalty == 0) == (name[0] == "c")
     family = "llama" if name.startswith("llama") else "qwen2"
     config.model = str(_small_model(tmp_path, family))

@@ -26,7 +26,7 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
       source: a file of `FILES` (`.json` may be an array, or as `.jsonl`),
         `pfjax/toy/<file>` for those that ship with pfjax, or a data set of the hub:
         `name`, `name:split` (else "train"), `name:config:split`; `name@revision` before
-        them.
+        them. A split may be cut as `datasets` does, `train[:1024]`.
 
     Raises:
       ValueError: if there is no such source, it cannot be read or has no rows, or a row
@@ -97,7 +97,8 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     datasets.disable_progress_bars()
     # Of each try; what comes of it is said below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    name, *config, split = source.split(":") if ":" in source else (source, "train")
+    parts = re.split(r":(?![^\[]*\])", source)  # not at a colon within brackets
+    name, *config, split = parts if len(parts) > 1 else (source, "train")
     name, _, revision = name.partition("@")
     try:
         wanted = {"split": split, "revision": revision or None}

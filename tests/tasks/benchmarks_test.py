@@ -261,7 +261,7 @@ def test_a_gold_that_no_answer_equals_stops():
             grader.check_golds(["}{"])
 
 
-def test_a_revision_and_a_config_of_a_hub_set_are_passed_on(monkeypatch):
+def test_revision_config_and_slice_of_a_hub_set_are_passed_on(monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -269,10 +269,13 @@ def test_a_revision_and_a_config_of_a_hub_set_are_passed_on(monkeypatch):
         return [{"prompt": "?"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for source in ("a/b", "a/b:test", "a/b@v2:main:test"):
+    sources = ("a/b", "a/b:test", "a/b@v2:main:test", "a/b:train[:9]", "a/b:c:x[1:9]")
+    for source in sources:
         assert dataset_io.read(source) == [(f"{source} row 0", {"prompt": "?"})]
     assert asked == [
         (("a/b",), {"split": "train", "revision": None}),
         (("a/b",), {"split": "test", "revision": None}),
         (("a/b", "main"), {"split": "test", "revision": "v2"}),
+        (("a/b",), {"split": "train[:9]", "revision": None}),
+        (("a/b", "c"), {"split": "x[1:9]", "revision": None}),
     ]
