@@ -81,8 +81,10 @@ def main() -> None:
         room = policy.config.max_positions - max(len(p) for p in prompts)
         limit = FLAGS.max_new_tokens or min(512, room)
 
+        found = None
+
         def write(finished: list) -> None:
-            rows = (_row(x, tok, asked, prompts) for x in finished)
+            rows = (_row(x, tok, asked, prompts, found) for x in finished)
             text = lambda row: json.dumps(row, ensure_ascii=False, default=_plain)
             out.writelines(text(r) + "\n" for r in rows)
             out.flush()
@@ -90,7 +92,7 @@ def main() -> None:
         begin = time.perf_counter()
         if FLAGS.method in _OF_SEQUENCES:
             with target_reward.started(FLAGS.reward, tok, asked) as reward:
-                rollout = _draw_power(policy, tok, prompts, limit, reward)
+                rollout, found = _draw_power(policy, tok, prompts, limit, reward)
             write(engine.all_finished(rollout))
         else:
             rollout = _draw_tokens(policy, tok, prompts, limit, write)
@@ -177,7 +179,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
 
 
 def _draw_power(policy, tok, prompts, max_new_tokens, reward):
-    """Samples the power distribution."""
+    """Samples the power distribution; also returns what smc found of its particles."""
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
     print(f"{what} by {FLAGS.method}", file=sys.stderr)
     target = targets.Target(FLAGS.alpha, FLAGS.beta, has_format=False)
@@ -187,18 +189,17 @@ def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     kwargs["reward"] = reward
     if FLAGS.method == "mh":
         kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}
-        rollout = mcmc.metropolis_hastings(*args, **kwargs)
-    else:
-        kwargs |= {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
-        rollout, log_sum = smc.sequential_monte_carlo(*args, **kwargs)
-        tilt = " e^(beta r)" if reward else ""
-        what = f"log of the sum of p^alpha e^(-log_z |y|){tilt} over all responses"
-        mean = f"{what}, mean over prompts: {log_sum.mean():.3f}"
-        print(mean, file=sys.stderr)
-    return rollout
+        return mcmc.metropolis_hastings(*args, **kwargs), None
+    population = {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
+    rollout, found = smc.sequential_monte_carlo(*args, **kwargs, **population)
+    tilt = " e^(beta r)" if reward else ""
+    what = f"log of the sum of p^alpha e^(-log_z |y|){tilt} over all responses"
+    print(f"{what}, mean over prompts: {found.log_sum.mean():.3f}", file=sys.stderr)
+    print(smc.describe(rollout, found, **population), file=sys.stderr)
+    return rollout, found
 
 
-def _row(response, tok, asked: list, prompts: list[list[int]]) -> dict:
+def _row(response, tok, asked: list, prompts: list[list[int]], found) -> dict:
     """What is written of a response."""
     tokens = response.tokens.tolist()
     row = {
@@ -214,6 +215,10 @@ def _row(response, tok, asked: list, prompts: list[list[int]]) -> dict:
         row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
         row["prompt_tokens"] = prompts[response.prompt]
         row["completion_tokens"] = tokens
+    if found:
+        row["ancestors"] = int(found.ancestors[response.prompt])
+        row["min_ess"] = float(found.min_ess[response.prompt])
+        row["final_ess"] = float(found.final_ess[response.prompt])
     if FLAGS.reward:
         row |= {"reward": FLAGS.reward, "beta": FLAGS.beta}
         problem = asked[response.prompt]

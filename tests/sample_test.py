@@ -94,10 +94,30 @@ def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
     assert [p.gold for p in found.problems] == ["42", "12"]
     assert [p.columns for p in found.problems] == rows
     assert len(found.responses) == 16
+    for row in drawn:
+        assert f"{row['ancestors']} of 64 particles" in done.stderr
+        assert 1 <= row["min_ess"] <= row["final_ess"] <= 64
     with pytest.raises(ValueError, match="beta is 1.0, expected 2.0"):
         data.load_target(str(out), Target(1.5, 2.0), reward)
     with pytest.raises(ValueError, match="beta is 1.0, expected 0.0"):
         data.load_target(str(out), Target(1.5))
+
+
+def test_a_run_is_told_of_degenerate_samples(tmp_path, caplog):
+    row = {
+        "prompt_tokens": [5],
+        "completion_tokens": [6, 1],
+        "alpha": 2.0,
+        "log_z": 0.0,
+    }
+    path, target = tmp_path / "target.jsonl", Target(2.0)
+    for ancestors, is_told in ((4, True), (5, False), (None, False)):  # None: by mh
+        more = {"ancestors": ancestors} if ancestors else {}
+        rows = [row | more | {"prompt_id": i} for i in (0, 1) for _ in range(9)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        caplog.clear()
+        assert len(data.load_target(str(path), target).responses) == 18
+        assert ("samples of 2 of 2 prompts are degenerate" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("lines", [1, 1_000_000])  # still buffered, or not

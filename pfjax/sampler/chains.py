@@ -77,7 +77,7 @@ def _check(target: Target, reward: Reward | None, temperature: float | None) -> 
 
 
 def draw(
-    method: Callable[..., tuple["Chains", Array, Array]],
+    method: Callable[..., tuple["Chains", Array, Any]],
     constants: tuple[int, ...],
     policy: Policy,
     prompts: list[list[int]],
@@ -89,12 +89,12 @@ def draw(
     temperature: float | None,
     seed: int,
     stop_ids: tuple[int, ...] | None,
-) -> tuple[Rollout, np.ndarray]:
+) -> tuple[Rollout, Any]:
     """Runs as many prompts at once as memory holds, with one program for all.
 
     Args:
       method: takes what `begin` returns, and `constants`; returns the responses, how many
-        steps they took, and `[P]` an estimate of the target's log sum.
+        steps they took, and what else it found, a tree of `[P]`; draw returns it too.
       (the others): as in `mcmc.metropolis_hastings`.
     """
     _check(target, reward, temperature)
@@ -128,28 +128,26 @@ def draw(
         index = np.minimum(ids, len(prompts) - 1)  # the last fills up a group
         group = (np.float32(log_z), tokens[index], lengths[index], ids)
         found = _draw(state, *group, spec=spec, method=method, constants=constants)
-        found = jax.device_get(found)
-        groups.append([x[: len(prompts) - first] for x in found])
-    tokens, log_p, length, is_stopped, evidence, steps = (
-        np.concatenate(x) for x in zip(*groups, strict=True)
-    )
-    out = Rollout(tokens, length, log_p, is_stopped, int(steps.sum()))
-    return out, evidence
+        last = len(prompts) - first
+        groups.append(jax.tree.map(lambda x: x[:last], jax.device_get(found)))  # noqa: B023
+    join = lambda *xs: np.concatenate(xs)
+    tokens, log_p, length, is_stopped, steps, found = jax.tree.map(join, *groups)
+    return Rollout(tokens, length, log_p, is_stopped, int(steps.sum())), found
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "constants"))
 def _draw(
     *whole_and_prompts: Any, spec: Spec, method: Callable, constants: tuple[int, ...]
-) -> tuple[Array, ...]:
-    """Tokens, log-probs, lengths, ends `[P, G, ...]`; evidence and slot-steps `[P]`."""
+) -> tuple[Any, ...]:
+    """Tokens, log-probs, lengths, ends `[P, G, ...]`; slot-steps and more `[P]`."""
 
     def local(state, log_z, *prompts):
-        y, steps, evidence = method(*begin(spec, state, log_z, *prompts), *constants)
-        num = len(evidence)
+        y, steps, found = method(*begin(spec, state, log_z, *prompts), *constants)
+        num = len(prompts[0])
         split = lambda x: x.reshape(num, -1, *x.shape[1:])
         out = tuple(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped))
         work = jnp.full(num, steps * out[2].shape[1], jnp.int32)
-        return (*out, evidence, work)
+        return (*out, work, found)
 
     return sharding.over_batch(local, 2)(*whole_and_prompts)
 

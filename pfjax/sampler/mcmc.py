@@ -86,8 +86,8 @@ def metropolis_hastings(
 
 def _grow(
     run: Run, y: Chains, blocks: int, steps: int
-) -> tuple[Chains, Int[Array, ""], Float[Array, "p"]]:
-    """Grows the chains by blocks; there is no estimate of the target's sum."""
+) -> tuple[Chains, Int[Array, ""], tuple[()]]:
+    """Grows the chains by blocks; also returns the steps it took, and nothing else."""
 
     def grow(block, carry):
         y, work = carry
@@ -103,7 +103,7 @@ def _grow(
         return lax.fori_loop(0, steps, step, (y, work + n))
 
     y, work = lax.fori_loop(0, blocks, grow, (y, jnp.int32(0)))
-    return y, work, jnp.zeros(len(run.tokens))
+    return y, work, ()
 
 
 def _extend(

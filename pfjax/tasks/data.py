@@ -11,6 +11,7 @@ import numpy as np
 from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
 from pfjax.model.transformer import ModelConfig
+from pfjax.sampler import smc
 from pfjax.targets import Target
 from pfjax.tasks import benchmarks
 from pfjax.tasks.problems import BY_THEMSELVES, Fields, Problem
@@ -205,6 +206,15 @@ def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
         raise ValueError(
             f"{source}: drawn with log_z={log_z}, but the target of this objective is of "
             "whole sequences: draw with --log_z=0"
+        )
+    bad = [
+        g for g in groups if smc.is_degenerate(g[0].get("ancestors", len(g)), len(g))
+    ]
+    if bad:
+        _LOG.warning(
+            f"{source}: samples of {len(bad)} of {len(groups)} prompts are degenerate (of "
+            f"prompt {bad[0][0]['prompt_id']}, {len(bad[0])} of {bad[0][0]['ancestors']} "
+            "ancestors), and what is measured by them is biased: draw with more --particles"
         )
     return TargetSamples(
         prompts=[g[0]["prompt_tokens"] for g in groups],

@@ -1,6 +1,7 @@
 """Sequential Monte Carlo, on a model whose responses can be listed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,7 +41,7 @@ def test_draws_from_the_exact_target_and_estimates_its_sum(
     floor = enumerable.floor(target)
     base = np.exp(enumerable.base_log_probs(policy))
     assert total_variation(base, target) > 5 * floor
-    out, evidence = smc.sequential_monte_carlo(
+    out, found = smc.sequential_monte_carlo(
         policy,
         PROMPTS[:1],
         Target(alpha, has_format=False),
@@ -52,7 +53,48 @@ def test_draws_from_the_exact_target_and_estimates_its_sum(
     )
     assert total_variation(enumerable.frequencies(out), target) < margin * floor
     want = 0.0 if is_length_aware else log_z
-    np.testing.assert_allclose(evidence, want, atol=0.05)
+    np.testing.assert_allclose(found.log_sum, want, atol=0.05)
+
+
+def test_ancestors_are_counted_through_resampling():
+    root = np.tile(np.arange(4), 2)
+    # 0 0 1 3, then two of each of its last two: 1 and 3. The other: 2 2 2 2.
+    for source in ([[0, 0, 1, 3], [2, 2, 2, 2]], [[2, 2, 3, 3], [3, 0, 1, 2]]):
+        root = smc._take(root, np.array(source), 4)
+    np.testing.assert_array_equal(root, [1, 1, 3, 3, 2, 2, 2, 2])
+    np.testing.assert_array_equal(smc._count_distinct(root.reshape(2, 4)), [2, 1])
+    # The samples may be fewer: of the first, members 0 and 1 alone.
+    drawn = smc._take(root, np.array([[0, 1], [0, 3]]), 4).reshape(2, 2)
+    np.testing.assert_array_equal(smc._count_distinct(drawn), [1, 1])
+
+
+def test_samples_of_the_model_itself_have_an_ancestor_each(policy):
+    target = Target(1.0, has_format=False)
+    out, found = smc.sequential_monte_carlo(policy, PROMPTS, target, 8, 3, particles=8)
+    np.testing.assert_array_equal(found.ancestors, 8)
+    np.testing.assert_allclose([found.min_ess, found.final_ess], 8.0, rtol=1e-5)
+    said = smc.describe(out, found, 8, 100)
+    assert "8 distinct" not in said and "8 of 8 particles" in said
+    assert "warning" not in said
+
+
+def test_degenerate_samples_are_said_to_be(policy):
+    """A reward that next to none of the particles get."""
+    out, found = smc.sequential_monte_carlo(
+        policy,
+        PROMPTS,
+        Target(2.0, 40.0, has_format=False),
+        8,
+        3,
+        reward=lambda tokens, length, _: jnp.sin(97.0 * tokens[:, 0] + length),
+        temperature=4.0,
+        particles=16,
+        ramp=2,
+    )
+    assert (found.ancestors < 4).all() and (found.min_ess < 4).all()
+    said = smc.describe(out, found, 16, 2)
+    assert f"descend from {found.ancestors[0]} of 16 particles" in said
+    assert "warning: samples of 2 of 2 prompts are degenerate" in said
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def _exact(policy):
 def test_particles_draw_from_the_target_that_a_function_tilts(policy, tok):
     """Each prompt by its own columns, with more prompts than are drawn at once."""
     exact, log_sum = _exact(policy)
-    out, evidence = smc.sequential_monte_carlo(
+    out, found = smc.sequential_monte_carlo(
         policy,
         enumerable.PROMPTS,
         TARGET,
@@ -64,7 +64,7 @@ def test_particles_draw_from_the_target_that_a_function_tilts(policy, tok):
     )
     drawn = enumerable.frequencies(out)
     assert total_variation(drawn, exact) < enumerable.floor(exact)
-    assert evidence[0] == pytest.approx(log_sum, abs=0.05)
+    assert found.log_sum[0] == pytest.approx(log_sum, abs=0.05)
     # The reward of the other prompt is the opposite.
     is_three = (out.tokens == 3) & (np.arange(3) < out.lengths[..., None])
     first, second = is_three.sum(axis=(1, 2)) / enumerable.SAMPLES
