@@ -264,6 +264,7 @@ def fine_tune(
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
     on_evaluation: Callable[[int, dict[str, float], list[dict]], Any] | None = None,
     reward: Callable[..., list[float]] | None = None,
+    format_term: Callable[..., list[float]] | None = None,
     objective: Callable | Objective | None = None,
 ) -> Policy:
     """Trains as `pfjax train` does, and returns the trained policy.
@@ -283,6 +284,8 @@ def fine_tune(
         **columns)`, with the samples of a prompt; returns a number for each. It is what
         `config.beta` weighs in the target, or a policy gradient follows; `config.reward`
         takes its name.
+      format_term: called like `reward`; psi of each response, in nats per token, in the
+        place of `config.format_penalty`; `config.format_term` takes its name.
       objective: what is trained, an `objectives.Objective`, or a loss
         `loss(y: TrajectoryStats, c: ObjectiveConfig)` of values per trajectory, with the
         target of PowerFlow; `config.objective` takes its name.
@@ -307,17 +310,15 @@ def fine_tune(
     ValueError: --config.alpha=-1.0: must be positive
     """
     from pfjax.model import lora
-    from pfjax.trainer import loop
+    from pfjax.trainer import loop, setup
 
-    folder = os.fspath(workdir)
-    if reward is not None:
-        config = config.copy_and_resolve_references()
-        config.reward = _python_name(reward)
-    if objective is not None:
-        config = config.copy_and_resolve_references()
-        config.objective = _python_name(getattr(objective, "loss", objective))
+    functions = setup.Functions(reward, format_term, objective)
+    config = config.copy_and_resolve_references()
+    for name, given in functions._asdict().items():
+        if given is not None:
+            config[name] = _python_name(getattr(given, "loss", given))
     on = (on_step, on_evaluation)
-    trained = loop.train_and_evaluate(config, folder, *on, reward, objective)
+    trained = loop.train_and_evaluate(config, os.fspath(workdir), *on, functions)
     return lora.merge(trained)
 
 

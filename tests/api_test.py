@@ -262,6 +262,23 @@ def test_a_reward_from_python_tilts_the_target(config, tmp_path):
         pfjax.fine_tune(config, tmp_path / "other")
 
 
+def test_a_format_term_from_python_takes_the_place_of_the_boxes(config, tmp_path):
+    config.num_steps, config.match_prompts = 1, 0
+    first = []
+    how = {"on_step": lambda step, metrics: first.append(metrics["tb/logz_mean"])}
+    config.format_penalty = 0.0
+    pfjax.fine_tune(config, tmp_path / "none", **how)
+    constant = lambda completions, **columns: [-0.25] * len(completions)
+    pfjax.fine_tune(config, tmp_path / "own", format_term=constant, **how)
+    # Calibrated at the first step: a constant psi moves log Z' by alpha times itself.
+    assert first[1] - first[0] == pytest.approx(config.alpha * -0.25, abs=1e-5)
+    saved = json.loads((tmp_path / "own/config.json").read_text())["config"]
+    assert saved["format_term"].startswith("python:")
+    words = lambda completions, **columns: ["good"] * len(completions)
+    with pytest.raises(ValueError, match=r"^format_term python:.* 'good'"):
+        pfjax.fine_tune(config, tmp_path / "words", format_term=words)
+
+
 def test_a_run_that_a_reward_has_ended_goes_on_when_it_is_mended(
     config, tmp_path, capsys
 ):

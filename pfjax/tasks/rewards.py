@@ -6,7 +6,8 @@ Rewards are float32 `[S]`, the samples of a prompt side by side.
 import contextlib
 import difflib
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,26 @@ _WITH_ARGUMENT = {
     "judge": judge.read,
     "reward_model": ready_rewards.check_reward_model,
 }
+
+
+@contextlib.contextmanager
+def _of_setting(name: str) -> Iterator[None]:
+    """A mistake is one of the setting that has the terms; `reward` is what they say."""
+    try:
+        yield
+    except ValueError as error:
+        said = re.sub(r"^(--config\.)?reward\b", rf"\1{name}", str(error))
+        raise ValueError(said) from error
+
+
+def check_format_term(text: str) -> None:
+    """As `check`, of terms in the place of a format term."""
+    with _of_setting("format_term"):
+        check(text)
+        if any(t.name == "self_certainty" for t in reward_functions.parse(text)):
+            raise ValueError(
+                f"--config.reward={text}: self_certainty is of tokens, and known too late"
+            )
 
 
 def check(text: str) -> None:
@@ -70,6 +91,7 @@ class Reward(contextlib.AbstractContextManager):
       text: the terms, see `reward_functions.parse`; "" for no reward.
       seconds, num_workers: see `RewardFunction`.
       local: what a term "python:NAME" calls, in this process.
+      setting: that has the terms: "reward", or "format_term" where the values are psi.
     """
 
     def __init__(
@@ -78,8 +100,9 @@ class Reward(contextlib.AbstractContextManager):
         seconds: float = 10.0,
         num_workers: int = 1,
         local: Callable | None = None,
+        setting: str = "reward",
     ):
-        terms = reward_functions.parse(text)
+        terms, self.setting = reward_functions.parse(text), setting
         self.terms = [t._replace(name=_READY.get(t.name, t.name)) for t in terms]
         limits = seconds, num_workers
         names = [t.name for t in self.terms if t.is_function]
@@ -91,8 +114,9 @@ class Reward(contextlib.AbstractContextManager):
 
     def start(self) -> None:
         """Loads the functions; raises ValueError for what cannot be loaded."""
-        for function in self.functions.values():
-            function.check()
+        with _of_setting(self.setting):
+            for function in self.functions.values():
+                function.check()
 
     def files(self) -> list[pathlib.Path]:
         """Files that functions are in, or are described in, as far as they are named."""
@@ -133,10 +157,10 @@ class Reward(contextlib.AbstractContextManager):
           ValueError: if a function failed for all, or returned what is no reward.
         """
         out = np.zeros(len(texts))
-        for term in self.terms:
-            out += term.weight * self._of_term(
-                term, problems, texts, responses, grader, step
-            )
+        args = (problems, texts, responses, grader, step)
+        with _of_setting(self.setting):
+            for term in self.terms:
+                out += term.weight * self._of_term(term, *args)
         return out.astype(np.float32)
 
     def _of_term(
@@ -218,6 +242,7 @@ def compute_rewards(
     prompts: PromptSet,
     reward: Reward,
     format_penalty: float,
+    own_psi: Reward,
 ) -> RolloutBatch:
     """Puts the responses of a step into text and computes what they are worth.
 
@@ -228,23 +253,26 @@ def compute_rewards(
       step: of training.
       reward: of the run.
       format_penalty: psi of a response without a box.
+      own_psi: psi of all responses in its place, if it has terms.
     """
     rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
     responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
     texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
-    values = np.zeros(len(texts), np.float32)
-    if reward.terms:
-        problems = [prompts.problems[i] for i in indices]
-        if distributed.is_first():
-            values = reward.values(problems, texts, responses, grader, step)
+    psi, values = format_term(texts, format_penalty), np.zeros(len(texts), np.float32)
+    problems = [prompts.problems[i] for i in indices]
+    args = (problems, texts, responses, grader, step)
+    if distributed.is_first():
+        psi = own_psi.values(*args) if own_psi.terms else psi
+        values = reward.values(*args) if reward.terms else values
+    if reward.terms or own_psi.terms:
         # What runs out of time may do so on one host alone.
-        values = distributed.from_first(values)
+        psi, values = distributed.from_first(np.stack([psi, values]))
     return RolloutBatch(
         prompts=[prompts.tokens[i] for i in indices],
         rollout=rollout,
         responses=responses,
         texts=texts,
-        psi=format_term(texts, format_penalty),
+        psi=psi,
         reward=values,
     )
 

@@ -152,6 +152,8 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
     from pfjax.tasks import rewards
 
     rewards.check(objective.reward_source)
+    if c.format_term:
+        _check_format_term(c, objective)
     if c.reward and objective.kind.has_prefixes:
         raise ValueError(
             f"--config.objective={c.objective} weighs every prefix of a response, of which "
@@ -172,6 +174,29 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             f"--config.{given} weighs a reward in the target: set --config.reward too"
             if not objective.reward_source
             else f"--config.{given} has no effect on {c.objective}, which has no target"
+        )
+
+
+def _check_format_term(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for a psi that there is not, or that nothing would come of."""
+    from pfjax.tasks import rewards
+
+    rewards.check_format_term(c.format_term)
+    given, default = c.format_penalty, settings.SETTINGS["format_penalty"].default
+    if given not in (0, default):
+        raise ValueError(
+            f"--config.format_term={c.format_term} takes the place of "
+            f"--config.format_penalty={given}: set one of them"
+        )
+    if not objective.has_target or not getattr(objective.target, "has_format", True):
+        raise ValueError(
+            f"--config.format_term={c.format_term} has no effect on {c.objective}, whose "
+            "target has no format term"
+        )
+    if c.data.target:
+        raise ValueError(
+            f"--config.data.target={c.data.target}: its bounds know no psi but that of "
+            "--config.format_penalty"
         )
 
 

@@ -124,6 +124,7 @@ def fingerprints(
     adapter: str,
     base: str,
     reward: Reward,
+    own_psi: Reward,
     code: list[pathlib.Path],
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
@@ -140,12 +141,14 @@ def fingerprints(
         found["responses to learn from"] = [
             [*p, [y.tolist() for y in of]] for p, of in sorted(responses.items())
         ]
-    if reward.functions:  # columns of any type, not of JSON's alone
+    if (
+        reward.functions or own_psi.functions
+    ):  # columns of any type, not of JSON's alone
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows
         if files := reward.files():
             found[run_config.REWARD_CODE] = [path.read_text() for path in files]
-    found |= {f"code of {path}": path.read_text() for path in code}
+    found |= {f"code of {path}": path.read_text() for path in (*code, *own_psi.files())}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)

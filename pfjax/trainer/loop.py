@@ -5,7 +5,6 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from pfjax.infra import compile_cache, distributed, sharding, storage
 from pfjax.model import hf
 from pfjax.model.transformer import Policy
-from pfjax.objectives import Objective
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
@@ -37,7 +35,7 @@ from pfjax.trainer.minibatch import follow_target, init_log_z, prepare_minibatch
 from pfjax.trainer.next_steps import next_steps
 from pfjax.trainer.profiling import Clock, Profiler
 from pfjax.trainer.progress import Progress, before_and_after
-from pfjax.trainer.setup import Trainer, setup
+from pfjax.trainer.setup import NO_FUNCTIONS, Functions, Trainer, setup
 from pfjax.trainer.step import TrainState
 
 
@@ -46,8 +44,7 @@ def train_and_evaluate(
     workdir: str,
     on_step: OnStep | None = None,
     on_evaluation: OnEvaluation | None = None,
-    reward: Callable | None = None,
-    objective: Callable | Objective | None = None,
+    functions: Functions = NO_FUNCTIONS,
 ) -> Policy:
     """Trains a policy toward the alpha-power distribution of its base.
 
@@ -56,7 +53,7 @@ def train_and_evaluate(
     Args:
       config: see `settings.SETTINGS`.
       workdir: the run's folder, local or `gs://`; the same for all processes.
-      on_step, on_evaluation, reward, objective: see `pfjax.fine_tune`.
+      on_step, on_evaluation, functions: see `pfjax.fine_tune`.
 
     Returns:
       The policy after the last step, adapters beside its weights.
@@ -70,7 +67,7 @@ def train_and_evaluate(
       OSError: if a file could not be written.
     """
     config = FrozenConfigDict(config)
-    config_checks.check(config, objective)
+    config_checks.check(config, functions.objective)
     tracking.check(config.wandb_project)
     folder = storage.place(workdir)
     storage.check_writable(folder)
@@ -78,7 +75,7 @@ def train_and_evaluate(
     config = run_config.with_clock(run_config.with_adapter(config), folder)
     run_config.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        trainer, state, about = setup(config, mesh, reward, objective)
+        trainer, state, about = setup(config, mesh, functions)
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_first():
             stack.enter_context(Lease(folder))
@@ -111,7 +108,7 @@ def train_iteration(
     with clock.part("rollout"):
         prompts = [trainer.prompts[i] for i in indices]
         rollout = trainer.rollout(policy, trainer.base_policy, prompts, step, ids)
-    failed = trainer.reward.failures
+    failed = trainer.failures()
     with clock.part("reward"):
         data = trainer.compute_rewards(indices, rollout, grader, step)
     # Split by prompts: the samples of one stay in one update.
@@ -155,8 +152,8 @@ def train_iteration(
                 "a smaller optim.learning_rate or clip_norm is the usual cure"
             )
     del values["loss"]  # tb/loss
-    if trainer.reward.functions:
-        values["reward/failed"] = float(trainer.reward.failures - failed)
+    if trainer.reward.functions or trainer.own_psi.functions:
+        values["reward/failed"] = float(trainer.failures() - failed)
     values["lr"] = trainer.learning_rate(step)
     values |= {f"target/{k}": v for k, v in trainer.constants(step).items()}
     values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
@@ -188,7 +185,9 @@ class _Run:
             checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
         )
         self.grader = stack.enter_context(grading.Grader())
-        self.reward = stack.enter_context(trainer.reward)
+        self.rewards = [trainer.reward, trainer.own_psi]
+        for reward in self.rewards:
+            stack.enter_context(reward)
         self.profiler = Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
@@ -207,7 +206,8 @@ class _Run:
                 self.progress.note(f"warning: {change.format(step=start)}")
             self.grader.check_golds(self.trainer.golds)
             if distributed.is_first():
-                self.reward.start()
+                for reward in self.rewards:
+                    reward.start()
             self._evaluate_at_the_start(state, start)
             for step in range(start + 1, self.num_steps + 1):
                 stuck = health_checks.watch(step, self.health.step_seconds)

@@ -124,6 +124,11 @@ _DECIDING: dict[str, Setting] = {
         r"psi of a response without \boxed{}, nats per token; 0 turns it off",
         at_most=0,
     ),
+    "format_term": Setting(
+        "",
+        "psi in the place of that rule, in nats per token: a function FILE.py:NAME or other "
+        "terms, as of reward",
+    ),
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "

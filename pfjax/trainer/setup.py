@@ -36,6 +36,17 @@ from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
 
+class Functions(NamedTuple):
+    """What a caller from Python brings, in the place of files; see `pfjax.fine_tune`."""
+
+    reward: Callable | None = None
+    format_term: Callable | None = None
+    objective: Any = None
+
+
+NO_FUNCTIONS = Functions()
+
+
 class Trainer(NamedTuple):
     """What an iteration needs, with what a run never changes bound."""
 
@@ -50,6 +61,7 @@ class Trainer(NamedTuple):
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, base, prompts, step, prompt_ids -> Rollout
     reward: rewards.Reward  # holds processes, once it is started
+    own_psi: rewards.Reward  # as well
     compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
     measure_match: Callable | None  # policy, base, grader -> estimates
@@ -59,6 +71,10 @@ class Trainer(NamedTuple):
 
     def policy(self, state: TrainState) -> Policy:
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
+
+    def failures(self) -> int:
+        """Values that functions have failed to give."""
+        return self.reward.failures + self.own_psi.failures
 
     def fns_at(self, step: int) -> TrainFns:
         """With the objective of a step."""
@@ -80,18 +96,18 @@ class Trainer(NamedTuple):
 def setup(
     config: FrozenConfigDict,
     mesh: Mesh,
-    reward_function: Callable | None = None,
-    own_objective: Any = None,
+    functions: Functions = NO_FUNCTIONS,
 ) -> tuple[Trainer, TrainState, str]:
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source, start, tok = _read_model(config)
-    terms = objective.of_config(config, own_objective).reward_source
-    given = inputs.load(config, tok, start, terms)
+    terms = objective.of_config(config, functions.objective).reward_source
+    all_terms = ", ".join(filter(None, (terms, config.format_term)))
+    given = inputs.load(config, tok, start, all_terms)
     train, longest = given.train, given.longest()
     config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
-    fns = train_fns(config, start, longest, mesh, other_base, own_objective)
+    fns = train_fns(config, start, longest, mesh, other_base, functions.objective)
     target = None
     if config.data.target:
         target = _load_target(config.data.target, fns.objective)
@@ -106,11 +122,19 @@ def setup(
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [*given.held_out.values()]
     limits = config.reward_seconds, config.reward_workers
-    reward = rewards.Reward(terms, *limits, reward_function)
-    if rewards.needs_answers(terms):
+    reward = rewards.Reward(terms, *limits, functions.reward)
+    psi = (config.format_term, *limits, functions.format_term, "format_term")
+    own_psi = rewards.Reward(*psi)
+    if rewards.needs_answers(all_terms):
         graded.append(train)
     kept = {"adapter": config.lora.init_from, "base": config.base, "reward": reward}
-    kept["code"] = objective.code(config.objective)
+    kept |= {"code": objective.code(config.objective), "own_psi": own_psi}
+    how_rewarded = {
+        "tok": tok,
+        "reward": reward,
+        "format_penalty": config.format_penalty,
+        "own_psi": own_psi,
+    }
     trainer = Trainer(
         fns,
         prompts=train.tokens,
@@ -132,15 +156,10 @@ def setup(
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
         reward=reward,
-        compute_rewards=bind(
-            rewards.compute_rewards,
-            tok=tok,
-            prompts=train,
-            reward=reward,
-            format_penalty=config.format_penalty,
-        ),
+        own_psi=own_psi,
+        compute_rewards=bind(rewards.compute_rewards, prompts=train, **how_rewarded),
         evaluate=_evaluation(config, fns, on_devices, tok, given, target, reward),
-        measure_match=_match(config, fns, tok, given, reward),
+        measure_match=_match(config, fns, given, all_terms, how_rewarded),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
         constants=_constants(config),
@@ -280,27 +299,21 @@ def _evaluation(
 def _match(
     config: FrozenConfigDict,
     fns: TrainFns,
-    tok: Any,
     given: inputs.Inputs,
-    reward: rewards.Reward,
+    terms: str,
+    how_rewarded: dict[str, Any],
 ) -> Callable | None:
-    """What measures the match, if there is a target: on held-out prompts, unless the reward needs answers that
-    they lack."""
+    """What measures the match, if there is a target: on held-out prompts, unless what
+    rewards them needs answers that they lack."""
     if not (config.match_prompts and fns.objective.has_target):
         return None
     chosen = next(iter(given.held_out.values()), given.train)
-    if rewards.needs_answers(fns.objective.reward_source):
+    if rewards.needs_answers(terms):
         problems = chosen.problems[: config.match_prompts]
         is_missing = any(p.gold is None for p in problems)
         chosen = given.train if is_missing else chosen
-    compute_rewards = functools.partial(
-        rewards.compute_rewards,
-        step=config.num_steps,
-        tok=tok,
-        prompts=chosen,
-        reward=reward,
-        format_penalty=config.format_penalty,
-    )
+    how_rewarded = {**how_rewarded, "prompts": chosen, "step": config.num_steps}
+    compute_rewards = functools.partial(rewards.compute_rewards, **how_rewarded)
     return functools.partial(
         match.measure,
         prompts=chosen.tokens[: config.match_prompts],

@@ -20,6 +20,7 @@ def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
         code.write_text(text)
         with rewards.Reward(terms) as reward:
             kept = {"adapter": "", "base": "", "reward": reward, "code": []}
+            kept["own_psi"] = rewards.Reward("")
             return inputs.fingerprints(_given(level), tok, None, {}, **kept)
 
     assert of(1, "") == of(2, "") == of(1, "accuracy")

@@ -85,6 +85,18 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             "other samples are those of balance",
         ),
         ({"behavior.base": 1.0}, "at most 0.99"),
+        ({"format_term": "fromat"}, "--config.format_term=fromat: there is no reward"),
+        (
+            {"format_term": "self_certainty"},
+            "--config.format_term=self_certainty: self",
+        ),
+        (
+            {"format_term": "format", "objective": "tb_token"},
+            "has no effect on tb_token",
+        ),
+        ({"format_term": "format", "objective": "grpo"}, "has no effect on grpo"),
+        ({"format_term": "format", "format_penalty": -1.0}, "set one of them"),
+        ({"format_term": "format", "data.target": "a.jsonl"}, "its bounds know no psi"),
         (
             {"behavior.file": "a.jsonl", "objective": "grpo"},
             "samples are those of balance",
