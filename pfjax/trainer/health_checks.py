@@ -86,7 +86,8 @@ def suspicions(
             f"{last[repeats]:.0%} of the responses are given to other prompts of the step "
             f"too, {first[repeats]:.0%} at the start ({repeats}): the policy is about to say "
             "one thing to all. A smaller optim.learning_rate, or samples of the base "
-            "(behavior.base=0.5), mend that"
+            "(behavior.base=0.5), mend that, unless the target itself repeats: compare "
+            "pfjax sample --method=mh"
         )
     length, cut = "completions/mean_length", "completions/clipped_ratio"
     if last[cut] > first[cut] + 0.2:
