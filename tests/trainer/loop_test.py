@@ -210,8 +210,8 @@ def test_annealing_reaches_the_target_of_the_end(converging, tmp_path, objective
     """log Z too, which its own steps of 0.001 could not bring there from 0."""
     config = converging
     config.objective, config.schedules = objective, "alpha:1@0,4@50"
-    config.num_steps = config.checkpoint_every = 100
-    config.optim.clip_norm = 0.05
+    config.num_steps = config.checkpoint_every = 200
+    config.optim.clip_norm, config.optim.schedule = 0.05, "cosine"
     config.optim.log_z_learning_rate = 1e-3
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
