@@ -23,6 +23,7 @@ STEPS = 8
 ARGS = [
     "--config=configs/smoke.py",
     "--config.match_prompts=0",
+    "--config.optim.schedule=constant",  # which knows no last step
     f"--config.num_steps={STEPS}",
     "--config.prompts_per_step=8",
     "--config.microbatch_size=8",
