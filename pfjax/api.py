@@ -279,7 +279,6 @@ def fine_tune(
       on_evaluation: called after each evaluation, that of the base at step 0 included, with
         the step, its metrics (`eval/...`), and the graded responses, a dict each, as in
         `completions/`.
-
       reward: called as those of TRL are, `reward(prompts, completions, completion_ids,
         **columns)`, with the samples of a prompt; returns a number for each. It is what
         `config.beta` weighs in the target, or a policy gradient follows; `config.reward`

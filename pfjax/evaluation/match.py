@@ -13,10 +13,9 @@ noise, so that none is left where the two agree. With it,
           KL(\pi\,\|\,p) = E_\pi[\log\pi - \log p],\quad
           KL(p\,\|\,\pi) = \sum_y p\,(\log p - \log\pi)
 
-are read off. What neither draws is not seen: a part of the target that both policy and base
-hardly ever say is missing from all of them. And a policy far from its target is farther
-than it seems, by up to a third with 16 samples of each, as few of them carry the target
-(`ess`).
+are read off. These are estimates, not bounds. They are blind to a part of the target that
+both policy and base hardly ever say. Far from the target, where few samples carry it (`ess`),
+they are too small: by up to a third with 16 samples of each.
 
 References:
   Veach and Guibas, 1995 (multiple importance sampling).
@@ -49,13 +48,12 @@ def score(
     prompts: list[list[int]],
     responses: list[np.ndarray],
 ) -> Samples:
-    """The samples, without psi and reward, of responses of which policy and base have drawn
-    as many to each prompt, the policy's first.
+    """Scores responses by policy and base; psi and reward are left out.
 
     Args:
-      policy, base: both score all responses.
+      policy, base: who has drawn the responses, half each.
       prompts: P lists of token ids.
-      responses: P * 2 G, those to a prompt side by side.
+      responses: P * 2 G, those to a prompt side by side, the policy's first.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]

@@ -178,6 +178,33 @@ def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
         )
     found = dataset_io.read(source)
     log_z = found[0][1].get("log_z") if found else None
+    _check_rows(found, log_z, target, reward)
+    by_prompt = collections.defaultdict(list)
+    for _, row in found:
+        by_prompt[row["prompt_id"]].append(row)
+    groups = [by_prompt[q] for q in sorted(by_prompt)]
+    if len({len(g) for g in groups}) != 1:
+        raise ValueError(f"{source}: every prompt needs as many samples as the others")
+    if log_z and not target.is_length_aware:
+        raise ValueError(
+            f"{source}: drawn with log_z={log_z}, but the target of this objective is of "
+            "whole sequences: draw with --log_z=0"
+        )
+    _warn_of_degenerate(source, groups)
+    return TargetSamples(
+        prompts=[g[0]["prompt_tokens"] for g in groups],
+        responses=[r["completion_tokens"] for g in groups for r in g],
+        log_z=log_z,
+        problems=tuple(
+            Problem(str(q), **g[0]["problem"]) for q, g in enumerate(groups) if reward
+        ),
+    )
+
+
+def _check_rows(
+    found: list[tuple[str, dict]], log_z: float | None, target: Target, reward: str
+) -> None:
+    """Raises ValueError for samples of another target than the run's."""
     wanted = {"alpha": target.alpha, "log_z": log_z, "beta": 0.0, "reward": ""}
     command = f"--method=smc --alpha={target.alpha:g} --log_z=..."
     if target.has_reward:
@@ -196,17 +223,10 @@ def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
             raise ValueError(
                 f"{where}: there is no 'problem', of which a reward could be"
             )
-    by_prompt = collections.defaultdict(list)
-    for _, row in found:
-        by_prompt[row["prompt_id"]].append(row)
-    groups = [by_prompt[q] for q in sorted(by_prompt)]
-    if len({len(g) for g in groups}) != 1:
-        raise ValueError(f"{source}: every prompt needs as many samples as the others")
-    if log_z and not target.is_length_aware:
-        raise ValueError(
-            f"{source}: drawn with log_z={log_z}, but the target of this objective is of "
-            "whole sequences: draw with --log_z=0"
-        )
+
+
+def _warn_of_degenerate(source: str, groups: list[list[dict]]) -> None:
+    """Says if samples by particles descend from too few of them."""
     bad = [
         g for g in groups if smc.is_degenerate(g[0].get("ancestors", len(g)), len(g))
     ]
@@ -216,14 +236,6 @@ def load_target(source: str, target: Target, reward: str = "") -> TargetSamples:
             f"prompt {bad[0][0]['prompt_id']}, {len(bad[0])} of {bad[0][0]['ancestors']} "
             "ancestors), and what is measured by them is biased: draw with more --particles"
         )
-    return TargetSamples(
-        prompts=[g[0]["prompt_tokens"] for g in groups],
-        responses=[r["completion_tokens"] for g in groups for r in g],
-        log_z=log_z,
-        problems=tuple(
-            Problem(str(q), **g[0]["problem"]) for q, g in enumerate(groups) if reward
-        ),
-    )
 
 
 def load_responses(

@@ -38,7 +38,7 @@ _WITH_ARGUMENT = {
 
 @contextlib.contextmanager
 def _of_setting(name: str) -> Iterator[None]:
-    """A mistake is one of the setting that has the terms; `reward` is what they say."""
+    """Puts the name of another setting in the place of `reward` in errors."""
     try:
         yield
     except ValueError as error:

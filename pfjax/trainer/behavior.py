@@ -1,8 +1,8 @@
 """Where the responses of a step come from: the policy, the frozen base, a file.
 
 A balance objective has its minimum where the residual of every response is 0, whoever drew
-the responses. The policy's own samples are where it matters most and say nothing of what it
-has forgotten or never sharpened; samples of the base say that.
+the responses. The policy's own samples lie where it has its mass, and teach it nothing about
+responses that it no longer gives; samples of the base do.
 """
 
 import types

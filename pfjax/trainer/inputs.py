@@ -141,9 +141,8 @@ def fingerprints(
         found["responses to learn from"] = [
             [*p, [y.tolist() for y in of]] for p, of in sorted(responses.items())
         ]
-    if (
-        reward.functions or own_psi.functions
-    ):  # columns of any type, not of JSON's alone
+    # Columns are of any type, not of JSON's alone.
+    if reward.functions or own_psi.functions:
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows
         if files := reward.files():

@@ -38,7 +38,7 @@ def measure(
 
     Returns:
       The estimates of `match.measure`; `num_prompts`, `num_samples` of them; and of the
-      responses, for policy and base (`base_...`), `repeats_across_prompts`: the fraction
+      responses, for policy and base (`base_...`), `repeats_across_prompts`, the fraction
       that another prompt got too; and `commonest_changed`: the fraction of prompts whose
       commonest response is another than the base's.
     """
