@@ -228,7 +228,7 @@ class _Run:
         self.checkpoints.wait()
         return state
 
-    def measure_match(self, policy: Policy) -> dict[str, float]:
+    def measure_match(self, policy: Policy) -> dict[str, Any]:
         """Estimates the match with the target, if asked for, and writes `match.json`."""
         trainer = self.trainer
         if trainer.measure_match is None:

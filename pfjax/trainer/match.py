@@ -26,7 +26,7 @@ def measure(
     objective: ObjectiveConfig,
     compute_rewards: Callable,
     **how: Any,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Draws from policy and base at temperature 1 and estimates the match with the target.
 
     Args:
@@ -71,7 +71,7 @@ def _commonest(texts: np.ndarray) -> str:
     return collections.Counter(texts).most_common(1)[0][0]
 
 
-def describe(found: dict[str, float], alpha: float) -> str:
+def describe(found: dict[str, Any], alpha: float) -> str:
     """The estimates as a person reads them, and what they warn of."""
     value = lambda name: f"{found[name]:.3f} ± {found[f'{name}_se']:.3f}"
     lines = [
@@ -92,7 +92,7 @@ def describe(found: dict[str, float], alpha: float) -> str:
     return "\n".join([*lines, *(f"warning: {x}" for x in warnings(found, alpha))])
 
 
-def warnings(found: dict[str, float], alpha: float) -> list[str]:
+def warnings(found: dict[str, Any], alpha: float) -> list[str]:
     """What the estimates say against the match, in sentences."""
     out = []
     exponent, se = found["exponent"], found["exponent_se"]
