@@ -87,7 +87,7 @@ def score_of(reply: str, scale: tuple[float, float]) -> float:
     Raises:
       Failed: if it gives none.
 
-    >>> score_of("It is right, but long.\\n7", (0, 10))
+    >>> score_of("It is right, but long.\\n7", (0.0, 10.0))
     7.0
     """
     lines = reply.strip().splitlines()
