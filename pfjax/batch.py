@@ -94,7 +94,7 @@ class Rollout(NamedTuple):
     log_probs: np.ndarray  # float32 [P, G, R], full vocabulary at temperature 1
     finished: np.ndarray  # bool [P, G], whether a stop token was drawn
     slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
-    num_own: int | None = None  # of G, first: drawn by the policy; None: all
+    num_own: int | None = None  # of G, first: drawn by the policy; None: all; may be 0
     num_base: int = 0  # those after: drawn by the frozen base
     # Of `pfjax.rollout` alone. Texts [P][G] are without special tokens, and None where there
     # is no tokenizer; prompts [P] are token ids.

@@ -5,6 +5,8 @@ the responses. The policy's own samples lie where it has its mass, and teach it 
 responses that it no longer gives; samples of the base do.
 """
 
+import functools
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,15 +33,18 @@ class Behavior(NamedTuple):
     by_step: Mapping[str, schedules.Points] = _NONE  # schedules of the fractions
 
     def counts(self, step: int, samples_per_prompt: int) -> tuple[int, int, int]:
-        """How many of a prompt's responses are the policy's, at least one, the base's, and
-        given."""
-        numbers, left = [], samples_per_prompt - 1
+        """How many of a prompt's responses are the policy's, the base's, and given. At least
+        one is the policy's, unless the fractions of the others sum to 1."""
         wanted = {"base": self.base, "from_file": self.from_file if self.given else 0.0}
-        for name, default in wanted.items():
-            at = schedules.value(self.by_step, f"behavior.{name}", step, default)
-            numbers.append(min(round(at * samples_per_prompt), left))
-            left -= numbers[-1]
-        return left + 1, *numbers
+        fractions = [
+            schedules.value(self.by_step, f"behavior.{name}", step, default)
+            for name, default in wanted.items()
+        ]
+        is_all = math.isclose(sum(fractions), 1)
+        ends = np.rint(np.cumsum(fractions) * samples_per_prompt)
+        ends = np.minimum(ends, samples_per_prompt - (not is_all)).astype(int)
+        base, given = np.diff(ends, prepend=0).tolist()
+        return samples_per_prompt - base - given, base, given
 
 
 def rollout(
@@ -67,13 +72,14 @@ def rollout(
     own, others, given = behavior.counts(step, samples_per_prompt)
     how |= {"step": step, "prompt_ids": prompt_ids, "seed": seed}
     how |= {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
-    out = engine.rollout(
-        policy, prompts, temperature=behavior.temperature, samples=range(own), **how
-    )
+    parts = []
+    if own:
+        more = {"temperature": behavior.temperature, "samples": range(own)}
+        parts.append(engine.rollout(policy, prompts, **more, **how))
     if others:
         more = {"temperature": behavior.base_temperature}
         more |= {"samples": range(own, own + others)}
-        out = _join(out, engine.rollout(base(), prompts, **more, **how))
+        parts.append(engine.rollout(base(), prompts, **more, **how))
     if given:
         rngs = (np.random.default_rng((seed, step, i)) for i in prompt_ids)
         known = [behavior.given[tuple(p)] for p in prompts]
@@ -81,8 +87,9 @@ def rollout(
             [y[i] for i in rng.choice(len(y), given, replace=len(y) < given)]
             for y, rng in zip(known, rngs, strict=True)
         ]
-        out = _join(out, _as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
-    return out._replace(num_own=own, num_base=others)
+        parts.append(_as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
+    joined = functools.reduce(_join, parts)
+    return joined._replace(num_own=own, num_base=others)
 
 
 def _as_rollout(

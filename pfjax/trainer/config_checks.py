@@ -127,11 +127,29 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
                 f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
                 "may learn from other samples are those of balance, such as powerflow"
             )
+    fractions = {"base": c.behavior.base}
+    if c.behavior.file:
+        fractions["from_file"] = c.behavior.from_file
+    _check_sum({f"behavior.{k}": x for k, x in fractions.items()}, by_step)
     if "behavior.from_file" in by_step and not c.behavior.file:
         raise ValueError(
             f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
             "--config.behavior.file"
         )
+
+
+def _check_sum(fractions: dict[str, float], by_step: dict[str, Any]) -> None:
+    """Raises ValueError for fractions that leave the policy less than nothing."""
+    # Between their points schedules are linear.
+    for step in {0}.union(*(dict(by_step.get(name, ())) for name in fractions)):
+        at = {k: schedules.value(by_step, k, step, x) for k, x in fractions.items()}
+        if sum(at.values()) > 1 + 1e-6:
+            said = " + ".join(f"{name}={x:g}" for name, x in at.items())
+            when = f" at step {step}" if by_step.keys() & fractions.keys() else ""
+            raise ValueError(
+                f"--config.{said} exceeds 1{when}: they are fractions of a prompt's responses, "
+                "of which the policy draws the rest; lower one of them"
+            )
 
 
 def _check_schedules(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:

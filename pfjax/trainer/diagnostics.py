@@ -14,7 +14,7 @@ from pfjax import batch, targets
 from pfjax.batch import Minibatch, Rollout, RolloutBatch, TrajectoryStats
 from pfjax.infra import hardware
 from pfjax.model import flops
-from pfjax.objectives import tilt
+from pfjax.objectives import ObjectiveConfig, tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
 from pfjax.trainer import profiling
@@ -47,27 +47,15 @@ def step_metrics(
     prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
-    has_box = np.array([grading.last_boxed(text) is not None for text in data.texts])
-    own, of_base = data.rollout.is_own, data.rollout.is_base
-    mine = jax.tree.map(lambda x: x[own], r)
-    scored = [y for y, is_mine in zip(scored, own, strict=True) if is_mine]
-    responses = [y for y, is_mine in zip(data.responses, own, strict=True) if is_mine]
-    finished = data.rollout.finished.reshape(-1)[own]
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
-        **policy_metrics(mine),
-        **match_metrics(mine, objective.target),
-        **exponent_metrics(r, objective.target, of_base),
-        **completion_metrics(mine, finished, has_box[own]),
-        "completions/repeats_across_prompts": repeats_across_prompts(
-            np.array(data.texts, object)[own].reshape(len(data.prompts), -1)
-        ),
-        **repetition_metrics(responses),
-        **rollout_metrics(data.rollout, scored, own),
+        **exponent_metrics(r, objective.target, data.rollout.is_base),
+        **rollout_metrics(data.rollout, scored),
+        "num_tokens": lengths.sum(),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
-    if objective.temperature != 1:  # these are means over samples of the policy
-        del out["tb/elbo"], out["tb/ess"]
+    if data.rollout.is_own.any():
+        out |= own_metrics(r, objective, data)
     if objective.reward_source:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
@@ -80,6 +68,28 @@ def step_metrics(
     if mfu is not None:  # the peak of the devices is known
         out["perf/mfu"] = mfu
     return {k: float(v) for k, v in out.items()}
+
+
+def own_metrics(
+    r: TrajectoryStats, objective: ObjectiveConfig, data: RolloutBatch
+) -> dict:
+    """Metrics of the responses that the policy itself has drawn, of which there are some."""
+    own = data.rollout.is_own
+    r = jax.tree.map(lambda x: x[own], r)
+    texts = np.array(data.texts, object)[own]
+    has_box = np.array([grading.last_boxed(text) is not None for text in texts])
+    responses = [y for y, is_mine in zip(data.responses, own, strict=True) if is_mine]
+    repeats = repeats_across_prompts(texts.reshape(len(data.prompts), -1))
+    out = {
+        **policy_metrics(r),
+        **match_metrics(r, objective.target),
+        **completion_metrics(r, data.rollout.finished.reshape(-1)[own], has_box),
+        "completions/repeats_across_prompts": repeats,
+        **repetition_metrics(responses),
+    }
+    if objective.temperature != 1:  # these are means over samples of the policy
+        del out["tb/elbo"], out["tb/ess"]
+    return out
 
 
 def _in_order(
@@ -238,7 +248,6 @@ def completion_metrics(
         "completions/mean_terminated_length": ended.mean() if len(ended) else 0.0,
         "completions/clipped_ratio": 1.0 - finished.mean(),
         "completions/boxed_frac": has_box.mean(),
-        "num_tokens": r.length.sum(),
     }
 
 
@@ -274,20 +283,23 @@ def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     return any((tail == tail[0]).all() for tail in tails)
 
 
-def rollout_metrics(
-    rollout: Rollout, scored: list[np.ndarray], is_own: np.ndarray
-) -> dict:
-    """Differences of the sampler's token log-probs from the scorer's, in nats; and the
-    fraction of the sampler's work that produced nothing.
+def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+    """Differences of the sampler's token log-probs from the scorer's, in nats, where the
+    policy has sampled; and the fraction of the sampler's work that produced nothing.
 
     The mean difference estimates the KL divergence of one from the other per token. It is
     of second order in rounding, where the mean distance is of first.
     """
-    drawn = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])[is_own]
-    gaps = np.concatenate([y[: len(x)] - x for x, y in zip(scored, drawn, strict=True)])
-    return {
-        "rollout/kl": gaps.mean(),
-        "rollout/logp_gap_mean": np.abs(gaps).mean(),
-        "rollout/logp_gap_max": np.abs(gaps).max(),
-        "rollout/waste": 1.0 - rollout.lengths.sum() / rollout.slot_steps,
-    }
+    sampled = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
+    drawn = zip(scored, sampled, rollout.is_own, strict=True)
+    gaps = [y[: len(x)] - x for x, y, is_own in drawn if is_own]
+    out = {}
+    if gaps:
+        gaps = np.concatenate(gaps)
+        out["rollout/kl"] = gaps.mean()
+        out["rollout/logp_gap_mean"] = np.abs(gaps).mean()
+        out["rollout/logp_gap_max"] = np.abs(gaps).max()
+    if rollout.slot_steps:
+        lengths = rollout.lengths.reshape(-1)[rollout.is_own | rollout.is_base]
+        out["rollout/waste"] = 1.0 - lengths.sum() / rollout.slot_steps
+    return out

@@ -160,9 +160,9 @@ def reward_scale(
         f"reward: mean {row['reward/mean']:.3g}, std within a prompt "
         f"{row['reward/std']:.3g}, from {low:.3g} to {high:.3g}"
     )
-    if beta is None:
+    length = row.get("completions/mean_length")
+    if beta is None or (is_per_token and length is None):
         return [said]
-    length = row["completions/mean_length"]
     nats = beta * (high - low) * (length if is_per_token else 1)
     per_token = f" per token, at {length:.3g} tokens" if is_per_token else ""
     out = [f"{said} (beta {beta:g}{per_token}: odds change by up to e^{nats:.3g})"]

@@ -147,16 +147,19 @@ def follow_target(
 
     Of whole sequences :math:`d\log Z = E[d\log R]`, and per token
     :math:`d\log Z' = E[d\log R] / E[|y|]`, both means under the target, which are taken
-    over the policy's own samples. The head's own steps are small and would trail far behind.
+    over the policy's own samples; where a step has none, over all, so that the mean
+    residual stays. The head's own steps are small and would trail far behind.
     """
     total = count = 0.0
+    has_own = any(m.is_own.any() for m in minibatches)
     for m in minibatches:
         batch = m.batch
-        is_own = packing.to_segments(m.is_own, m.placement, batch.length.shape)
+        counts = m.is_own if has_own else np.ones_like(m.is_own)
+        counts = packing.to_segments(counts, m.placement, batch.length.shape)
         new, old = (_residuals(c, batch, batch.log_p_base) for c in (now, before))
         weight = batch.length if now.target.is_length_aware else 1
-        total += float(jnp.where(is_own, (new - old) * weight, 0.0).sum())
-        count += float(jnp.where(is_own, weight, 0).sum())
+        total += float(jnp.where(counts, (new - old) * weight, 0.0).sum())
+        count += float(jnp.where(counts, weight, 0).sum())
     return _moved(params, -total / count)
 
 

@@ -31,7 +31,8 @@ class Progress(Bar):
             self.note = self._bar.console.print
 
     def update(self, step: int, values: dict[str, Any]) -> None:
-        text = "  ".join(f"{s} {values[k]:.3g}" for k, s in _SHOWN.items())
+        shown = {s: values[k] for k, s in _SHOWN.items() if k in values}
+        text = "  ".join(f"{s} {x:.3g}" for s, x in shown.items())
         is_due = step % self._every == 0 or step == self._total
         if not self.show(step, text) and is_due:
             self.note(f"step {step}/{self._total}  {text}")

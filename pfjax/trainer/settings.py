@@ -167,7 +167,7 @@ _DECIDING: dict[str, Setting] = {
         "balance: they have the same optimum whoever draws, and learn what the policy no "
         "longer says",
         at_least=0,
-        at_most=0.99,
+        at_most=1,
         may_vary=True,
     ),
     "behavior.base_temperature": _positive(
@@ -182,7 +182,7 @@ _DECIDING: dict[str, Setting] = {
         0.25,
         "fraction of each prompt's responses that are taken from behavior.file",
         at_least=0,
-        at_most=0.99,
+        at_most=1,
         may_vary=True,
     ),
     "updates_per_rollout": _positive(

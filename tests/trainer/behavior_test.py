@@ -56,10 +56,33 @@ def test_the_fraction_follows_its_schedule_and_leaves_one_to_the_policy(tiny_pol
     counts = [mixture.counts(step, 8) for step in (1, 6, 11, 50)]
     assert counts == [(4, 4, 0), (6, 2, 0), (8, 0, 0), (8, 0, 0)]
     assert Behavior(base=0.99).counts(1, 8) == (1, 7, 0)
-    both = Behavior(base=0.5, from_file=0.5, given={(5,): [np.array([1])]})
-    assert both.counts(1, 8) == (1, 4, 3)
     got = _draw(tiny_policy, tiny_policy, mixture, step=11)
     assert got.num_own == 8 == got.lengths.shape[1]
+
+
+def test_the_policy_draws_none_where_the_others_sum_to_1():
+    for base, samples, counts in (
+        (0.5, 8, (0, 4, 4)),
+        (0.5, 5, (0, 2, 3)),
+        (0.1, 7, (0, 1, 6)),
+        (0.0, 7, (0, 0, 7)),
+    ):
+        given = {(5,): [np.array([1])]}
+        mixture = Behavior(base=base, from_file=1 - base, given=given)
+        assert mixture.counts(1, samples) == counts
+    # 0.6 of 7 and 0.3 of 7 are 4.2 and 2.1, together 6.3.
+    mixture = Behavior(base=0.6, from_file=0.3, given=given)
+    assert mixture.counts(1, 7) == (1, 4, 2)
+    assert Behavior(base=1.0).counts(1, 4) == (0, 4, 0)
+
+
+def test_responses_of_the_base_alone_need_no_policy(tiny_policy):
+    want = engine.rollout(tiny_policy, PROMPTS, 8, step=2, prompt_ids=IDS, **HOW)
+    without_weights = tiny_policy._replace(params={})
+    got = _draw(without_weights, tiny_policy, Behavior(base=1.0))
+    assert (got.num_own, got.num_base) == (0, 8)
+    np.testing.assert_array_equal(got.lengths, want.lengths)
+    assert not got.is_own.any() and got.is_base.all()
 
 
 def test_responses_of_a_file_are_taken_by_their_prompts(tiny_policy):

@@ -68,7 +68,6 @@ def test_completions_by_hand():
             "completions/mean_terminated_length": 7 / 3,
             "completions/clipped_ratio": 0.25,
             "completions/boxed_frac": 0.75,
-            "num_tokens": 9,
         }
     )
 
@@ -90,14 +89,22 @@ def test_gap_between_sampler_and_scorer_by_hand():
         slot_steps=8,
     )
     scored = [np.array([-1.0, -2.5]), np.array([-1.0, -1.0, -1.5])]
-    got = diagnostics.rollout_metrics(rollout, scored, np.ones(2, bool))
+    got = diagnostics.rollout_metrics(rollout, scored)
     assert got["rollout/kl"] == pytest.approx((0.5 + 0.5) / 5)
     assert got["rollout/logp_gap_mean"] == pytest.approx(0.2)
     assert got["rollout/logp_gap_max"] == 0.5
     assert got["rollout/waste"] == pytest.approx(3 / 8)
     # What the base has drawn is not the policy's to explain.
-    of_first = diagnostics.rollout_metrics(rollout, scored[:1], np.array([True, False]))
-    assert of_first["rollout/kl"] == pytest.approx(0.5 / 2)
+    of_first = rollout._replace(num_own=1, num_base=1)
+    got = diagnostics.rollout_metrics(of_first, scored)
+    assert got["rollout/kl"] == pytest.approx(0.5 / 2)
+    assert got["rollout/waste"] == pytest.approx(3 / 8)
+    # Nor is what a file holds the sampler's work.
+    of_file = rollout._replace(num_own=1)
+    got = diagnostics.rollout_metrics(of_file, scored)
+    assert got["rollout/waste"] == pytest.approx(6 / 8)
+    of_nobody = rollout._replace(num_own=0, slot_steps=0)
+    assert diagnostics.rollout_metrics(of_nobody, scored) == {}
 
 
 def test_match_by_hand():

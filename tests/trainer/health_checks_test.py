@@ -149,6 +149,9 @@ def test_the_scale_of_a_reward_is_said(beta, is_per_token, end, warning):
     start = "reward: mean 0.41, std within a prompt 0.18, from 0 to 1"
     assert first.startswith(start) and first.endswith(end)
     assert [warning in x for x in more] == [True] * bool(warning)
+    del row["completions/mean_length"]  # of a step without samples of the policy
+    of_such = health_checks.reward_scale(row, beta, is_per_token)
+    assert of_such == [first.partition(" (beta")[0]] if is_per_token else [first, *more]
     del row["reward/mean"]
     assert health_checks.reward_scale(row, beta, is_per_token) == []
 

@@ -170,6 +170,34 @@ def test_the_target_is_the_same_whoever_draws(converging, tmp_path, objective, l
     )
 
 
+def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
+    config, tmp_path, capsys
+):
+    """Step 1 is of a file, step 2 of the base, step 3 half of the policy."""
+    given = {"prompt_id": 0, "prompt_tokens": [2, 3], "completion_tokens": [2, 1]}
+    (tmp_path / "given.jsonl").write_text(json.dumps(given) + "\n")
+    config.behavior.file = str(tmp_path / "given.jsonl")
+    config.schedules = (
+        "behavior.base:0@1,1@2,0.5@3,behavior.from_file:1@1,0@2,alpha:2@1,3@3"
+    )
+    config.num_steps, config.log_every = 3, 1
+    config.health_checks.action, config.health_checks.patience = "warn", 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-3:]
+    assert all(np.isfinite(x) for row in rows for x in row.values())
+    # Of a schedule, log Z' moves with alpha before the head has learned.
+    assert rows[1]["tb/logz_mean"] < rows[0]["tb/logz_mean"] - 0.1
+    of_policy = rows[2].keys() - rows[1].keys()
+    assert {"entropy", "tb/slope", "rollout/kl", "completions/boxed_frac"} < of_policy
+    assert rows[1].keys() - rows[0].keys() == {
+        "rollout/waste",
+        "tb/exponent_base",
+        "tb/exponent_base_se",
+    }
+    assert rows[0]["num_tokens"] == 2 * 8 * 16
+    assert "step 1/3  loss " in capsys.readouterr().out
+
+
 @pytest.mark.long_running
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -84,7 +84,18 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             {"schedules": "behavior.base:0.5@1,0@9", "objective": "rl_traj"},
             "other samples are those of balance",
         ),
-        ({"behavior.base": 1.0}, "at most 0.99"),
+        ({"behavior.base": 1.5}, "at least 0, at most 1"),
+        (
+            {"behavior.base": 0.8, "behavior.file": "a.jsonl"},
+            "--config.behavior.base=0.8 + behavior.from_file=0.25 exceeds 1: they",
+        ),
+        (
+            {
+                "schedules": "behavior.base:0@1,1@9,0@10",
+                "behavior.file": "a.jsonl",
+            },
+            "behavior.base=1 + behavior.from_file=0.25 exceeds 1 at step 9",
+        ),
         ({"format_term": "fromat"}, "--config.format_term=fromat: there is no reward"),
         (
             {"format_term": "self_certainty"},
