@@ -6,7 +6,8 @@ in training. Responses go to --out as JSON lines, each as soon as it has ended.
 --method=mh and --method=smc draw from the model's power distribution p^alpha without
 training it (times e^{-log_z |y|}, which with PowerFlow's log Z' is what it trains toward,
 and e^{beta r} with --reward); their lines come at the end. --method=low_temperature draws at temperature 1 / alpha, which
-sharpens each token on its own.
+sharpens each token on its own. --method=best_of draws --candidates for each response and
+keeps the likeliest; with --alpha and --log_z the one of highest alpha log p - log_z |y|.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.model import tokenizer
-    from pfjax.sampler import engine, mcmc, progress, slots, smc
+    from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
 FLAGS = flags.FLAGS
@@ -45,15 +46,21 @@ flags.DEFINE_integer(
     "slots", None, "decoded at once; what memory holds when not given", lower_bound=1
 )
 flags.DEFINE_enum(
-    "method", "tokens", ["tokens", "low_temperature", "mh", "smc"], "see above"
+    "method",
+    "tokens",
+    ["tokens", "low_temperature", "best_of", "mh", "smc"],
+    "see above",
 )
 flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
-flags.DEFINE_float("log_z", 0.0, "nats per token; mh and smc")
+flags.DEFINE_float("log_z", 0.0, "nats per token; mh, smc and best_of")
 flags.DEFINE_string(
     "reward", "", "r(y) by name or FILE.py:FUNCTION, as in training; mh and smc"
 )
 flags.DEFINE_float(
     "beta", 0.0, "nats per response that r(y) is weighed by; mh, smc", lower_bound=0.0
+)
+flags.DEFINE_integer(
+    "candidates", 16, "best_of: that each response is the best of", lower_bound=1
 )
 flags.DEFINE_integer("blocks", 16, "mh: in which responses grow", lower_bound=1)
 flags.DEFINE_integer("steps", 10, "mh: proposals after each block", lower_bound=0)
@@ -65,6 +72,13 @@ flags.DEFINE_integer(
 _OF_SEQUENCES = ("mh", "smc")
 # What shapes the distribution in its own way, or cuts a response from outside.
 _OF_TOKENS = ("temperature", *options.FILTER_NAMES, "stop", "max_total_tokens", "slots")
+_REFUSED = {
+    "tokens": (),
+    "low_temperature": ("temperature",),
+    "best_of": ("stop", "max_total_tokens"),  # which leave no whole response to rank
+    "mh": _OF_TOKENS,
+    "smc": _OF_TOKENS,
+}
 
 
 def main() -> None:
@@ -94,8 +108,10 @@ def main() -> None:
             with target_reward.started(FLAGS.reward, tok, asked) as reward:
                 rollout, found = _draw_power(policy, tok, prompts, limit, reward)
             write(engine.all_finished(rollout))
+        elif FLAGS.method == "best_of":
+            rollout = _draw_best(policy, tok, prompts, limit, write)
         else:
-            rollout = _draw_tokens(policy, tok, prompts, limit, write)
+            rollout = _draw_tokens(policy, tok, prompts, limit, FLAGS.samples, write)
         seconds = time.perf_counter() - begin
     tokens = rollout.lengths.sum()
     print(
@@ -121,16 +137,20 @@ def _check_flags() -> None:
     if FLAGS.reward and method not in _OF_SEQUENCES:
         raise ValueError("--reward needs --method=smc or mh")
     target_reward.check(FLAGS.reward)
+    given = [f"--{n}" for n in _REFUSED[method] if FLAGS[n].present]
+    if given:
+        raise ValueError(f"--method={method} takes no {', '.join(given)}")
     if method == "tokens":
         if alpha is not None:
-            raise ValueError("--alpha needs --method=low_temperature, mh or smc")
+            raise ValueError(
+                "--alpha needs --method=low_temperature, best_of, mh or smc"
+            )
+        return
+    if method == "best_of":
+        _check_best_of()
         return
     if alpha is None or not alpha > 0:
         raise ValueError(f"--method={method} needs a positive --alpha, got {alpha}")
-    names = _OF_TOKENS if method in _OF_SEQUENCES else ("temperature",)
-    given = [f"--{n}" for n in names if FLAGS[n].present]
-    if given:
-        raise ValueError(f"--method={method} takes no {', '.join(given)}")
     if method == "smc" and FLAGS.samples > FLAGS.particles:
         raise ValueError(
             f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
@@ -138,13 +158,39 @@ def _check_flags() -> None:
         )
 
 
-def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
+def _check_best_of() -> None:
+    """Raises ValueError for what ranks nothing, or by one half of a target."""
+    alpha, log_z = FLAGS.alpha, FLAGS.log_z
+    if (alpha is None) != (log_z == 0) or (alpha is not None and not alpha > 0):
+        raise ValueError(
+            f"--method=best_of with --alpha={alpha} and --log_z={log_z:g}: leave both out, to "
+            "rank by log p, or give both (alpha positive), to rank by alpha log p - log_z |y|"
+        )
+    if FLAGS.temperature == 0:
+        raise ValueError(
+            "--method=best_of with --temperature=0: all candidates would be one and the same"
+        )
+
+
+def _draw_best(policy, tok, prompts, max_new_tokens, write):
+    """Writes the best of each group of samples; returns all of them."""
+    samples = FLAGS.samples * FLAGS.candidates
+    drawn = _draw_tokens(policy, tok, prompts, max_new_tokens, samples, lambda _: None)
+    target = targets.Target(FLAGS.alpha or 1.0, has_format=False)
+    kept = best_of.best_of(drawn, FLAGS.candidates, target, FLAGS.log_z)
+    write(engine.all_finished(kept))
+    count = lambda x: f"{x.lengths.size} responses with {x.lengths.sum()} tokens"
+    print(f"kept {count(kept)} of {count(drawn)}", file=sys.stderr)
+    return drawn
+
+
+def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
     """Samples token by token."""
-    total = len(prompts) * FLAGS.samples
+    total = len(prompts) * samples
     plan = slots.make_plan(
         policy,
         num_prompts=len(prompts),
-        samples_per_prompt=FLAGS.samples,
+        samples_per_prompt=samples,
         max_new_tokens=max_new_tokens,
         prompt_width=max(len(p) for p in prompts),
         num_slots=FLAGS.slots,
@@ -167,7 +213,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, write):
         return engine.rollout(
             policy,
             prompts,
-            FLAGS.samples,
+            samples,
             max_new_tokens,
             1 / FLAGS.alpha if is_low else FLAGS.temperature,
             FLAGS.seed,
@@ -210,11 +256,12 @@ def _row(response, tok, asked: list, prompts: list[list[int]], found) -> dict:
         "tokens": len(tokens),
         "finished": response.is_stopped,
         "log_prob": float(response.log_probs.sum(dtype="float64")),
+        # As --config.behavior.file takes them.
+        "prompt_tokens": prompts[response.prompt],
+        "completion_tokens": tokens,
     }
     if FLAGS.method in _OF_SEQUENCES:  # as --config.data.target takes them
         row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
-        row["prompt_tokens"] = prompts[response.prompt]
-        row["completion_tokens"] = tokens
     if found:
         row["ancestors"] = int(found.ancestors[response.prompt])
         row["min_ess"] = float(found.min_ess[response.prompt])

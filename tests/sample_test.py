@@ -44,10 +44,46 @@ def test_greedy_samples_of_a_prompt_are_one():
     assert all(len(t) == 1 for t in texts.values())
 
 
+def test_the_best_of_samples_are_the_likeliest_of_each_group(tmp_path):
+    args = ["--prompts=pfjax/toy/eval.jsonl", "--max_new_tokens=24", "--seed=3"]
+    args.append(f"--out={tmp_path / 'out.jsonl'}")
+
+    def draw(*more):
+        done = _run(*args, *more)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "out.jsonl").read_text().splitlines()
+        rows = {(r["prompt_id"], r["sample"]): r for r in map(json.loads, lines)}
+        return rows, done.stderr
+
+    drawn, _ = draw("--samples=8")
+    best = ["--method=best_of", "--samples=2", "--candidates=4"]
+    for more, density in [
+        ([], lambda r: r["log_prob"]),
+        (["--alpha=4", "--log_z=-3"], lambda r: 4 * r["log_prob"] + 3 * r["tokens"]),
+    ]:
+        kept, said = draw(*best, *more)
+        assert len(kept) == 128
+        for (prompt, sample), row in kept.items():
+            group = [drawn[prompt, 4 * sample + i] for i in range(4)]
+            assert row | {"sample": 0} == max(group, key=density) | {"sample": 0}
+        count = [sum(r["tokens"] for r in rows.values()) for rows in (kept, drawn)]
+        assert f"kept 128 responses with {count[0]} tokens of 512" in said
+        assert f"of 512 responses with {count[1]} tokens" in said
+    # No samples of p^alpha, but responses to learn from.
+    prompts = [row["prompt_tokens"] for row in kept.values()]
+    assert len(data.load_responses(str(tmp_path / "out.jsonl"), prompts, 24)) == 64
+    with pytest.raises(ValueError, match="alpha is None, expected 4.0"):
+        data.load_target(str(tmp_path / "out.jsonl"), Target(4.0))
+
+
 def test_mistakes_are_one_line():
     for args, message in [
         ((), "give either --prompt or --prompts"),
         (("--prompt=1+1", "--top_p=2"), "top_p must be in (0, 1], got 2.0"),
+        (("--prompt=1", "--method=best_of", "--alpha=4"), "leave both out"),
+        (("--prompt=1", "--method=best_of", "--log_z=-1"), "or give both"),
+        (("--prompt=1", "--method=best_of", "--temperature=0"), "one and the same"),
+        (("--prompt=1", "--method=best_of", "--stop=;"), "takes no --stop"),
         (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
         (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),
         (
