@@ -11,7 +11,7 @@ trajectory and the target's residual to `[*n]` values, unreduced. Three kinds:
   majority's?), `empo` (how many gave it?), `intuitor` (how sure were the tokens?). They
   have no target; their residual is that of PowerFlow, for comparison only.
 
-Only `grpo` and `flowrl` read answers of the training prompts.
+Only `grpo`, unless given another reward, and `flowrl` read answers of the training prompts.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Log-probs of given tokens from hidden states, without the logits of a batch."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +271,28 @@ def self_certainty(
     mean = logits(before, head.astype(jnp.float32).mean(axis=0)[None])[..., 0]
     certainty = _log_totals(before, head, log_p, batch) - mean
     return jnp.where(batch.is_response, certainty, 0.0)
+
+
+class TokenReward(NamedTuple):
+    """What a policy's own distributions of the tokens of a response say of it."""
+
+    # params, hidden, log_p, entropy (see `packed_log_probs`), batch -> [B, T]
+    of_token: Callable[..., Float[Array, "b t"]]
+    is_mean: bool = False  # over the tokens of a response, rather than their sum
+
+
+# The sums have the same mean, minus the entropy of whole responses: EM-RL-sequence and
+# EM-RL-token, arXiv 2505.15134.
+TOKEN_REWARDS = {
+    "self_certainty": TokenReward(
+        lambda params, hidden, log_p, _, batch: self_certainty(
+            params, hidden, log_p, batch
+        ),
+        is_mean=True,
+    ),
+    "sequence_log_prob": TokenReward(lambda _p, _h, log_p, _e, _b: log_p),
+    "negative_entropy": TokenReward(lambda _p, _h, _l, entropy, _b: -entropy),
+}
 
 
 def _predicting(hidden: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pfjax.batch import Rollout, RolloutBatch
 from pfjax.infra import distributed
-from pfjax.model import tokenizer
+from pfjax.model import log_probs, tokenizer
 from pfjax.tasks import judge, ready_rewards, reward_functions
 from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
@@ -23,11 +23,14 @@ from pfjax.tasks.reward_functions import LocalFunction, RewardFunction, Term
 
 # Of the answers in boxes, see `of_answers`.
 OF_ANSWERS = ("accuracy", "majority", "cluster")
-# "self_certainty" is of token log-probs, see `log_probs.self_certainty`; "format" is 1 with
-# a closed box, else 0; "length" the number of tokens.
-REWARDS = (*OF_ANSWERS, "self_certainty", "format", "length")
+# Of the policy as it is, known when an update is prepared; and of nothing at all.
+NOT_OF_RESPONSE = (*log_probs.TOKEN_REWARDS, "random")
+# "format" is 1 with a closed box, else 0; "length" the number of tokens; "random" 1 in half
+# of all cases, whatever the response.
+REWARDS = (*OF_ANSWERS, *NOT_OF_RESPONSE, "format", "length")
 # Functions that come with pfjax.
 _READY = {"compiles_python": "pfjax.tasks.ready_rewards:compiles_python"}
+_COINS = 1  # of a step's random numbers, those of "random"
 # What checks the argument of those that have one.
 _WITH_ARGUMENT = {
     "regex": ready_rewards.regex,
@@ -50,9 +53,9 @@ def check_format_term(text: str) -> None:
     """As `check`, of terms in the place of a format term."""
     with _of_setting("format_term"):
         check(text)
-        if any(t.name == "self_certainty" for t in reward_functions.parse(text)):
+        if found := not_of_response(text):
             raise ValueError(
-                f"--config.reward={text}: self_certainty is of tokens, and known too late"
+                f"--config.reward={text}: {found} does not tell the form of a response"
             )
 
 
@@ -75,8 +78,20 @@ def check(text: str) -> None:
                 _WITH_ARGUMENT[kind](given)
             except ValueError as error:
                 raise ValueError(f"--config.reward={text}: {error}") from None
-    if len(terms) > 1 and any(t.name == "self_certainty" for t in terms):
-        raise ValueError(f"--config.reward={text}: self_certainty stands alone")
+    if len(terms) > 1 and (term := token_term(text)):
+        raise ValueError(f"--config.reward={text}: {term.name} stands alone")
+
+
+def token_term(text: str) -> Term | None:
+    """The term that is of the policy's distributions of tokens, if there is one."""
+    terms = reward_functions.parse(text)
+    return next((t for t in terms if t.name in log_probs.TOKEN_REWARDS), None)
+
+
+def not_of_response(text: str) -> str:
+    """The name of a term that says nothing of a response by itself, "" if all do."""
+    names = (t.name for t in reward_functions.parse(text))
+    return next((x for x in names if x in NOT_OF_RESPONSE), "")
 
 
 def needs_answers(text: str) -> bool:
@@ -92,6 +107,7 @@ class Reward(contextlib.AbstractContextManager):
       seconds, num_workers: see `RewardFunction`.
       local: what a term "python:NAME" calls, in this process.
       setting: that has the terms: "reward", or "format_term" where the values are psi.
+      seed: of the run, for "random".
     """
 
     def __init__(
@@ -101,8 +117,9 @@ class Reward(contextlib.AbstractContextManager):
         num_workers: int = 1,
         local: Callable | None = None,
         setting: str = "reward",
+        seed: int = 0,
     ):
-        terms, self.setting = reward_functions.parse(text), setting
+        terms, self.setting, self.seed = reward_functions.parse(text), setting, seed
         self.terms = [t._replace(name=_READY.get(t.name, t.name)) for t in terms]
         limits = seconds, num_workers
         names = [t.name for t in self.terms if t.is_function]
@@ -151,7 +168,7 @@ class Reward(contextlib.AbstractContextManager):
           problems: P, each of which has S / P responses, side by side.
           texts, responses: S, as text and token ids.
           grader: tells which answers are the same.
-          step: of training, for functions that take `state`.
+          step: of training, for functions that take `state` and for "random".
 
         Raises:
           ValueError: if a function failed for all, or returned what is no reward.
@@ -195,6 +212,9 @@ class Reward(contextlib.AbstractContextManager):
             return format_term(texts, -1.0) + 1.0
         if term.name == "length":
             return np.array([len(y) for y in responses], np.float64)
+        if term.name == "random":
+            rng = np.random.default_rng((self.seed, step, _COINS))
+            return rng.integers(2, size=len(texts)).astype(np.float64)
         return np.zeros(len(texts))
 
 

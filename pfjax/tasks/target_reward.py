@@ -18,8 +18,8 @@ from pfjax.tasks import reward_functions, rewards
 from pfjax.tasks.grading import Grader
 from pfjax.tasks.problems import Problem
 
-# Of the other samples, or of the policy.
-_NOT_OF_ONE = ("majority", "cluster", "self_certainty")
+# Of the other samples, of the policy, or of nothing.
+_NOT_OF_ONE = ("majority", "cluster", *rewards.NOT_OF_RESPONSE)
 
 
 def check(text: str) -> None:

@@ -177,6 +177,13 @@ def check_reward(c: FrozenConfigDict, objective: Any) -> None:
             f"--config.objective={c.objective} weighs every prefix of a response, of which "
             "there is no reward"
         )
+    found = rewards.not_of_response(c.reward)
+    if found and objective.is_tilted and not objective.own:
+        kin = [k for k in OBJECTIVES if ObjectiveConfig(k).has_advantages]
+        raise ValueError(
+            f"--config.reward={c.reward}: {found} is not of the response alone, so it makes "
+            f"no target for {c.objective}; objectives that may follow it: {', '.join(kin)}"
+        )
     has_schedule = "beta" in schedules.parse(c.schedules)
     has_beta = c.beta or has_schedule
     # A loss of one's own may read the reward itself.
@@ -228,10 +235,12 @@ def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> N
                 f"--config.{name}={c[name]} has no effect on {c.objective}; objectives that "
                 f"read it: {', '.join(kin)}"
             )
-    is_late = objective.reward_source == "self_certainty" and c.updates_per_rollout > 1
-    if c.advantage == "batch" and is_late:
+    from pfjax.tasks import rewards
+
+    term = rewards.token_term(objective.reward_source)
+    if c.advantage == "batch" and term and c.updates_per_rollout > 1:
         raise ValueError(
-            f"--config.advantage=batch: self_certainty is known update by update, and "
+            f"--config.advantage=batch: {term.name} is known update by update, and "
             f"updates_per_rollout={c.updates_per_rollout} has several"
         )
 

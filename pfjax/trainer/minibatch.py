@@ -8,7 +8,7 @@ from pfjax import batch as packing
 from pfjax import losses, objectives
 from pfjax.batch import Array, Minibatch, PackedBatch, Placement, RolloutBatch
 from pfjax.infra import sharding
-from pfjax.model import attention
+from pfjax.model import attention, log_probs
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
@@ -43,14 +43,16 @@ def prepare_minibatch(
     log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
     reward, log_p = data.reward[indices], None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
-    needs_certainty = fns.objective.reward_source == "self_certainty"
+    token_term = rewards.token_term(fns.objective.reward_source)
     # With dropout the update's own are not those of the policy that has sampled.
-    is_scored |= is_group or needs_certainty or not is_first or fns.has_dropout
+    is_scored |= is_group or bool(token_term) or not is_first or fns.has_dropout
     if is_scored:
-        log_p, _, certainty = fns.score_policy(policy, batch, num_microbatches)
-    if needs_certainty:
-        sums = jax.vmap(packing.response_sum)(certainty, batch)
-        reward = packing.from_segments(sums, placement) / placement.length
+        log_p, _, of_token = fns.score_policy(policy, batch, num_microbatches)
+    if token_term:
+        sums = jax.vmap(packing.response_sum)(of_token, batch)
+        reward = token_term.weight * packing.from_segments(sums, placement)
+        if log_probs.TOKEN_REWARDS[token_term.name].is_mean:
+            reward = reward / placement.length
     if fns.objective.reward_source:
         used = reward
         if kind.reward:
@@ -82,7 +84,7 @@ def _advantages(
 ) -> np.ndarray:
     """What the loss takes for the reward of a minibatch, normalised in the whole step."""
     of_step = data.reward.astype(reward.dtype)
-    of_step[indices] = reward  # self-certainty is known of these alone
+    of_step[indices] = reward  # a reward of tokens is known of these alone
     samples = len(data.texts) // len(data.prompts)
     return rewards.advantages(of_step, samples, objective.advantage)[indices]
 

@@ -104,7 +104,8 @@ _DECIDING: dict[str, Setting] = {
     ),
     "reward": Setting(
         "",
-        "accuracy, majority, cluster, self_certainty, format, length, compiles_python, "
+        "accuracy, majority, cluster, self_certainty, sequence_log_prob, "
+        "negative_entropy, random, format, length, compiles_python, "
         'regex:"PATTERN", judge:FILE.toml, reward_model:FOLDER, or a function '
         "FILE.py:NAME; several with weights: 'accuracy, 0.1 * mine.py:brief'; "
         '"" for the objective\'s own',

@@ -122,7 +122,7 @@ def setup(
     plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
     bind, graded = functools.partial, [*given.held_out.values()]
     limits = config.reward_seconds, config.reward_workers
-    reward = rewards.Reward(terms, *limits, functions.reward)
+    reward = rewards.Reward(terms, *limits, functions.reward, seed=config.seed)
     psi = (config.format_term, *limits, functions.format_term, "format_term")
     own_psi = rewards.Reward(*psi)
     if rewards.needs_answers(all_terms):

@@ -196,24 +196,27 @@ def score_step(
     *,
     model: transformer.ModelConfig,
     stop_ids: tuple[int, ...] = (),
-    with_certainty: bool = False,
+    token_reward: str = "",
 ) -> tuple[Array, Array | None, Array | None]:
     """Scores packed rows under a frozen policy.
 
     Returns `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in
-    their places; and `with_certainty` how sure it was (see `log_probs.self_certainty`).
+    their places; and with `token_reward` its values (see `log_probs.TOKEN_REWARDS`).
     """
 
     @jax.named_scope("base_pass")
     def microbatch(i, out):
         part = jax.tree.map(lambda x: x[i], batch)
-        log_p, _, hidden = log_probs.packed_log_probs(model, params, part)
-        x = (params, hidden, log_p, part)
-        stop = log_probs.stop_log_probs(*x, stop_ids) if stop_ids else None
-        certainty = log_probs.self_certainty(*x) if with_certainty else None
-        scores = (log_p, stop, certainty)
+        log_p, entropy, hidden = log_probs.packed_log_probs(model, params, part)
+        stop = reward = None
+        if stop_ids:
+            stop = log_probs.stop_log_probs(params, hidden, log_p, part, stop_ids)
+        if token_reward:
+            of_token = log_probs.TOKEN_REWARDS[token_reward].of_token
+            reward = of_token(params, hidden, log_p, entropy, part)
+        scores = (log_p, stop, reward)
         return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
 
     empty = jnp.zeros(batch.tokens.shape, jnp.float32)
-    out = (empty, empty if stop_ids else None, empty if with_certainty else None)
+    out = (empty, empty if stop_ids else None, empty if token_reward else None)
     return lax.fori_loop(0, num_microbatches, microbatch, out)

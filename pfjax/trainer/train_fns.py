@@ -17,6 +17,7 @@ from pfjax.infra.sharding import AnyMesh
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
+from pfjax.tasks import rewards
 from pfjax.trainer import optim, step
 from pfjax.trainer.log_z import init_head
 from pfjax.trainer.objective import of_config
@@ -68,8 +69,9 @@ def train_fns(
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()
     score_base = bind(step.score_step, model=base_model, stop_ids=stops)
-    has_certainty = objective.reward_source == "self_certainty"
-    score_policy = bind(step.score_step, model=model, with_certainty=has_certainty)
+    term = rewards.token_term(objective.reward_source)
+    name = term.name if term else ""
+    score_policy = bind(step.score_step, model=model, token_reward=name)
     static = {"model": model, "objective": objective, "stop_ids": stop_ids}
     static |= {"optimizer": optimizer, "remat": config.remat}
     static |= {"dropout": config.lora.dropout}

@@ -218,6 +218,7 @@ def test_functions_written_for_trl_are_rewards_as_they_are(tmp_path):
         ("acuracy", "no reward 'acuracy'; did you mean accuracy?"),
         ("x * accuracy", "'x' is no weight"),
         ("accuracy, self_certainty", "self_certainty stands alone"),
+        ("2 * negative_entropy, format", "negative_entropy stands alone"),
         ('regex:"(a"', "'(a' is no regular expression: missing )"),
         ('accuracy, regex:"a', "a double quote is not closed"),
     ],
@@ -238,6 +239,20 @@ def test_terms_are_added_and_a_failure_is_no_better_than_the_worst(mine):
         assert reward.failures == 1
     want = [1 + 0.5 - 0.1 + 2, -0.2 + 2, -0.3 + 0, 0.5 - 0.4 + 2]
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_coins_are_of_seed_and_step_and_of_nothing_else():
+    problems, ids = [Problem("0", "q", None)] * 5, [np.zeros(1)] * 200
+
+    def coins(seed, step, text="a"):
+        with rewards.Reward("random", seed=seed) as reward, grading.Grader() as grader:
+            return reward.values(problems, [text] * 200, ids, grader, step)
+
+    one = coins(3, 7)
+    np.testing.assert_array_equal(one, coins(3, 7, "b"))
+    assert set(one) == {0, 1} and abs(one.mean() - 0.5) < 0.1
+    for other in (coins(3, 8), coins(4, 7)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.2
 
 
 def test_columns_and_the_step_reach_a_function(mine):

@@ -295,6 +295,21 @@ def test_rivals_train_on_their_rewards(tmp_path, monkeypatch, objective):
     assert rows[-1]["rollout/logp_gap_max"] < 1e-4
 
 
+@pytest.mark.slow
+def test_a_run_on_random_rewards_continues_bit_for_bit(config, tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
+    config.mesh.data, config.checkpoint_every = 1, 1
+    config.objective, config.reward = "grpo", "random"
+    pathlib.Path(config.data.train).write_text('{"prompt": "a b"}\n')  # no answer
+    for folder, num_steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        config.num_steps = num_steps
+        loop.train_and_evaluate(config, str(tmp_path / folder))
+    rows = _deterministic(tmp_path / "whole")
+    assert _deterministic(tmp_path / "parts") == rows
+    assert all(0.3 < r["reward/mean"] < 0.7 for r in rows[1:])
+    assert rows[1]["reward/mean"] != rows[2]["reward/mean"]
+
+
 @pytest.mark.long_running
 @pytest.mark.slow
 def test_a_policy_reaches_the_power_of_another_base_than_its_start(

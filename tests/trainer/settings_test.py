@@ -102,6 +102,15 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             "--config.format_term=self_certainty: self",
         ),
         (
+            {"format_term": "random"},
+            "--config.format_term=random: random does not tell the form",
+        ),
+        (
+            {"reward": "0.1 * negative_entropy", "beta": 1.0},
+            "so it makes no target for powerflow; objectives that may follow it: grpo,",
+        ),
+        ({"reward": "accuracy, random", "beta": 1.0}, "random is not of the response"),
+        (
             {"format_term": "format", "objective": "tb_token"},
             "has no effect on tb_token",
         ),
@@ -136,6 +145,15 @@ def test_a_number_out_of_its_bounds_is_refused(name):
                 "updates_per_rollout": 2,
             },
             "self_certainty is known update by update",
+        ),
+        (
+            {
+                "objective": "grpo",
+                "reward": "2 * sequence_log_prob",
+                "advantage": "batch",
+                "updates_per_rollout": 2,
+            },
+            "sequence_log_prob is known update by update",
         ),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
         ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),

@@ -20,7 +20,7 @@ from pfjax.batch import (
     unpack_responses,
 )
 from pfjax.infra import sharding
-from pfjax.model import lora, transformer
+from pfjax.model import log_probs, lora, transformer
 from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer import step
 from pfjax.trainer.log_z import init_head
@@ -418,26 +418,36 @@ def _whole_log_softmax(policy, batch):
     return np.stack([one(part) for part in parts])
 
 
-def test_scores_of_stopping_and_certainty_are_those_of_whole_logits(rng, tiny_policy):
+@pytest.mark.parametrize("name", log_probs.TOKEN_REWARDS)
+def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
+    rng, tiny_policy, name
+):
     _, batch, _, used = _data(rng)
     score = jax.jit(
-        step.score_step, static_argnames=("model", "stop_ids", "with_certainty")
+        step.score_step, static_argnames=("model", "stop_ids", "token_reward")
     )
-    _, log_p_stop, certainty = score(
+    _, log_p_stop, reward = score(
         tiny_policy.params,
         batch,
         jnp.int32(used),
         model=tiny_policy.config,
         stop_ids=(1, 5),
-        with_certainty=True,
+        token_reward=name,
     )
     whole = _whole_log_softmax(tiny_policy, batch)
     at = batch.is_response
     stops = np.logaddexp(whole[..., 1], whole[..., 5])
     np.testing.assert_allclose(log_p_stop[at], stops[at], atol=1e-5)
-    # logsumexp(x) - mean(x) = -mean(log p).
-    np.testing.assert_allclose(certainty[at], -whole.mean(axis=-1)[at], atol=1e-5)
-    assert not np.any(log_p_stop[~at]) and not np.any(certainty[~at])
+    want = {
+        # logsumexp(x) - mean(x) = -mean(log p).
+        "self_certainty": -whole.mean(axis=-1),
+        "sequence_log_prob": np.take_along_axis(whole, batch.tokens[..., None], -1)[
+            ..., 0
+        ],
+        "negative_entropy": (np.exp(whole) * whole).sum(axis=-1),
+    }
+    np.testing.assert_allclose(reward[at], want[name][at], atol=1e-5)
+    assert not np.any(log_p_stop[~at]) and not np.any(reward[~at])
 
 
 def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
