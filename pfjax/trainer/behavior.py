@@ -1,4 +1,5 @@
-"""Where the responses of a step come from: the policy, the frozen base, a file.
+"""Where the responses of a step come from: the policy, now or earlier, the frozen base, a
+file.
 
 A balance objective has its minimum where the residual of every response is 0, whoever drew
 the responses. The policy's own samples lie where it has its mass, and teach it nothing about
@@ -30,12 +31,17 @@ class Behavior(NamedTuple):
     base_temperature: float = 1.0
     from_file: float = 0.0  # fraction that is taken from `given`
     given: Given = _NONE
+    replay: float = 0.0  # fraction that is taken from what the policy drew earlier
     by_step: Mapping[str, schedules.Points] = _NONE  # schedules of the fractions
 
-    def counts(self, step: int, samples_per_prompt: int) -> tuple[int, int, int]:
-        """How many of a prompt's responses are the policy's, the base's, and given. At least
-        one is the policy's, unless the fractions of the others sum to 1."""
+    def counts(
+        self, step: int, samples_per_prompt: int, has_earlier: bool = False
+    ) -> tuple[int, int, int, int]:
+        """How many of a prompt's responses are the policy's, the base's, given, and the
+        policy's of earlier steps, which it draws anew without `has_earlier`. At least one is
+        the policy's, unless the fractions of the others sum to 1."""
         wanted = {"base": self.base, "from_file": self.from_file if self.given else 0.0}
+        wanted["replay"] = self.replay
         fractions = [
             schedules.value(self.by_step, f"behavior.{name}", step, default)
             for name, default in wanted.items()
@@ -43,8 +49,9 @@ class Behavior(NamedTuple):
         is_all = math.isclose(sum(fractions), 1)
         ends = np.rint(np.cumsum(fractions) * samples_per_prompt)
         ends = np.minimum(ends, samples_per_prompt - (not is_all)).astype(int)
-        base, given = np.diff(ends, prepend=0).tolist()
-        return samples_per_prompt - base - given, base, given
+        base, given, earlier = np.diff(ends, prepend=0).tolist()
+        earlier *= has_earlier
+        return samples_per_prompt - base - given - earlier, base, given, earlier
 
 
 def rollout(
@@ -53,6 +60,7 @@ def rollout(
     prompts: list[list[int]],
     step: int,
     prompt_ids: list[int],
+    earlier: list[list[np.ndarray]] | None = None,
     *,
     behavior: Behavior,
     samples_per_prompt: int,
@@ -65,11 +73,15 @@ def rollout(
     Args:
       policy, base: who draws; if they differ in values alone, by the same programs.
       prompts, step, prompt_ids: see `engine.rollout`.
+      earlier: what the policy drew to each prompt at earlier steps. If there is nothing to
+        one of them, the policy draws what would be replayed, to all.
       behavior: how many each draws.
       samples_per_prompt: G, of all together.
       max_new_tokens, seed, **how: see `engine.rollout`.
     """
-    own, others, given = behavior.counts(step, samples_per_prompt)
+    has_earlier = earlier is not None and all(earlier)
+    counts = behavior.counts(step, samples_per_prompt, has_earlier)
+    own, others, given, replayed = counts
     how |= {"step": step, "prompt_ids": prompt_ids, "seed": seed}
     how |= {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     parts = []
@@ -80,16 +92,23 @@ def rollout(
         more = {"temperature": behavior.base_temperature}
         more |= {"samples": range(own, own + others)}
         parts.append(engine.rollout(base(), prompts, **more, **how))
-    if given:
-        rngs = (np.random.default_rng((seed, step, i)) for i in prompt_ids)
-        known = [behavior.given[tuple(p)] for p in prompts]
-        chosen = [
-            [y[i] for i in rng.choice(len(y), given, replace=len(y) < given)]
-            for y, rng in zip(known, rngs, strict=True)
-        ]
-        parts.append(_as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
+    known = [behavior.given[tuple(p)] for p in prompts] if given else None
+    seeds = [(seed, step, i) for i in prompt_ids]
+    for responses, number in ((known, given), (earlier, replayed)):
+        if number:
+            pairs = zip(responses, seeds, strict=True)
+            chosen = [_choose(of, number, seed) for of, seed in pairs]
+            parts.append(_as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
     joined = functools.reduce(_join, parts)
     return joined._replace(num_own=own, num_base=others)
+
+
+def _choose(
+    responses: list[np.ndarray], number: int, seed: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Some of them, each once where there are enough."""
+    rng, n = np.random.default_rng(seed), len(responses)
+    return [responses[i] for i in rng.choice(n, number, replace=n < number)]
 
 
 def _as_rollout(

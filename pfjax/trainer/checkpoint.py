@@ -1,8 +1,8 @@
 """Checkpoints of a run, by Orbax.
 
 A checkpoint of step `s` holds what decides the future after `s` updates: the parameters,
-log Z', the optimiser's state, the step, and the data cursor (random numbers are made from
-seed, step, ...); which run it is of (config and base); and a checksum of each array.
+log Z', the optimiser's state, the step, the data cursor (random numbers are made from
+seed, step, ...), and the responses that are kept to be replayed; which run it is of (config and base); and a checksum of each array.
 
 Restoring finds, from the latest on, one that is of this run and undamaged, Orbax reading
 each shard into place, whatever mesh wrote it; sets aside the damaged ones that were passed
@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import UInt32
@@ -76,7 +77,12 @@ class Checkpoints:
         return [x.step for x in self._checkpointer.checkpoints]
 
     def save(
-        self, step: int, state: Any, about: dict[str, Any], metric: float | None = None
+        self,
+        step: int,
+        state: Any,
+        about: dict[str, Any],
+        metric: float | None = None,
+        replay: dict[str, np.ndarray] | None = None,
     ) -> None:
         """Copies the state and writes it in the background.
 
@@ -84,17 +90,20 @@ class Checkpoints:
           step, state: updates done, and arrays.
           about: ready for JSON; `identity` in it says of which run this is.
           metric: the larger, the better; without it never one of the best.
+          replay: more arrays, of any shapes.
 
         Raises:
           OSError: if this checkpoint or the one before could not be written.
         """
         if step in self.steps:
             return
-        about = _sealed({**about, "checksums": _checksums(state)})
+        about, parts = {**about, "checksums": _checksums(state)}, {"state": state}
+        if replay:
+            about["replay"], parts["replay"] = _digest(replay), replay
         with self._said():
             self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": state, "about": about},
+                {**parts, "about": _sealed(about)},
                 # Every one, also while the one before is being written.
                 force=True,
                 metrics=None if metric is None else {"best": metric},
@@ -109,7 +118,8 @@ class Checkpoints:
         self, abstract_state: Any, identity: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         """The latest state that is undamaged, with the shardings of `abstract_state`,
-        and what was saved about it; None if there is no checkpoint.
+        and what was saved about it, `replay` among it if there was any; None if there is no
+        checkpoint.
 
         Raises:
           OtherRun: if it is not of the run that `identity` names.
@@ -148,6 +158,10 @@ class Checkpoints:
         check_same(what, about["identity"], identity)
         state = load(step, {"state": abstract_state})["state"]
         _verify(_checksums(state), about["checksums"])
+        if "replay" in about:
+            replay = load(step, {"replay": None})["replay"]
+            _verify({"replay": _digest(replay)}, about)
+            about["replay"] = replay
         return state, about
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
@@ -275,7 +289,15 @@ def _opened(sealed: dict[str, str]) -> dict[str, Any]:
     return json.loads(sealed["json"])
 
 
-def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        found.update(f"{name} {x.dtype} {x.shape}".encode())
+        found.update(np.ascontiguousarray(x))
+    return found.hexdigest()
+
+
+def _verify(found: dict[str, Any], saved: dict[str, Any]) -> None:
     for name, value in found.items():
         if value != saved[name]:
             raise ValueError(f"{name} is not what was saved")

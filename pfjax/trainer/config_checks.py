@@ -119,7 +119,8 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
             "otherwise are those of balance, such as powerflow"
         )
     by_step = schedules.parse(c.schedules)
-    for name, value in (("base", c.behavior.base), ("file", c.behavior.file)):
+    for name in ("base", "file", "replay"):
+        value = c.behavior[name]
         if (value or f"behavior.{name}" in by_step) and not objective.is_balance:
             default = settings.SETTINGS[f"behavior.{name}"].default
             raise ValueError(
@@ -127,7 +128,7 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
                 f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
                 "may learn from other samples are those of balance, such as powerflow"
             )
-    fractions = {"base": c.behavior.base}
+    fractions = {"base": c.behavior.base, "replay": c.behavior.replay}
     if c.behavior.file:
         fractions["from_file"] = c.behavior.from_file
     _check_sum({f"behavior.{k}": x for k, x in fractions.items()}, by_step)
@@ -144,7 +145,7 @@ def _check_sum(fractions: dict[str, float], by_step: dict[str, Any]) -> None:
     for step in {0}.union(*(dict(by_step.get(name, ())) for name in fractions)):
         at = {k: schedules.value(by_step, k, step, x) for k, x in fractions.items()}
         if sum(at.values()) > 1 + 1e-6:
-            said = " + ".join(f"{name}={x:g}" for name, x in at.items())
+            said = " + ".join(f"{name}={x:g}" for name, x in at.items() if x)
             when = f" at step {step}" if by_step.keys() & fractions.keys() else ""
             raise ValueError(
                 f"--config.{said} exceeds 1{when}: they are fractions of a prompt's responses, "

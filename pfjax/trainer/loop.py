@@ -107,7 +107,11 @@ def train_iteration(
     indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
         prompts = [trainer.prompts[i] for i in indices]
-        rollout = trainer.rollout(policy, trainer.base_policy, prompts, step, ids)
+        earlier = trainer.replay.of(indices)
+        rollout = trainer.rollout(
+            policy, trainer.base_policy, prompts, step, ids, earlier
+        )
+        trainer.replay.add(indices, rollout)
     failed = trainer.failures()
     with clock.part("reward"):
         data = trainer.compute_rewards(indices, rollout, grader, step)
@@ -241,6 +245,8 @@ class _Run:
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
+        if "replay" in saved:
+            self.trainer.replay.load(saved["replay"])
         before = saved.get("identity", self.identity)
         is_other = lambda name: before.get(name) != self.identity.get(name)
         self.changes = [x for name, x in run_config.CHANGES.items() if is_other(name)]
@@ -273,7 +279,8 @@ class _Run:
         if is_preempted or has_failed or self._is_due(step, self.checkpoint_every):
             about = {"step": step, "prompts": cursor, "identity": self.identity}
             metric = metrics.value_of(self.best_metric, self.writer.history[-1])
-            self.checkpoints.save(step, state, about, metric)
+            replay = self.trainer.replay.arrays()
+            self.checkpoints.save(step, state, about, metric, replay)
         if has_failed:
             self.checkpoints.wait()
             self.callbacks.raise_error(step)

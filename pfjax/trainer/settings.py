@@ -186,6 +186,15 @@ _DECIDING: dict[str, Setting] = {
         at_most=1,
         may_vary=True,
     ),
+    "behavior.replay": Setting(
+        0.0,
+        "fraction of each prompt's responses that are taken from what the policy drew when "
+        "the prompt came before, of which the newest samples_per_prompt are kept; it draws "
+        "them anew where a prompt of the step comes for the first time",
+        at_least=0,
+        at_most=1,
+        may_vary=True,
+    ),
     "updates_per_rollout": _positive(
         1, "minibatches per rollout, an update each; 1 is exactly on policy"
     ),

@@ -32,6 +32,7 @@ from pfjax.trainer import (
     objective,
     schedules,
 )
+from pfjax.trainer.replay import Replay
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -59,7 +60,8 @@ class Trainer(NamedTuple):
     golds: list[str | None]  # that responses are graded by
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
     next_prompts: Callable  # cursor -> indices, ids, cursor
-    rollout: Callable  # policy, base, prompts, step, prompt_ids -> Rollout
+    rollout: Callable  # policy, base, prompts, step, prompt_ids, earlier -> Rollout
+    replay: Replay  # holds responses of earlier steps
     reward: rewards.Reward  # holds processes, once it is started
     own_psi: rewards.Reward  # as well
     compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
@@ -155,6 +157,7 @@ def setup(
             seed=config.seed,
             capacity=options.Capacity(longest, plan.slots * plan.dp_size),
         ),
+        replay=Replay(config.samples_per_prompt if _has_replay(config) else 0),
         reward=reward,
         own_psi=own_psi,
         compute_rewards=bind(rewards.compute_rewards, prompts=train, **how_rewarded),
@@ -165,6 +168,9 @@ def setup(
         constants=_constants(config),
     )
     about = f"{_describe(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
+    if _has_replay(config):
+        first = -(-len(train.tokens) // config.prompts_per_step) + 1
+        about += f"\nreplay: from step {first} on, when prompts come again"
     if clock := config.data.clock:
         about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
@@ -176,9 +182,14 @@ def _behavior(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Behavi
         base=c.behavior.base,
         base_temperature=c.behavior.base_temperature,
         from_file=c.behavior.from_file,
+        replay=c.behavior.replay,
         given=responses,
         by_step=schedules.parse(c.schedules),
     )
+
+
+def _has_replay(c: FrozenConfigDict) -> bool:
+    return bool(c.behavior.replay or "behavior.replay" in schedules.parse(c.schedules))
 
 
 def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:

@@ -31,6 +31,11 @@ def _state(mesh, scale=1.0):
     }
 
 
+def _replay(step):
+    """As many as there are steps."""
+    return {"tokens": np.arange(4 * step, dtype=np.int32), "lengths": np.full(step, 4)}
+
+
 def _abstract(state):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -125,7 +130,8 @@ def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(tmp_path, dama
     mesh = sharding.make_mesh(1, 8, 1)
     with checkpoint.Checkpoints(epath.Path(tmp_path / "a"), keep_best=1) as checkpoints:
         for step in (3, 4):
-            checkpoints.save(step, _state(mesh, step), _about(step), 0.1 * step)
+            args = (step, _state(mesh, step), _about(step), 0.1 * step)
+            checkpoints.save(*args, _replay(step))
         checkpoints.wait()
     names = [
         x.relative_to(tmp_path / "a")
@@ -145,6 +151,9 @@ def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(tmp_path, dama
             assert step in (3, 4), name
             for key, value in _state(mesh, step).items():
                 np.testing.assert_array_equal(found[key], value, err_msg=str(name))
+            for key, value in _replay(step).items():
+                got = about["replay"][key]
+                np.testing.assert_array_equal(got, value, err_msg=str(name))
             passed_over += step == 3
             # And the run goes on.
             checkpoints.save(4, _state(mesh, 4), _about(4), 0.4)
@@ -154,3 +163,18 @@ def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(tmp_path, dama
             _, about = checkpoints.restore(_abstract(_state(mesh)), IDENTITY)
             assert about["step"] == 5 and checkpoints.steps == [4, 5], name
     assert passed_over >= 4
+
+
+def test_responses_of_another_checkpoint_are_not_taken_for_its_own(tmp_path, capsys):
+    state = _state(sharding.make_mesh(1, -1, 1))
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, state, _about(step), 0.1, _replay(step))
+        checkpoints.wait()
+    shutil.rmtree(tmp_path / "4/replay")
+    shutil.copytree(tmp_path / "3/replay", tmp_path / "4/replay")
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        _, about = checkpoints.restore(_abstract(state), IDENTITY)
+    assert about["step"] == 3
+    said = "checkpoint 4 is damaged and passed over: replay is not what was saved"
+    assert said in capsys.readouterr().out

@@ -18,7 +18,7 @@ from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
-from pfjax.trainer import config_checks, loop, setup
+from pfjax.trainer import behavior, config_checks, loop, setup
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -142,13 +142,21 @@ def test_training_reaches_the_exact_target(
 @pytest.mark.long_running
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "log_z"),
-    [("powerflow", "head"), ("powerflow", "group"), ("tb_traj", "head")],
+    ("objective", "log_z", "replay"),
+    [
+        ("powerflow", "head", 0.0),
+        ("powerflow", "head", 0.5),
+        ("powerflow", "group", 0.0),
+        ("tb_traj", "head", 0.0),
+    ],
 )
-def test_the_target_is_the_same_whoever_draws(converging, tmp_path, objective, log_z):
+def test_the_target_is_the_same_whoever_draws(
+    converging, tmp_path, objective, log_z, replay
+):
     config = converging
     config.objective, config.alpha, config.log_z = objective, 2.0, log_z
-    config.behavior.base, config.behavior.base_temperature = 0.5, 1.5
+    config.behavior.base, config.behavior.base_temperature = 0.5 - replay / 2, 1.5
+    config.behavior.replay = replay
     config.match_prompts = 1
     config.optim.schedule = "cosine"
     config.num_steps = config.checkpoint_every = 200
@@ -399,6 +407,41 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
     longer.num_steps = 8
     with pytest.raises(ValueError, match="num_steps=4 -> cosine over num_steps=8"):
         loop.train_and_evaluate(longer, str(parts))
+
+
+def test_a_run_that_replays_continues_bit_for_bit(config, tmp_path, monkeypatch):
+    config.behavior.base = 0.25
+    config.schedules = "behavior.replay:0.25@1,0.5@4"
+    seen, draw = [], behavior.rollout
+
+    def rollout(*args, **kwargs):
+        seen.append(draw(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(behavior, "rollout", rollout)
+    loop.train_and_evaluate(config, str(tmp_path / "whole"))
+    # The prompt is new at step 1.
+    assert [r.num_own for r in seen] == [12, 7, 5, 4]
+    known = [
+        {tuple(r.tokens[q, g, : r.lengths[q, g]]) for q in range(8) for g in own}
+        for r in seen
+        for own in (range(r.num_own), range(r.num_own + 4, 16))
+    ]
+    drawn, replayed = known[::2], known[1::2]
+    for step in (1, 2, 3):
+        assert replayed[step] and replayed[step] <= set().union(*drawn[:step])
+    shorter = config.copy_and_resolve_references()
+    shorter.num_steps = 3
+    for c in (shorter, config):
+        loop.train_and_evaluate(c, str(tmp_path / "parts"))
+    assert _deterministic(tmp_path / "parts") == _deterministic(tmp_path / "whole")
+    (of_whole,), (of_parts,) = (
+        (tmp_path / x / "hf").glob("*.safetensors") for x in ("whole", "parts")
+    )
+    assert of_whole.read_bytes() == of_parts.read_bytes()
+    config.behavior.replay = 0.5
+    with pytest.raises(ValueError, match=r"behavior.replay: 0.0 -> 0.5"):
+        loop.train_and_evaluate(config, str(tmp_path / "parts"))
 
 
 def test_a_run_with_schedules_is_one_program_and_continues_bit_for_bit(

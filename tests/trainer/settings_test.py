@@ -86,6 +86,14 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ),
         ({"behavior.base": 1.5}, "at least 0, at most 1"),
         (
+            {"behavior.replay": 0.5, "objective": "grpo"},
+            "other samples are those of balance",
+        ),
+        (
+            {"behavior.base": 0.8, "behavior.replay": 0.3},
+            "--config.behavior.base=0.8 + behavior.replay=0.3 exceeds 1: they",
+        ),
+        (
             {"behavior.base": 0.8, "behavior.file": "a.jsonl"},
             "--config.behavior.base=0.8 + behavior.from_file=0.25 exceeds 1: they",
         ),
