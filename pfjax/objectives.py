@@ -1,7 +1,7 @@
 r"""The objective of a step, by name: what `--config.objective=` chooses.
 
 An objective is a target (see `targets.py`) and a loss, which maps what is known of each
-trajectory and the target's residual to `[*n]` values, unreduced. Three kinds:
+trajectory and the target's residual to `[*n]` values, unreduced. Four kinds:
 
 - *Balance*: `powerflow`, `tb_traj`, `tb_token`, `flowrl` square the residual. `subtb`
   needs no log Z.
@@ -10,6 +10,7 @@ trajectory and the target's residual to `[*n]` values, unreduced. Three kinds:
 - *Policy gradient of a reward of the answer*: `grpo` (is it correct?), `ttrl` (is it the
   majority's?), `empo` (how many gave it?), `intuitor` (how sure were the tokens?). They
   have no target; their residual is that of PowerFlow, for comparison only.
+- *Likelihood*: `sft` imitates the responses of the base or of a file. No target either.
 
 Only `grpo`, unless given another reward, and `flowrl` read answers of the training prompts.
 """
@@ -71,8 +72,8 @@ class ObjectiveConfig:
 
     @property
     def has_target(self) -> bool:
-        """Whether it trains toward a target, not for a reward alone."""
-        return not self.has_advantages
+        """Whether it trains toward a target, not for a reward or a likelihood alone."""
+        return not (self.has_advantages or self.is_likelihood)
 
     @property
     def is_tilted(self) -> bool:
@@ -85,8 +86,13 @@ class ObjectiveConfig:
         return self.kind.loss in (grpo, empo)
 
     @property
+    def is_likelihood(self) -> bool:
+        """Whether it imitates the responses, none of which may then be the policy's own."""
+        return self.kind.loss is sft
+
+    @property
     def target(self) -> Target:
-        """The target of training; PowerFlow's for reward-only objectives."""
+        """The target of training; PowerFlow's for objectives without one."""
         return self.kind.target(self)
 
     @property
@@ -222,6 +228,23 @@ def empo(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     return _surrogate(y, c, weight * capped, weight * floored)
 
 
+def sft(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
+    r"""Negative log-likelihood of the responses, whoever drew them.
+
+    .. math:: -\tfrac1N \log\pi(y)
+
+    N is the mean of :math:`|y|` over the responses of the update, so that its mean over them
+    is the cross-entropy per token. The optimum is the distribution q that they are drawn
+    from; if each were divided by its own :math:`|y|`, it would be :math:`q / |y|`, normalised.
+    Of the policy's own samples the mean gradient is 0. What q is makes the method:
+
+    - the base at a low temperature: simple self-distillation, arXiv 2604.01193;
+    - the power distribution: power self-distillation, arXiv 2605.04542;
+    - the likeliest under the base of N samples: SFT-sharpening, arXiv 2412.01951.
+    """
+    return -y.log_pf / tokens(y.mean_length)
+
+
 def _divisor(y: TrajectoryStats, c: ObjectiveConfig) -> Array | int:
     """What a sum over the tokens of a response is divided by. The mean over the responses
     of an update comes after it, so that a mean length divides by all tokens."""
@@ -264,4 +287,5 @@ OBJECTIVES: dict[str, Objective] = {
     "ttrl": Objective(grpo, log_z="none", reward="majority"),
     "empo": Objective(empo, log_z="none", reward="cluster"),
     "intuitor": Objective(grpo, log_z="none", reward="self_certainty"),
+    "sft": Objective(sft, log_z="none"),
 }

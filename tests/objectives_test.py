@@ -106,6 +106,11 @@ def test_a_long_response_counts_by_its_tokens_alike_or_by_a_constant():
         np.testing.assert_allclose(y.loss, np.multiply(of_tokens, 3 / 7), rtol=1e-6)
 
 
+def test_the_likelihood_is_the_cross_entropy_of_all_tokens():
+    # 2 + 2 + 2 nats over 7 tokens, a third of it each.
+    _check("sft", [4.0, 5.0, 3.5], [6 / 7, 6 / 7, 6 / 7])
+
+
 def test_only_what_is_trained_has_a_gradient():
     def total(part, name):
         y = Y._replace(**part)
@@ -118,6 +123,7 @@ def test_only_what_is_trained_has_a_gradient():
         "rl_traj": {"log_pf"},
         "rl_token": {"log_pf"},
         "grpo": {"capped", "floored", "kl"},
+        "sft": {"log_pf"},
     }
     for name, parts in want.items():
         gradient = jax.grad(total)(trained, name)

@@ -56,6 +56,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
     _check_behavior(c, objective)
     check_reward(c, objective)
     _check_policy_gradient(c, objective)
+    _check_likelihood(c, objective)
     needs_std = bool(objective.kind.reward) and c.advantage != "none"
     has_groups = objective.log_z_source == "group" or needs_std
     if has_groups and c.samples_per_prompt < 2:
@@ -112,26 +113,14 @@ def _check_adapters(c: FrozenConfigDict) -> None:
 
 def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
     """Raises ValueError for responses that the objective may not learn from."""
-    if c.temperature != 1 and not objective.is_balance:
-        raise ValueError(
-            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
-            "samples of the policy itself, at temperature 1; objectives that may sample "
-            "otherwise are those of balance, such as powerflow"
-        )
     by_step = schedules.parse(c.schedules)
-    for name in ("base", "file", "replay"):
-        value = c.behavior[name]
-        if (value or f"behavior.{name}" in by_step) and not objective.is_balance:
-            default = settings.SETTINGS[f"behavior.{name}"].default
-            raise ValueError(
-                f"--config.behavior.{name}={value}: the gradient of {c.objective} is that of "
-                f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
-                "may learn from other samples are those of balance, such as powerflow"
-            )
+    if not (objective.is_balance or objective.is_likelihood):
+        _check_on_policy(c, by_step)
     fractions = {"base": c.behavior.base, "replay": c.behavior.replay}
     if c.behavior.file:
         fractions["from_file"] = c.behavior.from_file
-    _check_sum({f"behavior.{k}": x for k, x in fractions.items()}, by_step)
+    fractions = {f"behavior.{k}": x for k, x in fractions.items()}
+    _check_sum(fractions, by_step, objective)
     if "behavior.from_file" in by_step and not c.behavior.file:
         raise ValueError(
             f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
@@ -139,14 +128,45 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         )
 
 
-def _check_sum(fractions: dict[str, float], by_step: dict[str, Any]) -> None:
-    """Raises ValueError for fractions that leave the policy less than nothing."""
+def _check_on_policy(c: FrozenConfigDict, by_step: dict[str, Any]) -> None:
+    """Raises ValueError for responses that are no samples of the policy itself."""
+    if c.temperature != 1:
+        raise ValueError(
+            f"--config.temperature={c.temperature}: the gradient of {c.objective} is that of "
+            "samples of the policy itself, at temperature 1; objectives that may sample "
+            "otherwise are those of balance, such as powerflow"
+        )
+    for name in ("base", "file", "replay"):
+        value = c.behavior[name]
+        if value or f"behavior.{name}" in by_step:
+            default = settings.SETTINGS[f"behavior.{name}"].default
+            sft = "" if name == "replay" else ", and sft"
+            raise ValueError(
+                f"--config.behavior.{name}={value}: the gradient of {c.objective} is that of "
+                f"samples of the policy itself (behavior.{name}={default!r}); objectives that "
+                f"may learn from such samples are those of balance, such as powerflow{sft}"
+            )
+
+
+def _check_sum(
+    fractions: dict[str, float], by_step: dict[str, Any], objective: ObjectiveConfig
+) -> None:
+    """Raises ValueError for fractions that leave the policy less than nothing, or
+    something that it would imitate."""
     # Between their points schedules are linear.
     for step in {0}.union(*(dict(by_step.get(name, ())) for name in fractions)):
         at = {k: schedules.value(by_step, k, step, x) for k, x in fractions.items()}
+        when = f" at step {step}" if by_step.keys() & fractions.keys() else ""
+        others = sum(at.values()) - at["behavior.replay"]
+        if objective.is_likelihood and others < 1 - 1e-6:
+            raise ValueError(
+                f"--config.objective={objective.name} learns nothing from samples of the policy "
+                f"itself, new or replayed, which are part of the responses{when}: set "
+                "--config.behavior.base=1, or --config.behavior.file and "
+                "--config.behavior.from_file=1"
+            )
         if sum(at.values()) > 1 + 1e-6:
             said = " + ".join(f"{name}={x:g}" for name, x in at.items() if x)
-            when = f" at step {step}" if by_step.keys() & fractions.keys() else ""
             raise ValueError(
                 f"--config.{said} exceeds 1{when}: they are fractions of a prompt's responses, "
                 "of which the policy draws the rest; lower one of them"
@@ -244,6 +264,16 @@ def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> N
             f"--config.advantage=batch: {term.name} is known update by update, and "
             f"updates_per_rollout={c.updates_per_rollout} has several"
         )
+
+
+def _check_likelihood(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for settings that a likelihood of given responses does not read."""
+    for name in ("temperature", "reward", "mask_clipped_tokens"):
+        if objective.is_likelihood and c[name] != settings.SETTINGS[name].default:
+            raise ValueError(
+                f"--config.{name}={c[name]} has no effect on {c.objective}, the likelihood of "
+                "responses of the base (behavior.base_temperature) or a file: leave it out"
+            )
 
 
 def check_answers(

@@ -133,7 +133,7 @@ _DECIDING: dict[str, Setting] = {
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "
-        "rl_token always average, subtb and rewards of answers have none",
+        "rl_token always average; subtb, sft and rewards of answers have none",
         ("head", "group"),
     ),
     # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
@@ -164,8 +164,8 @@ _DECIDING: dict[str, Setting] = {
     "temperature": _positive(1.0, "sampling temperature in training"),
     "behavior.base": Setting(
         0.0,
-        "fraction of each prompt's responses that the frozen base draws, for objectives of "
-        "balance: they have the same optimum whoever draws, and learn what the policy no "
+        "fraction of each prompt's responses that the frozen base draws, for sft and for "
+        "balance, which has the same optimum whoever draws, and learns what the policy no "
         "longer says",
         at_least=0,
         at_most=1,

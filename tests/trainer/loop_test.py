@@ -178,6 +178,58 @@ def test_the_target_is_the_same_whoever_draws(
     )
 
 
+@pytest.mark.long_running
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["base", "file"])
+def test_a_likelihood_ends_where_the_responses_come_from(converging, tmp_path, source):
+    config = converging
+    config.objective = "sft"
+    base, length = _distribution(config.model)
+    if source == "base":
+        config.behavior.base, config.behavior.base_temperature = 1.0, 0.5
+        wanted = _tempered(base, 0.5)
+        assert total_variation(power_target(base, 2.0)[0], wanted) > 0.05
+    else:
+        wanted = length_aware_target(base, length, 2.0)[0]
+        _write_listed(tmp_path / "target.jsonl", np.rint(4096 * wanted))
+        config.behavior.file = str(tmp_path / "target.jsonl")
+        config.behavior.from_file = 1.0
+    # Each response divided by its own length would end here.
+    other = wanted / length / (wanted / length).sum()
+    assert min(total_variation(x, wanted) for x in (np.exp(base), other)) > 0.05
+    config.optim.schedule = "cosine"
+    config.num_steps = config.checkpoint_every = 150
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    trained, _ = _distribution(tmp_path / "run/hf")
+    assert total_variation(np.exp(trained), wanted) < 0.01
+
+
+def _tempered(log_p, temperature):
+    """All responses of the model at a temperature of sampling, from their log-probs."""
+    responses = [tuple(y) for y in all_responses(vocab=4, stop=1, max_tokens=3)]
+    mass = collections.Counter()  # of all that begin so
+    for y, p in zip(responses, np.exp(log_p), strict=True):
+        mass.update({y[:t]: p for t in range(len(y) + 1)})
+
+    def of_token(y):
+        of_all = [mass[(*y[:-1], v)] ** (1 / temperature) for v in range(4)]
+        return of_all[y[-1]] / sum(of_all)
+
+    return np.array(
+        [np.prod([of_token(y[:t]) for t in range(1, len(y) + 1)]) for y in responses]
+    )
+
+
+def _write_listed(path, counts):
+    """Each response to the prompt as often as it counts."""
+    rows = (
+        {"prompt_tokens": [2, 3], "completion_tokens": y}
+        for y, n in zip(all_responses(4, 1, 3), counts, strict=True)
+        for _ in range(int(n))
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
     config, tmp_path, capsys
 ):

@@ -78,16 +78,16 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ({"temperature": 0.6, "objective": "rl_token"}, "such as powerflow"),
         (
             {"behavior.base": 0.5, "objective": "ttrl"},
-            "other samples are those of balance",
+            "such samples are those of balance",
         ),
         (
             {"schedules": "behavior.base:0.5@1,0@9", "objective": "rl_traj"},
-            "other samples are those of balance",
+            "such samples are those of balance",
         ),
         ({"behavior.base": 1.5}, "at least 0, at most 1"),
         (
             {"behavior.replay": 0.5, "objective": "grpo"},
-            "other samples are those of balance",
+            "such samples are those of balance",
         ),
         (
             {"behavior.base": 0.8, "behavior.replay": 0.3},
@@ -130,6 +130,32 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             "samples are those of balance",
         ),
         ({"schedules": "behavior.from_file:0.5@1"}, "has no effect without"),
+        ({"objective": "sft"}, "part of the responses: set --config.behavior.base=1"),
+        (
+            {"objective": "sft", "behavior.base": 0.5, "behavior.replay": 0.5},
+            "new or replayed",
+        ),
+        (
+            {"objective": "sft", "behavior.base": 0.5, "behavior.file": "a.jsonl"},
+            "learns nothing from samples of the policy itself",
+        ),
+        (
+            {"objective": "sft", "schedules": "behavior.base:1@1,0@9"},
+            "part of the responses at step 9",
+        ),
+        *(
+            ({"objective": "sft", "behavior.base": 1.0, **change}, "no effect on sft")
+            for change in (
+                {"temperature": 0.5},
+                {"reward": "accuracy"},
+                {"mask_clipped_tokens": True},
+                {"reward_kl": 0.1},
+                {"loss_aggregation": "token"},
+                {"beta": 1.0, "reward": "accuracy"},
+                {"format_term": "format"},
+                {"schedules": "alpha:1@1,2@9"},
+            )
+        ),
         ({"beta": 1.0}, "weighs a reward in the target: set --config.reward too"),
         ({"beta": 1.0, "objective": "grpo"}, "has no effect on grpo"),
         (
@@ -171,6 +197,15 @@ def test_a_number_out_of_its_bounds_is_refused(name):
 def test_values_that_cannot_be_meant_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_checks.check(_config(**changes))
+
+
+def test_a_likelihood_takes_any_responses_but_the_policys():
+    config_checks.check(_config(objective="sft", **{"behavior.base": 1.0}))
+    half = {"behavior.base": 0.5, "behavior.file": "a.jsonl"}
+    both = half | {"behavior.from_file": 0.5}
+    config_checks.check(_config(objective="sft", **both))
+    half["schedules"] = "behavior.base:1@1,0@9,behavior.from_file:0@1,1@9"
+    config_checks.check(_config(objective="sft", **half))
 
 
 @pytest.mark.parametrize("name", [k for k, s in settings.SETTINGS.items() if s.choices])

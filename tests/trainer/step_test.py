@@ -415,7 +415,30 @@ def _whole_log_softmax(policy, batch):
         return jax.nn.log_softmax(jnp.pad(logits[:, :-1], ((0, 0), (1, 0), (0, 0))))
 
     parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(batch.tokens))]
-    return np.stack([one(part) for part in parts])
+    return jnp.stack([one(part) for part in parts])
+
+
+def test_the_likelihood_is_the_cross_entropy_of_optax(rng, tiny_policy):
+    _, batch, placement, used = _data(
+        rng, count=3, num_microbatches=1, microbatch_size=4
+    )
+    assert used == 1
+    batch = batch._replace(log_p_base=_base_scores(batch))
+    static = _static(tiny_policy.config, ObjectiveConfig("sft"))
+    params = _state(tiny_policy).params
+    how = (jnp.float32(3), jnp.float32(placement.length.mean()))
+
+    def ours(policy):
+        part = jax.tree.map(lambda x: x[0], batch)
+        return step.loss_fn(params | {"policy": policy}, {}, part, *how, **static)[0]
+
+    def theirs(policy):
+        logits = _whole_log_softmax(tiny_policy._replace(params=policy), batch)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens)
+        return loss[batch.is_response].mean()
+
+    both = (jax.jit(jax.value_and_grad(f)) for f in (ours, theirs))
+    _assert_same(*(f(params["policy"]) for f in both))
 
 
 @pytest.mark.parametrize("name", log_probs.TOKEN_REWARDS)
