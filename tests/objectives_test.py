@@ -171,6 +171,21 @@ def test_rewards_of_answers_by_hand():
     np.testing.assert_array_equal(nobody, [0, 0])
 
 
+def test_a_teacher_votes_on_what_the_majority_is_by_hand():
+    answers = ["1", "1", "2", None, "3", "3", "4", "4"]
+    # 2 wins over 1 in the first prompt; in the second 5 comes before 4, and both are two.
+    votes = ["2", "2.0", "1", None, "5", "4", "4", "5"]
+    with grading.Grader() as grader:
+        args = ("majority", answers, ["1", "1"], 4, grader)
+        got, own = rewards.of_answers(*args, votes), rewards.of_answers(*args)
+        nobody = rewards.of_answers(*args, [None] * 8)
+        cluster = rewards.of_answers("cluster", *args[1:], votes)
+    np.testing.assert_array_equal(got, [0, 0, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(own, [1, 1, 0, 0, 1, 1, 0, 0])
+    np.testing.assert_array_equal(nobody, np.zeros(8))
+    np.testing.assert_array_equal(cluster, [0.5, 0.5, 0.25, 0.25, *[0.5] * 4])
+
+
 def test_advantages_by_hand():
     # Mean 0.5, unbiased standard deviation sqrt(1/3); and a group that is all equal.
     reward = np.float32([1, 0, 0, 1, 1, 1, 1, 1])

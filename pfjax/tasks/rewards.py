@@ -82,6 +82,11 @@ def check(text: str) -> None:
         raise ValueError(f"--config.reward={text}: {term.name} stands alone")
 
 
+def has_majority(text: str) -> bool:
+    """Whether a term is of the answer that most samples give."""
+    return any(term.name == "majority" for term in reward_functions.parse(text))
+
+
 def token_term(text: str) -> Term | None:
     """The term that is of the policy's distributions of tokens, if there is one."""
     terms = reward_functions.parse(text)
@@ -161,6 +166,7 @@ class Reward(contextlib.AbstractContextManager):
         responses: list[np.ndarray],
         grader: Grader,
         step: int = 0,
+        votes: list[str] | None = None,
     ) -> np.ndarray:
         """The reward of each response, float32 `[S]`; 0 where only tokens tell.
 
@@ -169,12 +175,14 @@ class Reward(contextlib.AbstractContextManager):
           texts, responses: S, as text and token ids.
           grader: tells which answers are the same.
           step: of training, for functions that take `state` and for "random".
+          votes: texts of a teacher, prompt by prompt, whose majority it is; None: the
+            responses' own.
 
         Raises:
           ValueError: if a function failed for all, or returned what is no reward.
         """
         out = np.zeros(len(texts))
-        args = (problems, texts, responses, grader, step)
+        args = (problems, texts, responses, grader, step, votes)
         with _of_setting(self.setting):
             for term in self.terms:
                 out += term.weight * self._of_term(term, *args)
@@ -188,6 +196,7 @@ class Reward(contextlib.AbstractContextManager):
         responses: list[np.ndarray],
         grader: Grader,
         step: int,
+        votes: list[str] | None,
     ) -> np.ndarray:
         samples = len(texts) // max(len(problems), 1)
         if term.is_function:
@@ -207,7 +216,8 @@ class Reward(contextlib.AbstractContextManager):
         if term.name in OF_ANSWERS:
             answers = [last_boxed(text) for text in texts]
             golds = [problem.gold for problem in problems]
-            return of_answers(term.name, answers, golds, samples, grader)
+            voting = None if votes is None else [last_boxed(x) for x in votes]
+            return of_answers(term.name, answers, golds, samples, grader, voting)
         if term.name == "format":
             return format_term(texts, -1.0) + 1.0
         if term.name == "length":
@@ -257,6 +267,7 @@ def compute_rewards(
     rollout: Rollout,
     grader: Grader,
     step: int = 0,
+    votes: Rollout | None = None,
     *,
     tok: Any,
     prompts: PromptSet,
@@ -271,19 +282,20 @@ def compute_rewards(
       rollout: G responses to each.
       grader, tok: compare answers, and make text of tokens.
       step: of training.
+      votes: responses of a teacher to each prompt, see `Reward.values`.
       reward: of the run.
       format_penalty: psi of a response without a box.
       own_psi: psi of all responses in its place, if it has terms.
     """
-    rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
-    responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
-    texts = [tokenizer.decode(tok, y.tolist()) for y in responses]
+    responses, texts = _in_text(rollout, tok)
     psi, values = format_term(texts, format_penalty), np.zeros(len(texts), np.float32)
     problems = [prompts.problems[i] for i in indices]
     args = (problems, texts, responses, grader, step)
     if distributed.is_first():
         psi = own_psi.values(*args) if own_psi.terms else psi
-        values = reward.values(*args) if reward.terms else values
+        if reward.terms:
+            voting = _in_text(votes, tok)[1] if votes else None
+            values = reward.values(*args, voting)
     if reward.terms or own_psi.terms:
         # What runs out of time may do so on one host alone.
         psi, values = distributed.from_first(np.stack([psi, values]))
@@ -295,6 +307,13 @@ def compute_rewards(
         psi=psi,
         reward=values,
     )
+
+
+def _in_text(rollout: Rollout, tok: Any) -> tuple[list[np.ndarray], list[str]]:
+    """The S responses, cut to their lengths, as token ids and as text."""
+    rows = rollout.tokens.reshape(-1, rollout.tokens.shape[-1])
+    responses = [y[:n] for y, n in zip(rows, rollout.lengths.ravel(), strict=True)]
+    return responses, [tokenizer.decode(tok, y.tolist()) for y in responses]
 
 
 def format_term(responses: list[str], unboxed: float) -> np.ndarray:
@@ -313,32 +332,38 @@ def of_answers(
     golds: list[str | None],
     samples_per_prompt: int,
     grader: Grader,
+    votes: list[str | None] | None = None,
 ) -> np.ndarray:
     """The reward `name` of each answer, `[S]`.
 
     - `accuracy`: 1 if it equals the prompt's gold answer.
     - `majority`: 1 if it is of the class that most samples of the prompt are of, the
       first of those that tie (TTRL, arXiv 2504.16084, voting over classes of equal
-      answers rather than strings).
+      answers rather than strings); or most of the `votes`, if given (Co-rewarding-II,
+      arXiv 2508.00410).
     - `cluster`: the fraction of the prompt's samples that are of its class; without an
       answer a sample is a class of its own (EMPO, arXiv 2504.05812).
 
     Args:
       answers: `[S]` what is in the box of each response, None without one.
       golds: `[P]`; read by `accuracy` alone.
+      votes: answers of a teacher, as many to each prompt; read by `majority` alone.
     """
-    out = []
+    out, samples = [], samples_per_prompt
+    is_voted = name == "majority" and votes is not None
     for q, gold in enumerate(golds):
-        own = answers[q * samples_per_prompt : (q + 1) * samples_per_prompt]
+        own = answers[q * samples : (q + 1) * samples]
         if name == "accuracy":
             out += [a is not None and grader.is_equal(gold, a) for a in own]
             continue
-        classes = np.array(grader.classes(own))
-        votes = np.bincount(classes[classes >= 0], minlength=1)
+        cast = votes[q * samples : (q + 1) * samples] if is_voted else []
+        classes = np.array(grader.classes(cast + own))
+        counted, classes = classes[: len(cast) or None], classes[len(cast) :]
+        counts = np.bincount(counted[counted >= 0], minlength=len(cast + own))
         if name == "majority":
-            out += [*((classes == votes.argmax()) & (votes.max() > 0))]
+            out += [*((classes == counts.argmax()) & (counts.max() > 0))]
         else:
-            out += [*(np.where(classes >= 0, votes[classes], 1) / len(own))]
+            out += [*(np.where(classes >= 0, counts[classes], 1) / len(own))]
     return np.array(out, np.float32)
 
 

@@ -258,6 +258,12 @@ def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> N
             )
     from pfjax.tasks import rewards
 
+    is_voted = rewards.has_majority(objective.reward_source)
+    if c.teacher_decay and not (is_voted and objective.has_advantages):
+        raise ValueError(
+            f"--config.teacher_decay={c.teacher_decay}: the averaged policy votes for the "
+            f"reward majority, which {c.objective} does not follow; ttrl does"
+        )
     term = rewards.token_term(objective.reward_source)
     if c.advantage == "batch" and term and c.updates_per_rollout > 1:
         raise ValueError(

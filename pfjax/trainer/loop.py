@@ -112,9 +112,10 @@ def train_iteration(
             policy, trainer.base_policy, prompts, step, ids, earlier
         )
         trainer.replay.add(indices, rollout)
+        votes = trainer.votes(state, prompts, step, ids)
     failed = trainer.failures()
     with clock.part("reward"):
-        data = trainer.compute_rewards(indices, rollout, grader, step)
+        data = trainer.compute_rewards(indices, rollout, grader, step, votes)
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(data.texts)).reshape(len(indices), -1)
     groups = enumerate(np.array_split(by_prompt, fns.num_updates))

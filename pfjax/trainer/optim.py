@@ -1,6 +1,9 @@
 """The optimiser: one optax chain for each group of parameters."""
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from pfjax.model.transformer import Params
@@ -33,6 +36,7 @@ def make_optimizer(
     clip_norm: float,
     mu_dtype: str = "float32",
     updates_per_step: int = 1,
+    average_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """AdamW for `{"policy": ..., "log_z": ...}`.
 
@@ -48,6 +52,7 @@ def make_optimizer(
       clip_norm: of each group's gradient.
       mu_dtype: of Adam's first moment.
       updates_per_step: what the optimiser counts are updates.
+      average_decay: see `averaged`; 0 for no average.
     """
 
     def chain(of_step: optax.Schedule, decay: float) -> optax.GradientTransformation:
@@ -63,13 +68,39 @@ def make_optimizer(
             ),
         )
 
+    of_policy = chain(learning_rate, weight_decay)
+    if average_decay:
+        of_policy = optax.chain(of_policy, averaged(average_decay))
     divided = lambda u: u / u.shape[0] if u.ndim == 2 else u
     per_input = optax.stateless(lambda updates, _: jax.tree.map(divided, updates))
     groups = {
-        "policy": chain(learning_rate, weight_decay),
+        "policy": of_policy,
         "log_z": optax.chain(chain(log_z_learning_rate, 0.0), per_input),
     }
     return optax.partition(groups, param_labels={"policy": "policy", "log_z": "log_z"})
+
+
+class AverageState(NamedTuple):
+    """Found in an optimiser's state by `optax.tree.get(state, "average")`."""
+
+    average: Params
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Keeps the exponential moving average of parameters, and leaves updates as they are.
+
+    Args:
+      decay: what the average keeps of itself in an update; it begins at the parameters.
+    """
+
+    def update(updates, state, params):
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.average, 1 - decay)
+        return updates, AverageState(average)
+
+    # Copies, as training gives the buffers of parameters away.
+    init = lambda params: AverageState(jax.tree.map(jnp.copy, params))
+    return optax.GradientTransformation(init, update)
 
 
 def _is_matrix(params: Params) -> Params:

@@ -213,6 +213,13 @@ _DECIDING: dict[str, Setting] = {
     "reward_kl": _not_negative(
         0.0, "coefficient of the KL to the base per token: grpo and its kin, empo"
     ),
+    "teacher_decay": Setting(
+        0.0,
+        "decay per update of an average of the policy's weights: the majority is then that "
+        "of as many responses of this average; 0: of the policy's own",
+        at_least=0,
+        at_most=1,
+    ),
     "advantage": Setting(
         "group",
         "what rewards become in grpo and its kin, empo: less their prompt's mean and over "

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from pfjax.batch import Rollout
 from pfjax.evaluation import elbo, scores
 from pfjax.model import (
     attention,
@@ -22,7 +24,7 @@ from pfjax.model import (
 )
 from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
 from pfjax.objectives import ObjectiveConfig
-from pfjax.sampler import options, slots
+from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import (
     behavior,
@@ -61,10 +63,11 @@ class Trainer(NamedTuple):
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
     next_prompts: Callable  # cursor -> indices, ids, cursor
     rollout: Callable  # policy, base, prompts, step, prompt_ids, earlier -> Rollout
+    teacher_rollout: Callable  # policy, prompts -> Rollout
     replay: Replay  # holds responses of earlier steps
     reward: rewards.Reward  # holds processes, once it is started
     own_psi: rewards.Reward  # as well
-    compute_rewards: Callable  # indices, rollout, grader, step -> RolloutBatch
+    compute_rewards: Callable  # indices, rollout, grader, step, votes -> RolloutBatch
     evaluate: Callable  # policy, grader -> scores, rows
     measure_match: Callable | None  # policy, base, grader -> estimates
     learning_rate: Callable[[int], float]  # of a step
@@ -73,6 +76,17 @@ class Trainer(NamedTuple):
 
     def policy(self, state: TrainState) -> Policy:
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
+
+    def votes(
+        self, state: TrainState, prompts: list[list[int]], step: int, ids: list[int]
+    ) -> Rollout | None:
+        """Responses of the averaged policy, if there is one, by the programs of the policy."""
+        average = optax.tree.get(state.opt_state, "average")
+        if average is None:
+            return None
+        params = lora.join(self.frozen, average["policy"])
+        teacher = Policy(self.fns.model, params)
+        return self.teacher_rollout(teacher, prompts, step=step, prompt_ids=ids)
 
     def failures(self) -> int:
         """Values that functions have failed to give."""
@@ -137,6 +151,13 @@ def setup(
         "format_penalty": config.format_penalty,
         "own_psi": own_psi,
     }
+    samples = config.samples_per_prompt
+    how_drawn = {
+        "samples_per_prompt": samples,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "capacity": options.Capacity(longest, plan.slots * plan.dp_size),
+    }
     trainer = Trainer(
         fns,
         prompts=train.tokens,
@@ -150,12 +171,11 @@ def setup(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
         rollout=bind(
-            behavior.rollout,
-            behavior=_behavior(config, responses),
-            samples_per_prompt=config.samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            seed=config.seed,
-            capacity=options.Capacity(longest, plan.slots * plan.dp_size),
+            behavior.rollout, behavior=_behavior(config, responses), **how_drawn
+        ),
+        # Others than the policy's, which draws the first so many.
+        teacher_rollout=bind(
+            engine.rollout, samples=range(samples, 2 * samples), **how_drawn
         ),
         replay=Replay(config.samples_per_prompt if _has_replay(config) else 0),
         reward=reward,

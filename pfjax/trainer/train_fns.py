@@ -113,6 +113,7 @@ def optimizer_of(
         clip_norm=c.optim.clip_norm,
         mu_dtype=c.optim.mu_dtype,
         updates_per_step=c.updates_per_rollout,
+        average_decay=c.teacher_decay,
     )
 
 

@@ -370,6 +370,27 @@ def test_a_run_on_random_rewards_continues_bit_for_bit(config, tmp_path, monkeyp
     assert rows[1]["reward/mean"] != rows[2]["reward/mean"]
 
 
+@pytest.mark.slow
+def test_a_run_with_a_teacher_continues_bit_for_bit(tmp_path, monkeypatch):
+    use_one_device(monkeypatch)
+    c = smoke.get_config()
+    c.objective, c.teacher_decay, c.lora.rank = "ttrl", 0.5, 4
+    c.data.eval, c.behavior.base, c.checkpoint_every = "", 0.0, 1
+    c.optim.schedule = "constant"
+    c.microbatch_size = 32
+    for folder, num_steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        c.num_steps = num_steps
+        loop.train_and_evaluate(c, str(tmp_path / folder))
+    rows = _deterministic(tmp_path / "whole")
+    assert _deterministic(tmp_path / "parts") == rows
+    # Without it the same responses of the first step are rewarded otherwise.
+    c.teacher_decay, c.num_steps = 0.0, 1
+    loop.train_and_evaluate(c, str(tmp_path / "alone"))
+    first, alone = rows[1], _deterministic(tmp_path / "alone")[1]
+    length, mean = "completions/mean_length", "reward/mean"
+    assert first[length] == alone[length] and 0 < first[mean] < alone[mean]
+
+
 @pytest.mark.long_running
 @pytest.mark.slow
 def test_a_policy_reaches_the_power_of_another_base_than_its_start(

@@ -132,3 +132,27 @@ def test_first_moment_may_be_kept_in_half_and_the_second_is_not():
         _updates(_config(mu_dtype=d), grads, 3) for d in ("bfloat16", "float32")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), half, whole)
+
+
+def test_the_average_of_weights_by_hand():
+    def run(decay):
+        optimizer, params = (
+            optim.make_optimizer(**_config(average_decay=decay)),
+            _params(),
+        )
+        state, seen = optimizer.init(params), [params["policy"]]
+        for sign in (1.0, -2.0):
+            grads = jax.tree.map(lambda x, s=sign: s * x, _params())
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(params["policy"])
+        return seen, optax.tree.get(state, "average")
+
+    (first, second, third), average = run(0.75)
+    blend = lambda a, b, c: 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c
+    want = jax.tree.map(blend, first, second, third)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(same, average["policy"], want)
+    without, nothing = run(0.0)
+    assert nothing is None
+    jax.tree.map(np.testing.assert_array_equal, without[-1], third)

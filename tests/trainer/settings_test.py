@@ -189,6 +189,14 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             },
             "sequence_log_prob is known update by update",
         ),
+        (
+            {"objective": "intuitor", "teacher_decay": 0.9},
+            "votes for the reward majority, which intuitor does not follow; ttrl does",
+        ),
+        (
+            {"teacher_decay": 0.9, "reward": "majority", "beta": 1.0},
+            "which powerflow does not follow",
+        ),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
         ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),
         ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),

@@ -1,0 +1,53 @@
+"""What a run is built of: an averaged teacher, and where it is kept."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import FrozenConfigDict
+
+from pfjax.infra import sharding
+from pfjax.model import lora
+from pfjax.sampler import engine
+from pfjax.sampler.options import Capacity
+from pfjax.trainer import setup
+from tests.conftest import count_compiles
+from tests.trainer.loop_test import small_config
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_teacher_is_the_average_and_draws_by_the_programs_of_the_policy(
+    enumerable_folder, tmp_path, rank
+):
+    c = small_config(enumerable_folder, tmp_path)
+    c.objective, c.teacher_decay, c.lora.rank = "ttrl", 0.9, rank
+    c.mesh.data, c.mesh.fsdp = 2, 4
+    mesh, prompts = sharding.make_mesh(**c.mesh), [[2, 3]] * 8
+    with jax.set_mesh(mesh):
+        trainer, state, _ = setup.setup(FrozenConfigDict(c), mesh)
+        # Another than the policy: only values differ.
+        is_average = lambda path: any(getattr(x, "name", "") == "average" for x in path)
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda path, x: x * 2 + 0.1 if is_average(path) else x, state.opt_state
+        )
+        average = optax.tree.get(scaled, "average")["policy"]
+        place = jax.tree.map(lambda x: x.sharding, state.params["policy"])
+        assert jax.tree.map(lambda x: x.sharding, average) == place
+        where = optax.tree.get(trainer.fns.state.opt_state, "average")["policy"]
+        assert jax.tree.map(lambda x: x.sharding, where) == place
+        policy, ids = trainer.policy(state), list(range(8))
+        own = trainer.rollout(policy, trainer.base_policy, prompts, 3, ids)
+        with count_compiles() as compiled:
+            votes = trainer.votes(state._replace(opt_state=scaled), prompts, 3, ids)
+        assert not compiled, dict(compiled)
+        teacher = policy._replace(params=lora.join(trainer.frozen, average))
+        how = {"max_new_tokens": 3, "seed": 0, "step": 3, "samples": range(16, 32)}
+        want = engine.rollout(
+            teacher, prompts, 16, prompt_ids=ids, capacity=Capacity(2, 128), **how
+        )
+        start = trainer.votes(state, prompts, 3, ids)
+    np.testing.assert_array_equal(votes.lengths, want.lengths)
+    np.testing.assert_array_equal(votes.log_probs, want.log_probs)
+    # At first it is the policy, which has drawn others.
+    assert np.abs(start.log_probs - votes.log_probs).max() > 0.1
+    assert (start.lengths != own.lengths).mean() > 0.1
