@@ -39,6 +39,7 @@ def test_a_baseline_imitates_what_was_drawn(tmp_path, method, behavior):
     args = (*args, *behavior, *(f"--config.{k}={v}" for k, v in few.items()))
     done = run_command("pfjax.train", *args)
     assert done.returncode == 0, done.stderr
+    assert "sft, without a target: 8 prompts x 4 samples" in done.stdout
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[1:]
     # Nats per token.
     assert all(0 < row["tb/loss"] < 1 and row["grad_norm"] > 0 for row in rows)

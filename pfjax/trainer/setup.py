@@ -371,7 +371,7 @@ def _describe(
         f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
         f"mesh {sizes}\n"
         f"{_describe_trained(c, fns)}\n"
-        f"{c.objective}, {_describe_target(c)}: {prompts} prompts x {samples} samples = "
+        f"{c.objective}, {_describe_target(c, fns.objective)}: {prompts} prompts x {samples} samples = "
         f"{prompts * samples} responses per step, "
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
@@ -380,8 +380,10 @@ def _describe(
     )
 
 
-def _describe_target(c: FrozenConfigDict) -> str:
-    return c.schedules.replace(",", ", ") if c.schedules else f"alpha {c.alpha:g}"
+def _describe_target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
+    if c.schedules:
+        return c.schedules.replace(",", ", ")
+    return f"alpha {c.alpha:g}" if objective.has_target else "without a target"
 
 
 def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:
