@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import app, flags
-from scipy import optimize, special
 
 import pfjax
 from examples import toy_model, worlds
@@ -70,23 +69,6 @@ def list_responses(problem: sums.Problem) -> list[Response]:
     return _TOY.responses(problem)
 
 
-def target_on(
-    log_p0: np.ndarray,
-    length: np.ndarray,
-    target: Target,
-    reward: np.ndarray | float = 0.0,
-) -> tuple[float, np.ndarray]:
-    """log Z at which a target sums to 1 over a list, and its log density there, `[n]`."""
-    scale = length if target.is_length_aware else np.ones_like(length)
-    log_r = target.log_density(log_p0, length, 0.0, reward=reward)
-    excess = lambda log_z: special.logsumexp(log_r - log_z * scale)
-    # One term is 1 at the one end, all are at most 1/n at the other; the margin is for
-    # lists of one.
-    low, high = (log_r / scale).max(), ((log_r + np.log(len(log_r))) / scale).max()
-    log_z = optimize.brentq(excess, low - 1e-6, high + 1e-6, xtol=1e-12)
-    return log_z, log_r - log_z * scale
-
-
 def measure(
     log_p0: np.ndarray,
     log_pi: np.ndarray,
@@ -104,7 +86,7 @@ def measure(
       is_correct: `[n]`.
       reward: `[n]`, see `Target.log_reward`.
     """
-    log_z, log_p = target_on(log_p0, length, target, reward)
+    log_z, log_p = exact.target_on(log_p0, length, target, reward)
     base, policy, wanted = np.exp(log_p0), np.exp(log_pi), np.exp(log_p)
     mass, gap = policy.sum(), log_pi - log_p
     # What the slope is of: alpha log p_0 where policy and target agree.
@@ -159,14 +141,13 @@ def listed(world: World, base: pfjax.Policy, problems: Sequence[Any]) -> list[Li
             log_p0,
         )
         for problem, mine, responses, log_p0 in zip(
-            problems, texts, found, _score(base, base, problems, texts), strict=True
+            problems,
+            texts,
+            found,
+            exact.score(base, base.tokenizer, problems, texts),
+            strict=True,
         )
     ]
-
-
-def _score(policy: pfjax.Policy, base: pfjax.Policy, problems, texts) -> list:
-    scores = exact.score(policy, base.tokenizer, problems, texts)
-    return [x.astype(float) for x in scores]
 
 
 def measure_all(
@@ -176,7 +157,8 @@ def measure_all(
 
     A reward in the target is a verifier: 0 for a correct response, -1 for any other.
     """
-    scores = _score(policy, base, [r.problem for r in rows], [r.texts for r in rows])
+    asked = [r.problem for r in rows], [r.texts for r in rows]
+    scores = exact.score(policy, base.tokenizer, *asked)
     return [
         measure(
             r.log_p0, log_pi, r.length, target, r.is_correct, verifier(r.is_correct)

@@ -19,6 +19,7 @@ from absl import app, flags
 import pfjax
 from examples import exact
 from examples.exact import Listed, Match
+from examples.worlds import exact as of_worlds
 from pfjax.targets import Target
 
 ALPHAS, BETAS = (1.0, 2.0, 4.0), (0.0, 1.0, 3.0, 8.0)
@@ -37,7 +38,7 @@ def target_accuracy(rows: Sequence[Listed], alpha: float, beta: float) -> float:
     found = []
     for r in rows:
         reward = exact.verifier(r.is_correct)
-        _, log_p = exact.target_on(r.log_p0, r.length, Target(alpha, beta), reward)
+        _, log_p = of_worlds.target_on(r.log_p0, r.length, Target(alpha, beta), reward)
         found.append(np.exp(log_p) @ r.is_correct)
     return float(np.mean(found))
 

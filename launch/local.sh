@@ -2,7 +2,7 @@
 # Trains on this machine: by default sharpens the toy model (configs/smoke.py).
 #
 #   bash launch/local.sh [--config=FILE] [--workdir=DIR] [--config.NAME=VALUE ...]
-#   bash launch/local.sh --study [--out=DIR]    every objective, within 40 minutes
+#   bash launch/local.sh --study [--full]   methods compared on worlds with exact answers
 #
 # Makes a virtual environment first (see environment.sh); quick the second time.
 set -euo pipefail

@@ -1,88 +1,99 @@
-"""The search that configs/study.py has its settings from: eight trials per objective."""
+"""The search that configs/study.py has its settings from: sixteen for every method."""
 
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from examples.study import jobs, tables
+from examples.study import cells
+from examples.study.methods import TRAINED
 
-_TRAIN = jobs.ROOT / "pfjax/assets/toy/train_answered.jsonl"
-_SEED = 100
 NUM_VALIDATION = 128  # prompts of the training set that a search does not train on
-
-# Every objective is tried at these six, then at two more from where it was best: of a
-# setting that it alone has, or of a finer learning rate.
-RATES, CLIPS = (1e-4, 3e-4, 1e-3), (0.05, 1.0)
-_FINER = (3**-0.5, 3**0.5)
-_BALANCE = ({"log_z": "group"}, {"optim.log_z_learning_rate": 3e-2})
-_REWARD = ({"reward_kl": 0.01}, {"reward_kl": 0.1})
-_SECOND: dict[str, tuple[dict[str, Any], ...]] = {
-    "powerflow": _BALANCE,
-    "tb_traj": _BALANCE,
-    "tb_token": _BALANCE,
-    "flowrl": ({"beta": 1.0}, {"beta": 4.0}),
-    "grpo": _REWARD,
-    "ttrl": _REWARD,
-    "empo": _REWARD,
-    "intuitor": _REWARD,
-}
+_SEED = 100
+SETTINGS = tuple(
+    {"optim.learning_rate": rate, "optim.clip_norm": clip, "optim.schedule": schedule}
+    for rate, clip, schedule in itertools.product(
+        (1e-4, 3e-4, 1e-3, 3e-3), (0.05, 0.5), ("constant", "cosine")
+    )
+)
 
 
 def search(
     out: pathlib.Path,
-    objectives: Sequence[str],
-    more: dict[str, Any],
-    run: Callable[[jobs.Job], None] = jobs.run,
+    world: str,
+    methods: Sequence[str],
+    shared: dict[str, Any],
+    base_steps: int | None,
 ) -> None:
-    """Tries eight settings for each objective on prompts held out of training, prints the
-    best, and writes all to search.json.
+    """Tries all settings for each method on a world, writes what each came to on
+    validation prompts, and prints which is best: by accuracy; by the distance from its target
+    that the run itself estimates from samples (`match.json`), which reads no answers; and by
+    the exact distance from what it should end at.
 
     Args:
       out: folder of the trials.
-      objectives: their names.
-      more: values of the config for every trial.
-      run: carries out one training.
+      world: whose base 0 is trained.
+      methods: their names.
+      shared: values of the config for every trial.
+      base_steps: of fitting the base; None for the world's own.
     """
-    rows = _TRAIN.read_text().splitlines(keepends=True)
-    parts = {"train": rows[:-NUM_VALIDATION], "valid": rows[-NUM_VALIDATION:]}
-    for name, part in parts.items():
-        (out / f"{name}.jsonl").write_text("".join(part))
-    shared = {
-        "data.train": out / "train.jsonl",
-        "data.eval": out / "valid.jsonl",
-        "seed": _SEED,
-        "eval_every": 50,
-        "eval_samples": 8,
-        **more,
-    }
-
-    def trial(name: str, values: dict[str, Any]) -> dict[str, Any]:
-        folder = out / name / "_".join(f"{k}={v}" for k, v in values.items())
-        job = jobs.training(folder, name, {**shared, **values})
-        if not job.result.exists():
-            run(job)
-        last = tables.evaluations(folder)[-1]
-        return {
-            "values": values,
-            "accuracy": last["eval/avg"],
-            "length": last["eval/length_mean"],
-        }
-
-    def tries(name: str) -> tuple[str, list[dict[str, Any]]]:
-        found = [
-            trial(name, {"optim.learning_rate": rate, "optim.clip_norm": clip})
-            for rate, clip in itertools.product(RATES, CLIPS)
-        ]
-        best = max(found, key=lambda t: t["accuracy"])["values"]
-        rate = best["optim.learning_rate"]
-        finer = tuple({"optim.learning_rate": rate * x} for x in _FINER)
-        found += [trial(name, {**best, **x}) for x in _SECOND.get(name, finer)]
-        best = max(found, key=lambda t: t["accuracy"])
-        print(f"{name:10} {best['accuracy']:.4f}  {best['values']}", flush=True)
-        return name, found
-
-    with jobs.pool() as threads:
-        found = dict(threads.map(tries, objectives))
+    cells.prepare(out, [world], [0], methods, base_steps)
+    prompts = _hold_out(cells.folder_of_base(out, world, 0), out / "prompts")
+    calls, found = [], {method: [] for method in methods}
+    for method, (i, values) in itertools.product(methods, enumerate(SETTINGS)):
+        cell = cells.Cell(world, 0, method, i)
+        more = {"seed": _SEED, "match_prompts": NUM_VALIDATION, **values, **shared}
+        calls.append((f"{method} {i}", cells.run, (out, cell, more, prompts)))
+        found[method].append((cell.folder(out), values))
+    cells.carry_out(calls)
+    found = {k: [_trial(*trial) for trial in trials] for k, trials in found.items()}
     (out / "search.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(_table(found))
+
+
+def _table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The best of each method by answers, and by what needs none, in Markdown."""
+    lines = [
+        "| method | best by | rate | clipping | schedule | accuracy | total variation |",
+        "|---|---|---:|---:|---|---:|---:|",
+    ]
+    for method, trials in found.items():
+        best = {"answers": max(trials, key=lambda t: t["accuracy"])}
+        for name, key in (
+            ("certificate", "certificate"),
+            ("exact distance", "total_variation"),
+        ):
+            if all(t[key] is not None for t in trials):
+                best[name] = min(trials, key=lambda t, key=key: t[key])
+        for name, trial in best.items():
+            distance = trial["total_variation"]
+            cells = [
+                *map(str, trial["values"].values()),
+                f"{trial['accuracy']:.3f}",
+                "" if distance is None else f"{distance:.3f}",
+            ]
+            title = TRAINED[method].title
+            lines.append(f"| {title} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _hold_out(base: pathlib.Path, folder: pathlib.Path) -> cells.Prompts:
+    """Writes a base's training prompts, less the last of them, which are evaluated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "train_answered"):
+        rows = (base / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        rest, last = rows[:-NUM_VALIDATION], rows[-NUM_VALIDATION:]
+        (folder / f"{name}.jsonl").write_text("".join(rest))
+    (folder / "eval.jsonl").write_text("".join(last))
+    return cells.Prompts(folder, NUM_VALIDATION)
+
+
+def _trial(folder: pathlib.Path, values: dict[str, Any]) -> dict[str, Any]:
+    result = json.loads((folder / "result.json").read_text())
+    match = folder / "match.json"
+    certificate = None
+    if match.exists():
+        certificate = json.loads(match.read_text())["total_variation"]
+    kept = {k: result.get(k) for k in ("accuracy", "length", "total_variation")}
+    return {"values": values, **kept, "certificate": certificate}

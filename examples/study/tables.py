@@ -1,139 +1,194 @@
-"""Tables that compare runs on several seeds, in Markdown: means, standard deviations."""
+"""Tables of the study, in Markdown."""
 
-import pathlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfjax.evaluation import scores
-from pfjax.infra import dataset_io
-from pfjax.model import hf, log_probs, tokenizer
-from pfjax.sampler import engine
-from pfjax.tasks import benchmarks, grading
+from examples.study import statistics
+from examples.study.methods import TRAINED, UNTRAINED
+from examples.study.statistics import Interval
 
-_BEST = "best avg"
-# Metrics of a run, named up to the "@"; and what heads their columns.
+# What a distribution over responses is worth, see `cells.run`; and what else a run has.
+Values = Mapping[str, Any]
+
+_POINT = 0.01  # of accuracy: how near to the exact value is there
+# Where target and base differ by less, no fraction of the way is taken.
+_LEAST_WAY = 0.05
 _COLUMNS = {
-    "eval/avg": "accuracy",
-    _BEST: "best on the way",
-    "eval/maj": "majority",
-    "eval/pass": "any of k",
-    "eval/length_mean": "length",
-    "eval/distinct": "distinct",
-    "entropy": "entropy per token",
-    "kl/policy_base_per_token": "KL to base per token",
+    "accuracy": ("accuracy", "{:.3f}"),
+    "distinct_correct": ("distinct correct of 16", "{:.2f}"),
+    "distinct": ("distinct of 16", "{:.2f}"),
+    "length": ("length", "{:.1f}"),
+    "total_variation": ("total variation", "{:.3f}"),
+    "exponent": ("exponent", "{:.2f}"),
+    "tokens": ("tokens", "{:,.0f}"),
+    "fell_below_base": ("runs once below the base", "{:.0%}"),
 }
+_MEANS_ALONE = ("tokens", "fell_below_base")
 
 
-def evaluations(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics that have an evaluation, without its number of samples."""
-    found = dataset_io.read_jsonl(folder / "metrics.jsonl")
-    return [
-        {k.partition("@")[0]: v for k, v in row.items() if not k.endswith("_se")}
-        for row in found
-        if "eval/length_mean" in row
-    ]
+class Cell(NamedTuple):
+    """A world and a method: what it should end at and where its runs ended."""
+
+    score: str  # which of the values it is about
+    predicted: np.ndarray  # `[bases]`
+    reached: np.ndarray  # `[bases, seeds]`
+    gap: Interval  # of reached - predicted
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the end is within a point, or within its own interval; a point of
+        numbers above 1 is a hundredth of them."""
+        scale = max(1.0, abs(self.predicted.mean()))
+        return abs(self.gap.value) <= max(_POINT * scale, self.gap.half_width)
 
 
-def table_of_runs(runs: list[tuple[str, pathlib.Path]]) -> str:
-    """Last values of the runs of each label, below those of their base at step 0.
+class World(NamedTuple):
+    """Results of a world, and what was known of it before training."""
 
-    Args:
-      runs: label and folder; runs of one label differ in their seed.
-    """
-    groups: dict[str, dict[str, list[float]]] = {}
-    for label, folder in runs:
-        found = evaluations(folder)
-        best = {_BEST: max(row.get("eval/avg", 0.0) for row in found[1:])}
-        for name, row in (("base", found[0]), (label, {**found[-1], **best})):
-            if name == "base" and label != runs[0][0]:
-                continue  # the seeds of every label begin with the same evaluations
-            group = groups.setdefault(name, {})
-            for key in _COLUMNS.keys() & row.keys():
-                group.setdefault(key, []).append(row[key])
-    return _table("run", _COLUMNS, groups)
+    name: str
+    alpha: float
+    runs: Sequence[Values]
+    # By method, one for each base; for those that need no training, too.
+    predictions: Mapping[str, Sequence[Values]]
 
+    @property
+    def score(self) -> str:
+        """What it is about: to be correct where sharpened, variety of it where flattened."""
+        return "accuracy" if self.alpha > 1 else "distinct_correct"
 
-def table_of_samples(files: dict[str, list[pathlib.Path]], prompts: str) -> str:
-    """Scores of what `pfjax.sample` wrote, a file per seed.
+    @property
+    def methods(self) -> list[str]:
+        there = {r["method"] for r in self.runs}
+        return [name for name in TRAINED if name in there]
 
-    Args:
-      files: by method.
-      prompts: the file of prompts with answers that were sampled.
-    """
-    problems = benchmarks.read(prompts)
-    columns = {k: v for k, v in _COLUMNS.items() if k.startswith("eval/")}
-    groups: dict[str, dict[str, list[float]]] = {}
-    with grading.Grader() as grader:
-        for method, paths in files.items():
-            group = groups.setdefault(method, {})
-            for path in paths:
-                rows = dataset_io.read_jsonl(path)
-                rows.sort(key=lambda r: (r["prompt_id"], r["sample"]))
-                for row in rows:
-                    row["terminated"] = row["finished"]
-                scores.grade(rows, problems, grader, "last")
-                k = len(rows) // len(problems)
-                for name, value in scores.summarise(rows, k, grader).items():
-                    key = f"eval/{name.partition('@')[0]}"
-                    if key in columns and not name.endswith("_se"):
-                        group.setdefault(key, []).append(value)
-    return _table("method", columns, groups)
+    def grid(self, method: str, key: str) -> np.ndarray:
+        """Values of a method's runs, `[bases, seeds]`."""
+        mine = [r for r in self.runs if r["method"] == method]
+        bases = sorted({r["base"] for r in mine})
+        mine.sort(key=lambda r: r["seed"])
+        return np.array([[r[key] for r in mine if r["base"] == b] for b in bases])
+
+    def exact(self, method: str, key: str) -> np.ndarray:
+        """Of what a method should end at, `[bases]`."""
+        return np.array([found[key] for found in self.predictions[method]])
+
+    def cells(self) -> dict[str, Cell]:
+        """By method, where its end is known."""
+        out = {}
+        for method in self.methods:
+            if method in self.predictions:
+                exact, found = (
+                    self.exact(method, self.score),
+                    self.grid(method, self.score),
+                )
+                gap = statistics.intervals({method: found - exact[:, None]})[method]
+                out[method] = Cell(self.score, exact, found, gap)
+        return out
 
 
-def table_of_distances(
-    policies: dict[str, list[pathlib.Path]], base: str, prompts: str
-) -> str:
-    """How far policies are from their base, in nats per response, from 32 samples of
-    either side to each prompt.
-
-    Args:
-      policies: folders by label, one per seed.
-      base: folder or name of the base.
-      prompts: file of prompts.
-    """
-    tok, origin = tokenizer.load(base), hf.load(base)
-    ids = [tokenizer.encode_prompt(tok, p.question) for p in benchmarks.read(prompts)]
-    longest = origin.config.max_positions - max(len(x) for x in ids)
-    samples, new = 32, min(longest, 64)
-
-    def divergence(p, q) -> float:
-        """KL(p || q)."""
-        sampled = engine.rollout(p, ids, samples, new, seed=1)
-        starts = np.repeat([len(x) for x in ids], samples)
-        sequences = [
-            ids[i] + sampled.tokens[i, j, : sampled.lengths[i, j]].tolist()
-            for i, j in np.ndindex(sampled.lengths.shape)
-        ]
-        own, other = (log_probs.score(x, sequences, starts) for x in (p, q))
-        gaps = [a.sum() - b.sum() for a, b in zip(own, other, strict=True)]
-        return float(np.mean(gaps))
-
-    groups: dict[str, dict[str, list[float]]] = {}
-    for label, folders in policies.items():
-        for policy in map(hf.load, folders):
-            group = groups.setdefault(label, {})
-            group.setdefault("to", []).append(divergence(origin, policy))
-            group.setdefault("from", []).append(divergence(policy, origin))
-    columns = {"to": "KL(base, policy)", "from": "KL(policy, base)"}
-    return _table("nats per response", columns, groups)
-
-
-def _table(
-    title: str, columns: dict[str, str], groups: dict[str, dict[str, list[float]]]
-) -> str:
-    lines = [
-        f"| {title} | {' | '.join(columns.values())} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
-    for name, values in groups.items():
-        cells = [_cell(values.get(key, [])) for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def of_world(world: World) -> str:
+    """What is exact of a world, and where its runs ended: means over bases and seeds, with
+    intervals of 95 %."""
+    keys = [k for k in _COLUMNS if k != "fell_below_base" or world.alpha > 1]
+    lines = _header("", [_COLUMNS[k][0] for k in keys])
+    for name, method in UNTRAINED.items():
+        if name in world.predictions:
+            first = world.predictions[name][0]
+            cells = [
+                _text(k, world.exact(name, k).mean()) if k in first else ""
+                for k in keys
+            ]
+            lines.append(_row(f"*{method.title}*", cells))
+    for name in world.methods:
+        lines.append(
+            _row(TRAINED[name].title, [_measured(world, name, k) for k in keys])
+        )
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: list[float]) -> str:
-    if not values:
+def _measured(world: World, method: str, key: str) -> str:
+    if any(key not in r for r in world.runs if r["method"] == method):
         return ""
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    found = statistics.intervals({method: world.grid(method, key)})[method]
+    return _text(key, *(found[:1] if key in _MEANS_ALONE else found))
+
+
+def of_ends(worlds: Sequence[World]) -> str:
+    """Which runs ended where theory says, for all cells whose end is known."""
+    lines = _header("world", ["method", "exact", "reached", "difference", "there"])
+    total = there = 0
+    for world in worlds:
+        for method, cell in world.cells().items():
+            total, there = total + 1, there + cell.is_there
+            text = lambda x, key=cell.score: _text(key, x)
+            values = [
+                TRAINED[method].title, text(cell.predicted.mean()), text(cell.reached.mean()),
+                _text(cell.score, *cell.gap), "yes" if cell.is_there else "**no**",
+            ]  # fmt: skip
+            lines.append(_row(world.name, values))
+    share = f"{there} of {total} cells end within a point, or their interval, of the exact value.\n"
+    return "\n".join(lines) + f"\n\n{share}"
+
+
+def of_all(worlds: Sequence[World], reference: str = "powerflow") -> str:
+    """How much of the way from the base to the length-aware target the methods go: the
+    interquartile mean over the runs of all worlds, and its difference from the reference.
+
+    Methods that lack a world are left out, and worlds whose target is hardly better or
+    worse than the base.
+    """
+    ways = [w for w in worlds if np.abs(_way(w)).min() > _LEAST_WAY]
+    if not ways:
+        return ""
+    shared = [m for m in ways[0].methods if all(m in w.methods for w in ways)]
+    scores = {}
+    for method in shared:
+        parts = []
+        for w in ways:
+            gained = w.grid(method, w.score) - w.exact("base", w.score)[:, None]
+            parts.append(gained / _way(w)[:, None])
+        scores[method] = np.concatenate(parts)
+    iqm = statistics.interquartile_mean
+    own = statistics.intervals(scores, iqm)
+    lines = _header(
+        "method", ["of the way to the target", "difference from PowerFlow", ""]
+    )
+    # One run of each orders nothing.
+    is_comparable = reference in scores and scores[reference].shape[1] > 1
+    apart = statistics.intervals(scores, iqm, reference) if is_comparable else {}
+    for method, found in sorted(own.items(), key=lambda x: -x[1].value):
+        cells = [_text("accuracy", *found), "", ""]
+        if method in apart and method != reference:
+            difference = apart[method]
+            cells[1:] = [_text("accuracy", *difference), _order(difference)]
+        lines.append(_row(TRAINED[method].title, cells))
+    return f"{', '.join(w.name for w in ways)}:\n\n" + "\n".join(lines) + "\n"
+
+
+def _order(difference: Interval) -> str:
+    if difference.holds_zero:
+        return "no order"
+    return "above" if difference.value > 0 else "below"
+
+
+def _way(world: World) -> np.ndarray:
+    """From the base to the target, `[bases]`."""
+    return world.exact("target", world.score) - world.exact("base", world.score)
+
+
+def _header(first: str, rest: Sequence[str]) -> list[str]:
+    return [_row(first, rest), "|---|" + "---:|" * len(rest)]
+
+
+def _row(first: str, rest: Sequence[str]) -> str:
+    return f"| {first} | {' | '.join(rest)} |"
+
+
+def _text(key: str, value: float, low: float | None = None, high: float | None = None):
+    """A value, with its interval where runs differ."""
+    form = _COLUMNS[key][1].format
+    if low is None or form(low) == form(high):
+        return form(value)
+    return f"{form(value)} [{form(low)}, {form(high)}]"

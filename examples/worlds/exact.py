@@ -146,6 +146,33 @@ def score(
     return np.split(log_p, np.cumsum([len(mine) for mine in texts])[:-1])
 
 
+def target_on(
+    log_p0: np.ndarray,
+    length: np.ndarray,
+    target: Target,
+    reward: np.ndarray | float = 0.0,
+    log_q: np.ndarray | float = 0.0,
+) -> tuple[float, np.ndarray]:
+    """log Z at which a target sums to 1 over a list, and its log density there, `[n]`.
+
+    Args:
+      log_p0: `[n]`, of the base; in nats per response.
+      length: `[n]` tokens, the stop token included.
+      target: its psi is 0 for all responses.
+      reward: `[n]`, see `Target.log_reward`.
+      log_q: of samples in the place of a list, the expected number of each; the density is
+        then divided by it.
+    """
+    scale = length if target.is_length_aware else np.ones_like(length)
+    log_r = target.log_density(log_p0, length, 0.0, reward=reward) - log_q
+    excess = lambda log_z: special.logsumexp(log_r - log_z * scale)
+    # One term is 1 at the one end, all are at most 1/n at the other; the margin is for
+    # lists of one.
+    low, high = (log_r / scale).max(), ((log_r + np.log(len(log_r))) / scale).max()
+    log_z = optimize.brentq(excess, low - 1e-6, high + 1e-6, xtol=1e-12)
+    return log_z, log_r - log_z * scale
+
+
 def at_temperature(policy: pfjax.Policy, temperature: float) -> pfjax.Policy:
     """A model whose log-probs at temperature 1 are those of `policy` at another."""
     # Logits are linear in the head.
@@ -160,23 +187,20 @@ def _value(
     """Accuracy, length, its deviation and log Z'; and distinct correct responses."""
     length = np.array([r.length for r in support.responses])
     is_correct = np.array([r.is_correct for r in support.responses])
-    target = Target(method.alpha, is_length_aware=method.is_length_aware)
-    log_weight = lambda log_z: target.log_density(log_p, length, log_z) - support.log_q
-    log_z = 0.0
-    if method.is_length_aware:
-        excess = lambda log_z: special.logsumexp(log_weight(log_z))
-        bound = abs(excess(0.0)) + 1e-6  # see `grammar.length_aware`
-        log_z = optimize.brentq(excess, -bound, bound)
-    log_w = log_weight(log_z)
-    normalised = np.exp(log_w - special.logsumexp(log_w))
-    # What a model says beside the list is incorrect. A target has no such part: it is
-    # the list's.
-    w = np.exp(log_w) if support.is_list and method.alpha == 1 else normalised
+    if method.alpha == 1:
+        log_z, w = 0.0, np.exp(log_p - support.log_q)
+        # What a model says beside the list is incorrect.
+        normalised = w / w.sum()
+        w = w if support.is_list else normalised
+    else:  # the list's alone
+        target = Target(method.alpha, is_length_aware=method.is_length_aware)
+        log_z, log_w = target_on(log_p, length, target, log_q=support.log_q)
+        w = normalised = np.exp(log_w)
     mean = normalised @ length
     std = math.sqrt(normalised @ (length - mean) ** 2)
     distinct = np.sum(1 - (1 - w[is_correct]) ** NUM_SAMPLES)
     return (
-        (w @ is_correct, mean, std, log_z),
+        (w @ is_correct, mean, std, log_z if method.is_length_aware else 0.0),
         distinct if support.is_list else math.nan,
     )
 

@@ -7,6 +7,7 @@ import pytest
 
 import pfjax
 from examples import exact, toy_model
+from examples.worlds import exact as of_worlds
 from pfjax.targets import Target
 
 LENGTH = np.array([1, 2, 3])
@@ -20,7 +21,7 @@ WHOLE = {"is_length_aware": False}
 @pytest.mark.parametrize("beta", [0.0, 3.0])
 def test_the_target_itself_matches(alpha, beta, more):
     target = Target(alpha, beta, **more)
-    _, log_p = exact.target_on(np.log(P0), LENGTH, target, REWARD)
+    _, log_p = of_worlds.target_on(np.log(P0), LENGTH, target, REWARD)
     assert np.exp(log_p).sum() == pytest.approx(1)
     found = exact.measure(np.log(P0), log_p, LENGTH, target, REWARD == 0, REWARD)
     assert found.total_variation == pytest.approx(0, abs=1e-9)
@@ -68,7 +69,7 @@ def test_exponents_weigh_by_base_and_by_target():
 def test_a_verifier_takes_beta_nats_from_what_fails():
     target = Target(1.0, math.log(3), **WHOLE)
     reward = np.array([0.0, -1.0])
-    _, log_p = exact.target_on(np.log([0.5, 0.5]), LENGTH[:2], target, reward)
+    _, log_p = of_worlds.target_on(np.log([0.5, 0.5]), LENGTH[:2], target, reward)
     np.testing.assert_allclose(np.exp(log_p), [0.75, 0.25])
 
 

@@ -1,239 +1,245 @@
-"""python -m examples.study: its commands, and what it makes of their results."""
+"""python -m examples.study: what it predicts, its statistics and tables, and its commands."""
 
-import importlib
 import json
-import os
-import pathlib
-import shutil
-import subprocess
-import threading
-import time
 import types
 
+import numpy as np
 import pytest
 
-from examples.study import jobs, search, study
-from pfjax import objectives
+from examples.study import cells, methods, search, statistics, tables
+from examples.study.methods import TRAINED, UNTRAINED, Base
 from pfjax.infra import dataset_io
-from pfjax.model import hf
-from tests import fork_server
+from pfjax.trainer import recipes
 from tests.conftest import run_command
-from tests.report import fake_runs
-
-SHARED = {"num_steps": 2}
 
 
-def _plan(tmp_path, names=("powerflow", "grpo"), alphas=("0.5", "2"), seeds=2):
-    trained, sampled = jobs.plan(tmp_path, names, alphas, seeds, SHARED)
-    return {j.name: j for j in [*trained, *(j for x in sampled.values() for j in x)]}
-
-
-class _Results:
-    """Stands in for processes: leaves what they would have left."""
-
-    def __init__(self, accuracy=lambda job: 0.5):
-        self.ran: list[str] = []
-        self._accuracy = accuracy
-        self._lock = threading.Lock()
-
-    def __call__(self, job: jobs.Job) -> None:
-        if job.name.startswith(("target", "alpha-2")):
-            time.sleep(0.3)  # others need it, and must wait
-        with self._lock:
-            self.ran.append(job.name)
-        if job.result.suffix == ".jsonl":
-            problems = dataset_io.read(jobs.EVAL)
-            row = {
-                "sample": 0,
-                "completion": r"\boxed{7}",
-                "tokens": 3,
-                "finished": True,
-            }
-            rows = [row | {"prompt_id": i} for i in range(len(problems))]
-            dataset_io.write_jsonl(job.result, rows)
-            return
-        fake_runs.make(job.folder)
-        rows = dataset_io.read_jsonl(job.folder / "metrics.jsonl")
-        rows[-1] |= {
-            "eval/avg@2": self._accuracy(job),
-            "eval/elbo": 0.1,
-            "eval/eubo": 0.2,
-        }
-        dataset_io.write_jsonl(job.folder / "metrics.jsonl", rows)
-        shutil.copytree(hf.resolve("pfjax/toy"), job.result)
-
-
-def test_every_objective_and_alpha_is_trained_on_every_seed(tmp_path):
-    found = _plan(tmp_path)
-    assert {n for n in found if n.endswith("/0")} == {
-        "powerflow/0", "grpo/0", "alpha-0.5/0", "alpha-2/0", "back/0",
-        "temperature 0.25/0", "SMC, whole sequences/0", "SMC, length-aware/0",
-        "MH, length-aware/0",
-    }  # fmt: skip
-    assert len(found) == 2 * 9 + 1
-    command = found["grpo/1"].command
-    assert command[:2] == ("pfjax.train", "--config=configs/study.py:grpo")
-    assert {"--config.seed=1", "--config.num_steps=2"} < set(command)
-    back = found["back/1"]
-    assert back.needs == "alpha-2/1" and back.label == "alpha 2, then 0.5"
-    assert f"--config.model={tmp_path}/alpha-2/1/hf" in back.command
-    assert "--config.alpha=0.5" in back.command
-    target = found["powerflow/0"].needs
-    assert (
-        f"--config.data.target={found[target].result}" in found["powerflow/0"].command
+def _listed(log_p0, length, is_correct):
+    log_p0, length, is_correct = map(np.array, (log_p0, length, is_correct))
+    texts = [str(i) for i in range(len(log_p0))]
+    return types.SimpleNamespace(
+        problem=None, texts=texts, log_p0=log_p0, length=length, is_correct=is_correct
     )
-    assert "back/0" not in _plan(tmp_path, alphas=("0.5",))
-
-
-def test_every_command_has_settings_that_there_are(tmp_path):
-    config = importlib.import_module("configs.study")
-    names = list(objectives.OBJECTIVES)
-    second = [x for values in search._SECOND.values() for x in values]
-    for job in _plan(tmp_path, names).values():
-        if job.label:
-            values = [x for x in job.command if x.startswith("--config.")]
-            pairs = dict(x.removeprefix("--config.").split("=") for x in values)
-            second.append({k: v for k, v in pairs.items() if k != "model"})
-    for values in second:
-        c = config.get_config()
-        for key in values:
-            *sections, last = key.split(".")
-            section = c
-            for name in sections:
-                section = section[name]
-            assert last in section, key
-
-
-def test_what_is_needed_comes_first_and_what_is_there_is_kept(tmp_path, capsys):
-    planned = list(_plan(tmp_path).values())
-    run = _Results()
-    jobs.carry_out(planned, run)
-    assert sorted(run.ran) == sorted(j.name for j in planned)
-    for job in planned:
-        if job.needs:
-            assert run.ran.index(job.needs) < run.ran.index(job.name)
-    assert f"{len(planned)}/{len(planned)}" in capsys.readouterr().out
-    planned[-1].result.unlink()
-    again = _Results()
-    jobs.carry_out(planned, again)
-    assert again.ran == [planned[-1].name]
-
-
-def test_the_first_failure_ends_it(tmp_path):
-    def run(job):
-        raise ValueError(f"{job.name} failed")
-
-    with pytest.raises(ValueError, match="failed"):
-        jobs.carry_out(list(_plan(tmp_path).values()), run)
-
-
-def test_a_process_that_fails_says_why_and_a_part_is_no_result(tmp_path):
-    path = tmp_path / "samples/x.jsonl"
-    job = jobs.sampling("x", path, 0, ["--method=unknown"])
-    with pytest.raises(ValueError, match=r"x failed .*x\.log.*:\n(.*\n)*.*unknown"):
-        jobs.run(job)
-    assert not path.exists()
-    # Stands in for pfjax.sample: writes into the part.
-    part = str(tmp_path / "samples/x.part")
-    assert f"--out={part}" in job.command
-    jobs.run(job._replace(command=("timeit", "-n1", "-r1", f"open({part!r}, 'w')")))
-    assert path.exists() and not pathlib.Path(part).exists()
-
-
-def test_tables_and_reports_are_of_all_runs(tmp_path, capsys):
-    run = _Results()
-    study.study(tmp_path, ["powerflow"], ["0.5"], 1, SHARED, run)
-    table = (tmp_path / "table.md").read_text()
-    for name in (
-        "base", "powerflow, alpha 4", "powerflow, alpha 0.5", "temperature 0.25",
-        "SMC, whole sequences", "SMC, length-aware", "MH, length-aware",
-    ):  # fmt: skip
-        assert f"| {name} |" in table
-    assert "0.100 <= log of the target's sum <= 0.200" in table
-    text = (tmp_path / "report/index.html").read_text()
-    assert "powerflow, alpha 0.5" in text
-    for name in ("all/length", "all/distinct", "figure/accuracy", "figure/quality"):
-        assert (tmp_path / f"pictures/{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert table in capsys.readouterr().out
-
-
-def test_search_tries_eight_settings_and_keeps_all(tmp_path, capsys):
-    def accuracy(job):
-        return 0.9 if "learning_rate=0.0003" in job.name else 0.1
-
-    run = _Results(accuracy)
-    search.search(tmp_path, ["tb_traj", "subtb"], SHARED, run)
-    found = json.loads((tmp_path / "search.json").read_text())
-    for name, second in (
-        ("tb_traj", {"log_z", "optim.log_z_learning_rate"}), ("subtb", set())
-    ):  # fmt: skip
-        trials = found[name]
-        assert len(trials) == len({str(t["values"]) for t in trials}) == 8
-        best = max(trials[:6], key=lambda t: t["accuracy"])["values"]
-        assert best["optim.learning_rate"] == 3e-4
-        for trial in trials[6:]:
-            assert best.keys() <= trial["values"].keys()
-        assert {k for t in trials[6:] for k in t["values"]} - best.keys() == second
-        assert name in capsys.readouterr().out or name == "subtb"
-    finer = [t["values"]["optim.learning_rate"] for t in found["subtb"][6:]]
-    assert finer == pytest.approx([3e-4 / 3**0.5, 3e-4 * 3**0.5])
-    train, valid = (
-        set((tmp_path / f"{name}.jsonl").read_text().splitlines())
-        for name in ("train", "valid")
-    )
-    assert len(train) == 896 and len(valid) == 128 and not train & valid
-    search.search(tmp_path, ["subtb"], SHARED, again := _Results(accuracy))
-    assert again.ran == []
 
 
 @pytest.fixture
-def forked(monkeypatch):
-    """Its commands are forked, which saves each the seconds of importing."""
+def base():
+    """Two prompts, of three responses and of one."""
+    world = types.SimpleNamespace(name="sums")
+    rows = [
+        _listed(np.log([0.5, 0.3, 0.2]), [1, 2, 3], [False, True, True]),
+        _listed(np.log([1.0]), [2], [True]),
+    ]
+    return Base(world, None, rows)
 
-    def run(command, *, stdout, stderr, env, **unused):
-        _, _, module, *args = command
-        how = {"env": env, "stdout": stdout, "stderr": stderr}
-        process = fork_server.Process(module, *args, **how)
-        return subprocess.CompletedProcess(command, process.wait())
 
-    monkeypatch.setattr(jobs, "subprocess", types.SimpleNamespace(run=run))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["PFJAX_TEST_CACHE"])
+def test_best_of_n_is_what_drawing_n_times_gives(base):
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(3, size=(100_000, 3), p=[0.5, 0.3, 0.2]).min(axis=1)
+    found = np.bincount(drawn) / len(drawn)
+    first, second = methods.best_of(base, 4.0, num=3)
+    assert np.exp(first) == pytest.approx([1 - 0.5**3, 0.5**3 - 0.2**3, 0.2**3])
+    assert np.exp(first) == pytest.approx(found, abs=0.005)
+    assert second == pytest.approx([0])
+
+
+def test_powers_sum_to_one_and_a_power_of_one_changes_nothing(base):
+    for is_length_aware in (True, False):
+        for row in methods.power(base, 2.0, is_length_aware):
+            assert np.exp(row).sum() == pytest.approx(1)
+    whole = np.exp(methods.power(base, 2.0, False)[0])
+    assert whole == pytest.approx(np.array([25, 9, 4]) / 38)
+    same = methods.power(base, 1.0)[0]
+    assert same == pytest.approx(methods.unchanged(base, 1.0)[0])
+
+
+def test_predictions_are_expectations(base):
+    found = cells.predict(base, UNTRAINED["base"])
+    assert found["accuracy"] == pytest.approx((0.5 + 1) / 2)
+    assert found["length"] == pytest.approx((0.5 + 0.6 + 0.6 + 2) / 2)
+    of_16 = lambda p: 1 - (1 - p) ** 16
+    assert found["distinct_correct"] == pytest.approx((of_16(0.3) + of_16(0.2) + 1) / 2)
+    assert found["distinct"] == pytest.approx(
+        (of_16(0.5) + of_16(0.3) + of_16(0.2) + 1) / 2
+    )
+    assert cells.predict(base, TRAINED["grpo"]) is None
+
+
+def test_distances_are_of_lists_and_what_is_not_listed_is_one_cell():
+    p, q = np.log([0.5, 0.3]), np.log([0.2, 0.6])
+    found = cells._distances(p, q)
+    # Both leave 0.2 unlisted; given that it is listed, 5/8, 3/8 and 1/4, 3/4.
+    of_p = 5 / 8 * np.log(5 / 2) + 3 / 8 * np.log(1 / 2)
+    of_q = 1 / 4 * np.log(2 / 5) + 3 / 4 * np.log(2)
+    assert found == pytest.approx((0.3, of_p, of_q))
+    assert cells._distances(p, p + np.log(0.5))[0] == pytest.approx((0.4 + 0.4) / 2)
+
+
+def test_every_method_has_settings_that_there_are():
+    for name, method in TRAINED.items():
+        config = recipes.recipe(f"study:{name}")
+        assert config.match_prompts == 0
+        # What learns from samples of a file says how many; others draw their own.
+        assert bool(method.samples) == (config.behavior.from_file == 1.0), name
+    assert TRAINED["grpo"].is_apt("sums") and not TRAINED["grpo"].is_apt("stories")
+    assert set(methods.MAIN) <= set(TRAINED)
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(4, 5))
+    found = statistics.intervals({"a": noise, "b": noise + 0.1}, reference="a")
+    assert found["a"] == pytest.approx((0, 0, 0))
+    assert found["b"] == pytest.approx((0.1, 0.1, 0.1))
+    assert not found["b"].holds_zero
+    unpaired = statistics.intervals({"a": noise, "b": noise[:, ::-1]}, reference="a")
+    assert unpaired["b"].holds_zero
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    held = []
+    for _ in range(200):
+        found = statistics.intervals({"a": rng.normal(size=(4, 10))})["a"]
+        held.append(found.holds_zero)
+    # Of 95; the bootstrap of ten seeds is a little narrow.
+    assert 0.88 < np.mean(held) < 0.99
+
+
+def _run(method, base, seed, accuracy, **more):
+    values = {"accuracy": accuracy, "distinct_correct": 1.0, "distinct": 2.0}
+    values |= {"length": 10.0, "tokens": 1000, "fell_below_base": 0.0}
+    found = {"world": "sums", "method": method, "base": base, "seed": seed}
+    return found | values | more
+
+
+def _world(**more):
+    value = lambda x: [_run("", b, 0, x + 0.1 * b) for b in range(2)]
+    runs = [
+        _run(m, b, s, at + 0.1 * b + 0.001 * s, total_variation=0.02)
+        for m, at in (("powerflow", 0.8), ("tb_traj", 0.1), ("grpo", 0.85))
+        for b in range(2)
+        for s in range(3)
+    ]
+    known = {"base": 0.5, "target": 0.8, "powerflow": 0.8, "tb_traj": 0.2} | more
+    predictions = {k: value(x) for k, x in known.items()}
+    return tables.World("sums", 4.0, runs[::-1], predictions)
+
+
+def _cells(table):
+    lines = [x for x in table.splitlines() if x.startswith("|")]
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_a_world_has_a_row_per_method_exact_ones_first():
+    rows = _cells(tables.of_world(_world()))
+    names = [row[""] for row in rows]
+    titles = [TRAINED[m].title for m in ("powerflow", "tb_traj", "grpo")]
+    exact = [f"*{UNTRAINED[m].title}*" for m in ("base", "target")]
+    assert names == exact + titles
+    assert rows[0]["accuracy"] == "0.550"
+    mean, interval = rows[2]["accuracy"].split(" ", 1)
+    low, high = json.loads(interval)
+    assert mean == "0.851" and low < 0.851 < high
+    assert rows[2]["total variation"] == "0.020" and rows[2]["exponent"] == ""
+    assert rows[2]["tokens"] == "1,000"
+
+
+def test_ends_are_compared_with_what_was_predicted():
+    text = tables.of_ends([_world()])
+    there = {row["method"]: row["there"] for row in _cells(text)}
+    assert there == {
+        TRAINED["powerflow"].title: "yes",
+        TRAINED["tb_traj"].title: "**no**",
+    }
+    assert "1 of 2 cells" in text
+
+
+def test_methods_are_ordered_only_where_their_interval_allows():
+    found = {row["method"]: row for row in _cells(tables.of_all([_world()]))}
+    ours = found[TRAINED["powerflow"].title]
+    # A thousandth beyond the target at seed 1, of a way of 0.3.
+    assert ours["of the way to the target"].startswith("1.003")
+    assert ours[""] == ""
+    assert found[TRAINED["grpo"].title][""] == "above"
+    assert found[TRAINED["tb_traj"].title][""] == "below"
+    same = _world()
+    runs = [r | {"accuracy": 0.8} for r in same.runs if r["method"] == "grpo"]
+    runs += [r for r in same.runs if r["method"] == "powerflow"]
+    noisy = [r | {"accuracy": 0.8 + 0.05 * (r["seed"] - 1)} for r in runs]
+    rows = _cells(tables.of_all([same._replace(runs=noisy)]))
+    assert {row["method"]: row[""] for row in rows}[TRAINED["grpo"].title] == "no order"
+    # A target that is hardly better than its base has no way to it.
+    assert tables.of_all([_world(target=0.52)]) == ""
+
+
+def test_a_run_that_was_once_below_the_base_is_counted(tmp_path, base):
+    rows = [
+        {"step": 0, "eval/avg@8": 0.1, "eval/avg@8_se": 0.01},
+        {"step": 1, "num_tokens": 30},
+        {"step": 2, "num_tokens": 20,
+         "eval/avg@8": 0.74, "eval/avg@8_se": 0.01},
+    ]  # fmt: skip
+    dataset_io.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    found = cells._on_the_way(tmp_path, base)  # whose accuracy is 0.75
+    assert found == {"tokens": 50, "fell_below_base": 0.0}
+    rows[2]["eval/avg@8"] = 0.72
+    dataset_io.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    assert cells._on_the_way(tmp_path, base)["fell_below_base"] == 1.0
+
+
+def _fails():
+    raise ValueError("detour 0 failed")
+
+
+def test_the_first_failure_ends_it():
+    with pytest.raises(ValueError, match="detour 0 failed"):
+        cells.carry_out([("detour 0", _fails, ())])
+
+
+def test_a_search_holds_prompts_out(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    rows = [{"prompt": str(i), "answer": "1"} for i in range(200)]
+    for name in ("train", "train_answered"):
+        dataset_io.write_jsonl(base / f"{name}.jsonl", rows)
+    prompts = search._hold_out(base, tmp_path / "prompts")
+    read = lambda name: {
+        r["prompt"] for r in dataset_io.read_jsonl(prompts.folder / f"{name}.jsonl")
+    }
+    assert len(read("train")) == 72 and read("train") == read("train_answered")
+    assert read("eval") == {str(i) for i in range(72, 200)}
+    assert len(search.SETTINGS) == len({str(x) for x in search.SETTINGS}) == 16
+
+
+@pytest.mark.slow  # fits a base and trains four times, in processes of their own
+def test_one_command_writes_tables_pictures_and_a_page(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
-
-@pytest.mark.slow  # three trainings and six times samples, in processes of their own
-def test_runs_tables_and_report_of_one_command(tmp_path, forked):
-    args = ("--objectives=powerflow", "--alphas=2", f"--out={tmp_path}")
-    printed = _study("--num_steps=2", "--seeds=1", *args)
-    assert "8/8" in printed
-    config = json.loads((tmp_path / "back/0/config.json").read_text())["config"]
-    assert config["alpha"] == 0.5
-    assert config["model"] == str(tmp_path / "alpha-2/0/hf")
-    table = (tmp_path / "table.md").read_text()
-    for name in ("base", "powerflow, alpha 4", "alpha 2, then 0.5", "MH, length-aware"):
-        assert f"| {name} |" in table
-    assert "<= log of the target's sum <=" in table
-    page = (tmp_path / "report/index.html").read_text()
-    assert "alpha 2, then 0.5" in page
-    # Again: nothing is trained or sampled anew.
-    assert "min  " not in _study("--num_steps=2", "--seeds=1", *args)
-    assert (tmp_path / "table.md").read_text() == table
-
-
-@pytest.mark.slow  # two trainings in processes of their own
-def test_search_trains_on_its_own_prompts(tmp_path, monkeypatch, forked):
-    monkeypatch.setattr(search, "RATES", (1e-4,))
-    monkeypatch.setattr(search, "CLIPS", (1.0,))
-    monkeypatch.setattr(search, "_FINER", (0.5,))
-    search.search(tmp_path, ["subtb"], {"num_steps": 1})
-    first, second = json.loads((tmp_path / "search.json").read_text())["subtb"]
-    assert first["values"]["optim.learning_rate"] == 1e-4
-    assert second["values"]["optim.learning_rate"] == 5e-5
-    assert 0 <= second["accuracy"] <= 1
-    path = next(tmp_path.glob("subtb/*/config.json"))
-    data = json.loads(path.read_text())["config"]["data"]
-    assert data["train"] == str(tmp_path / "train.jsonl")
-    assert data["eval"] == str(tmp_path / "valid.jsonl")
+    args = (
+        f"--out={tmp_path}", "--world=detour", "--bases=1", "--seeds=1",
+        "--base_steps=10", "--num_steps=2",
+    )  # fmt: skip
+    names = ("--method=powerflow", "--method=grpo")
+    printed = _study(*args, *names)
+    assert "2/2" in printed
+    text = (tmp_path / "tables.md").read_text()
+    assert text in printed and "## Where runs should end" in text
+    (run,) = [r for r in json.loads((tmp_path / "results.json").read_text())
+              if r["method"] == "powerflow"]  # fmt: skip
+    config = json.loads((tmp_path / "detour/0/powerflow/0/config.json").read_text())
+    assert config["config"]["behavior"]["base"] == 0.5
+    assert 0 < run["total_variation"] < 1 and run["tokens"] > 0
+    assert TRAINED["powerflow"].title in (tmp_path / "report/index.html").read_text()
+    png = (tmp_path / "pictures/detour/accuracy.png").read_bytes()
+    assert png[:4] == b"\x89PNG"
+    again = _study(*args, *names)
+    assert (tmp_path / "tables.md").read_text() == text
+    assert "## Where runs should end" in again
+    # A method that learns from samples, and a search, of which two settings are there.
+    monkeypatch.setattr(search, "SETTINGS", search.SETTINGS[:1])
+    search.search(tmp_path, "detour", ["powerflow"], {"num_steps": 1}, 10)
+    (trial,) = json.loads((tmp_path / "search.json").read_text())["powerflow"]
+    assert 0 <= trial["certificate"] <= 1 and 0 <= trial["accuracy"] <= 1
 
 
 def _study(*args):

@@ -1,0 +1,293 @@
+"""The study's runs: a base model, a method and a seed each, by processes of one core.
+
+What is there already is kept, so that the same command goes on where it was stopped.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import pfjax
+from examples import exact, worlds
+from examples.study.methods import TRAINED, Base, Method
+from examples.worlds import exact as of_worlds
+from pfjax.infra import dataset_io
+from pfjax.targets import Target
+
+NUM_SAMPLES = 16  # of which different ones are counted
+
+
+class Cell(NamedTuple):
+    """One run of the study."""
+
+    world: str
+    base: int
+    method: str
+    seed: int
+
+    def folder(self, out: pathlib.Path) -> pathlib.Path:
+        return out / self.world / str(self.base) / self.method / str(self.seed)
+
+
+class Prompts(NamedTuple):
+    """Where prompts of training and evaluation are."""
+
+    folder: pathlib.Path
+    num_validation: int = 0  # of the world's training prompts, which are evaluated here
+
+
+def folder_of_base(out: pathlib.Path, world: str, base: int) -> pathlib.Path:
+    return out / world / str(base) / "base"
+
+
+def prepare(
+    out: pathlib.Path,
+    names: Sequence[str],
+    bases: Sequence[int],
+    asked: Sequence[str],
+    steps: int | None,
+) -> None:
+    """Fits the bases, and has them draw what methods learn from."""
+    pairs = list(itertools.product(names, bases))
+    fitted = [(f"{w} {b}", make_base, (out, w, b, steps)) for w, b in pairs]
+    drawn = [
+        (f"{w} {b} {m}", make_samples, (out, w, b, m))
+        for (w, b), m in itertools.product(pairs, asked)
+        if TRAINED[m].samples and TRAINED[m].is_apt(w)
+    ]
+    carry_out(fitted)
+    carry_out(drawn)
+
+
+def make_base(out: pathlib.Path, world: str, base: int, steps: int | None) -> None:
+    """Fits a base model of a world; its number decides weights, prompts, and which are
+    held out."""
+    folder = folder_of_base(out, world, base)
+    if folder.exists():
+        return
+    part = folder.with_name("base.part")
+    with _log(folder.with_suffix(".log")):
+        worlds.WORLDS[world].make(part, steps, base)
+    part.replace(folder)
+
+
+@functools.cache
+def load_base(
+    out: pathlib.Path, world: str, base: int, num_validation: int = 0
+) -> Base:
+    """A base, and the responses to its held-out prompts, or to the last of the training
+    prompts."""
+    policy = pfjax.load(folder_of_base(out, world, base))
+    of_world = worlds.WORLDS[world]
+    train, held_out = of_world.problems(base)
+    asked = train[-num_validation:] if num_validation else held_out
+    return Base(of_world, policy, exact.listed(of_world, policy, asked))
+
+
+def make_samples(out: pathlib.Path, world: str, base: int, method: str) -> None:
+    """Has the base draw the responses to training prompts that a method learns from."""
+    path = _samples_of(out, world, base, method)
+    if path.exists():
+        return
+    part, folder = path.with_suffix(".part"), folder_of_base(out, world, base)
+    drawn = TRAINED[method].samples(TRAINED[method].alpha(world))
+    command = (
+        "-m", "pfjax.sample", f"--model={folder}", f"--prompts={folder}/train.jsonl",
+        "--samples=8", "--max_new_tokens=32", f"--out={part}",
+        *drawn,
+    )  # fmt: skip
+    with path.with_suffix(".log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, *command], stdout=log, stderr=log, check=False
+        )
+    if done.returncode:
+        raise ValueError(f"{' '.join(command)} failed, see {log.name}")
+    part.replace(path)
+
+
+def _samples_of(out: pathlib.Path, world: str, base: int, method: str) -> pathlib.Path:
+    return folder_of_base(out, world, base).with_name(f"{method}.jsonl")
+
+
+def run(
+    out: pathlib.Path, cell: Cell, more: dict[str, Any], prompts: Prompts | None = None
+) -> None:
+    """Trains and measures a cell, and writes `result.json` into its folder.
+
+    Args:
+      out: folder of the study.
+      cell: which.
+      more: values of the config beside the method's own.
+      prompts: of a trial; by default the world's.
+    """
+    prompts = prompts or Prompts(folder_of_base(out, cell.world, cell.base))
+    folder = cell.folder(out)
+    result = folder / "result.json"
+    if result.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    base = load_base(out, cell.world, cell.base, prompts.num_validation)
+    method = TRAINED[cell.method]
+    alpha = method.alpha(cell.world)
+    train = "train_answered" if method.reads_answers else "train"
+    values = {
+        "model": str(folder_of_base(out, cell.world, cell.base)),
+        "data.train": str(prompts.folder / f"{train}.jsonl"),
+        "data.eval": str(prompts.folder / "eval.jsonl"),
+        "alpha": alpha,
+        "seed": cell.seed,
+        "max_new_tokens": base.world.max_tokens,
+        **method.settings(alpha),
+        **more,
+    }
+    if method.samples:
+        samples = _samples_of(out, cell.world, cell.base, cell.method)
+        values |= {"behavior.file": str(samples)}
+    with _log(folder / "log.txt"):
+        if method.sharpens_first:
+            first = folder / "sharpened"
+            pfjax.fine_tune(_config(cell, values | {"alpha": 2.0}), first)
+            values |= {"alpha": 0.5, "model": str(first / "hf")}
+        policy = pfjax.fine_tune(_config(cell, values), folder)
+    (folder / "label.txt").write_text(method.title + "\n")
+    found = measure(policy, base, method) | _on_the_way(folder, base)
+    result.write_text(json.dumps(cell._asdict() | found) + "\n")
+
+
+def _config(cell: Cell, values: dict[str, Any]):
+    return pfjax.recipe(f"study:{cell.method}", **values)
+
+
+def measure(policy: pfjax.Policy, base: Base, method: Method) -> dict[str, float]:
+    """What a policy says on the held-out prompts, by listing all responses; nothing is
+    sampled."""
+    asked = [r.problem for r in base.rows], [r.texts for r in base.rows]
+    log_pi = of_worlds.score(policy, base.policy.tokenizer, *asked)
+    out, alpha = _values(base, log_pi), method.alpha(base.world.name)
+    if method.prediction:
+        wanted = method.prediction(base, alpha)
+        found = [_distances(*x) for x in zip(log_pi, wanted, strict=True)]
+        names = ("total_variation", "kl_policy_target", "kl_target_policy")
+        out |= dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+    if method.target is not None:
+        target = Target(alpha, is_length_aware=method.target)
+        rows = zip(base.rows, log_pi, strict=True)
+        found = [
+            exact.measure(r.log_p0, x, r.length, target, r.is_correct) for r, x in rows
+        ]
+        out["exponent"] = exact.mean(found).exponent
+    return out
+
+
+def predict(base: Base, method: Method) -> dict[str, float] | None:
+    """The same of what a method should end at; None if that is not known."""
+    if method.prediction is None:
+        return None
+    return _values(base, method.prediction(base, method.alpha(base.world.name)))
+
+
+def _values(base: Base, log_p: Sequence[np.ndarray]) -> dict[str, float]:
+    """Means over prompts of a distribution over responses; what is not listed is
+    incorrect."""
+    rows = [
+        {
+            "accuracy": p @ r.is_correct,
+            "distinct": np.sum(1 - (1 - p) ** NUM_SAMPLES),
+            "distinct_correct": np.sum(1 - (1 - p[r.is_correct]) ** NUM_SAMPLES),
+            "length": p @ r.length / p.sum(),
+            "listed": p.sum(),
+        }
+        for r, p in zip(base.rows, map(np.exp, log_p), strict=True)
+    ]
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def _distances(log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, float, float]:
+    """Total variation, where what is not listed is one cell more, and both KL divergences
+    given that a response is listed, in nats."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    p_all, q_all = p.sum(), q.sum()
+    gap = log_p - log_q - np.log(p_all / q_all)
+    total_variation = 0.5 * (np.abs(p - q).sum() + abs(p_all - q_all))
+    return total_variation, p @ gap / p_all, -(q @ gap) / q_all
+
+
+def _on_the_way(folder: pathlib.Path, base: Base) -> dict[str, float]:
+    """Tokens of all responses, and whether an evaluation was below the base: by more than
+    two standard errors."""
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+    tokens = sum(row.get("num_tokens", 0) for row in rows)
+    accuracy = _values(base, [r.log_p0 for r in base.rows])["accuracy"]
+    fell = False
+    for row in rows:
+        name = next((k for k in row if k.startswith("eval/avg@")), "")
+        name = name.removesuffix("_se")
+        if name and row["step"]:
+            fell |= row[name] + 2 * row[f"{name}_se"] < accuracy
+    return {"tokens": tokens, "fell_below_base": float(fell)}
+
+
+@contextlib.contextmanager
+def _log(path: pathlib.Path) -> Iterator[None]:
+    """Has a file take what this process prints."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+def carry_out(calls: Sequence[tuple[str, Callable[..., None], tuple]]) -> None:
+    """Makes calls in processes, one per core; the first failure ends it.
+
+    Args:
+      calls: a name each, a function of this module, and its arguments.
+    """
+    begin, names = time.monotonic(), {}
+    with _pool() as processes:
+        for name, function, args in calls:
+            names[processes.submit(function, *args)] = name
+        try:
+            done = concurrent.futures.as_completed(names)
+            for number, future in enumerate(done, 1):
+                future.result()
+                minutes = (time.monotonic() - begin) / 60
+                print(
+                    f"{minutes:5.1f} min  {number}/{len(names)}  {names[future]}",
+                    flush=True,
+                )
+        except BaseException:  # also Ctrl-C: what has not begun is left
+            processes.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """A process per core of this machine, which stays on its core."""
+    can_pin = hasattr(os, "sched_setaffinity")  # Linux
+    cores = sorted(os.sched_getaffinity(0)) if can_pin else range(os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")  # JAX has threads
+    free = context.Queue()
+    for core in cores:
+        free.put(core)
+    return concurrent.futures.ProcessPoolExecutor(
+        len(cores), context, initializer=_pin, initargs=(free, can_pin)
+    )
+
+
+def _pin(free: Any, can_pin: bool) -> None:
+    if can_pin:
+        os.sched_setaffinity(0, {free.get()})
