@@ -146,7 +146,8 @@ def _draw(
         num = len(prompts[0])
         split = lambda x: x.reshape(num, -1, *x.shape[1:])
         out = tuple(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped))
-        work = jnp.full(num, steps * out[2].shape[1], jnp.int32)
+        # Of all particles, of which the responses may be some.
+        work = jnp.full(num, steps * spec.settings.samples_per_prompt, jnp.int32)
         return (*out, work, found)
 
     return sharding.over_batch(local, 2)(*whole_and_prompts)

@@ -78,6 +78,14 @@ def test_samples_of_the_model_itself_have_an_ancestor_each(policy):
     assert "warning" not in said
 
 
+def test_steps_are_those_of_all_particles(policy):
+    draw = lambda n: smc.sequential_monte_carlo(
+        policy, PROMPTS, TARGET, n, 3, particles=16
+    )
+    some, all_ = (draw(n)[0].slot_steps for n in (4, 16))
+    assert some == all_ == 3 * 16 * 2
+
+
 def test_degenerate_samples_are_said_to_be(policy):
     """A reward that next to none of the particles get."""
     out, found = smc.sequential_monte_carlo(
