@@ -117,7 +117,7 @@ def main() -> None:
     print(
         f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second, "
         "compilation included; "
-        f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps drew nothing; "
+        f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps are of no response; "
         f"{rollout.finished.mean():.0%} of the responses ended by themselves",
         file=sys.stderr,
     )
