@@ -81,11 +81,11 @@ def _study(out: pathlib.Path, names: list[str], methods: list[str], more: dict) 
         + [f"## Over worlds\n\n{tables.of_all([w for w in worlds if w.alpha > 1])}"]
     )
     (out / "tables.md").write_text(text)
-    for name in names:
-        folder = out / name
-        groups = report_runs.group(report_runs.load([str(folder)]))
+    folders = {n: [str(c.folder(out)) for c in asked if c.world == n] for n in names}
+    for name, mine in folders.items():
+        groups = report_runs.group(report_runs.load(mine))
         pictures.write(groups, out / "pictures" / name)
-    page.write([str(out)], str(out / "report"))
+    page.write([*itertools.chain(*folders.values())], str(out / "report"))
     print(f"\n{text}\ntables: {out}/tables.md\nreport: {out}/report/index.html")
 
 

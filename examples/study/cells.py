@@ -21,6 +21,7 @@ import numpy as np
 
 import pfjax
 from examples import exact, worlds
+from examples.study import methods
 from examples.study.methods import TRAINED, Base, Method
 from examples.worlds import exact as of_worlds
 from pfjax.infra import dataset_io
@@ -163,6 +164,7 @@ def run(
         policy = pfjax.fine_tune(_config(cell, values), folder)
     (folder / "label.txt").write_text(method.title + "\n")
     found = measure(policy, base, method) | _on_the_way(folder, base)
+    found |= _with_samples(found, folder, base)
     result.write_text(json.dumps(cell._asdict() | found) + "\n")
 
 
@@ -171,8 +173,7 @@ def _config(cell: Cell, values: dict[str, Any]):
 
 
 def measure(policy: pfjax.Policy, base: Base, method: Method) -> dict[str, float]:
-    """What a policy says on the held-out prompts, by listing all responses; nothing is
-    sampled."""
+    """What a policy says on the held-out prompts, by listing all responses."""
     asked = [r.problem for r in base.rows], [r.texts for r in base.rows]
     log_pi = of_worlds.score(policy, base.policy.tokenizer, *asked)
     out, alpha = _values(base, log_pi), method.alpha(base.world.name)
@@ -212,6 +213,27 @@ def _values(base: Base, log_p: Sequence[np.ndarray]) -> dict[str, float]:
         for r, p in zip(base.rows, map(np.exp, log_p), strict=True)
     ]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def _with_samples(
+    found: dict[str, float], folder: pathlib.Path, base: Base
+) -> dict[str, float]:
+    """Accuracy and length, of which the part that is not listed is taken from the samples
+    of the last evaluation. A story that is not listed is no valid one."""
+    texts = {row.problem.prompt: {*row.texts} for row in base.rows}
+    last = max((folder / "completions").glob("step_*.jsonl"))
+    samples = dataset_io.read_jsonl(last)
+    rest = [
+        row
+        for row in samples
+        if not (row["terminated"] and row["completion"] in texts[row["prompt"]])
+    ]
+    mean = lambda key: sum(row[key] for row in rest) / len(samples)
+    is_answer = methods.alpha_of(base.world.name) > 1
+    return {
+        "accuracy": found["accuracy"] + is_answer * mean("correct"),
+        "length": found["length"] * found["listed"] + mean("tokens"),
+    }
 
 
 def _distances(log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, float, float]:

@@ -188,6 +188,27 @@ def test_a_run_that_was_once_below_the_base_is_counted(tmp_path, base):
     assert cells._on_the_way(tmp_path, base)["fell_below_base"] == 1.0
 
 
+def test_what_is_not_listed_is_taken_from_samples(tmp_path, base):
+    for i, row in enumerate(base.rows):
+        row.problem = types.SimpleNamespace(prompt=f"p{i}")
+    row = {"prompt": "p0", "completion": "1", "terminated": True, "correct": True}
+    rows = [
+        row | {"tokens": 2},  # listed
+        row | {"tokens": 9, "completion": "1 and on"},
+        row | {"tokens": 32, "terminated": False},  # cut, so it is not what is listed
+        row | {"tokens": 4, "completion": "7", "correct": False},
+    ]
+    (tmp_path / "completions").mkdir()
+    dataset_io.write_jsonl(tmp_path / "completions/step_000000.jsonl", rows[:1])
+    dataset_io.write_jsonl(tmp_path / "completions/step_000200.jsonl", rows)
+    found = {"accuracy": 0.25, "length": 2.0, "listed": 0.25}
+    got = cells._with_samples(found, tmp_path, base)
+    assert got == {"accuracy": 0.25 + 2 / 4, "length": 0.5 + (9 + 32 + 4) / 4}
+    world = types.SimpleNamespace(name="stories")
+    got = cells._with_samples(found, tmp_path, base._replace(world=world))
+    assert got["accuracy"] == 0.25
+
+
 def _fails():
     raise ValueError("detour 0 failed")
 
