@@ -124,7 +124,11 @@ TRAINED = {
     "best_of_distillation": Method(
         f"best of {CANDIDATES}, likelihood",
         best_of,
-        samples=lambda alpha: ("--method=best_of", f"--candidates={CANDIDATES}"),
+        samples=lambda alpha: (
+            "--method=best_of",
+            f"--candidates={CANDIDATES}",
+            "--slots=1024",
+        ),
         can_flatten=False,
     ),
     "grpo": Method("GRPO, with answers", reads_answers=True, can_flatten=False),
