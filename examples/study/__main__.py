@@ -71,9 +71,7 @@ def _study(out: pathlib.Path, names: list[str], methods: list[str], more: dict) 
     # Seed by seed, so that what is there when it is stopped is comparable.
     order = itertools.product(range(_SEEDS.value), names, bases, methods)
     asked = [Cell(w, b, m, s) for s, w, b, m in order if TRAINED[m].is_apt(w)]
-    cells.carry_out(
-        [(" ".join(map(str, cell)), cells.run, (out, cell, more)) for cell in asked]
-    )
+    cells.train(out, [(cell, more) for cell in asked])
     worlds = [_world(out, name, bases, methods) for name in names]
     results = [r for w in worlds for r in w.runs]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -41,6 +41,10 @@ class Cell(NamedTuple):
     def folder(self, out: pathlib.Path) -> pathlib.Path:
         return out / self.world / str(self.base) / self.method / str(self.seed)
 
+    def result(self, out: pathlib.Path) -> pathlib.Path:
+        """What is there once it has ended."""
+        return self.folder(out) / "result.json"
+
 
 class Prompts(NamedTuple):
     """Where prompts of training and evaluation are."""
@@ -62,11 +66,17 @@ def prepare(
 ) -> None:
     """Fits the bases, and has them draw what methods learn from."""
     pairs = list(itertools.product(names, bases))
-    fitted = [(f"{w} {b}", make_base, (out, w, b, steps)) for w, b in pairs]
+    fitted = [
+        (f"{w} {b}", make_base, (out, w, b, steps))
+        for w, b in pairs
+        if not folder_of_base(out, w, b).exists()
+    ]
     drawn = [
         (f"{w} {b} {m}", make_samples, (out, w, b, m))
         for (w, b), m in itertools.product(pairs, asked)
-        if TRAINED[m].samples and TRAINED[m].is_apt(w)
+        if TRAINED[m].samples
+        and TRAINED[m].is_apt(w)
+        and not _samples_of(out, w, b, m).exists()
     ]
     carry_out(fitted)
     carry_out(drawn)
@@ -76,8 +86,6 @@ def make_base(out: pathlib.Path, world: str, base: int, steps: int | None) -> No
     """Fits a base model of a world; its number decides weights, prompts, and which are
     held out."""
     folder = folder_of_base(out, world, base)
-    if folder.exists():
-        return
     part = folder.with_name("base.part")
     with _log(folder.with_suffix(".log")):
         worlds.WORLDS[world].make(part, steps, base)
@@ -100,8 +108,6 @@ def load_base(
 def make_samples(out: pathlib.Path, world: str, base: int, method: str) -> None:
     """Has the base draw the responses to training prompts that a method learns from."""
     path = _samples_of(out, world, base, method)
-    if path.exists():
-        return
     part, folder = path.with_suffix(".part"), folder_of_base(out, world, base)
     drawn = TRAINED[method].samples(TRAINED[method].alpha(world))
     command = (
@@ -135,9 +141,6 @@ def run(
     """
     prompts = prompts or Prompts(folder_of_base(out, cell.world, cell.base))
     folder = cell.folder(out)
-    result = folder / "result.json"
-    if result.exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
     base = load_base(out, cell.world, cell.base, prompts.num_validation)
     method = TRAINED[cell.method]
@@ -165,7 +168,7 @@ def run(
     (folder / "label.txt").write_text(method.title + "\n")
     found = measure(policy, base, method) | _on_the_way(folder, base)
     found |= _with_samples(found, folder, base)
-    result.write_text(json.dumps(cell._asdict() | found) + "\n")
+    cell.result(out).write_text(json.dumps(cell._asdict() | found) + "\n")
 
 
 def _config(cell: Cell, values: dict[str, Any]):
@@ -273,6 +276,21 @@ def _log(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def train(
+    out: pathlib.Path,
+    asked: Sequence[tuple[Cell, dict[str, Any]]],
+    prompts: Prompts | None = None,
+) -> None:
+    """Runs the cells that have not ended, each with values of its own."""
+    left = [(cell, more) for cell, more in asked if not cell.result(out).exists()]
+    carry_out(
+        [
+            (" ".join(map(str, cell)), run, (out, cell, more, prompts))
+            for cell, more in left
+        ]
+    )
+
+
 def carry_out(calls: Sequence[tuple[str, Callable[..., None], tuple]]) -> None:
     """Makes calls in processes, one per core; the first failure ends it.
 
@@ -280,6 +298,8 @@ def carry_out(calls: Sequence[tuple[str, Callable[..., None], tuple]]) -> None:
       calls: a name each, a function of this module, and its arguments.
     """
     begin, names = time.monotonic(), {}
+    if not calls:
+        return
     with _pool() as processes:
         for name, function, args in calls:
             names[processes.submit(function, *args)] = name

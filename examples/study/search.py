@@ -40,14 +40,14 @@ def search(
     """
     cells.prepare(out, [world], [0], methods, base_steps)
     prompts = _hold_out(cells.folder_of_base(out, world, 0), out / "prompts")
-    calls, found = [], {method: [] for method in methods}
+    trials, found = [], {method: [] for method in methods}
     for method, (i, values) in itertools.product(methods, enumerate(SETTINGS)):
         cell = cells.Cell(world, 0, method, i)
         more = {"seed": _SEED, "match_prompts": NUM_VALIDATION, **values, **shared}
-        calls.append((f"{method} {i}", cells.run, (out, cell, more, prompts)))
+        trials.append((cell, more))
         found[method].append((cell.folder(out), values))
-    cells.carry_out(calls)
-    found = {k: [_trial(*trial) for trial in trials] for k, trials in found.items()}
+    cells.train(out, trials, prompts)
+    found = {k: [_trial(*trial) for trial in mine] for k, mine in found.items()}
     (out / "search.json").write_text(json.dumps(found, indent=1) + "\n")
     print(_table(found))
 

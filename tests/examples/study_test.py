@@ -1,6 +1,7 @@
 """python -m examples.study: what it predicts, its statistics and tables, and its commands."""
 
 import json
+import os
 import types
 
 import numpy as np
@@ -236,6 +237,8 @@ def test_a_search_holds_prompts_out(tmp_path):
 @pytest.mark.slow  # fits a base and trains four times, in processes of their own
 def test_one_command_writes_tables_pictures_and_a_page(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["PFJAX_TEST_CACHE"])
     args = (
         f"--out={tmp_path}", "--world=detour", "--bases=1", "--seeds=1",
         "--base_steps=10", "--num_steps=2",
@@ -256,10 +259,11 @@ def test_one_command_writes_tables_pictures_and_a_page(tmp_path, monkeypatch):
     again = _study(*args, *names)
     assert (tmp_path / "tables.md").read_text() == text
     assert "## Where runs should end" in again
-    # A method that learns from samples, and a search, of which two settings are there.
+    # One of the settings of a search.
     monkeypatch.setattr(search, "SETTINGS", search.SETTINGS[:1])
-    search.search(tmp_path, "detour", ["powerflow"], {"num_steps": 1}, 10)
-    (trial,) = json.loads((tmp_path / "search.json").read_text())["powerflow"]
+    out = tmp_path / "search"
+    search.search(out, "detour", ["powerflow"], {"num_steps": 1}, 10)
+    (trial,) = json.loads((out / "search.json").read_text())["powerflow"]
     assert 0 <= trial["certificate"] <= 1 and 0 <= trial["accuracy"] <= 1
 
 
