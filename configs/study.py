@@ -33,7 +33,8 @@ _ENTROPY = {
     "advantage": "group_mean",
     "loss_aggregation": "constant",
 }
-# With what the search found best: docs/study/search.json.
+# What the search found best of powerflow, tb_traj, self_distillation, grpo and empo
+# (docs/study/search.json); the others were not searched.
 SETTINGS: dict[str, dict[str, float | str]] = {
     "powerflow": _HALF,
     "own_samples": {"objective": "powerflow"},

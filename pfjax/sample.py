@@ -5,9 +5,10 @@ in training. Responses go to --out as JSON lines, each as soon as it has ended.
 
 --method=mh and --method=smc draw from the model's power distribution p^alpha without
 training it (times e^{-log_z |y|}, which with PowerFlow's log Z' is what it trains toward,
-and e^{beta r} with --reward); their lines come at the end. --method=low_temperature draws at temperature 1 / alpha, which
-sharpens each token on its own. --method=best_of draws --candidates for each response and
-keeps the likeliest; with --alpha and --log_z the one of highest alpha log p - log_z |y|.
+and e^{beta r} with --reward); their lines come at the end. --method=low_temperature draws
+at temperature 1 / alpha, which sharpens each token on its own. --method=best_of draws
+--candidates for each response and keeps the likeliest; with --alpha and --log_z the one of
+highest alpha log p - log_z |y|.
 """
 
 import contextlib

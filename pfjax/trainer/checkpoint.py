@@ -2,7 +2,8 @@
 
 A checkpoint of step `s` holds what decides the future after `s` updates: the parameters,
 log Z', the optimiser's state, the step, the data cursor (random numbers are made from
-seed, step, ...), and the responses that are kept to be replayed; which run it is of (config and base); and a checksum of each array.
+seed, step, ...), and the responses that are kept to be replayed; which run it is of (config
+and base); and a checksum of each array.
 
 Restoring finds, from the latest on, one that is of this run and undamaged, Orbax reading
 each shard into place, whatever mesh wrote it; sets aside the damaged ones that were passed

@@ -2,9 +2,9 @@
 whether a run may be continued with another value.
 
 `configs/default.py` makes the config from here, recipes change what differs,
-`config_checks` refuses invalid values. A setting that an older run did not know has its default there.
-Values that the paper leaves open are marked "chosen". Loaded while flags are read, before
-JAX: imports nothing heavy.
+`config_checks` refuses invalid values. A setting that an older run did not know has its
+default there. Values that the paper leaves open are marked "chosen". Loaded while flags are
+read, before JAX: imports nothing heavy.
 """
 
 import dataclasses
