@@ -10,6 +10,12 @@ comes unscaled. The tokens of a segment are contiguous, as `batch.pack` lays the
 | splash | TPU, JAX's Pallas kernel | T | none, but what comes later |
 | cudnn | GPU from Hopper on, 16-bit | T | all others |
 | triton | other GPUs, JAX's Pallas kernel | T | none, but what comes later |
+
+JAX 0.12 calls the Triton kernel deprecated in favour of tokamax, which is no home for packed
+rows yet: its public functions take no segments but as a mask of T^2 numbers, and so does its
+backward pass before Hopper, whatever the forward one is told (0.0.17). cuDNN refuses packed
+rows there. JAX's kernel takes segment ids both ways; when JAX parts with it, what remains for
+these GPUs is "chunked".
 """
 
 import dataclasses

@@ -135,28 +135,11 @@ def _plain_block(
     return Part(out, top, weights.sum(axis=-1))
 
 
-def _gpu_block(q, keys, values, length, scale, interpret=False) -> Part:
-    """As `partial_attention`: JAX's Triton kernel, whose loop ends as the cache does."""
-    from jax.experimental.pallas.ops.gpu import decode_attention as kernel
+def _gpu_block(*args, **kwargs) -> Part:
+    # Imported for GPUs only: JAX means to part with Pallas's back end for Triton.
+    from pfjax.model import decode_kernel_gpu
 
-    n, k, m, c = q.shape
-    width = keys.shape[2]
-    # The kernel swaps them back: no copy is made.
-    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    out, (total, top) = kernel.gqa(
-        q.astype(keys.dtype).reshape(n, k * m, c),
-        keys,
-        values,
-        kv_seq_len=length,
-        sm_scale=scale,
-        block_k=min(128, width),
-        k_splits=width // 512 if width % 512 == 0 else 1,
-        interpret=interpret,
-        return_residuals=True,
-        normalize_output=False,
-    )
-    out = out.reshape(q.shape).astype(jnp.float32)
-    return Part(out, top.reshape(n, k, m), total.reshape(n, k, m))
+    return decode_kernel_gpu.partial_attention(*args, **kwargs)
 
 
 _BLOCKS = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax.model import decode_attention
+from pfjax.model import decode_attention, decode_kernel
 
 # Natively where there is such a device (launch/benchmark.sh), where products of float32
 # take fewer bits.
@@ -139,6 +139,66 @@ def test_written_keys_and_values_are_read(data, backend):
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
+def _part(backend, q, keys, values, length):
+    """What a back end sums over one cache."""
+    block = functools.partial(
+        decode_attention._BLOCKS[backend], scale=q.shape[-1] ** -0.5
+    )
+    part = jax.jit(block)(q, *_caches(backend, keys, values), length)
+    assert {x.dtype for x in part} == {jnp.dtype("float32")}
+    return jax.tree.map(np.asarray, part)
+
+
+def _dense_part(q, keys, values, length):
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    logits = np.einsum("nkmc,nkwc->nkmw", q, keys) * q.shape[-1] ** -0.5
+    logits[..., np.arange(keys.shape[2]) >= length] = -np.inf
+    top = logits.max(-1)
+    weights = np.exp(logits - top[..., None])
+    return np.einsum("nkmw,nkwc->nkmc", weights, values), top, weights.sum(-1)
+
+
+def _draw_part(rng, m, c, width, dtype):
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    return draw(1, 2, m, c), draw(1, 2, width, c), draw(1, 2, width, c)
+
+
+# A group of query heads, and a prompt's samples: more rows than a block of them.
+@pytest.mark.parametrize("m, c, width", [(6, 128, 2048), (100, 64, 640), (1, 64, 128)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_a_part_equal_dense_ones(rng, backend, m, c, width):
+    tolerance = {"atol": max(TOLERANCE, 1e-5)}
+    data = _draw_part(rng, m, c, width, "float32")
+    for length in (1, 67, width - 1, width):
+        want_out, want_top, want_total = _dense_part(*data, length)
+        out, top, total = _part(backend, *data, np.array([length], np.int32))
+        want = want_out / want_total[..., None]
+        np.testing.assert_allclose(out / total[..., None], want, **tolerance)
+        np.testing.assert_allclose(top, want_top, **tolerance)
+        np.testing.assert_allclose(np.log(total), np.log(want_total), **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_part_weighs_nothing(rng, backend):
+    data = _draw_part(rng, 6, 64, 1024, "float32")
+    empty = _part(backend, *data, np.zeros(1, np.int32))
+    assert not empty.out.any() and not empty.total.any()
+    assert (empty.top <= decode_kernel.MASKED).all()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares interpreters")
+@pytest.mark.parametrize("m, c", [(6, 128), (96, 64)])
+def test_kernel_for_gpus_rounds_no_more_than_that_for_tpus(rng, m, c):
+    data = _draw_part(rng, m, c, 1024, "bfloat16")
+    want, _, total = _dense_part(*data, 800)
+    errors = {}
+    for backend in ("tpu_interpret", "gpu_interpret"):
+        part = _part(backend, *data, np.full(1, 800, np.int32))
+        error = part.out / part.total[..., None] - want / total[..., None]
+        errors[backend] = np.sqrt(np.mean(error**2))
+    assert errors["gpu_interpret"] <= errors["tpu_interpret"] < 1e-3
+
+
 def test_back_end_of_a_platform():
     assert decode_attention.decode_backend("cpu", 128) == "xla"
     assert decode_attention.decode_backend("tpu", 128) == "tpu"
@@ -147,14 +207,16 @@ def test_back_end_of_a_platform():
     assert decode_attention.decode_backend("gpu", 80) == "xla"
 
 
-def test_gpu_kernel_lowers_for_cuda():
+@pytest.mark.parametrize("c", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gpu_kernel_lowers_for_cuda(c, dtype):
     """On a machine without a GPU: as far as Triton's intermediate language."""
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    slots, prefix_slots, samples_per_prefix, heads, kv, c = 64, 8, 16, 12, 2, 128
-    own, prompts = bf16((slots, kv, 1024, c)), bf16((prefix_slots, kv, 512, c))
+    slots, prefix_slots, samples_per_prefix, heads, kv = 64, 8, 16, 12, 2
+    own, prompts = floats((slots, kv, 1024, c)), floats((prefix_slots, kv, 512, c))
     run = functools.partial(
         decode_attention.decode_attention,
         samples_per_prefix=samples_per_prefix,
@@ -169,7 +231,7 @@ def test_gpu_kernel_lowers_for_cuda():
         exported = jax.export.export(
             jax.jit(run), platforms=["cuda"], disabled_checks=[check]
         )(
-            bf16((slots, heads, c)),
+            floats((slots, heads, c)),
             (own, own),
             (prompts, prompts),
             int32((slots,)),
