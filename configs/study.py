@@ -21,13 +21,15 @@ def get_config(method: str = "powerflow") -> ml_collections.ConfigDict:
     c.eval_every = 50
     c.checkpoint_every = 200
     c.keep_best = 0
+    c.microbatch_size = 16
     c.match_prompts = 0  # the study lists all responses instead
     c.health_checks.action = "off"  # collapse is what is looked for
     c.update_from_flattened_dict(SETTINGS.get(method, {}))
     return c.lock()
 
 
-_HALF = {"behavior.base": 0.5, "optim.clip_norm": 0.5}
+_OFTEN = {"updates_per_rollout": 4, "optim.clip_norm": 0.5}
+_HALF = {"behavior.base": 0.5, **_OFTEN}
 _ENTROPY = {
     "objective": "grpo",
     "advantage": "group_mean",
@@ -47,6 +49,7 @@ SETTINGS: dict[str, dict[str, float | str]] = {
     "intuitor": {"reward_kl": 0.1},
     "self_distillation": {
         "objective": "sft",
+        **_OFTEN,
         "behavior.base": 1.0,
         "behavior.base_temperature": 0.25,  # 1 / alpha
     },
@@ -55,7 +58,7 @@ SETTINGS: dict[str, dict[str, float | str]] = {
     "entropy_sequence": {**_ENTROPY, "reward": "sequence_log_prob"},
     "entropy_token": {**_ENTROPY, "reward": "negative_entropy"},
     "random": {"objective": "grpo", "reward": "random"},
-    "alpha_0.5": {"objective": "powerflow", **_HALF},
+    "alpha_0.5": {"objective": "powerflow", **_HALF, "updates_per_rollout": 1},
     "alpha_2": {"objective": "powerflow", **_HALF},
     "alpha_8": {"objective": "powerflow", **_HALF},
 }

@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+from tests import fork_server
+
 # The kernels' tests run on a GPU or TPU too (launch/benchmark.sh).
 jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,7 +37,7 @@ _CACHE = pathlib.Path(
 _CACHE_BYTES = 2**30
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-_hook = jaxtyping.install_import_hook("pfjax", "beartype.beartype")
+_hook = jaxtyping.install_import_hook(fork_server.ARRAY_MODULES, "beartype.beartype")
 
 
 def pytest_sessionfinish(session):

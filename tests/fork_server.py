@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import pathlib
 import runpy
 import select
 import signal
@@ -20,6 +21,13 @@ import tempfile
 import threading
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Modules whose functions have the shapes and types of their arguments checked. Others are
+# called per response, and the check takes longer than they do.
+ARRAY_MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in pathlib.Path(ROOT, "pfjax").rglob("*.py")
+    if "from jaxtyping" in path.read_text()
+]
 # JAX reads them when it is imported, which is past.
 _OF_JAX = {
     "JAX_PLATFORMS": str,
@@ -116,7 +124,7 @@ def _serve(requests: socket.socket) -> None:
 def _import_all() -> None:
     import jaxtyping
 
-    with jaxtyping.install_import_hook("pfjax", "beartype.beartype"):
+    with jaxtyping.install_import_hook(ARRAY_MODULES, "beartype.beartype"):
         import pfjax.cli  # noqa: F401
         from pfjax.evaluation import results, scores  # noqa: F401
         from pfjax.model import hf, tokenizer

@@ -179,7 +179,7 @@ def test_a_gguf_chat_model_scores_and_writes_as_with_transformers(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, dtype=torch.float32, **of_gguf
     )
-    _assert_scores_and_text_equal(smollm2, model, prompts, 32)
+    _assert_scores_and_text_equal(smollm2, model, prompts[:2], 16)
     del model
 
     rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
@@ -189,6 +189,6 @@ def test_a_gguf_chat_model_scores_and_writes_as_with_transformers(
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     out = tmp_path / "run/hf"
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    _assert_scores_and_text_equal(out, model, prompts, 32)
+    _assert_scores_and_text_equal(out, model, prompts[:2], 16)
     before, after = hf.load(smollm2).params, hf.load(out).params
     assert not np.array_equal(before["embed"], after["embed"])

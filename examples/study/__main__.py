@@ -6,7 +6,7 @@ methods on three worlds, in about an hour on 2 cores; --full is all of them. Wri
 (`tables.md`), pictures, all values (`results.json`), and a page with curves and samples.
 What is there already is kept, so the same command goes on.
 
---search tries a fixed list of 16 settings for every method, on prompts that it does not
+--search tries a fixed list of 20 settings for every method, on prompts that it does not
 train on, and prints which is best: by their answers, by the certificate of a run, which reads
 none, and by the exact distance. Where configs/study.py has its settings from.
 """

@@ -96,7 +96,13 @@ class Method(NamedTuple):
 
 
 TRAINED = {
-    "powerflow": Method("PowerFlow", power, True),
+    "powerflow": Method(
+        "PowerFlow",
+        power,
+        True,
+        # Flattened, more of them say what the base never does.
+        settings=lambda alpha: {} if alpha > 1 else {"updates_per_rollout": 1},
+    ),
     "own_samples": Method("PowerFlow, own samples alone", power, True),
     "tb_traj": Method("trajectory balance, whole sequences", _whole, False),
     "rl_token": Method("policy gradient per token", power, True),

@@ -1,4 +1,4 @@
-"""The search that configs/study.py has its settings from: sixteen for every method."""
+"""The search that configs/study.py has its settings from: twenty for every method."""
 
 import itertools
 import json
@@ -11,11 +11,18 @@ from examples.study.methods import TRAINED
 
 NUM_VALIDATION = 128  # prompts of the training set that a search does not train on
 _SEED = 100
+_RATES, _SCHEDULES = (1e-4, 3e-4, 1e-3, 3e-3), ("constant", "cosine")
 SETTINGS = tuple(
-    {"optim.learning_rate": rate, "optim.clip_norm": clip, "optim.schedule": schedule}
-    for rate, clip, schedule in itertools.product(
-        (1e-4, 3e-4, 1e-3, 3e-3), (0.05, 0.5), ("constant", "cosine")
-    )
+    {
+        "optim.learning_rate": rate,
+        "optim.clip_norm": clip,
+        "optim.schedule": schedule,
+        "updates_per_rollout": updates,
+    }
+    for rate, clip, schedule, updates in [
+        *itertools.product(_RATES, (0.05, 0.5), _SCHEDULES, (1,)),
+        *itertools.product(_RATES[:2], (0.5,), _SCHEDULES, (4,)),
+    ]
 )
 
 
@@ -55,8 +62,8 @@ def search(
 def _table(found: dict[str, list[dict[str, Any]]]) -> str:
     """The best of each method by answers, and by what needs none, in Markdown."""
     lines = [
-        "| method | best by | rate | clipping | schedule | accuracy | total variation |",
-        "|---|---|---:|---:|---|---:|---:|",
+        "| method | best by | rate | clipping | schedule | updates per rollout | accuracy | total variation |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
     ]
     for method, trials in found.items():
         best = {"answers": max(trials, key=lambda t: t["accuracy"])}

@@ -233,7 +233,7 @@ def test_a_search_holds_prompts_out(tmp_path):
     }
     assert len(read("train")) == 72 and read("train") == read("train_answered")
     assert read("eval") == {str(i) for i in range(72, 200)}
-    assert len(search.SETTINGS) == len({str(x) for x in search.SETTINGS}) == 16
+    assert len(search.SETTINGS) == len({str(x) for x in search.SETTINGS}) == 20
 
 
 @pytest.mark.slow  # fits a base and trains four times, in processes of their own
