@@ -213,7 +213,9 @@ def use_one_device(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def run_command(module: str, *args: object) -> subprocess.CompletedProcess:
+def run_command(
+    module: str, *args: object, cwd: pathlib.Path = ROOT
+) -> subprocess.CompletedProcess:
     """Does `python -m module args` in this process, on one device.
 
     The command finds no flags but those it defines. Flags, environment and settings of
@@ -234,7 +236,7 @@ def run_command(module: str, *args: object) -> subprocess.CompletedProcess:
         contextlib.redirect_stderr(err),
     ):
         use_one_device(patch)
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         patch.setattr(sys, "argv", argv)
         # The code of a module that is run is kept where processes without type checks
         # look for it.

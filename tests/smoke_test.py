@@ -1,39 +1,56 @@
-"""The promise of the README: the smoke run, in a process as a user starts it."""
+"""The promise of the README: its commands as copied, and the smoke run that they start."""
 
 import json
 import os
+import pathlib
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from pfjax.infra import dataset_io
 from tests import fork_server
-from tests.conftest import ROOT, run_command
+from tests.conftest import run_command
+from tests.readme_test import blocks_to_run, make_checkout, run_block
 
-
-def _train(*args, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "pfjax.train", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
-    )
+_CACHE = {"JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"]}
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smoke") / "my run"
-    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"]}
-    done = _train("--config=configs/smoke.py", f"--workdir={folder}", **cache)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+def copied(tmp_path_factory):
+    """A checkout in which the commands of the README were run, as copied, and what they
+    printed."""
+    folder = tmp_path_factory.mktemp("smoke") / "my pfjax"
+    make_checkout(folder)
+    first = blocks_to_run(folder / "README.md")[0]
+    assert first.language == "bash"
+    return folder, run_block(first, folder, **_CACHE)
+
+
+@pytest.fixture
+def smoke(copied, monkeypatch):
+    """Its run, as seen from there, and what was printed."""
+    folder, printed = copied
+    monkeypatch.chdir(folder)
+    return pathlib.Path("runs/smoke"), printed
+
+
+def test_what_the_readme_marks_to_be_run_shows(copied):
+    folder, printed = copied
+    assert "eval/avg@8" in printed and '"completion":' in printed
+    assert (folder / "report/index.html").is_file()
+
+
+@pytest.mark.slow
+def test_python_that_the_readme_marks_to_be_run_works_as_copied(copied):
+    folder, _ = copied
+    _, *blocks = blocks_to_run(folder / "README.md")
+    assert [b.language for b in blocks] == ["python", "python"]
+    printed = [run_block(b, folder, **_CACHE) for b in blocks]
+    assert float(printed[0]) > 0
+    assert (folder / "out/model.safetensors").is_file()
 
 
 def test_smoke_run_sharpens_without_shortening(smoke):
@@ -70,7 +87,7 @@ def test_the_commands_that_a_run_ends_with_work(smoke):
     assert [x.split()[0] for x in commands] == list(said)
     for name, *args in map(shlex.split, commands):
         where = {"report": "pfjax.report.__main__"}.get(name, f"pfjax.{name}")
-        done = run_command(where, *args)
+        done = run_command(where, *args, cwd=pathlib.Path.cwd())
         assert done.returncode == 0, (args, done.stderr)
         assert str(said[name]) in done.stdout
     # The run's last evaluation again.
