@@ -2,7 +2,7 @@ r"""Compares methods on worlds with exact answers: python -m examples.study --ou
 
 Fits base models to each world, trains every method from each of them on a number of seeds,
 a run per core, and measures where each ended by listing all responses. By default the main
-methods on three worlds, in about an hour on 2 cores; --full is all of them. Writes tables
+methods on three worlds, in about 40 minutes on 2 cores; --full is all of them. Writes tables
 (`tables.md`), pictures, all values (`results.json`), and a page with curves and samples.
 What is there already is kept, so the same command goes on.
 
