@@ -19,6 +19,7 @@ from absl import flags
 from etils import epy
 from ml_collections import ConfigDict, config_flags
 
+from pfjax.infra import gpu_memory
 from pfjax.sampler import options
 from pfjax.trainer import recipes, settings
 
@@ -51,6 +52,7 @@ def run(main: Callable[..., None]) -> None:
     module = sys.modules[main.__module__]
     # transformers says at import that it has no torch, which nothing here wants.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    gpu_memory.set_default()
     with mistakes_in_one_line():
         if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv):
             print(_help(module))

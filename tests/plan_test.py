@@ -160,6 +160,16 @@ def test_estimates_follow_the_settings():
     assert state("adapters") < state("small") / 7 + 0.6
 
 
+def test_a_plan_counts_on_the_memory_that_a_run_reserves(monkeypatch):
+    found = {}
+    for fraction in ("0.92", "0.2"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", fraction)
+        plan = _plan(_config("qwen2_5_math_1_5b"), "h100:8", can_compile=False)
+        assert plan["memory_gib"]["available"] == pytest.approx(79.11 * float(fraction))
+        found[fraction] = plan["memory_gib"]["phases"]["rollout"]["caches"]
+    assert found["0.92"] > found["0.2"]
+
+
 def test_prompts_that_leave_devices_idle_are_noted():
     plan = _plan(_config("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False)
     assert (

@@ -4,13 +4,17 @@ from typing import NamedTuple
 
 import jax
 
+from pfjax.infra import gpu_memory
+
 
 class Chip(NamedTuple):
     """One device, as JAX counts them; all rates are peaks per second."""
 
     kinds: tuple[str, ...]  # JAX's `device_kind`, or the beginning of it
     flops: float  # dense bfloat16
-    memory: float  # bytes; of TPUs, what a program may use
+    memory: (
+        float  # bytes; of TPUs what a program may use, of GPUs all that CUDA reports
+    )
     bandwidth: float  # bytes, of that memory
     links: float  # bytes sent to other devices of its slice or node, over all links
 
@@ -23,10 +27,10 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
-    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2.039e12, 300e9),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 450e9),
-    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9),
-    "b200": Chip(("NVIDIA B200",), 2250e12, 180e9, 8.0e12, 900e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 79.15 * GIB, 2.039e12, 300e9),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 79.11 * GIB, 3.35e12, 450e9),
+    "h200": Chip(("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9),
 }
 
 
@@ -35,6 +39,12 @@ def chip_of(device_kind: str) -> Chip | None:
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     fits = [kind for kind in known if device_kind.startswith(kind)]
     return known[max(fits, key=len)] if fits else None
+
+
+def usable_memory(chip: Chip) -> float:
+    """Bytes of a device that a run may use: of GPUs, what JAX reserves."""
+    is_gpu = chip.kinds[0].startswith("NVIDIA")
+    return chip.memory * (gpu_memory.fraction() if is_gpu else 1)
 
 
 def mfu(flops: float, seconds: float) -> float | None:

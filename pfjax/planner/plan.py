@@ -50,7 +50,7 @@ def make_plan(
         "base": _bytes_of(fns.base),
     }
     waiting = state.pop("base") if config.offload_ref else 0
-    free = int(chip.memory) - sum(state.values())
+    free = int(hardware.usable_memory(chip)) - sum(state.values())
     try:
         with use_mesh(mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
@@ -148,7 +148,7 @@ def _memory(state: dict, phases: dict, chip: hardware.Chip) -> dict[str, Any]:
     gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
     peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
     by_phase = {phase: gib(x) for phase, x in phases.items()}
-    sums = gib({"total": peak, "available": chip.memory})
+    sums = gib({"total": peak, "available": hardware.usable_memory(chip)})
     return {"state": gib(state), "phases": by_phase, **sums}
 
 
