@@ -170,6 +170,28 @@ def test_a_plan_counts_on_the_memory_that_a_run_reserves(monkeypatch):
     assert found["0.92"] > found["0.2"]
 
 
+def _update_links(topology, **changes):
+    """Seconds on links of an update, and the bytes that a device sends by axes."""
+    plan = _plan(_config("qwen2_5_math_1_5b", **changes), topology, False)
+    rows = [x for x in plan["collectives"] if x["phase"] == "update"]
+    seconds = plan["phases"]["update"]["seconds_by"]["links"]
+    return seconds, {x["axes"]: 1e9 * x["gb"] for x in rows}
+
+
+def test_what_crosses_nodes_is_priced_at_their_network():
+    """By default weights are split within a node, and gradients alone cross."""
+    inside, network = 450e9, 50e9
+    seconds, sent = _update_links("h100:16")
+    assert set(sent) == {"fsdp", "data"}
+    assert seconds == pytest.approx(sent["fsdp"] / inside + sent["data"] / network)
+    across, sent = _update_links("h100:16", **{"mesh.data": 1})
+    assert across == pytest.approx(sent["fsdp"] / network)
+    assert seconds < across / 4
+    # One node has no network.
+    seconds, sent = _update_links("h100:8")
+    assert seconds == pytest.approx(sent["fsdp"] / inside)
+
+
 def test_prompts_that_leave_devices_idle_are_noted():
     plan = _plan(_config("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False)
     assert (

@@ -1,5 +1,6 @@
 """What devices can do: the peaks that their vendors state."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,14 +13,24 @@ class Chip(NamedTuple):
 
     kinds: tuple[str, ...]  # JAX's `device_kind`, or the beginning of it
     flops: float  # dense bfloat16
-    memory: (
-        float  # bytes; of TPUs what a program may use, of GPUs all that CUDA reports
-    )
+    memory: float  # bytes; of TPUs what a program may use, of GPUs all
     bandwidth: float  # bytes, of that memory
     links: float  # bytes sent to other devices of its slice or node, over all links
+    network: float = math.inf  # bytes sent to other nodes; of TPUs, a slice is one
+
+    @property
+    def node(self) -> float:
+        """Devices with fast links between them; of GPUs, those of an HGX board."""
+        return 8 if self.is_gpu else math.inf
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kinds[0].startswith("NVIDIA")
 
 
 GIB = 2**30
+# An adapter of 200 or 400 Gb/s per GPU, as in NVIDIA's DGX A100, H100, H200 and B200.
+_HDR, _NDR = 25e9, 50e9
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9),
@@ -27,10 +38,12 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
-    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 79.15 * GIB, 2.039e12, 300e9),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 79.11 * GIB, 3.35e12, 450e9),
-    "h200": Chip(("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9),
-    "b200": Chip(("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9),
+    "a100": Chip(
+        ("NVIDIA A100-SXM4-80GB",), 312e12, 79.15 * GIB, 2.039e12, 300e9, _HDR
+    ),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 79.11 * GIB, 3.35e12, 450e9, _NDR),
+    "h200": Chip(("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9, _NDR),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9, _NDR),
 }
 
 
@@ -43,8 +56,12 @@ def chip_of(device_kind: str) -> Chip | None:
 
 def usable_memory(chip: Chip) -> float:
     """Bytes of a device that a run may use: of GPUs, what JAX reserves."""
-    is_gpu = chip.kinds[0].startswith("NVIDIA")
-    return chip.memory * (gpu_memory.fraction() if is_gpu else 1)
+    return chip.memory * (gpu_memory.fraction() if chip.is_gpu else 1)
+
+
+def num_nodes(chip: Chip, devices: int) -> int:
+    """Nodes of a number of devices; a part of one counts as one."""
+    return 1 if devices <= chip.node else math.ceil(devices / chip.node)
 
 
 def mfu(flops: float, seconds: float) -> float | None:

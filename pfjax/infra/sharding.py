@@ -28,26 +28,54 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 
 def make_mesh(
-    data: int = 1,
+    data: int = 0,
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A `data x fsdp x tensor` mesh over all devices; one size may be -1.
+    """A `data x fsdp x tensor` mesh over all devices; see `mesh_sizes`.
+
+    Where a multiple of the nodes holds whole copies of the weights, a copy lies within
+    one node: what it is split over stays on fast links.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+    nodes = num_nodes(devices)
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes)
     # Two of the four devices of a side, say, may be an axis.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    split = {"allow_split_physical_axes": True}
+    if nodes > 1 and sizes[0] % nodes == 0:
+        inside = (sizes[0] // nodes, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (nodes, 1, 1), devices, **split
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, **split)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-    """Sizes of which one may have been -1; raises as `make_mesh` does."""
+def num_nodes(devices: Sequence[jax.Device]) -> int:
+    """Number of groups of devices with fast links inside and slow ones between: slices of
+    TPUs, and hosts of GPUs, or what of them one NVLink domain joins."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def mesh_sizes(
+    data: int, fsdp: int, tensor: int, devices: int, nodes: int = 1
+) -> tuple[int, int, int]:
+    """Sizes of the axes, of which one may be -1, what is left, and `data` may be 0: what
+    the others leave, and as many as there are nodes if they leave it open.
+
+    Raises:
+      ValueError: if they do not multiply to the number of devices.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if data == 0:
+        inside = math.prod(size for size in (fsdp, tensor) if size != -1)
+        is_open, fits = -1 in (fsdp, tensor), devices % (nodes * max(inside, 1)) == 0
+        sizes["data"] = -1 if not is_open else nodes if fits else 1
     free = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or given < 1 or devices % given or (not free and given != devices):

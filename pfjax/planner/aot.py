@@ -71,7 +71,9 @@ def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractM
     chip, devices = parse(topology)
     platform = "tpu" if _is_tpu(topology) else "gpu"
     return AbstractMesh(
-        sharding.mesh_sizes(data, fsdp, tensor, devices),
+        sharding.mesh_sizes(
+            data, fsdp, tensor, devices, hardware.num_nodes(chip, devices)
+        ),
         sharding.MESH_AXES,
         axis_types=(AxisType.Auto,) * 3,
         abstract_device=AbstractDevice(chip.kinds[0], num_cores=1, platform=platform),

@@ -118,7 +118,7 @@ def bounds(
         seconds = {
             "compute": num_flops / devices / chip.flops,
             "memory": num_bytes / chip.bandwidth,
-            "links": 1e9 * sum(x.gb for x in sent[phase]) / chip.links,
+            "links": sum(1e9 * x.gb / _link(w.mesh, x.axes, chip) for x in sent[phase]),
         }
         out[phase] = {
             "pflop": num_flops / 1e15,
@@ -127,6 +127,15 @@ def bounds(
             "seconds_by": seconds,
         }
     return out
+
+
+def _link(mesh: Mapping[str, int], axes: str, chip: hardware.Chip) -> float:
+    """Bytes per second that a device sends along mesh axes: as the slowest link on the way
+    does. Axes further in have the nearer devices."""
+    sizes = list(mesh.values())
+    spans = {a: math.prod(sizes[i:]) for i, a in enumerate(mesh)}
+    crosses = any(mesh[a] > 1 and spans[a] > chip.node for a in axes.split("+"))
+    return chip.network if crosses else chip.links
 
 
 def _decoded_bytes(w: Workload) -> float:

@@ -308,8 +308,9 @@ _FREE: dict[str, Setting] = {
     # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
     # only.
     "mesh.data": Setting(
-        1,
-        "devices that hold whole copies of the weights; -1: what is left",
+        0,
+        "devices that hold whole copies of the weights; 0: what fsdp and tensor leave, a "
+        "copy per node of GPUs or slice of TPUs if they leave it open; -1: what is left",
         at_least=-1,
     ),
     "mesh.fsdp": Setting(

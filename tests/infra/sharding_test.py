@@ -1,0 +1,64 @@
+"""Meshes over nodes with slow links between them."""
+
+import types
+
+import numpy as np
+import pytest
+
+from pfjax.infra import hardware, sharding
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "nodes", "sizes"),
+    [
+        ((0, -1, 1), 16, 2, (2, 8, 1)),
+        ((0, -1, 4), 16, 2, (2, 2, 4)),
+        ((0, -1, 1), 8, 1, (1, 8, 1)),
+        ((0, 8, -1), 16, 2, (2, 8, 1)),
+        # Both are given: what they leave.
+        ((0, 16, 1), 16, 2, (1, 16, 1)),
+        ((0, 2, 2), 16, 2, (4, 2, 2)),
+        # A copy per node would leave half a matrix on each.
+        ((0, -1, 16), 16, 2, (1, 1, 16)),
+        ((1, -1, 1), 16, 2, (1, 16, 1)),
+        ((-1, 4, 1), 16, 2, (4, 4, 1)),
+    ],
+)
+def test_a_copy_of_the_weights_per_node_unless_told_otherwise(
+    asked, devices, nodes, sizes
+):
+    assert sharding.mesh_sizes(*asked, devices, nodes) == sizes
+
+
+def _nodes(num_nodes, each):
+    """Devices that are listed by turns: one of each node."""
+    return [
+        types.SimpleNamespace(
+            id=i,
+            slice_index=i % num_nodes,
+            process_index=i,
+            device_kind="x",
+            platform="gpu",
+        )
+        for i in range(num_nodes * each)
+    ]
+
+
+@pytest.mark.parametrize("asked", [(0, -1, 1), (4, -1, 2), (2, 2, 2)])
+def test_what_a_copy_is_split_over_lies_within_a_node(monkeypatch, asked):
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *args, **kwargs: grid)
+    grid = sharding.make_mesh(*asked, devices=_nodes(2, 4))
+    assert len({d.id for d in grid.flat}) == 8
+    for copy in grid:
+        assert len({d.slice_index for d in np.ravel(copy)}) == 1
+
+
+def test_a_mesh_across_nodes_may_be_asked_for(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *args, **kwargs: grid)
+    assert sharding.make_mesh(1, devices=_nodes(2, 4)).shape == (1, 8, 1)
+
+
+def test_nodes_of_a_topology():
+    h100, v5e = hardware.CHIPS["h100"], hardware.CHIPS["v5e"]
+    assert [hardware.num_nodes(h100, n) for n in (1, 8, 16, 20)] == [1, 1, 2, 3]
+    assert hardware.num_nodes(v5e, 256) == 1  # a slice
