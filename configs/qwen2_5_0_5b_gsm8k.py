@@ -3,8 +3,9 @@ r"""Qwen2.5-0.5B, sharpened on 1,024 questions of GSM8K at alpha = 2 or 4.
 Hardware: `pfjax plan --response_tokens=270` (the base's mean, as published), a step of 512
     responses, peak memory per device and least seconds:
     h100:1 (estimated), 6.0 GiB of 72.8 and 0.8 s; all weights, 13.3 GiB and 1.0 s;
+    rtx4090:1 (estimated), 6.0 GiB of 21.75 and 4.6 s; all weights, 13.3 GiB and 5.7 s;
     v5e:2x2 (memory compiled), 3.4 GiB of 15.75 and 1.4 s; all weights, estimated, 5.7 GiB and
-    1.6 s; rtx4090:1 is not known to the planner.
+    1.6 s.
     320 steps on h100:1 take at least 4 minutes, all weights 5; at a tenth of the peaks, and
     with evaluations and compilation, an hour (estimate).
 Result: not run. Others without labels, pass@1 / pass@4 in per cent, 500 test questions x 32

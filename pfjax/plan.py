@@ -31,6 +31,7 @@ TOPOLOGIES = (
     *(f"{kind}:{grid}" for kind in ("v5e", "v6e") for grid in ("2x2", "2x4", "4x4", "4x8", "8x8")),
     *(f"v5p:{grid}" for grid in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")),
     *(f"{kind}:{n}" for kind in ("a100", "h100", "h200", "b200") for n in (1, 4, 8)),
+    "rtx4090:1",
 )  # fmt: skip
 
 

@@ -184,12 +184,18 @@ def test_what_crosses_nodes_is_priced_at_their_network():
     seconds, sent = _update_links("h100:16")
     assert set(sent) == {"fsdp", "data"}
     assert seconds == pytest.approx(sent["fsdp"] / inside + sent["data"] / network)
-    across, sent = _update_links("h100:16", **{"mesh.data": 1})
-    assert across == pytest.approx(sent["fsdp"] / network)
-    assert seconds < across / 4
+    # Over all devices there are eight rings, each with a port of its own.
+    seconds, sent = _update_links("h100:16", **{"mesh.data": 1})
+    assert seconds == pytest.approx(sent["fsdp"] / 8 / network)
     # One node has no network.
     seconds, sent = _update_links("h100:8")
     assert seconds == pytest.approx(sent["fsdp"] / inside)
+
+
+def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
+    config = _config("qwen2_5_math_7b", **{"mesh.tensor": 4})
+    advice = planner.advise(config, _base(config), "rtx4090:16", 1024)
+    assert advice.startswith("it would fit with --config.mesh.data=1 (")
 
 
 def test_prompts_that_leave_devices_idle_are_noted():

@@ -31,6 +31,8 @@ class Chip(NamedTuple):
 GIB = 2**30
 # An adapter of 200 or 400 Gb/s per GPU, as in NVIDIA's DGX A100, H100, H200 and B200.
 _HDR, _NDR = 25e9, 50e9
+# Cards without NVLink: 16 lanes of PCIe 4; between nodes 100 Gb/s are assumed.
+_PCIE, _EDR = 32e9, 12.5e9
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9),
@@ -43,6 +45,10 @@ CHIPS = {
     ),
     "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 79.11 * GIB, 3.35e12, 450e9, _NDR),
     "h200": Chip(("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9, _NDR),
+    # With sums in float32, as JAX has them.
+    "rtx4090": Chip(
+        ("NVIDIA GeForce RTX 4090",), 165.2e12, 23.64 * GIB, 1.008e12, _PCIE, _EDR
+    ),
     "b200": Chip(("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9, _NDR),
 }
 
@@ -60,8 +66,9 @@ def usable_memory(chip: Chip) -> float:
 
 
 def num_nodes(chip: Chip, devices: int) -> int:
-    """Nodes of a number of devices; a part of one counts as one."""
-    return 1 if devices <= chip.node else math.ceil(devices / chip.node)
+    """Whole nodes of a number of devices; one if they do not fill nodes."""
+    whole = devices % chip.node == 0  # never of TPUs, whose node is endless
+    return int(devices // chip.node) if whole else 1
 
 
 def mfu(flops: float, seconds: float) -> float | None:

@@ -1,5 +1,6 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
+import collections
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,8 +59,13 @@ def make_mesh(
 
 def num_nodes(devices: Sequence[jax.Device]) -> int:
     """Number of groups of devices with fast links inside and slow ones between: slices of
-    TPUs, and hosts of GPUs, or what of them one NVLink domain joins."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
+    TPUs, and hosts of GPUs, or what of them one NVLink domain joins. One if they are not
+    alike."""
+    is_cpu = lambda device: device.platform == "cpu"
+    sizes = collections.Counter(
+        0 if is_cpu(device) else getattr(device, "slice_index", 0) for device in devices
+    )
+    return len(sizes) if len({*sizes.values()}) == 1 else 1
 
 
 def mesh_sizes(

@@ -47,7 +47,7 @@ def parse(topology: str) -> tuple[hardware.Chip, int]:
 
 
 def _is_tpu(topology: str) -> bool:
-    return "x" in topology.partition(":")[2]
+    return not parse(topology)[0].is_gpu
 
 
 def can_compile(topology: str) -> bool:

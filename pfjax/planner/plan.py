@@ -192,10 +192,13 @@ def advise(
     """The smallest change, by estimate, that would make a run fit."""
     small = {"microbatch_size": 1, "remat": "full"}
     host = {} if config.lora.rank else {"offload_ref": True}
-    choices = [small, {"optim.mu_dtype": "bfloat16"}, host]
+    # One copy of the weights over all nodes.
+    one = {"mesh.data": 1} if hardware.num_nodes(*aot.parse(topology)) > 1 else {}
+    choices = [small, {"optim.mu_dtype": "bfloat16"}, host, one]
     choices += [{"mesh.tensor": n} for n in (2, 4, 8)]
-    choices += [{**small, **host, "mesh.tensor": n} for n in (2, 4, 8)]
-    choices += [{**small, "mesh.tensor": n, "lora.rank": 16} for n in (1, 2, 4, 8)]
+    least = {**small, **one}
+    choices += [{**least, **host, "mesh.tensor": n} for n in (2, 4, 8)]
+    choices += [{**least, "mesh.tensor": n, "lora.rank": 16} for n in (1, 2, 4, 8)]
     for changes in choices:
         changed = _changed(config, changes)
         try:

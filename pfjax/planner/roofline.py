@@ -118,7 +118,7 @@ def bounds(
         seconds = {
             "compute": num_flops / devices / chip.flops,
             "memory": num_bytes / chip.bandwidth,
-            "links": sum(1e9 * x.gb / _link(w.mesh, x.axes, chip) for x in sent[phase]),
+            "links": sum(_seconds_on_links(x, w.mesh, chip) for x in sent[phase]),
         }
         out[phase] = {
             "pflop": num_flops / 1e15,
@@ -129,13 +129,20 @@ def bounds(
     return out
 
 
-def _link(mesh: Mapping[str, int], axes: str, chip: hardware.Chip) -> float:
-    """Bytes per second that a device sends along mesh axes: as the slowest link on the way
-    does. Axes further in have the nearer devices."""
-    sizes = list(mesh.values())
-    spans = {a: math.prod(sizes[i:]) for i, a in enumerate(mesh)}
-    crosses = any(mesh[a] > 1 and spans[a] > chip.node for a in axes.split("+"))
-    return chip.network if crosses else chip.links
+def _seconds_on_links(x: Sent, mesh: Mapping[str, int], chip: hardware.Chip) -> float:
+    """Seconds of a collective in rings, as slow as the slowest link on the way.
+
+    Between nodes, which have a port per device, as many rings run beside each other as a
+    node has devices of the group. Axes further in have the nearer devices.
+    """
+    num_bytes, here, group, stride = 1e9 * x.gb, 1, 1, 1
+    for axis, size in reversed(mesh.items()):
+        if axis in x.axes.split("+"):
+            here *= min(size, max(1, chip.node // stride))
+            group *= size
+        stride *= size
+    between = num_bytes / here / chip.network if here < group else 0.0
+    return max(num_bytes / chip.links, between)
 
 
 def _decoded_bytes(w: Workload) -> float:

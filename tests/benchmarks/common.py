@@ -7,7 +7,10 @@ import resource
 import jax
 import numpy as np
 
+from pfjax.infra import gpu_memory
 from pfjax.model import rope, transformer
+
+gpu_memory.set_default()  # as commands do
 
 _SMALL = {
     "vocab_size": 256,

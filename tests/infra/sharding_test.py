@@ -53,6 +53,15 @@ def test_what_a_copy_is_split_over_lies_within_a_node(monkeypatch, asked):
         assert len({d.slice_index for d in np.ravel(copy)}) == 1
 
 
+def test_devices_of_a_cpu_and_nodes_that_differ_are_one_node():
+    devices = _nodes(2, 4)
+    assert sharding.num_nodes(devices) == 2
+    assert sharding.num_nodes(devices[:7]) == 1
+    for device in devices:
+        device.platform = "cpu"
+    assert sharding.num_nodes(devices) == 1
+
+
 def test_a_mesh_across_nodes_may_be_asked_for(monkeypatch):
     monkeypatch.setattr(sharding, "Mesh", lambda grid, *args, **kwargs: grid)
     assert sharding.make_mesh(1, devices=_nodes(2, 4)).shape == (1, 8, 1)
@@ -60,5 +69,5 @@ def test_a_mesh_across_nodes_may_be_asked_for(monkeypatch):
 
 def test_nodes_of_a_topology():
     h100, v5e = hardware.CHIPS["h100"], hardware.CHIPS["v5e"]
-    assert [hardware.num_nodes(h100, n) for n in (1, 8, 16, 20)] == [1, 1, 2, 3]
+    assert [hardware.num_nodes(h100, n) for n in (1, 8, 16, 20)] == [1, 1, 2, 1]
     assert hardware.num_nodes(v5e, 256) == 1  # a slice

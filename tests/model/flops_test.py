@@ -62,6 +62,8 @@ def test_agrees_with_xla(tiny_config):
         ("TPU v6 lite", "v6e"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4080", None),
         ("cpu", None),
     ],
 )
