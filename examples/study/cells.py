@@ -221,21 +221,23 @@ def _values(base: Base, log_p: Sequence[np.ndarray]) -> dict[str, float]:
 def _with_samples(
     found: dict[str, float], folder: pathlib.Path, base: Base
 ) -> dict[str, float]:
-    """Accuracy and length, of which the part that is not listed is taken from the samples
-    of the last evaluation. A story that is not listed is no valid one."""
+    """Accuracy and length, of which the part that is not listed is as the samples of the
+    last evaluation that are not. A story that is not listed is no valid one."""
     texts = {row.problem.prompt: {*row.texts} for row in base.rows}
     last = max((folder / "completions").glob("step_*.jsonl"))
-    samples = dataset_io.read_jsonl(last)
     rest = [
         row
-        for row in samples
+        for row in dataset_io.read_jsonl(last)
         if not (row["terminated"] and row["completion"] in texts[row["prompt"]])
     ]
-    mean = lambda key: sum(row[key] for row in rest) / len(samples)
+    listed = found["listed"]
+    if not rest:  # what there is of it is too little to matter
+        return {}
+    mean = lambda key: (1 - listed) * float(np.mean([row[key] for row in rest]))
     is_answer = methods.alpha_of(base.world.name) > 1
     return {
         "accuracy": found["accuracy"] + is_answer * mean("correct"),
-        "length": found["length"] * found["listed"] + mean("tokens"),
+        "length": found["length"] * listed + mean("tokens"),
     }
 
 

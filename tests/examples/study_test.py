@@ -206,7 +206,7 @@ def test_what_is_not_listed_is_taken_from_samples(tmp_path, base):
     dataset_io.write_jsonl(tmp_path / "completions/step_000200.jsonl", rows)
     found = {"accuracy": 0.25, "length": 2.0, "listed": 0.25}
     got = cells._with_samples(found, tmp_path, base)
-    assert got == {"accuracy": 0.25 + 2 / 4, "length": 0.5 + (9 + 32 + 4) / 4}
+    assert got == {"accuracy": 0.25 + 0.75 * 2 / 3, "length": 0.5 + 0.75 * 45 / 3}
     world = types.SimpleNamespace(name="stories")
     got = cells._with_samples(found, tmp_path, base._replace(world=world))
     assert got["accuracy"] == 0.25
