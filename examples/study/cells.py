@@ -221,8 +221,8 @@ def _values(base: Base, log_p: Sequence[np.ndarray]) -> dict[str, float]:
 def _with_samples(
     found: dict[str, float], folder: pathlib.Path, base: Base
 ) -> dict[str, float]:
-    """Accuracy and length, of which the part that is not listed is as the samples of the
-    last evaluation that are not. A story that is not listed is no valid one."""
+    """Accuracy and length of all responses: of those that are not listed, estimated from
+    such samples of the last evaluation. A story that is not listed is not valid."""
     texts = {row.problem.prompt: {*row.texts} for row in base.rows}
     last = max((folder / "completions").glob("step_*.jsonl"))
     rest = [

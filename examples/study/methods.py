@@ -100,7 +100,7 @@ TRAINED = {
         "PowerFlow",
         power,
         True,
-        # Flattened, more of them say what the base never does.
+        # When flattening, more updates raise what the base hardly ever says.
         settings=lambda alpha: {} if alpha > 1 else {"updates_per_rollout": 1},
     ),
     "own_samples": Method("PowerFlow, own samples alone", power, True),

@@ -58,9 +58,8 @@ def make_mesh(
 
 
 def num_nodes(devices: Sequence[jax.Device]) -> int:
-    """Number of groups of devices with fast links inside and slow ones between: slices of
-    TPUs, and hosts of GPUs, or what of them one NVLink domain joins. One if they are not
-    alike."""
+    """Counts groups of devices with fast links inside and slow ones between: slices of
+    TPUs, hosts of GPUs or their NVLink domains. One if these differ in size."""
     is_cpu = lambda device: device.platform == "cpu"
     sizes = collections.Counter(
         0 if is_cpu(device) else getattr(device, "slice_index", 0) for device in devices
@@ -71,8 +70,8 @@ def num_nodes(devices: Sequence[jax.Device]) -> int:
 def mesh_sizes(
     data: int, fsdp: int, tensor: int, devices: int, nodes: int = 1
 ) -> tuple[int, int, int]:
-    """Sizes of the axes, of which one may be -1, what is left, and `data` may be 0: what
-    the others leave, and as many as there are nodes if they leave it open.
+    """Resolves the sizes of the axes: one may be -1, which takes what is left; `data=0` is
+    one copy of the weights per node, or what is left if both others are given.
 
     Raises:
       ValueError: if they do not multiply to the number of devices.

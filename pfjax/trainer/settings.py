@@ -309,8 +309,8 @@ _FREE: dict[str, Setting] = {
     # only.
     "mesh.data": Setting(
         0,
-        "devices that hold whole copies of the weights; 0: what fsdp and tensor leave, a "
-        "copy per node of GPUs or slice of TPUs if they leave it open; -1: what is left",
+        "whole copies of the weights; 0: one per node of GPUs or slice of TPUs, or what is "
+        "left if fsdp and tensor are given; -1: what is left",
         at_least=-1,
     ),
     "mesh.fsdp": Setting(
