@@ -2,11 +2,13 @@ r"""Tells what a run takes before anyone pays for the devices.
 
     pfjax plan --config=qwen2_5_math_7b --topology=v5p:4x4x4
     pfjax plan --config=qwen2_5_math_7b --topology=h200:8
+    pfjax plan --config=qwen2_5_math_7b --topology=h200:8 --search
     pfjax plan --config=qwen2_5_math_7b --all
 
 For a TPU topology the programs of a step are compiled on this machine, which needs no
 TPU but the extra `tpu` (pip install 'pfjax[tpu]'). Without it, and for GPUs, memory and
-traffic are estimated from shapes. Exit status 1 when the run does not fit.
+traffic are estimated from shapes; so they are for the meshes and sizes of micro-batches that
+--search compares. Exit status 1 when the run does not fit.
 """
 
 import json
@@ -21,6 +23,7 @@ from pfjax import cli
 cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
 _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
+_SEARCH = flags.DEFINE_bool("search", False, "compare the meshes of --topology instead")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
 _RESPONSE = flags.DEFINE_integer(
     "response_tokens", None, "mean length of a response; a third of max_new_tokens"
@@ -39,6 +42,8 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     if _ALL.value == bool(_TOPOLOGY.value):
         raise ValueError("give --topology=NAME or --all")
+    if _SEARCH.value and _ALL.value:
+        raise ValueError("--search is of one --topology=NAME")
     import jax
 
     from pfjax.model import hf, hf_config
@@ -58,6 +63,12 @@ def main() -> None:
     plan_for = lambda x, can: planner.make_plan(config, base, x, response, can)
     if _ALL.value:
         _print_all([plan_for(x, False) for x in TOPOLOGIES])
+        return
+    if _SEARCH.value:
+        found = planner.search(config, base, name, response)
+        _print_search(plan_for(name, False), found)
+        if not found[0]["fits"]:
+            sys.exit(1)
         return
     can_compile = aot.can_compile(name)
     begin = time.perf_counter()
@@ -122,6 +133,56 @@ def _print_all(plans: list[dict]) -> None:
         memory = "{total:>9.1f}{available:>8.1f}  ".format(**x["memory_gib"])
         row = "{topology:<12}{devices:>8}" + memory
         print((row + (cost if x["fits"] else "does not fit")).format(**x))
+
+
+_SHOWN = 8  # plans of a search
+
+
+def _print_search(present: dict, found: list[dict]) -> None:
+    if _JSON.value:
+        print(json.dumps(found, indent=2))
+        return
+    print("{model} on {topology}, estimated from shapes\n".format(**present))
+    (best, *_), phases = found, list(present["phases"])
+    heads = "".join(f"{name:>9}" for name in phases)
+    print(
+        f"  {'mesh':<32}{'rows':>4}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
+    )
+    for plan in found[:_SHOWN]:
+        print(_row(plan))
+    if len(found) > _SHOWN:
+        print(f"  and {len(found) - _SHOWN} more")
+    if not best["fits"]:
+        print("\nnothing fits: --topology without --search tells what would")
+        return
+    settings = " ".join(f"--config.{k}={v}" for k, v in best["changes"].items())
+    print(f"\nfastest: {settings}\n{_gain(present, best)}")
+
+
+def _row(plan: dict) -> str:
+    sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
+    out = f"  {sizes:<32}{plan['changes']['microbatch_size']:>4}"
+    out += "{total:>7.1f}{available:>6.1f}".format(**plan["memory_gib"])
+    if not plan["fits"]:
+        return out + "  does not fit"
+    out += "".join(f"{x['seconds']:>9.2f}" for x in plan["phases"].values())
+    return out + f"{plan['seconds']:>8.2f}{plan['gb_sent']:>9.0f}"
+
+
+def _gain(present: dict, best: dict) -> str:
+    if not present["fits"]:
+        return "the config as it is does not fit"
+    seconds = {
+        n: (x["seconds"], best["phases"][n]["seconds"])
+        for n, x in present["phases"].items()
+    }
+    why = [f"{n} {a:.2f} -> {b:.2f} s" for n, (a, b) in seconds.items() if a > 1.01 * b]
+    sent = "{:.0f} -> {:.0f} GB sent by a device".format(
+        present["gb_sent"], best["gb_sent"]
+    )
+    return "; ".join(
+        ["the config as it is: {seconds:.2f} s".format(**present), *why, sent]
+    )
 
 
 if __name__ == "__main__":

@@ -198,6 +198,36 @@ def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
     assert advice.startswith("it would fit with --config.mesh.data=1 (")
 
 
+def test_a_search_finds_the_mesh_that_halves_the_rollouts():
+    """A 7B reads its weights from the memory of four devices instead of one."""
+    config = _config("qwen2_5_math_7b")
+    found = planner.search(config, _base(config), "h100:8", 1024)
+    best, present = found[0], _plan(config, "h100:8", can_compile=False)
+    assert best["mesh"] == {"data": 1, "fsdp": 2, "tensor": 4}
+    seconds = lambda plan: plan["phases"]["rollout"]["seconds"]
+    assert seconds(best) < seconds(present) / 2
+    assert best["seconds"] < 0.65 * present["seconds"]
+    # What is reported is the plan of the settings that are advised.
+    again = _plan(_config("qwen2_5_math_7b", **best["changes"]), "h100:8", False)
+    assert again == {k: v for k, v in best.items() if k != "changes"}
+    # Every mesh once: 8 = 2 * 2 * 2 over three axes, but for tensor=8 and 4 heads.
+    meshes = [tuple(x["mesh"].values()) for x in found]
+    assert len(set(meshes)) == len(meshes) == 9
+    fits = [x["fits"] for x in found]
+    assert fits == sorted(fits, reverse=True) and not all(fits)
+    speeds = [x["seconds"] for x in found if x["fits"]]
+    assert speeds == sorted(speeds)
+
+
+def test_a_search_says_what_to_set_or_that_nothing_fits():
+    done = run_command("pfjax.plan", "--config=smoke", "--topology=h100:2", "--search")
+    assert done.returncode == 0, done.stderr
+    assert "fastest: --config.mesh.data=" in done.stdout
+    args = ("--config=qwen2_5_math_7b", "--topology=rtx4090:1", "--search")
+    done = run_command("pfjax.plan", *args)
+    assert done.returncode == 1 and "nothing fits" in done.stdout
+
+
 def test_prompts_that_leave_devices_idle_are_noted():
     plan = _plan(_config("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False)
     assert (

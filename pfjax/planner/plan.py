@@ -3,6 +3,8 @@
 The only module of the planner that reads a config or builds the programs of a run.
 """
 
+import contextlib
+import itertools
 import math
 from typing import Any
 
@@ -18,6 +20,8 @@ from pfjax.model.transformer import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
 from pfjax.trainer import train_fns
+
+_MICROBATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 def make_plan(
@@ -179,6 +183,7 @@ def _step(
         "tokens_per_s": work.responses * work.response_tokens / seconds,
         "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
         "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
+        "gb_sent": sum(x.gb for _, x in rows),
         "notes": [note] if prompts % parts else [],
     }
 
@@ -210,6 +215,55 @@ def advise(
             peak = plan["memory_gib"]["total"]
             return f"it would fit with {flags} ({peak:.1f} GiB by estimate)"
     return "no change of a setting would make it fit: take more or larger devices"
+
+
+def search(
+    config: FrozenConfigDict,
+    base_model: ModelConfig,
+    topology: str,
+    response_tokens: int,
+) -> list[dict[str, Any]]:
+    """Plans, by estimate, of every mesh of the devices and several sizes of micro-batches.
+
+    Returns:
+      One plan for each mesh that is possible, as of `make_plan`, with the size of
+      micro-batches that is best there; and `changes`, the settings that lead to it. Those
+      that fit come first, the fastest of them first; of equals one that leaves 15 % of the
+      memory, then that which sends least.
+
+    Raises:
+      ValueError: if no mesh of the devices divides the model.
+    """
+    devices = aot.parse(topology)[1]
+    ways = [n for n in range(1, devices + 1) if devices % n == 0]
+    found = []
+    for fsdp, tensor in itertools.product(ways, ways):
+        if devices % (fsdp * tensor):
+            continue
+        mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
+        changes = {f"mesh.{name}": n for name, n in mesh.items()}
+        plans = []
+        for rows in sorted({config.microbatch_size, *_MICROBATCH_SIZES}):
+            changed = _changed(config, changes | {"microbatch_size": rows})
+            with contextlib.suppress(ValueError):  # sizes that do not divide
+                plan = make_plan(changed, base_model, topology, response_tokens, False)
+                settings = {"changes": changes | {"microbatch_size": rows}}
+                plans.append(plan | settings)
+        found += sorted(plans, key=_rank)[:1]
+    if not found:
+        raise ValueError(
+            f"no mesh of the {devices} devices of {topology} divides the model"
+        )
+    return sorted(found, key=_rank)
+
+
+def _rank(plan: dict[str, Any]) -> tuple[Any, ...]:
+    # Estimates within a hundredth of each other are equal.
+    speed = round(100 * math.log(plan["seconds"]))
+    memory = plan["memory_gib"]
+    # So close to the limit, what an estimate has missed decides.
+    is_tight = memory["total"] > 0.85 * memory["available"]
+    return not plan["fits"], speed, is_tight, plan["gb_sent"], memory["total"]
 
 
 def _changed(config: FrozenConfigDict, changes: dict[str, Any]) -> FrozenConfigDict:
