@@ -5,10 +5,10 @@ r"""Tells what a run takes before anyone pays for the devices.
     pfjax plan --config=qwen2_5_math_7b --topology=h200:8 --search
     pfjax plan --config=qwen2_5_math_7b --all
 
-For a TPU topology the programs of a step are compiled on this machine, which needs no
-TPU but the extra `tpu` (pip install 'pfjax[tpu]'). Without it, and for GPUs, memory and
-traffic are estimated from shapes; so they are for the meshes and sizes of micro-batches that
---search compares. Exit status 1 when the run does not fit.
+The programs of a step are compiled for the topology on this machine, which needs none of
+its devices but the extra `tpu` or `cuda13` (pip install 'pfjax[cuda13]'). Without it memory
+and traffic are estimated from shapes; so they are for the meshes and sizes of micro-batches
+that --search compares. Exit status 1 when the run does not fit.
 """
 
 import json
@@ -76,7 +76,9 @@ def main() -> None:
     how = f"compiled in {time.perf_counter() - begin:.0f} s"
     advice = None if plan["fits"] else planner.advise(config, base, name, response)
     if not plan["compiled"]:
-        why = "" if can_compile else ": no compiler for these devices here"
+        extra = aot.extra(name)
+        missing = f": no compiler for these devices here, it comes with pfjax[{extra}]"
+        why = "" if can_compile else missing
         how = "estimated from shapes" + why
     if _JSON.value:
         print(json.dumps(plan | {"advice": advice}, indent=2))
@@ -124,7 +126,7 @@ def _print_all(plans: list[dict]) -> None:
     if _JSON.value:
         print(json.dumps(plans, indent=2))
         return
-    how = "estimated from shapes (--topology=NAME compiles for TPUs)"
+    how = "estimated from shapes (--topology=NAME compiles)"
     print(f"{plans[0]['model']}, {how}\n")
     columns = f"{'topology':<12}{'devices':>8}{'GiB':>9}{'of':>8}"
     print(f"{columns}  {'s/step':>8}{'tokens/s':>10}  bound by")

@@ -43,7 +43,7 @@ def _mesh_of_this_machine(topology, **sizes):
 
 def test_a_step_of_the_toy_model_compiles(monkeypatch):
     """For the devices of the tests in place of TPUs, which take minutes."""
-    monkeypatch.setattr(aot, "tpu_mesh", _mesh_of_this_machine)
+    monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
     config = _config("smoke", attention="plain", remat="full")
     plan = _plan(config, "v5e:2x4", can_compile=True)
     assert plan["compiled"] and plan["fits"] and plan["error"] is None
@@ -257,7 +257,7 @@ def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
         )
 
     monkeypatch.setattr(aot, "compile_phases", refuse)
-    monkeypatch.setattr(aot, "tpu_mesh", _mesh_of_this_machine)
+    monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
     plan = _plan(_config("qwen2_5_math_1_5b"), "v5e:2x4", can_compile=True)
     assert not plan["fits"] and "Used 20G of 15G" in plan["error"]
 
@@ -267,10 +267,14 @@ def _run(*args):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_command_says_how_it_knows_and_exits_by_what_fits():
+def test_command_says_how_it_knows_and_exits_by_what_fits(monkeypatch):
+    monkeypatch.setattr(aot, "can_compile", lambda topology: False)
     status, out, error = _run("--topology=h200:8")
     assert status == 0, error
-    assert "estimated from shapes: no compiler for these devices here" in out
+    assert (
+        "(estimated from shapes: no compiler for these devices here, it comes with "
+        "pfjax[cuda13])"
+    ) in out
     for word in (
         "parameters",
         "optimizer",

@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time, for TPUs that need not be here, by libtpu."""
+"""Programs compiled ahead of time, for TPUs and GPUs that need not be here."""
 
 import importlib.util
 import math
@@ -13,6 +13,7 @@ from pfjax.batch import SCORES
 from pfjax.infra import hardware, sharding
 from pfjax.model import lora
 from pfjax.model.transformer import Params
+from pfjax.planner import gpu_target
 from pfjax.planner.roofline import Workload
 from pfjax.sampler import decode
 from pfjax.trainer import train_fns
@@ -52,7 +53,22 @@ def _is_tpu(topology: str) -> bool:
 
 def can_compile(topology: str) -> bool:
     """Whether a compiler for the devices is installed."""
-    return _is_tpu(topology) and importlib.util.find_spec("libtpu") is not None
+    if _is_tpu(topology):
+        return importlib.util.find_spec("libtpu") is not None
+    return gpu_target.is_installed()
+
+
+def extra(topology: str) -> str:
+    """The extra of the package that brings the compiler for the devices."""
+    return "tpu" if _is_tpu(topology) else "cuda13"
+
+
+def device_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of a topology, to lower and compile for; see `can_compile`."""
+    if _is_tpu(topology):
+        return tpu_mesh(topology, data, fsdp, tensor)
+    _, devices = parse(topology)
+    return gpu_target.mesh(topology.partition(":")[0], devices, data, fsdp, tensor)
 
 
 def tpu_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
@@ -89,11 +105,12 @@ def compile_phases(
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}
     policy = lora.join(frozen, fns.state.params["policy"])
-    phases = {
-        "rollout": _lower_decode(policy, work),
-        "score": fns.score_base.lower(fns.base, rows, number),
-        "update": fns.train_step.lower(fns.state, frozen, scored, number),
-    }
+    with gpu_target.told_to_cudnn(jax.sharding.get_mesh()):
+        phases = {
+            "rollout": _lower_decode(policy, work),
+            "score": fns.score_base.lower(fns.base, rows, number),
+            "update": fns.train_step.lower(fns.state, frozen, scored, number),
+        }
     return {phase: lowered.compile() for phase, lowered in phases.items()}
 
 

@@ -58,15 +58,23 @@ def collectives(text: str, mesh: AnyMesh) -> list[Collective]:
             group = _group(line) or list(range(mesh.size))  # none stated: all devices
             if len(group) == 1:
                 continue  # nothing is sent
-            arrays = [_array(*x) for x in _SHAPE.findall(result)]
+            arrays = [_array(*x) for x in _SHAPE.findall(_results(result, is_start))]
             dtype, shape, size = max(arrays, key=lambda x: x[2])
-            if kind == "all-reduce" and not is_start:
-                size = sum(x[2] for x in arrays)  # it may sum several arrays at once
+            if not is_start or result.startswith("(("):
+                size = sum(x[2] for x in arrays)  # several arrays travel at once
             sent = size * _RING[kind](len(group))
             at = np.unravel_index(group, tuple(mesh.shape.values()))
             axes = tuple(a for a, x in zip(mesh.shape, at, strict=True) if np.ptp(x))
             found.append(Collective(kind, dtype, shape, axes, sent, *repeats[name]))
     return found
+
+
+def _results(types: str, is_start: str | None) -> str:
+    """Types of what a collective makes; before them, when it starts one, may be those of
+    what it takes, in brackets of their own."""
+    types = re.sub(r"\{[^}]*\}", "", types)  # layouts, which have brackets too
+    nested = is_start and re.match(r"\(\([^()]*\),", types)
+    return types[nested.end() :] if nested else types
 
 
 def _repeats(

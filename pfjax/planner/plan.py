@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import transformer
+from pfjax.model import attention, transformer
 from pfjax.model.transformer import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
@@ -44,8 +44,9 @@ def make_plan(
     """
     chip, devices = aot.parse(topology)
     make_mesh, use_mesh = aot.abstract_mesh, jax.sharding.use_abstract_mesh
+    caveats = []
     if can_compile:
-        make_mesh, use_mesh = aot.tpu_mesh, jax.set_mesh
+        make_mesh, use_mesh = aot.device_mesh, jax.set_mesh
     mesh = make_mesh(topology, **config.mesh)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
@@ -60,6 +61,7 @@ def make_plan(
             work = _workload(config, fns, mesh, free, response_tokens)
             if can_compile:
                 phases, sent = _compile(fns, work, mesh)
+                caveats = _caveats(fns, work)
             else:
                 phases, sent = estimates.temporaries(work), estimates.sent(work)
     except (slots.NoRoom, jax.errors.JaxRuntimeError) as error:
@@ -72,6 +74,7 @@ def make_plan(
     phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
     phases["score"]["base from the host"] = waiting
     memory = _memory(state, phases, chip)
+    step = _step(work, sent, chip)
     return {
         "model": config.model,
         "topology": topology,
@@ -81,7 +84,8 @@ def make_plan(
         "memory_gib": memory,
         "fits": memory["total"] <= memory["available"],
         "error": None,
-        **_step(work, sent, chip),
+        **step,
+        "notes": step["notes"] + caveats,
     }
 
 
@@ -138,6 +142,24 @@ def _compile(
         found = hlo.collectives(program.as_text(), mesh)
         sent[phase] = roofline.sent(work, phase, found)
     return phases, sent
+
+
+def _caveats(fns: train_fns.TrainFns, work: roofline.Workload) -> list[str]:
+    """What a compiler cannot know of the current mesh's devices without asking them."""
+    if sharding.platform()[0] != "gpu":
+        return []
+    model, most = fns.model, fns.shape.max_segments
+    note = "compiled without a GPU: its kernels are not chosen by timing them"
+    if attention.pays_for_segments(model.attention, model.head_dim, model.dtype):
+        heads = model.num_heads / work.mesh["tensor"]
+        # A gradient of all queries for each segment of the fullest row, and its padding.
+        room = 4 * work.micro_batch * heads * model.head_dim / hardware.GIB
+        few, many = (f"{room * (n + 1):.1f} GiB for {n}" for n in (8, most))
+        note += (
+            ", and what cuDNN works in is not in these numbers: in an update about "
+            f"{few} responses per row, {many}"
+        )
+    return [note]
 
 
 def _bytes_of(tree: Any) -> int:

@@ -87,6 +87,22 @@ ENTRY %main (p: f32[4]) -> f32[8] {
     assert (reduce.kind, reduce.axes, reduce.sent) == ("all-reduce", ("data",), 12)
 
 
+def test_what_a_collective_takes_is_not_what_it_makes(mesh):
+    """As XLA starts several at once for GPUs: the arguments, then the results."""
+    text = """
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %a = ((bf16[8]{0}, f32[8,3]{1,0:T(8,128)}), (bf16[4]{0}, f32[4,3]{1,0:T(8,128)})) reduce-scatter-start(%p, %q), replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}, dimensions={0}
+  %b = ((f32[4]{0}), f32[8]{0}) all-gather-start(%p), replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}, dimensions={0}
+  %c = (f32[8]{0}, f32[8]{0}) all-gather(%p, %q), replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'fsdp'}, dimensions={0}
+}
+"""
+    scatter, start, gather = hlo.collectives(text, mesh)
+    # Of two devices each sends the half that is the other's.
+    assert (scatter.dtype, scatter.shape, scatter.sent) == ("f32", (4, 3), 8 + 48)
+    assert (start.shape, start.sent) == ((8,), 16)
+    assert gather.sent == 2 * 16
+
+
 def test_computations_end_where_the_compiler_ends_them(mesh):
     """Notes of kernels run over lines of which some begin with a bracket."""
     text = """
