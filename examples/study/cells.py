@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -328,10 +329,17 @@ def _pool() -> concurrent.futures.ProcessPoolExecutor:
     for core in cores:
         free.put(core)
     return concurrent.futures.ProcessPoolExecutor(
-        len(cores), context, initializer=_pin, initargs=(free, can_pin)
+        len(cores), context, initializer=_begin, initargs=(free, can_pin)
     )
 
 
-def _pin(free: Any, can_pin: bool) -> None:
+def _begin(free: Any, can_pin: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if can_pin:
         os.sched_setaffinity(0, {free.get()})
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no run behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

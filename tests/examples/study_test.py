@@ -2,6 +2,11 @@
 
 import json
 import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import numpy as np
@@ -11,7 +16,7 @@ from examples.study import cells, methods, search, statistics, tables
 from examples.study.methods import TRAINED, UNTRAINED, Base
 from pfjax.infra import dataset_io
 from pfjax.trainer import recipes
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 def _listed(log_p0, length, is_correct):
@@ -234,6 +239,33 @@ def test_a_search_holds_prompts_out(tmp_path):
     assert len(read("train")) == 72 and read("train") == read("train_answered")
     assert read("eval") == {str(i) for i in range(72, 200)}
     assert len(search.SETTINGS) == len({str(x) for x in search.SETTINGS}) == 20
+
+
+def test_a_study_that_is_killed_leaves_no_process(tmp_path):
+    pool = "import examples.study.cells as c, os, time"
+    pool += "; p = c._pool(); print(p.submit(os.getpid).result(), flush=True)"
+    pool += "; p.submit(time.sleep, 600).result()"
+    command = [sys.executable, "-c", pool]
+    study = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    worker = int(study.stdout.readline())
+    assert study.poll() is None
+    study.send_signal(signal.SIGTERM)
+    study.wait()
+    for _ in range(3000):
+        if not _is_alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("a worker goes on")
+
+
+def _is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return not stat.exists() or ") Z " not in stat.read_text()
 
 
 @pytest.mark.slow  # fits a base and trains four times, in processes of their own
