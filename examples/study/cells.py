@@ -165,6 +165,8 @@ def run(
             first = folder / "sharpened"
             pfjax.fine_tune(_config(cell, values | {"alpha": 2.0}), first)
             values |= {"alpha": 0.5, "model": str(first / "hf")}
+            # What it starts from no longer says what is to be raised.
+            values |= {"behavior.base": 0.0, "updates_per_rollout": 1}
         policy = pfjax.fine_tune(_config(cell, values), folder)
     (folder / "label.txt").write_text(method.title + "\n")
     found = measure(policy, base, method) | _on_the_way(folder, base)
