@@ -2,39 +2,19 @@
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
 
 import jax
-import ml_collections
 import pytest
 
 from pfjax.infra import hardware, sharding
-from pfjax.model import hf, hf_config, transformer
+from pfjax.model import transformer
 from pfjax.planner import aot
 from pfjax.planner import plan as planner
-from pfjax.trainer import recipes
 from tests.conftest import ROOT, run_command
-
-
-def _config(name, **changes):
-    config = recipes.recipe(name)
-    config.update_from_flattened_dict(changes)
-    return ml_collections.FrozenConfigDict(config)
-
-
-def _base(config):
-    return hf_config.read(hf.resolve_config(config.model))
-
-
-def _plan(config, topology, can_compile):
-    return planner.make_plan(config, _base(config), topology, 1024, can_compile)
-
-
-def _collectives(plan, phase):
-    return {(x["kind"], x["axes"]) for x in plan["collectives"] if x["phase"] == phase}
+from tests.planner import plans
 
 
 def _mesh_of_this_machine(topology, **sizes):
@@ -44,12 +24,12 @@ def _mesh_of_this_machine(topology, **sizes):
 def test_a_step_of_the_toy_model_compiles(monkeypatch):
     """For the devices of the tests in place of TPUs, which take minutes."""
     monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
-    config = _config("smoke", attention="plain", remat="full")
-    plan = _plan(config, "v5e:2x4", can_compile=True)
+    config = plans.config_of("smoke", attention="plain", remat="full")
+    plan = plans.plan_of(config, "v5e:2x4", can_compile=True)
     assert plan["compiled"] and plan["fits"] and plan["error"] is None
     memory = plan["memory_gib"]
     # 68 k parameters over 8 devices and the head of log Z', whole: 4 bytes each.
-    params = transformer.abstract_params(_base(config))
+    params = transformer.abstract_params(plans.base_of(config))
     size = sum(x.size for x in jax.tree.leaves(params)) / 8 + 2 * 64**2
     got = memory["state"]["parameters"] * hardware.GIB
     assert got == pytest.approx(4 * size, rel=0.05)
@@ -57,8 +37,8 @@ def test_a_step_of_the_toy_model_compiles(monkeypatch):
         assert (
             0 < memory["phases"][phase]["rows"] < memory["phases"][phase]["temporaries"]
         )
-    assert not _collectives(plan, "rollout")
-    assert ("reduce-scatter", "fsdp") in _collectives(plan, "update")
+    assert not plans.collectives(plan, "rollout")
+    assert ("reduce-scatter", "fsdp") in plans.collectives(plan, "update")
     # Weights are gathered once by the base and twice by the policy.
     gathered = {
         x["phase"]: x["gb"] for x in plan["collectives"] if x["kind"] == "all-gather"
@@ -77,8 +57,8 @@ def little_effort():
 
 @pytest.mark.slow
 def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh, little_effort):
-    config = _config("qwen2_5_math_1_5b")
-    plan = _plan(config, "v5e:4x4", can_compile=True)
+    config = plans.config_of("qwen2_5_math_1_5b")
+    plan = plans.plan_of(config, "v5e:4x4", can_compile=True)
     assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
     state = plan["memory_gib"]["state"]
     # 1.54 G parameters: 4 bytes, twice 4, and 2, over 16 devices.
@@ -89,16 +69,13 @@ def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh, little_effort):
     # A prototype took 2.9 GB of temporaries for 4,096 tokens a device.
     assert plan["memory_gib"]["phases"]["update"]["temporaries"] < 2.9
     # Decoding exchanges nothing: every device has whole weights.
-    assert not _collectives(plan, "rollout")
-    assert {axes for _, axes in _collectives(plan, "update")} == {"fsdp"}
+    assert not plans.collectives(plan, "rollout")
+    assert {axes for _, axes in plans.collectives(plan, "update")} == {"fsdp"}
     # Weights are gathered in bfloat16, an array of a layer at a time, the largest that
     # of an MLP, 1,536 x 8,960; as a ring of shifts where it overlaps with products. Of
     # activations, only chunks of states and the rows of the embedding travel.
-    for x in plan["collectives"]:
-        if x["kind"] in ("all-gather", "collective-permute"):
-            dtype, _, shape = x["largest"].rstrip("]").partition("[")
-            size = math.prod(int(n) for n in shape.split(","))
-            assert (dtype, size <= 1536 * 8960) == ("bf16", True), x
+    for dtype, size in plans.gathered(plan):
+        assert (dtype, size <= 1536 * 8960) == ("bf16", True)
     # Once a pass: of the base, of the policy, and again for the gradient, which then is
     # summed over devices.
     weights = 2 * 1.31e9 * 15 / 16 * plan["micro_batches"] / 1e9
@@ -116,12 +93,16 @@ def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh, little_effort):
     [("v5p:2x2x2", {}), ("v6e:4x4", {})],
 )
 def test_7b_compiles_and_fits(tpu_mesh, topology, changes, little_effort):
-    plan = _plan(_config("qwen2_5_math_7b", **changes), topology, can_compile=True)
+    plan = plans.plan_of(
+        plans.config_of("qwen2_5_math_7b", **changes), topology, can_compile=True
+    )
     assert plan["compiled"] and plan["fits"], plan["memory_gib"]
-    axes = {axes for _, axes in _collectives(plan, "update")}
+    axes = {axes for _, axes in plans.collectives(plan, "update")}
     assert {"fsdp"} <= axes <= {"fsdp", "tensor", "fsdp+tensor"}
-    assert bool(_collectives(plan, "rollout")) == ("mesh.tensor" in changes)
-    estimate = _plan(_config("qwen2_5_math_7b", **changes), topology, False)
+    assert bool(plans.collectives(plan, "rollout")) == ("mesh.tensor" in changes)
+    estimate = plans.plan_of(
+        plans.config_of("qwen2_5_math_7b", **changes), topology, False
+    )
     for phase in ("score", "update"):
         got, want = (
             sum(x["memory_gib"]["phases"][phase].values()) for x in (estimate, plan)
@@ -142,8 +123,8 @@ def test_estimates_follow_the_settings():
         "host": {**small, "offload_ref": True},
         "adapters": {**small, "lora.rank": 16},
     }.items():
-        config = _config("qwen2_5_math_7b", **changes)
-        plan = _plan(config, "h100:8", can_compile=False)
+        config = plans.config_of("qwen2_5_math_7b", **changes)
+        plan = plans.plan_of(config, "h100:8", can_compile=False)
         assert not plan["compiled"]
         total[name] = plan["memory_gib"]
     update = lambda name: total[name]["phases"]["update"]["temporaries"]
@@ -164,7 +145,9 @@ def test_a_plan_counts_on_the_memory_that_a_run_reserves(monkeypatch):
     found = {}
     for fraction in ("0.92", "0.2"):
         monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", fraction)
-        plan = _plan(_config("qwen2_5_math_1_5b"), "h100:8", can_compile=False)
+        plan = plans.plan_of(
+            plans.config_of("qwen2_5_math_1_5b"), "h100:8", can_compile=False
+        )
         assert plan["memory_gib"]["available"] == pytest.approx(79.11 * float(fraction))
         found[fraction] = plan["memory_gib"]["phases"]["rollout"]["caches"]
     assert found["0.92"] > found["0.2"]
@@ -172,7 +155,9 @@ def test_a_plan_counts_on_the_memory_that_a_run_reserves(monkeypatch):
 
 def _update_links(topology, **changes):
     """Seconds on links of an update, and the bytes that a device sends by axes."""
-    plan = _plan(_config("qwen2_5_math_1_5b", **changes), topology, False)
+    plan = plans.plan_of(
+        plans.config_of("qwen2_5_math_1_5b", **changes), topology, False
+    )
     rows = [x for x in plan["collectives"] if x["phase"] == "update"]
     seconds = plan["phases"]["update"]["seconds_by"]["links"]
     return seconds, {x["axes"]: 1e9 * x["gb"] for x in rows}
@@ -193,22 +178,24 @@ def test_what_crosses_nodes_is_priced_at_their_network():
 
 
 def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
-    config = _config("qwen2_5_math_7b", **{"mesh.tensor": 4})
-    advice = planner.advise(config, _base(config), "rtx4090:16", 1024)
+    config = plans.config_of("qwen2_5_math_7b", **{"mesh.tensor": 4})
+    advice = planner.advise(config, plans.base_of(config), "rtx4090:16", 1024)
     assert advice.startswith("it would fit with --config.mesh.data=1 (")
 
 
 def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     """A 7B reads its weights from the memory of four devices instead of one."""
-    config = _config("qwen2_5_math_7b")
-    found = planner.search(config, _base(config), "h100:8", 1024)
-    best, present = found[0], _plan(config, "h100:8", can_compile=False)
+    config = plans.config_of("qwen2_5_math_7b")
+    found = planner.search(config, plans.base_of(config), "h100:8", 1024)
+    best, present = found[0], plans.plan_of(config, "h100:8", can_compile=False)
     assert best["mesh"] == {"data": 1, "fsdp": 2, "tensor": 4}
     seconds = lambda plan: plan["phases"]["rollout"]["seconds"]
     assert seconds(best) < seconds(present) / 2
     assert best["seconds"] < 0.65 * present["seconds"]
     # What is reported is the plan of the settings that are advised.
-    again = _plan(_config("qwen2_5_math_7b", **best["changes"]), "h100:8", False)
+    again = plans.plan_of(
+        plans.config_of("qwen2_5_math_7b", **best["changes"]), "h100:8", False
+    )
     assert again == {k: v for k, v in best.items() if k != "changes"}
     # Every mesh once: 8 = 2 * 2 * 2 over three axes, but for tensor=8 and 4 heads.
     meshes = [tuple(x["mesh"].values()) for x in found]
@@ -229,7 +216,9 @@ def test_a_search_says_what_to_set_or_that_nothing_fits():
 
 
 def test_prompts_that_leave_devices_idle_are_noted():
-    plan = _plan(_config("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False)
+    plan = plans.plan_of(
+        plans.config_of("qwen2_5_math_7b"), "v5p:4x4x4", can_compile=False
+    )
     assert (
         "32 prompts over 64 parts of the batch leave 50% of the devices idle"
         in (plan["notes"][0])
@@ -237,17 +226,19 @@ def test_prompts_that_leave_devices_idle_are_noted():
 
 
 def test_what_does_not_fit_says_what_would(tpu_mesh):
-    config = _config("qwen2_5_math_7b")
-    plan = _plan(config, "v5e:4x4", can_compile=True)
+    config = plans.config_of("qwen2_5_math_7b")
+    plan = plans.plan_of(config, "v5e:4x4", can_compile=True)
     assert not plan["fits"] and "one sample of" in plan["error"]
     assert not plan["compiled"]  # what it prints is estimated
-    advice = planner.advise(config, _base(config), "v5e:4x4", 1024)
+    advice = planner.advise(config, plans.base_of(config), "v5e:4x4", 1024)
     assert advice.startswith("it would fit with --config.")
     flags = dict(
         x.removeprefix("--config.").split("=") for x in advice.split() if "=" in x
     )
     changes = {k: int(v) if v.isdigit() else v for k, v in flags.items()}
-    assert _plan(_config("qwen2_5_math_7b", **changes), "v5e:4x4", False)["fits"]
+    assert plans.plan_of(
+        plans.config_of("qwen2_5_math_7b", **changes), "v5e:4x4", False
+    )["fits"]
 
 
 def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
@@ -258,7 +249,9 @@ def test_a_program_that_the_compiler_refuses_is_no_crash(monkeypatch):
 
     monkeypatch.setattr(aot, "compile_phases", refuse)
     monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
-    plan = _plan(_config("qwen2_5_math_1_5b"), "v5e:2x4", can_compile=True)
+    plan = plans.plan_of(
+        plans.config_of("qwen2_5_math_1_5b"), "v5e:2x4", can_compile=True
+    )
     assert not plan["fits"] and "Used 20G of 15G" in plan["error"]
 
 
@@ -336,7 +329,7 @@ def test_mistakes_are_one_message(given, message):
 )
 def test_shapes_of_recipes_are_at_hand(name):
     """Parameters of the models, as their cards give them."""
-    base = _base(_config(name))
+    base = plans.base_of(plans.config_of(name))
     size = sum(x.size for x in jax.tree.leaves(transformer.abstract_params(base)))
     known = {
         "qwen2_5_0_5b_gsm8k": 0.494e9,

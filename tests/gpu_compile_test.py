@@ -1,0 +1,103 @@
+"""Programs of runs, compiled for NVIDIA GPUs that are not here.
+
+A tier of its own, since the compiler is large: bash launch/gpu_compile.sh
+"""
+
+import math
+
+import jax
+import pytest
+
+from pfjax.infra import hardware
+from pfjax.planner import aot, gpu_target
+from pfjax.trainer import train_fns
+from tests.planner import plans
+
+pytestmark = [
+    pytest.mark.gpu_compile,
+    pytest.mark.long_running,  # programs as a run has them
+    pytest.mark.skipif(
+        not gpu_target.is_installed(),
+        reason="no compiler for GPUs here; bash launch/gpu_compile.sh gets it",
+    ),
+]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiles a config for 8 H100s: its plan, and its programs by phase."""
+    compile_phases, programs = aot.compile_phases, {}
+
+    def keep(*args):
+        programs.update(compile_phases(*args))
+        return programs
+
+    monkeypatch.setattr(aot, "compile_phases", keep)
+    plan = lambda config: plans.plan_of(config, "h100:8", can_compile=True)
+    return lambda config: (plan(config), programs)
+
+
+# Adapters; all weights of a small and of a large model; another family.
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "qwen2_5_0_5b_gsm8k",
+        "qwen2_5_math_1_5b",
+        "qwen2_5_math_7b",
+        "llama3_2_3b_instruct",
+    ],
+)
+def test_recipes_compile_for_8_h100s_and_fit(recipe, compiled):
+    config = plans.config_of(recipe)
+    base = plans.base_of(config)
+    plan, programs = compiled(config)
+    assert plan["compiled"] and plan["fits"] and plan["error"] is None
+    assert set(programs) == {"rollout", "score", "update"}
+    assert "what cuDNN works in is not in these numbers" in plan["notes"][-1]
+
+    # Caches and the state of training are changed where they lie.
+    memory = {phase: x.memory_analysis() for phase, x in programs.items()}
+    caches = plan["memory_gib"]["phases"]["rollout"]["caches"] * hardware.GIB
+    assert 0.9 * caches < memory["rollout"].alias_size_in_bytes <= caches
+    slots = int(plan["rollout_plan"].split()[0]) // plan["devices"]
+    logits = 4 * slots * base.vocab_size  # of one token of each
+    assert aot.temporaries(programs["rollout"]) < 1.2 * logits
+    state = plan["memory_gib"]["state"]
+    state = (state["parameters"] + state["optimizer"]) * hardware.GIB
+    assert memory["update"].alias_size_in_bytes >= 0.99 * state
+
+    # The logits of a chunk of tokens at most, and no part of the head but a device's own.
+    vocab, chunk = base.vocab_size, 512
+    texts = {phase: x.as_text() for phase, x in programs.items()}
+    for phase in ("score", "update"):
+        of_words = [x for x in plans.arrays(texts[phase]) if {vocab, vocab // 8} & {*x}]
+        assert of_words and max(map(_size, of_words)) <= vocab * chunk, phase
+    for dtype, size in plans.gathered(plan):
+        assert size <= base.embed_dim * base.mlp_dim, dtype
+
+    # Decoding exchanges nothing, and attends to prompts and own past by its kernel.
+    assert not plans.collectives(plan, "rollout")
+    kernels = texts["rollout"].count('custom_call_target="__gpu$xla.gpu.triton"')
+    assert kernels == 2 * base.num_layers
+    assert _attentions(texts["score"]) == 1
+    assert config.remat == "full" and _attentions(texts["update"]) == 2
+
+
+def test_rematerialisation_but_for_attention_computes_it_once():
+    config = plans.config_of("qwen2_5_math_1_5b", remat="attention")
+    mesh = aot.device_mesh("h100:8", **config.mesh)
+    base, longest = plans.base_of(config), config.data.max_prompt_tokens
+    fns = train_fns.train_fns(config, base, longest, mesh)
+    with jax.set_mesh(mesh), gpu_target.told_to_cudnn(mesh):
+        batch = train_fns.abstract_minibatch(fns, mesh)
+        update = fns.train_step.lower(fns.state, {}, *batch).compile()
+    assert _attentions(update.as_text()) == 1
+
+
+def _attentions(text: str) -> int:
+    """Forward kernels of attention in a program."""
+    return text.count('custom_call_target="__cudnn$fmhaSoftmax"')
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)
