@@ -197,8 +197,9 @@ def test_a_likelihood_ends_where_the_responses_come_from(converging, tmp_path, s
     # Each response divided by its own length would end here.
     other = wanted / length / (wanted / length).sum()
     assert min(total_variation(x, wanted) for x in (np.exp(base), other)) > 0.05
-    config.optim.schedule = "cosine"
-    config.num_steps = config.checkpoint_every = 150
+    # At three times the rate and half of the steps some seeds end at 0.02 and more.
+    config.optim.learning_rate, config.optim.schedule = 3e-3, "cosine"
+    config.num_steps = config.checkpoint_every = 300
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     trained, _ = _distribution(tmp_path / "run/hf")
     assert total_variation(np.exp(trained), wanted) < 0.01
