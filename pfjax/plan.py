@@ -66,7 +66,11 @@ def main() -> None:
         return
     if _SEARCH.value:
         found = planner.search(config, base, name, response)
-        _print_search(plan_for(name, False), found)
+        try:
+            present = plan_for(name, False)
+        except ValueError:  # its mesh is of other devices
+            present = None
+        _print_search(present, found)
         if not found[0]["fits"]:
             sys.exit(1)
         return
@@ -140,12 +144,12 @@ def _print_all(plans: list[dict]) -> None:
 _SHOWN = 8  # plans of a search
 
 
-def _print_search(present: dict, found: list[dict]) -> None:
+def _print_search(present: dict | None, found: list[dict]) -> None:
     if _JSON.value:
         print(json.dumps(found, indent=2))
         return
-    print("{model} on {topology}, estimated from shapes\n".format(**present))
-    (best, *_), phases = found, list(present["phases"])
+    (best, *_), phases = found, list(found[0]["phases"])
+    print("{model} on {topology}, estimated from shapes\n".format(**best))
     heads = "".join(f"{name:>9}" for name in phases)
     print(
         f"  {'mesh':<32}{'rows':>4}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
@@ -171,7 +175,9 @@ def _row(plan: dict) -> str:
     return out + f"{plan['seconds']:>8.2f}{plan['gb_sent']:>9.0f}"
 
 
-def _gain(present: dict, best: dict) -> str:
+def _gain(present: dict | None, best: dict) -> str:
+    if present is None:
+        return "the mesh of the config does not suit these devices"
     if not present["fits"]:
         return "the config as it is does not fit"
     seconds = {

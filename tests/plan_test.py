@@ -210,6 +210,10 @@ def test_a_search_says_what_to_set_or_that_nothing_fits():
     done = run_command("pfjax.plan", "--config=smoke", "--topology=h100:2", "--search")
     assert done.returncode == 0, done.stderr
     assert "fastest: --config.mesh.data=" in done.stdout
+    # A config whose own mesh is of other devices is what a search is for.
+    other = ("--config=smoke", "--config.mesh.fsdp=3", "--topology=h100:2", "--search")
+    done = run_command("pfjax.plan", *other)
+    assert done.returncode == 0 and "does not suit these devices" in done.stdout
     args = ("--config=qwen2_5_math_7b", "--topology=rtx4090:1", "--search")
     done = run_command("pfjax.plan", *args)
     assert done.returncode == 1 and "nothing fits" in done.stdout

@@ -3,7 +3,6 @@
 The only module of the planner that reads a config or builds the programs of a run.
 """
 
-import contextlib
 import itertools
 import math
 from typing import Any
@@ -254,11 +253,11 @@ def search(
       memory, then that which sends least.
 
     Raises:
-      ValueError: if no mesh of the devices divides the model.
+      ValueError: if no mesh of the devices will do, with what the last one lacks.
     """
     devices = aot.parse(topology)[1]
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
-    found = []
+    found, why = [], ""
     for fsdp, tensor in itertools.product(ways, ways):
         if devices % (fsdp * tensor):
             continue
@@ -267,14 +266,17 @@ def search(
         plans = []
         for rows in sorted({config.microbatch_size, *_MICROBATCH_SIZES}):
             changed = _changed(config, changes | {"microbatch_size": rows})
-            with contextlib.suppress(ValueError):  # sizes that do not divide
+            try:
                 plan = make_plan(changed, base_model, topology, response_tokens, False)
-                settings = {"changes": changes | {"microbatch_size": rows}}
-                plans.append(plan | settings)
+            except ValueError as error:  # sizes that do not divide
+                why = str(error)
+                continue
+            settings = {"changes": changes | {"microbatch_size": rows}}
+            plans.append(plan | settings)
         found += sorted(plans, key=_rank)[:1]
     if not found:
         raise ValueError(
-            f"no mesh of the {devices} devices of {topology} divides the model"
+            f"no mesh of the {devices} devices of {topology} will do: {why}"
         )
     return sorted(found, key=_rank)
 
@@ -283,9 +285,11 @@ def _rank(plan: dict[str, Any]) -> tuple[Any, ...]:
     # Estimates within a hundredth of each other are equal.
     speed = round(100 * math.log(plan["seconds"]))
     memory = plan["memory_gib"]
+    if not plan["fits"]:
+        return True, memory["total"]
     # So close to the limit, what an estimate has missed decides.
     is_tight = memory["total"] > 0.85 * memory["available"]
-    return not plan["fits"], speed, is_tight, plan["gb_sent"], memory["total"]
+    return False, speed, is_tight, plan["gb_sent"], memory["total"]
 
 
 def _changed(config: FrozenConfigDict, changes: dict[str, Any]) -> FrozenConfigDict:
