@@ -21,6 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts_per_step = 32  # chosen
     c.samples_per_prompt = 16  # chosen
     c.optim.learning_rate = 1e-6  # chosen: as for reasoning
-    c.microbatch_size = 2  # chosen
     c.pack_length = 2048  # chosen
     return c

@@ -11,8 +11,9 @@ import pytest
 
 from pfjax.infra import hardware, sharding
 from pfjax.model import transformer
-from pfjax.planner import aot
+from pfjax.planner import aot, hlo
 from pfjax.planner import plan as planner
+from pfjax.trainer import train_fns, update_memory
 from tests.conftest import ROOT, run_command
 from tests.planner import plans
 
@@ -57,7 +58,7 @@ def little_effort():
 
 @pytest.mark.slow
 def test_1_5b_compiles_for_v5e_16_and_fits(tpu_mesh, little_effort):
-    config = plans.config_of("qwen2_5_math_1_5b")
+    config = plans.config_of("qwen2_5_math_1_5b", microbatch_size=1)
     plan = plans.plan_of(config, "v5e:4x4", can_compile=True)
     assert plan["fits"] and plan["memory_gib"]["total"] < 15.75
     state = plan["memory_gib"]["state"]
@@ -177,6 +178,77 @@ def test_what_crosses_nodes_is_priced_at_their_network():
     assert seconds == pytest.approx(sent["fsdp"] / inside)
 
 
+@pytest.mark.parametrize(
+    "mesh, crossing",
+    [
+        ({"data": 4, "fsdp": 2}, {("all-reduce", 0)}),
+        ({"data": 4, "fsdp": 1, "tensor": 2}, {("all-reduce", 0)}),
+    ],
+)
+def test_copies_of_the_weights_meet_once_per_update(mesh, crossing):
+    """Nothing that crosses nodes is in a loop: neither weights nor gradients of a part."""
+    mesh = sharding.make_mesh(**mesh)
+    config = plans.config_of("smoke", attention="plain")
+    fns = train_fns.train_fns(config, plans.base_of(config), 16, mesh)
+    batch = train_fns.abstract_minibatch(fns, mesh)
+    with jax.set_mesh(mesh):
+        update = fns.train_step.lower(fns.state, {}, *batch).compile()
+        score = fns.score_base.lower(fns.base, *batch).compile()
+    found = [
+        {
+            (x.kind, x.loops)
+            for x in hlo.collectives(program.as_text(), mesh)
+            if "data" in x.axes and x.sent > 64  # and not a count
+        }
+        for program in (update, score)
+    ]
+    # What is said of each token and trajectory is brought together afterwards.
+    assert found[0] - {("all-gather", 0)} == crossing
+    assert found[1] <= {("all-gather", 0)}
+
+
+def test_rows_per_micro_batch_follow_the_memory_and_the_work():
+    rows = lambda topology, name="qwen2_5_math_1_5b", **changes: _rows(
+        plans.config_of(name, **changes), topology
+    )
+    # 1,024 responses of up to 4,096 tokens over 8 devices are 128 rows: 16 times 8.
+    assert rows("h100:8") == 8
+    assert rows("h100:8", prompts_per_step=8) == 2
+    assert rows("h100:8", prompts_per_step=1) == 1
+    # Of one device 32 rows of 4,096 would be few micro-batches, but save little traffic.
+    assert rows("h100:1", remat="full") == 8
+    # All weights of a 7B and their moments leave a v6e less room, and a v5e none.
+    assert rows("v6e:4x4", "qwen2_5_math_7b") == 4
+    assert rows("v6e:2x4", "qwen2_5_math_7b") < rows("v5p:2x2x2", "qwen2_5_math_7b")
+    assert rows("h100:8", microbatch_size=3) == 3
+    # Devices of unknown memory.
+    config = plans.config_of("qwen2_5_math_1_5b")
+    mesh = sharding.make_mesh()
+    fns = train_fns.train_fns(config, plans.base_of(config), 1024, mesh)
+    assert fns.shape.microbatch_size == mesh.size
+
+
+def test_what_is_resident_leaves_rows_less_room():
+    config = plans.config_of("qwen2_5_math_1_5b")
+    mesh = aot.abstract_mesh("h100:8", 1, 8, 1)
+    model = dataclasses.replace(plans.base_of(config), dtype="bfloat16")
+    sizes = {"pack_length": 4096, "most": 128, "remat": "full", "param_bytes": 2**30}
+    rows = [
+        update_memory.rows_that_fit(
+            model, mesh, resident_bytes=x * hardware.GIB, **sizes
+        )
+        for x in (10, 60, 66, 70, 100)
+    ]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 8 and rows[-1] == 1 and len(set(rows)) >= 3
+
+
+def _rows(config, topology):
+    mesh = aot.abstract_mesh(topology, **config.mesh)
+    fns = train_fns.train_fns(config, plans.base_of(config), 1024, mesh)
+    return fns.shape.microbatch_size // sharding.batch_ways(mesh)
+
+
 def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
     config = plans.config_of("qwen2_5_math_7b", **{"mesh.tensor": 4})
     advice = planner.advise(config, plans.base_of(config), "rtx4090:16", 1024)
@@ -188,7 +260,7 @@ def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     config = plans.config_of("qwen2_5_math_7b")
     found = planner.search(config, plans.base_of(config), "h100:8", 1024)
     best, present = found[0], plans.plan_of(config, "h100:8", can_compile=False)
-    assert best["mesh"] == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert best["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
     seconds = lambda plan: plan["phases"]["rollout"]["seconds"]
     assert seconds(best) < seconds(present) / 2
     assert best["seconds"] < 0.65 * present["seconds"]

@@ -2,10 +2,11 @@
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -133,6 +134,13 @@ def tree_shardings(
     )
 
 
+def part_bytes(tree: Any) -> int:
+    """Bytes of the part of a tree of shapes that one device holds."""
+    part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -188,6 +196,45 @@ def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
     return parts
 
 
+def by_copy(f: Callable[..., Any], dim: int) -> Callable[..., Any]:
+    """`f(whole, split) -> total, split` run by each copy of the weights ("data") on its
+    part of the batch; the other axes are still split automatically.
+
+    Arrays of `split` are split along dimension `dim`. What the copies have for `total` is
+    added up once, at the end: a sum over the micro-batches of a loop in `f` costs one
+    exchange between copies, which may be on different nodes. Outside `jax.set_mesh`, of one
+    copy, and of copies split along two axes, `f` itself, of which XLA splits "data" too.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not has_copies(mesh.shape):
+        return f
+    whole, split = PartitionSpec(), PartitionSpec(*[None] * dim, "data")
+    # Kernels need every axis by hand.
+    names = {"data"} | {a for a, n in mesh.shape.items() if n == 1}
+
+    def of_copy(*args):
+        total, parts = f(*args)
+        return jax.lax.psum(total, "data"), parts
+
+    def copies(shared, batch):
+        of_batch = jax.tree.map(lambda x: split if x.ndim > dim else whole, batch)
+        return jax.shard_map(
+            of_copy,
+            in_specs=(whole, of_batch),
+            out_specs=(whole, split),
+            axis_names=names,
+            check_vma=False,
+        )(shared, batch)
+
+    return copies
+
+
+def has_copies(sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh of these sizes holds copies of the weights that `by_copy` separates."""
+    # Of copies split along two axes XLA's partitioner aborts, at the embedding (jax 0.10.2).
+    return sizes["data"] > 1 and 1 in (sizes["fsdp"], sizes["tensor"])
+
+
 def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
     """`f` run on each device's part of its arguments: for kernels, which jit cannot
     split, and where the exchange between devices is written by hand.
@@ -221,9 +268,13 @@ def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
 
 
 def axes_of(axis: str) -> tuple[str, ...]:
-    """Mesh axes of more than one device that a logical axis is split over."""
+    """Mesh axes of more than one device that a logical axis is split over, but for those
+    that are split by hand already."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(n for n in RULES[axis] if not mesh.empty and mesh.shape[n] > 1)
+    if mesh.empty:
+        return ()
+    is_split = lambda n: mesh.shape[n] > 1 and n not in mesh.manual_axes
+    return tuple(n for n in RULES[axis] if is_split(n))
 
 
 def platform() -> tuple[str, str]:

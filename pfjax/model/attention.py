@@ -91,11 +91,19 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
 def pays_for_segments(backend: str, head_dim: int, dtype: str | jnp.dtype) -> bool:
     """Whether segments that a row might have, but has not, cost time and memory.
 
-    cuDNN's backward pass reads and stores T float32 numbers per head for each. On an H100,
+    cuDNN's backward pass reads and stores float32 queries of the row for each. On an H100,
     4 rows of 4,096 tokens, 12 heads of 128, 4 segments per row: forward and backward 3.1 ms
     and 12.6 GiB of temporaries with room for 129, 0.9 ms and 1.1 GiB with room for 9.
     """
     return chosen(backend, head_dim, dtype) == "cudnn"
+
+
+def segment_bytes(
+    tokens: int, num_heads: float, head_dim: int, max_segments: int
+) -> float:
+    """Bytes that a backward pass works in where `pays_for_segments`: a gradient of all
+    queries for each segment that a row might have, and for its padding."""
+    return 4 * tokens * num_heads * head_dim * (max_segments + 1)
 
 
 def _has_packed_cudnn(kind: str) -> bool:

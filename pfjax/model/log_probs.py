@@ -51,14 +51,16 @@ def token_log_probs(
 
 def _forward(*args):
     axes = (_HIDDEN, _HEAD, _TOKEN, _TOKEN)
-    run = sharding.by_device(_local_forward, axes, (_TOKEN,) * 3)
+    local = functools.partial(_local_forward, _Split.here())
+    run = sharding.by_device(local, axes, (_TOKEN,) * 3)
     log_p, entropy, log_total = run(*args)
     return (log_p, entropy), (*args, log_total)
 
 
 def _backward(saved, gradient):
     axes = (_HIDDEN, _HEAD, _TOKEN, _TOKEN, _TOKEN, _TOKEN)
-    run = sharding.by_device(_local_backward, axes, (_HIDDEN, _HEAD))
+    local = functools.partial(_local_backward, _Split.here())
+    run = sharding.by_device(local, axes, (_HIDDEN, _HEAD))
     return *run(*saved, gradient[0]), None, None
 
 
@@ -68,6 +70,18 @@ token_log_probs.defvjp(_forward, _backward)
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+class _Split(NamedTuple):
+    """Mesh axes that the vocabulary and the tokens are split over."""
+
+    words: tuple[str, ...]
+    tokens: tuple[str, ...]
+
+    @classmethod
+    def here(cls) -> "_Split":
+        """As a function `by_device` will find them, seen from outside of it."""
+        return cls(sharding.axes_of("vocab"), sharding.axes_of("batch"))
+
+
 class _Chunks:
     """The tokens of one device that are asked for, in chunks; and what joins devices.
 
@@ -75,7 +89,9 @@ class _Chunks:
     on the chunks of all of them, each on its part of the vocabulary.
     """
 
-    def __init__(self, hidden: Array, head: Array, targets: Array, where: Array):
+    def __init__(
+        self, split: _Split, hidden: Array, head: Array, targets: Array, where: Array
+    ):
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         self.targets, self.words = targets.ravel(), len(head)
         tile = CPU_TILE if sharding.platform()[0] == "cpu" else self.words
@@ -84,8 +100,8 @@ class _Chunks:
         fill = ((0, -self.words % self.tiles), (0, 0))
         head = jnp.pad(head.astype(hidden.dtype), fill)
         self.head = head.reshape(self.tiles, -1, head.shape[1])
-        self.over = sharding.axes_of("vocab")
-        self.of_tokens = tuple(a for a in sharding.axes_of("batch") if a in self.over)
+        self.over = split.words
+        self.of_tokens = tuple(a for a in split.tokens if a in self.over)
         tokens = len(self.targets)
         self.size = min(CHUNK, tokens)
         first = jnp.argsort(~where.ravel(), stable=True).astype(jnp.int32)
@@ -93,7 +109,7 @@ class _Chunks:
         self.order = jnp.pad(first, (0, -tokens % self.size), constant_values=tokens)
         count = -(-where.sum(dtype=jnp.int32) // self.size)
         # The same on every device, as all of them meet in every chunk.
-        everyone = tuple(dict.fromkeys(sharding.axes_of("batch") + self.over))
+        everyone = tuple(dict.fromkeys(split.tokens + self.over))
         self.count = lax.pmax(count, everyone)
 
     def index(self, i: Array) -> Int[Array, "n"]:
@@ -126,8 +142,8 @@ class _Chunks:
         return x, is_target
 
 
-def _local_forward(hidden, head, targets, where):
-    c = _Chunks(hidden, head, targets, where)
+def _local_forward(split, hidden, head, targets, where):
+    c = _Chunks(split, hidden, head, targets, where)
 
     def body(i, found):
         at = c.index(i)
@@ -162,8 +178,8 @@ def _local_forward(hidden, head, targets, where):
     return tuple(jnp.where(where, x.reshape(where.shape), 0.0) for x in found)
 
 
-def _local_backward(hidden, head, targets, where, log_total, gradient):
-    c = _Chunks(hidden, head, targets, where)
+def _local_backward(split, hidden, head, targets, where, log_total, gradient):
+    c = _Chunks(split, hidden, head, targets, where)
     gradient = jnp.where(where, gradient, 0.0)
     replicas = tuple(a for a in c.over if a not in c.of_tokens)
 
@@ -192,7 +208,7 @@ def _local_backward(hidden, head, targets, where, log_total, gradient):
     empty = (jnp.zeros(x.shape, jnp.float32) for x in (c.hidden, c.head))
     d_hidden, d_head = lax.fori_loop(0, c.count, body, tuple(empty))
     d_head = d_head.reshape(-1, head.shape[1])[: c.words]
-    others = tuple(a for a in sharding.axes_of("batch") if a not in c.over)
+    others = tuple(a for a in split.tokens if a not in c.over)
     d_head = lax.psum(d_head, others)
     d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
     return d_hidden, d_head.astype(head.dtype)

@@ -4,8 +4,9 @@ Only what a compiled program would say: temporaries and what is sent. All else f
 from shapes in either case. The tests compare them with the compiler for TPUs.
 """
 
-from pfjax.model import log_probs
+from pfjax.infra import sharding
 from pfjax.planner.roofline import Sent, Workload
+from pfjax.trainer import update_memory
 
 
 def temporaries(w: Workload) -> dict[str, dict[str, int]]:
@@ -13,36 +14,12 @@ def temporaries(w: Workload) -> dict[str, dict[str, int]]:
     found = {
         # Logits, their noise, and their sum, float32.
         "rollout": w.plan.slots * w.model.vocab_size * 12,
-        "score": _pass_bytes(w, is_update=False),
-        "update": _pass_bytes(w, is_update=True),
+        "score": update_memory.pass_bytes(w.model, w.mesh, w.micro_batch),
+        "update": update_memory.pass_bytes(
+            w.model, w.mesh, w.micro_batch, w.remat, w.param_bytes
+        ),
     }
     return {phase: {"temporaries": x} for phase, x in found.items()}
-
-
-def _pass_bytes(w: Workload, is_update: bool) -> int:
-    """Peak of a pass over a micro-batch. Widths are in numbers of 2 bytes."""
-    c, tensor, fsdp = w.model, w.mesh["tensor"], w.mesh["fsdp"]
-    heads = c.num_heads * c.head_dim / tensor
-    kv = 2 * c.num_kv_heads * c.head_dim / min(tensor, c.num_kv_heads)
-    inner = c.mlp_dim / tensor
-    layer = 4 * c.embed_dim + 4 * heads + 2 * kv + 4 * inner
-    chunk = min(log_probs.CHUNK, w.micro_batch) * fsdp
-    logits = 4 * chunk * c.vocab_size / (fsdp * tensor) + 2 * chunk * c.embed_dim
-    hidden = 8 * w.micro_batch * c.embed_dim
-    if not is_update:
-        return int(w.micro_batch * layer + logits + hidden)  # half a layer at once
-    # What the forward pass keeps of each layer for the backward pass.
-    kept = {
-        "full": c.embed_dim,
-        "attention": c.embed_dim + heads,
-        "dots": 3 * c.embed_dim + 2 * heads + kv + 2 * inner,
-        "none": 8 * c.embed_dim + 4 * heads + 2 * kv + 5 * inner,
-    }[w.remat]
-    # A layer's values and their gradients; its weights and those of the next.
-    layer = 4 * w.micro_batch * layer + 4 * w.layer_bytes / c.num_layers
-    gradients = 2 * w.param_bytes  # their sum, and those of one micro-batch
-    kept = 2 * w.micro_batch * c.num_layers * kept
-    return int(layer + kept + gradients + 2 * logits + hidden)
 
 
 def sent(w: Workload) -> dict[str, list[Sent]]:
@@ -51,8 +28,9 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     # Two all-reduces per layer of the hidden states of one token, each sent twice.
     summed = 2 * 2 * 2 * w.model.num_layers * w.model.embed_dim * fraction["tensor"]
     # Weights are gathered once in a forward pass and again in the backward pass, and
-    # their gradients summed in float32.
+    # their gradients summed in float32: between copies of the weights once per update.
     gathered = w.micro_batches * w.layer_bytes
+    sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
     tokens = w.micro_batches * w.micro_batch
     estimated = {
         "rollout": {"tensor": w.decode_steps * w.plan.slots * summed},
@@ -60,7 +38,7 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
         "update": {
             "fsdp": (2 + 2) * gathered * fraction["fsdp"],
             "tensor": 3 * tokens * summed,
-            "data": 2 * 2 * gathered / w.mesh["fsdp"] * fraction["data"],
+            "data": 2 * sums * w.param_bytes * fraction["data"],
         },
     }
     row = lambda axis, x: Sent("", axis, x / 1e9, "(estimated)")

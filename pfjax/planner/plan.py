@@ -3,12 +3,12 @@
 The only module of the planner that reads a config or builds the programs of a run.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -49,9 +49,9 @@ def make_plan(
     mesh = make_mesh(topology, **config.mesh)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
-        "parameters": _bytes_of(fns.state.params),
-        "optimizer": _bytes_of(fns.state.opt_state),
-        "base": _bytes_of(fns.base),
+        "parameters": sharding.part_bytes(fns.state.params),
+        "optimizer": sharding.part_bytes(fns.state.opt_state),
+        "base": sharding.part_bytes(fns.base),
     }
     waiting = state.pop("base") if config.offload_ref else 0
     free = int(hardware.usable_memory(chip)) - sum(state.values())
@@ -119,11 +119,13 @@ def _workload(
         plan=plan,
         prompt_tokens=config.data.max_prompt_tokens // 4,
         response_tokens=response_tokens,
-        micro_batch=config.microbatch_size * config.pack_length,
+        micro_batch=fns.shape.microbatch_size
+        // sharding.batch_ways(mesh)
+        * config.pack_length,
         remat=config.remat,
-        weight_bytes=_bytes_of(train_fns.placed(shapes, where, model.dtype)),
-        param_bytes=_bytes_of(fns.state.params),
-        state_bytes=_bytes_of(fns.state),
+        weight_bytes=sharding.part_bytes(train_fns.placed(shapes, where, model.dtype)),
+        param_bytes=sharding.part_bytes(fns.state.params),
+        state_bytes=sharding.part_bytes(fns.state),
         **sizes,
     )
 
@@ -137,7 +139,7 @@ def _compile(
     for phase, program in aot.compile_phases(fns, batch, work).items():
         phases[phase] = {"temporaries": aot.temporaries(program)}
         if phase != "rollout":
-            phases[phase]["rows"] = _bytes_of(batch[0])
+            phases[phase]["rows"] = sharding.part_bytes(batch[0])
         found = hlo.collectives(program.as_text(), mesh)
         sent[phase] = roofline.sent(work, phase, found)
     return phases, sent
@@ -151,21 +153,15 @@ def _caveats(fns: train_fns.TrainFns, work: roofline.Workload) -> list[str]:
     note = "compiled without a GPU: its kernels are not chosen by timing them"
     if attention.pays_for_segments(model.attention, model.head_dim, model.dtype):
         heads = model.num_heads / work.mesh["tensor"]
-        # A gradient of all queries for each segment of the fullest row, and its padding.
-        room = 4 * work.micro_batch * heads * model.head_dim / hardware.GIB
-        few, many = (f"{room * (n + 1):.1f} GiB for {n}" for n in (8, most))
+        room = functools.partial(
+            attention.segment_bytes, work.micro_batch, heads, model.head_dim
+        )
+        few, many = (f"{room(n) / hardware.GIB:.1f} GiB for {n}" for n in (8, most))
         note += (
             ", and what cuDNN works in is not in these numbers: in an update about "
             f"{few} responses per row, {many}"
         )
     return [note]
-
-
-def _bytes_of(tree: Any) -> int:
-    """Bytes of the part of a tree of shapes that one device holds."""
-    part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(part(x)) * np.dtype(x.dtype).itemsize for x in leaves)
 
 
 def _memory(state: dict, phases: dict, chip: hardware.Chip) -> dict[str, Any]:
@@ -264,7 +260,7 @@ def search(
         mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
         changes = {f"mesh.{name}": n for name, n in mesh.items()}
         plans = []
-        for rows in sorted({config.microbatch_size, *_MICROBATCH_SIZES}):
+        for rows in sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0}):
             changed = _changed(config, changes | {"microbatch_size": rows})
             try:
                 plan = make_plan(changed, base_model, topology, response_tokens, False)

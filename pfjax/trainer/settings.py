@@ -275,8 +275,6 @@ _DECIDING: dict[str, Setting] = {
         "adapter to start from, a folder or hub id in peft's format, which decides rank, "
         "alpha and targets; the base, and so the target, stays the model without it",
     ),
-    # Shape of the packed micro-batches, on each of the mesh.data * mesh.fsdp shards.
-    "microbatch_size": _positive(1, "rows per micro-batch on each data-parallel shard"),
     "pack_length": _positive(4096, "tokens per row; holds any prompt and response"),
     "dtype": Setting(
         "bfloat16", "type of the computation; trained weights are float32", _DTYPES
@@ -304,6 +302,11 @@ _FREE: dict[str, Setting] = {
     "reward_workers": _positive(1, "processes per reward function"),
     "rollout_slots": _not_negative(
         0, "samples decoded at once; 0 means as many as memory holds"
+    ),
+    "microbatch_size": _not_negative(
+        0,
+        "rows per micro-batch on each data-parallel shard, mesh.data * mesh.fsdp of them; 0 "
+        "means as many as memory holds, within reason",
     ),
     # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
     # only.

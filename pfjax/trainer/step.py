@@ -6,6 +6,7 @@ however many rows packing needed, and padding past them costs nothing.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 
 from pfjax import losses, objectives
 from pfjax.batch import Array, PackedBatch, TrajectoryStats, response_sum
+from pfjax.infra import sharding
 from pfjax.model import log_probs, lora, transformer
 from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer.log_z import apply_head
@@ -158,27 +160,9 @@ def train_step(
     static["objective"] = dataclasses.replace(objective, **(constants or {}))
     num_trajectories = jnp.sum(batch.is_real).astype(jnp.float32)
     mean_length = jnp.sum(batch.length) / num_trajectories
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-    @jax.named_scope("update")
-    def microbatch(i, carry):
-        loss, grads, seen = carry
-        part = jax.tree.map(lambda x: x[i], batch)
-        (part_loss, part_seen), part_grads = grad_fn(
-            state.params, frozen, part, num_trajectories, mean_length, **static
-        )
-        grads = jax.tree.map(jnp.add, grads, part_grads)
-        seen = jax.tree.map(lambda all_, x: all_.at[i].set(x), seen, part_seen)
-        return loss + part_loss, grads, seen
-
-    zeros = jnp.zeros(batch.length.shape, jnp.float32)
-    stats = TrajectoryStats(*[zeros] * len(TrajectoryStats._fields))
-    whole = jnp.zeros_like(batch.length)
-    stats = stats._replace(length=whole, prompt_index=whole)
-    log_p = jnp.zeros(batch.tokens.shape, jnp.float32)
-    grads = jax.tree.map(jnp.zeros_like, state.params)
-    start = (jnp.float32(0), grads, (stats, log_p))
-    loss, grads, seen = lax.fori_loop(0, num_microbatches, microbatch, start)
+    accumulate = functools.partial(_accumulate, **static)
+    whole = (state.params, frozen, num_microbatches, num_trajectories, mean_length)
+    (loss, grads), seen = sharding.by_copy(accumulate, dim=1)(whole, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {
@@ -187,6 +171,36 @@ def train_step(
         "log_z_grad_norm": optax.tree.norm(grads["log_z"]),
     }
     return TrainState(state.step + 1, params, opt_state), scalars, *seen
+
+
+def _accumulate(
+    whole: tuple[Any, ...], batch: PackedBatch, **static: Any
+) -> tuple[tuple[Array, transformer.Params], tuple[TrajectoryStats, Array]]:
+    """Goes through the micro-batches: their loss and its gradients, summed; and what
+    `loss_fn` says of each trajectory."""
+    params, frozen, num_microbatches, *of_all = whole
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    @jax.named_scope("update")
+    def microbatch(i, carry):
+        loss, grads, seen = carry
+        part = jax.tree.map(lambda x: x[i], batch)
+        (part_loss, part_seen), part_grads = grad_fn(
+            params, frozen, part, *of_all, **static
+        )
+        grads = jax.tree.map(jnp.add, grads, part_grads)
+        seen = jax.tree.map(lambda all_, x: all_.at[i].set(x), seen, part_seen)
+        return loss + part_loss, grads, seen
+
+    zeros = jnp.zeros(batch.length.shape, jnp.float32)
+    stats = TrajectoryStats(*[zeros] * len(TrajectoryStats._fields))
+    counts = jnp.zeros_like(batch.length)
+    stats = stats._replace(length=counts, prompt_index=counts)
+    log_p = jnp.zeros(batch.tokens.shape, jnp.float32)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    start = (jnp.float32(0), grads, (stats, log_p))
+    loss, grads, seen = lax.fori_loop(0, num_microbatches, microbatch, start)
+    return (loss, grads), seen
 
 
 def score_step(
@@ -204,19 +218,24 @@ def score_step(
     their places; and with `token_reward` its values (see `log_probs.TOKEN_REWARDS`).
     """
 
-    @jax.named_scope("base_pass")
-    def microbatch(i, out):
-        part = jax.tree.map(lambda x: x[i], batch)
-        log_p, entropy, hidden = log_probs.packed_log_probs(model, params, part)
-        stop = reward = None
-        if stop_ids:
-            stop = log_probs.stop_log_probs(params, hidden, log_p, part, stop_ids)
-        if token_reward:
-            of_token = log_probs.TOKEN_REWARDS[token_reward].of_token
-            reward = of_token(params, hidden, log_p, entropy, part)
-        scores = (log_p, stop, reward)
-        return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
+    def score(whole, batch):
+        params, num_microbatches = whole
 
-    empty = jnp.zeros(batch.tokens.shape, jnp.float32)
-    out = (empty, empty if stop_ids else None, empty if token_reward else None)
-    return lax.fori_loop(0, num_microbatches, microbatch, out)
+        @jax.named_scope("base_pass")
+        def microbatch(i, out):
+            part = jax.tree.map(lambda x: x[i], batch)
+            log_p, entropy, hidden = log_probs.packed_log_probs(model, params, part)
+            stop = reward = None
+            if stop_ids:
+                stop = log_probs.stop_log_probs(params, hidden, log_p, part, stop_ids)
+            if token_reward:
+                of_token = log_probs.TOKEN_REWARDS[token_reward].of_token
+                reward = of_token(params, hidden, log_p, entropy, part)
+            scores = (log_p, stop, reward)
+            return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
+
+        empty = jnp.zeros(batch.tokens.shape, jnp.float32)
+        out = (empty, empty if stop_ids else None, empty if token_reward else None)
+        return (), lax.fori_loop(0, num_microbatches, microbatch, out)
+
+    return sharding.by_copy(score, dim=1)((params, num_microbatches), batch)[1]

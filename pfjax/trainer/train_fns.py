@@ -18,7 +18,7 @@ from pfjax.model import lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
-from pfjax.trainer import optim, step
+from pfjax.trainer import optim, step, update_memory
 from pfjax.trainer.log_z import init_head
 from pfjax.trainer.objective import of_config
 
@@ -64,6 +64,7 @@ def train_fns(
     trained = trained_params(model, mesh)
     learning_rate, optimizer = optimizer_of(config)
     state = _abstract_state(trained, model, optimizer, mesh)
+    base = _abstract_params(base_model, mesh, config.dtype)
     objective, stop_ids = of_config(config, own_objective), start.stop_ids
     whole, bind = sharding.replicated(mesh), functools.partial
     of_state, kind = shardings_of(state), objective.kind
@@ -81,11 +82,11 @@ def train_fns(
         base_model=base_model,
         objective=objective,
         num_updates=config.updates_per_rollout,
-        shape=_pack_shape(config, longest_prompt, mesh),
+        shape=_pack_shape(config, longest_prompt, mesh, model, state, base),
         has_dropout=config.lora.dropout > 0,
         learning_rate=learning_rate,
         state=state,
-        base=_abstract_params(base_model, mesh, config.dtype),
+        base=base,
         init_opt_state=jax.jit(optimizer.init, out_shardings=of_state.opt_state),
         score_base=jax.jit(score_base, out_shardings=whole),
         score_policy=jax.jit(score_policy, out_shardings=whole),
@@ -135,13 +136,30 @@ def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:
     return lora.select(params) if model.lora_rank else params
 
 
-def _pack_shape(c: FrozenConfigDict, longest_prompt: int, mesh: AnyMesh) -> PackShape:
+def _pack_shape(
+    c: FrozenConfigDict,
+    longest_prompt: int,
+    mesh: AnyMesh,
+    model: ModelConfig,
+    state: step.TrainState,
+    base: Params,
+) -> PackShape:
     """A shape that fits the responses of any update."""
     max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
-    rows = c.microbatch_size * sharding.batch_ways(mesh)
-    number = batch.max_microbatches(responses, max_length, rows, length)
-    return PackShape(number, rows, length, batch.segments_per_row(length, max_length))
+    ways = sharding.batch_ways(mesh)
+    number = lambda rows: batch.max_microbatches(responses, max_length, rows, length)
+    rows = c.microbatch_size or update_memory.rows_that_fit(
+        model,
+        mesh,
+        pack_length=length,
+        most=number(ways),
+        remat=c.remat,
+        param_bytes=sharding.part_bytes(state.params),
+        resident_bytes=sharding.part_bytes((state, {} if c.offload_ref else base)),
+    )
+    segments = batch.segments_per_row(length, max_length)
+    return PackShape(number(rows * ways), rows * ways, length, segments)
 
 
 def abstract_minibatch(

@@ -1,0 +1,104 @@
+"""Estimates what a pass over packed rows needs, and how many rows a device has room for."""
+
+from collections.abc import Mapping
+
+import jax
+
+from pfjax.infra import hardware, sharding
+from pfjax.infra.sharding import AnyMesh
+from pfjax.model import attention, flops, log_probs
+from pfjax.model.transformer import ModelConfig
+
+# Fraction of the free memory that is counted on: compiled programs need up to 1.3 times
+# the estimate.
+_FRACTION = 0.75
+# Tokens of a micro-batch on one device from which on more save little traffic.
+_MOST_TOKENS = 32_768
+# Micro-batches of the longest update, at least: the last is half empty on average.
+_LEAST_MICROBATCHES = 16
+# Responses per row that room is kept for, where attention pays for them.
+_SEGMENTS = 32
+
+
+def pass_bytes(
+    model: ModelConfig,
+    mesh: Mapping[str, int],
+    tokens: int,
+    remat: str = "",
+    param_bytes: int = 0,
+) -> int:
+    """Bytes on one device at the peak of a pass over a micro-batch, beside its arguments.
+
+    Args:
+      mesh: sizes of its axes.
+      tokens: of the micro-batch, on this device.
+      remat: rematerialisation of the backward pass; "" where there is none.
+      param_bytes: of the trained parameters that the device holds.
+    """
+    # Widths are in numbers of 2 bytes.
+    tensor, fsdp = mesh["tensor"], mesh["fsdp"]
+    heads = model.num_heads * model.head_dim / tensor
+    kv = 2 * model.num_kv_heads * model.head_dim / min(tensor, model.num_kv_heads)
+    inner = model.mlp_dim / tensor
+    layer = 4 * model.embed_dim + 4 * heads + 2 * kv + 4 * inner
+    chunk = min(log_probs.CHUNK, tokens) * fsdp
+    logits = 4 * chunk * model.vocab_size / (fsdp * tensor)
+    logits += 2 * chunk * model.embed_dim
+    hidden = 8 * tokens * model.embed_dim
+    if not remat:
+        return int(tokens * layer + logits + hidden)  # half a layer at once
+    # What the forward pass keeps of each layer for the backward pass.
+    kept = {
+        "full": model.embed_dim,
+        "attention": model.embed_dim + heads,
+        "dots": 3 * model.embed_dim + 2 * heads + kv + 2 * inner,
+        "none": 8 * model.embed_dim + 4 * heads + 2 * kv + 5 * inner,
+    }[remat]
+    # A layer's values and their gradients; its weights and those of the next.
+    weights = 2 * flops.weights_per_token(model) / tensor
+    layer = 4 * tokens * layer + 4 * weights / model.num_layers
+    gradients = 2 * param_bytes  # their sum, and those of one micro-batch
+    kept = 2 * tokens * model.num_layers * kept
+    return int(layer + kept + gradients + 2 * logits + hidden)
+
+
+def rows_that_fit(
+    model: ModelConfig,
+    mesh: AnyMesh,
+    *,
+    pack_length: int,
+    most: int,
+    remat: str,
+    param_bytes: int,
+    resident_bytes: int,
+) -> int:
+    """Rows per micro-batch on each device, a power of two.
+
+    Weights are gathered and gradients reduced once per micro-batch, so that more rows send
+    less. One row on devices whose memory nobody has stated, such as CPUs.
+
+    Args:
+      most: rows on each device in the longest update.
+      resident_bytes: of a device, taken by what stays: parameters, moments, the base.
+    """
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        chip = hardware.chip_of(sharding.platform()[1])
+        how = (model.attention, model.head_dim, model.dtype)
+        pays = attention.pays_for_segments(*how)
+    if chip is None:
+        return 1
+    free = _FRACTION * (hardware.usable_memory(chip) - resident_bytes)
+
+    def is_good(rows: int) -> bool:
+        tokens = rows * pack_length
+        need = pass_bytes(model, mesh.shape, tokens, remat, param_bytes)
+        if pays:
+            heads = model.num_heads / mesh.shape["tensor"]
+            need += attention.segment_bytes(tokens, heads, model.head_dim, _SEGMENTS)
+        is_short = tokens <= _MOST_TOKENS and rows * _LEAST_MICROBATCHES <= most
+        return is_short and need <= free
+
+    rows = 1
+    while is_good(2 * rows):
+        rows *= 2
+    return rows
