@@ -41,6 +41,7 @@ def get_config(alpha: str = "2") -> ml_collections.ConfigDict:
     c.optim.schedule = "cosine"
     c.lora.rank = 8
     c.optim.learning_rate = 1e-4  # chosen
+    c.microbatch_size = 8
     c.pack_length = 2048
     c.eval_every = 160
     c.eval_samples = 4  # for pass@4; avg@4 estimates pass@1
