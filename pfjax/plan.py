@@ -152,7 +152,7 @@ def _print_search(present: dict | None, found: list[dict]) -> None:
     print("{model} on {topology}, estimated from shapes\n".format(**best))
     heads = "".join(f"{name:>9}" for name in phases)
     print(
-        f"  {'mesh':<32}{'rows':>4}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
+        f"  {'mesh':<32}{'rollout_tensor':>15}{'rows':>5}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
     )
     for plan in found[:_SHOWN]:
         print(_row(plan))
@@ -167,7 +167,8 @@ def _print_search(present: dict | None, found: list[dict]) -> None:
 
 def _row(plan: dict) -> str:
     sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
-    out = f"  {sizes:<32}{plan['changes']['microbatch_size']:>4}"
+    out = f"  {sizes:<32}"
+    out += "{rollout_tensor:>15}{microbatch_size:>5}".format(**plan["changes"])
     out += "{total:>7.1f}{available:>6.1f}".format(**plan["memory_gib"])
     if not plan["fits"]:
         return out + "  does not fit"

@@ -25,7 +25,8 @@ def _mesh_of_this_machine(topology, **sizes):
 def test_a_step_of_the_toy_model_compiles(monkeypatch):
     """For the devices of the tests in place of TPUs, which take minutes."""
     monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
-    config = plans.config_of("smoke", attention="plain", remat="full")
+    how = {"attention": "plain", "remat": "full"}
+    config = plans.config_of("smoke", **how)
     plan = plans.plan_of(config, "v5e:2x4", can_compile=True)
     assert plan["compiled"] and plan["fits"] and plan["error"] is None
     memory = plan["memory_gib"]
@@ -45,6 +46,15 @@ def test_a_step_of_the_toy_model_compiles(monkeypatch):
         x["phase"]: x["gb"] for x in plan["collectives"] if x["kind"] == "all-gather"
     }
     assert gathered["update"] == pytest.approx(2 * gathered["score"], rel=0.05)
+    # Shared in rollouts alone, matrices are read in halves there, and lie as before.
+    config = plans.config_of("smoke", rollout_tensor=2, **how)
+    shared = plans.plan_of(config, "v5e:2x4", can_compile=True)
+    weights = lambda x: x["memory_gib"]["phases"]["rollout"]["weights"]
+    assert 0.5 * weights(plan) <= weights(shared) < 0.6 * weights(plan)
+    assert {axes for _, axes in plans.collectives(shared, "rollout")} == {"tensor"}
+    assert shared["memory_gib"]["state"] == plan["memory_gib"]["state"]
+    in_update = lambda x: plans.collectives(x, "update")
+    assert in_update(shared) == in_update(plan)
 
 
 @pytest.fixture
@@ -259,9 +269,16 @@ def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     """A 7B reads its weights from the memory of four devices instead of one."""
     config = plans.config_of("qwen2_5_math_7b")
     found = planner.search(config, plans.base_of(config), "h100:8", 1024)
-    best, present = found[0], plans.plan_of(config, "h100:8", can_compile=False)
-    assert best["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
     seconds = lambda plan: plan["phases"]["rollout"]["seconds"]
+    best, present = found[0], plans.plan_of(config, "h100:8", can_compile=False)
+    # In updates weights are gathered, which sends half of what activations would.
+    assert best["mesh"]["tensor"] == 1 and best["changes"]["rollout_tensor"] == 4
+    as_one = {"mesh.fsdp": 2, "mesh.tensor": 4, "microbatch_size": 16}
+    shared = plans.plan_of(
+        plans.config_of("qwen2_5_math_7b", **as_one), "h100:8", False
+    )
+    assert seconds(best) == pytest.approx(seconds(shared), rel=0.01)
+    assert best["gb_sent"] < shared["gb_sent"] / 2
     assert seconds(best) < seconds(present) / 2
     assert best["seconds"] < 0.65 * present["seconds"]
     # What is reported is the plan of the settings that are advised.

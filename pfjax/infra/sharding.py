@@ -58,6 +58,27 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
+    """A mesh of the same devices in the same order, of which `tensor` share each matrix:
+    for programs that keep weights whole otherwise. The mesh itself if that is 0.
+
+    Raises:
+      ValueError: if it does not divide the devices of a copy of the weights.
+    """
+    inside = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    if not tensor or tensor == mesh.shape["tensor"]:
+        return mesh
+    if inside % tensor:
+        raise ValueError(
+            f"--config.rollout_tensor={tensor} does not divide mesh.fsdp * mesh.tensor = "
+            f"{inside}"
+        )
+    sizes = (mesh.shape["data"], inside // tensor, tensor)
+    if isinstance(mesh, AbstractMesh):
+        return mesh.update(axis_sizes=sizes)
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
+
+
 def num_nodes(devices: Sequence[jax.Device]) -> int:
     """Counts groups of devices with fast links inside and slow ones between: slices of
     TPUs, hosts of GPUs or their NVLink domains. One if these differ in size."""

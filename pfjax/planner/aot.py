@@ -97,17 +97,22 @@ def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractM
 
 
 def compile_phases(
-    fns: train_fns.TrainFns, batch: tuple[Any, ...], work: Workload
+    fns: train_fns.TrainFns,
+    batch: tuple[Any, ...],
+    work: Workload,
+    rollout_mesh: Mesh,
 ) -> dict[str, Any]:
-    """Compiles the programs of a step for the current mesh, one per phase; for a `batch`
-    of `train_fns.abstract_minibatch`."""
+    """Compiles the programs of a step for the current mesh, one per phase, that of rollouts
+    for theirs; for a `batch` of `train_fns.abstract_minibatch`."""
     scored, number = batch
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}
     policy = lora.join(frozen, fns.state.params["policy"])
     with gpu_target.told_to_cudnn(jax.sharding.get_mesh()):
+        with jax.set_mesh(rollout_mesh):
+            decode_loop = _lower_decode(policy, work)
         phases = {
-            "rollout": _lower_decode(policy, work),
+            "rollout": decode_loop,
             "score": fns.score_base.lower(fns.base, rows, number),
             "update": fns.train_step.lower(fns.state, frozen, scored, number),
         }

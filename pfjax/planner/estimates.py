@@ -26,14 +26,16 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     """What one device sends in each phase, by mesh axis, in rings."""
     fraction = {axis: (n - 1) / n for axis, n in w.mesh.items()}
     # Two all-reduces per layer of the hidden states of one token, each sent twice.
-    summed = 2 * 2 * 2 * w.model.num_layers * w.model.embed_dim * fraction["tensor"]
+    sums_of_token = 2 * 2 * 2 * w.model.num_layers * w.model.embed_dim
+    summed = sums_of_token * fraction["tensor"]
+    drawn = sums_of_token * (1 - 1 / w.rollout_mesh["tensor"])
     # Weights are gathered once in a forward pass and again in the backward pass, and
     # their gradients summed in float32: between copies of the weights once per update.
     gathered = w.micro_batches * w.layer_bytes
     sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
     tokens = w.micro_batches * w.micro_batch
     estimated = {
-        "rollout": {"tensor": w.decode_steps * w.plan.slots * summed},
+        "rollout": {"tensor": w.decode_steps * w.plan.slots * drawn},
         "score": {"fsdp": gathered * fraction["fsdp"], "tensor": tokens * summed},
         "update": {
             "fsdp": (2 + 2) * gathered * fraction["fsdp"],

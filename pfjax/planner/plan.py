@@ -47,6 +47,7 @@ def make_plan(
     if can_compile:
         make_mesh, use_mesh = aot.device_mesh, jax.set_mesh
     mesh = make_mesh(topology, **config.mesh)
+    rollout_mesh = sharding.regrouped(mesh, config.rollout_tensor)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
         "parameters": sharding.part_bytes(fns.state.params),
@@ -56,10 +57,11 @@ def make_plan(
     waiting = state.pop("base") if config.offload_ref else 0
     free = int(hardware.usable_memory(chip)) - sum(state.values())
     try:
-        with use_mesh(mesh):
+        with use_mesh(rollout_mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
+        with use_mesh(mesh):
             if can_compile:
-                phases, sent = _compile(fns, work, mesh)
+                phases, sent = _compile(fns, work, mesh, rollout_mesh)
                 caveats = _caveats(fns, work)
             else:
                 phases, sent = estimates.temporaries(work), estimates.sent(work)
@@ -95,8 +97,9 @@ def _workload(
     free: int,
     response_tokens: int,
 ) -> roofline.Workload:
-    """A step of the config on the current mesh, with free bytes beside the state."""
-    model = fns.model
+    """A step of the config on a mesh, of which rollouts have the current one, with free
+    bytes beside the state."""
+    model, rollout_mesh = fns.model, jax.sharding.get_abstract_mesh()
     sizes = {
         "num_prompts": config.prompts_per_step,
         "samples_per_prompt": config.samples_per_prompt,
@@ -112,10 +115,11 @@ def _workload(
     )
     # A rollout reads a copy of the weights that is whole but for "tensor".
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
-    where = sharding.tree_shardings(mesh, axes, shapes, without=("fsdp",))
+    where = sharding.tree_shardings(rollout_mesh, axes, shapes, without=("fsdp",))
     return roofline.Workload(
         model=model,
         mesh=dict(mesh.shape),
+        rollout_mesh=dict(rollout_mesh.shape),
         plan=plan,
         prompt_tokens=config.data.max_prompt_tokens // 4,
         response_tokens=response_tokens,
@@ -131,16 +135,17 @@ def _workload(
 
 
 def _compile(
-    fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh
+    fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh, rollout_mesh: Mesh
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
     """What each phase needs beside the state, and sends, as its program says."""
     batch = train_fns.abstract_minibatch(fns, mesh)
     phases, sent = {}, {}
-    for phase, program in aot.compile_phases(fns, batch, work).items():
+    for phase, program in aot.compile_phases(fns, batch, work, rollout_mesh).items():
         phases[phase] = {"temporaries": aot.temporaries(program)}
         if phase != "rollout":
             phases[phase]["rows"] = sharding.part_bytes(batch[0])
-        found = hlo.collectives(program.as_text(), mesh)
+        on = rollout_mesh if phase == "rollout" else mesh
+        found = hlo.collectives(program.as_text(), on)
         sent[phase] = roofline.sent(work, phase, found)
     return phases, sent
 
@@ -240,11 +245,12 @@ def search(
     topology: str,
     response_tokens: int,
 ) -> list[dict[str, Any]]:
-    """Plans, by estimate, of every mesh of the devices and several sizes of micro-batches.
+    """Plans, by estimate, of every mesh of the devices, for rollouts too, and several sizes of
+    micro-batches.
 
     Returns:
-      One plan for each mesh that is possible, as of `make_plan`, with the size of
-      micro-batches that is best there; and `changes`, the settings that lead to it. Those
+      One plan for each mesh that is possible, as of `make_plan`, with the rollouts' share
+      of a matrix and the size of micro-batches that are best there; and `changes`, the settings that lead to it. Those
       that fit come first, the fastest of them first; of equals one that leaves 15 % of the
       memory, then that which sends least.
 
@@ -260,15 +266,17 @@ def search(
         mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
         changes = {f"mesh.{name}": n for name, n in mesh.items()}
         plans = []
-        for rows in sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0}):
-            changed = _changed(config, changes | {"microbatch_size": rows})
+        sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
+        shared = [n for n in ways if fsdp * tensor % n == 0]
+        for rows, rollout_tensor in itertools.product(sizes, shared):
+            settings = {"microbatch_size": rows, "rollout_tensor": rollout_tensor}
+            changed = _changed(config, changes | settings)
             try:
                 plan = make_plan(changed, base_model, topology, response_tokens, False)
             except ValueError as error:  # sizes that do not divide
                 why = str(error)
                 continue
-            settings = {"changes": changes | {"microbatch_size": rows}}
-            plans.append(plan | settings)
+            plans.append(plan | {"changes": changes | settings})
         found += sorted(plans, key=_rank)[:1]
     if not found:
         raise ValueError(

@@ -26,6 +26,7 @@ class Workload:
 
     model: ModelConfig  # of the policy
     mesh: Mapping[str, int]
+    rollout_mesh: Mapping[str, int]
     plan: slots.Plan  # of the rollout
     num_prompts: int
     samples_per_prompt: int
@@ -37,6 +38,9 @@ class Workload:
     weight_bytes: int  # of the copy that a rollout reads
     param_bytes: int  # of the trained parameters, in float32
     state_bytes: int  # of these and the optimizer's
+
+    def mesh_of(self, phase: str) -> Mapping[str, int]:
+        return self.rollout_mesh if phase == "rollout" else self.mesh
 
     @property
     def responses(self) -> int:
@@ -118,7 +122,9 @@ def bounds(
         seconds = {
             "compute": num_flops / devices / chip.flops,
             "memory": num_bytes / chip.bandwidth,
-            "links": sum(_seconds_on_links(x, w.mesh, chip) for x in sent[phase]),
+            "links": sum(
+                _seconds_on_links(x, w.mesh_of(phase), chip) for x in sent[phase]
+            ),
         }
         out[phase] = {
             "pflop": num_flops / 1e15,

@@ -322,6 +322,11 @@ _FREE: dict[str, Setting] = {
     "mesh.tensor": Setting(
         1, "devices that share each matrix; -1: what is left", at_least=-1
     ),
+    "rollout_tensor": _not_negative(
+        0,
+        "devices that share each matrix in rollouts, which read all weights for every token; "
+        "0 for mesh.tensor",
+    ),
     # Evaluation, at step 0, every eval_every steps, and after the last.
     "eval_every": _positive(40, "steps between evaluations"),
     "eval_samples": _positive(16, "samples per prompt in evaluations, the k of avg@k"),

@@ -14,6 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.batch import Rollout
 from pfjax.evaluation import elbo, scores
+from pfjax.infra import sharding
 from pfjax.model import (
     attention,
     attention_check,
@@ -22,7 +23,13 @@ from pfjax.model import (
     lora,
     tokenizer,
 )
-from pfjax.model.transformer import ModelConfig, Params, Policy, abstract_params
+from pfjax.model.transformer import (
+    ModelConfig,
+    Params,
+    Policy,
+    abstract_params,
+    logical_axes,
+)
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards, target_reward
@@ -124,6 +131,7 @@ def setup(
     config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
     fns = train_fns(config, start, longest, mesh, other_base, functions.objective)
+    on_rollout_mesh = _on_mesh(_rollout_mesh(config, mesh, fns.model))
     target = None
     if config.data.target:
         target = _load_target(config.data.target, fns.objective)
@@ -135,7 +143,8 @@ def setup(
 
     base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
-    plan = _plan(config, Policy(fns.model, lora.join(base, trained)), longest)
+    policy = Policy(fns.model, lora.join(base, trained))
+    plan = on_rollout_mesh(_plan)(config, policy, longest)
     bind, graded = functools.partial, [*given.held_out.values()]
     limits = config.reward_seconds, config.reward_workers
     reward = rewards.Reward(terms, *limits, functions.reward, seed=config.seed)
@@ -171,17 +180,23 @@ def setup(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
         rollout=bind(
-            behavior.rollout, behavior=_behavior(config, responses), **how_drawn
+            on_rollout_mesh(behavior.rollout),
+            behavior=_behavior(config, responses),
+            **how_drawn,
         ),
         # Others than the policy's, which draws the first so many.
         teacher_rollout=bind(
-            engine.rollout, samples=range(samples, 2 * samples), **how_drawn
+            on_rollout_mesh(engine.rollout),
+            samples=range(samples, 2 * samples),
+            **how_drawn,
         ),
         replay=Replay(config.samples_per_prompt if _has_replay(config) else 0),
         reward=reward,
         own_psi=own_psi,
         compute_rewards=bind(rewards.compute_rewards, prompts=train, **how_rewarded),
-        evaluate=_evaluation(config, fns, on_devices, tok, given, target, reward),
+        evaluate=_evaluation(
+            config, fns, on_devices, tok, given, target, reward, on_rollout_mesh
+        ),
         measure_match=_match(config, fns, given, all_terms, how_rewarded),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
@@ -194,6 +209,33 @@ def setup(
     if clock := config.data.clock:
         about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
+
+
+def _rollout_mesh(c: FrozenConfigDict, mesh: Mesh, model: ModelConfig) -> Mesh:
+    """The devices as rollouts group them. Raises ValueError if the model does not divide."""
+    out = sharding.regrouped(mesh, c.rollout_tensor)
+    try:
+        axes, shapes = logical_axes(model), abstract_params(model)
+        sharding.tree_shardings(out, axes, shapes, without=("fsdp",))
+    except ValueError as error:
+        raise ValueError(
+            f"--config.rollout_tensor={c.rollout_tensor}: {error}"
+        ) from None
+    return out
+
+
+def _on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Has functions run with this mesh as the current one."""
+
+    def of(f: Callable) -> Callable:
+        @functools.wraps(f)
+        def run(*args, **kwargs):
+            with jax.set_mesh(mesh):
+                return f(*args, **kwargs)
+
+        return run
+
+    return of
 
 
 def _behavior(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Behavior:
@@ -289,6 +331,7 @@ def _evaluation(
     given: inputs.Inputs,
     target: data.TargetSamples | None,
     reward: rewards.Reward,
+    on_rollout_mesh: Callable[[Callable], Callable],
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
     shared = {
@@ -308,7 +351,7 @@ def _evaluation(
     def evaluate(policy: Policy, grader: Any) -> tuple[dict, list]:
         values, rows = {}, []
         for name, of_set in given.held_out.items():
-            found, new = scores.evaluate(
+            found, new = on_rollout_mesh(scores.evaluate)(
                 policy, tok, grader, of_set.problems, of_set.tokens, how
             )
             prefix = f"{name}/" if len(given.held_out) > 1 else ""

@@ -71,3 +71,16 @@ def test_nodes_of_a_topology():
     h100, v5e = hardware.CHIPS["h100"], hardware.CHIPS["v5e"]
     assert [hardware.num_nodes(h100, n) for n in (1, 8, 16, 20)] == [1, 1, 2, 1]
     assert hardware.num_nodes(v5e, 256) == 1  # a slice
+
+
+def test_devices_are_regrouped_in_their_order_within_a_copy():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    other = sharding.regrouped(mesh, 2)
+    assert dict(other.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [*other.devices.flat] == [*mesh.devices.flat]
+    assert sharding.regrouped(mesh, 0) is sharding.regrouped(mesh, 1) is mesh
+    abstract = sharding.regrouped(mesh.abstract_mesh, 4)
+    assert dict(abstract.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert abstract.abstract_device == mesh.abstract_mesh.abstract_device
+    with pytest.raises(ValueError, match="rollout_tensor=3 does not divide .* = 4"):
+        sharding.regrouped(mesh, 3)

@@ -927,6 +927,11 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
             "heads of size 2 does not divide over 8 devices .--config.mesh.tensor=8",
         ),
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
+        ({"rollout_tensor": 3}, "rollout_tensor=3 does not divide mesh.fsdp .* = 1"),
+        (
+            {"mesh.data": 2, "mesh.fsdp": 4, "rollout_tensor": 4},
+            "--config.rollout_tensor=4: heads of size 2 does not divide over 4 devices",
+        ),
         ({"model": "/no/such/model"}, "model folder /no/such/model does not exist"),
         ({"data.train": "/no/prompts.jsonl"}, "/no/prompts.jsonl does not exist"),
         ({"pack_length": 4}, "pack_length=4 is too short for longest prompt 2"),

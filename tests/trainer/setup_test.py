@@ -8,8 +8,9 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import sharding
 from pfjax.model import lora
-from pfjax.sampler import engine
+from pfjax.sampler import decode, engine
 from pfjax.sampler.options import Capacity
+from pfjax.tasks import grading
 from pfjax.trainer import setup
 from tests.conftest import count_compiles
 from tests.trainer.loop_test import small_config
@@ -51,3 +52,39 @@ def test_the_teacher_is_the_average_and_draws_by_the_programs_of_the_policy(
     # At first it is the policy, which has drawn others.
     assert np.abs(start.log_probs - votes.log_probs).max() > 0.1
     assert (start.lengths != own.lengths).mean() > 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_devices_that_share_matrices_in_rollouts_draw_the_same(
+    enumerable_folder, tmp_path, rank, monkeypatch
+):
+    """Each of them reads half of the weights, and the parameters lie as they did."""
+    c = small_config(enumerable_folder, tmp_path)
+    c.mesh.data, c.mesh.fsdp, c.lora.rank, c.behavior.base = 2, 4, rank, 0.5
+    c.data.eval = c.data.train
+    mesh, prompts = sharding.make_mesh(**c.mesh), [[2, 3], [3], [2, 2]] * 4
+    found, shared = {}, []
+    whole = decode.weights
+
+    def weights(*args):
+        shared.append(jax.sharding.get_abstract_mesh().shape["tensor"])
+        return whole(*args)
+
+    monkeypatch.setattr(decode, "weights", weights)
+    for tensor in (0, 2):
+        c.rollout_tensor = tensor
+        with jax.set_mesh(mesh), grading.Grader() as grader:
+            trainer, state, _ = setup.setup(FrozenConfigDict(c), mesh)
+            policy, ids = trainer.policy(state), list(range(12))
+            args = (policy, trainer.base_policy, prompts, 3, ids)
+            found[tensor] = trainer.rollout(*args), trainer.evaluate(policy, grader)[0]
+            where = jax.tree.map(lambda x: x.sharding.mesh, state.params)
+            assert {*jax.tree.leaves(where)} == {mesh}
+    # Of the policy, of the base, and of the policy in an evaluation.
+    assert shared == [1, 1, 1, 2, 2, 2]
+    (want, scores), (got, same_scores) = found.values()
+    np.testing.assert_array_equal(
+        got.tokens * (got.log_probs < 0), want.tokens * (want.log_probs < 0)
+    )
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
+    assert same_scores == pytest.approx(scores)
