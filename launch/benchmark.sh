@@ -5,6 +5,7 @@
 #   bash launch/benchmark.sh [FILE]    appends the lines to FILE (default: prints them)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 
 prepare dev
 cd "$ROOT"

@@ -1,10 +1,12 @@
-# Sourced by the scripts beside it: makes the virtual environment of this checkout.
 # shellcheck shell=bash
+# Sourced by the scripts beside it: makes the virtual environment of this checkout.
 #
-#   prepare [extra ...]   installs the project into it, once per setup.py; sets PYTHON
+#   answer_help argument ...   prints the comment at the top of the script, if asked, and ends
+#   prepare [extra ...]        installs the project, once per setup.py; sets PYTHON
 #
-# PFJAX_VENV    where it is (default .venv in the checkout)
+# PFJAX_VENV    where the environment is (default .venv in the checkout)
 # PFJAX_PYTHON  the interpreter that makes it (default: the newest supported found)
+# PFJAX_EXTRAS  extras of setup.py to install besides: wandb,gguf
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PFJAX_VENV:-$ROOT/.venv}
@@ -12,6 +14,16 @@ VENV=${PFJAX_VENV:-$ROOT/.venv}
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1
+}
+
+# Before anything is installed.
+answer_help() { # argument ...
+  local arg
+  for arg in "$@"; do
+    [[ $arg == --help || $arg == -h ]] || continue
+    sed -n '2,/^[^#]/{/^[^#]/d;/^# shellcheck/d;s/^# \{0,1\}//p;}' "$0"
+    exit
+  done
 }
 
 find_python() {
@@ -35,14 +47,31 @@ accelerator() {
     [[ $driver =~ ^[0-9]+ ]]; then
     # CUDA 13 needs driver 580.
     if ((BASH_REMATCH[0] >= 580)); then echo cuda13; else echo cuda12; fi
-  elif compgen -G '/dev/accel[0-9]*' >/dev/null || [[ ${TPU_ACCELERATOR_TYPE:-} ]]; then
+  elif has_tpu; then
     echo tpu
   fi
 }
 
+# By the PCI bus, as JAX looks for them: TPUs since v5e are handed out by vfio and have no
+# /dev/accel*. The network cards and disks of Google's machines are of the same vendor.
+has_tpu() {
+  local root=${PFJAX_DEVICES_ROOT:-} folder kind
+  [[ -z ${TPU_ACCELERATOR_TYPE:-} ]] || return 0
+  ! compgen -G "$root/dev/accel[0-9]*" >/dev/null || return 0
+  for folder in "$root"/sys/bus/pci/devices/*; do
+    [[ -f $folder/vendor && $(<"$folder/vendor") == 0x1ae0 ]] || continue
+    kind=$(cat "$folder/class" 2>/dev/null || true)
+    case $kind in
+      0x01* | 0x02*) ;; # storage, network
+      *) return 0 ;;
+    esac
+  done
+  return 1
+}
+
 prepare() {
   local extras stamp python log free pins=()
-  extras=$(printf '%s\n' "$@" "$(accelerator)" | sed '/^$/d' | paste -sd, -)
+  extras=$(printf '%s\n' "$@" "${PFJAX_EXTRAS:-}" "$(accelerator)" | sed '/^$/d' | paste -sd, -)
   # New when the dependencies, the extras, or the place of the checkout change.
   stamp=$(cat "$ROOT/setup.py" "$ROOT/launch/constraints.txt" - <<<"$extras $ROOT" | cksum)
   PYTHON=$VENV/bin/python
@@ -74,3 +103,6 @@ prepare() {
   fi
   printf '%s\n' "$stamp" >"$VENV/.pfjax-ready"
 }
+
+# Run by itself it has nothing to do but this.
+[[ ${BASH_SOURCE[0]} != "$0" ]] || answer_help --help

@@ -5,6 +5,7 @@
 # where it cannot be had the tests are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 
 prepare dev
 cd "$ROOT"

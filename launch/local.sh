@@ -7,9 +7,16 @@
 # Makes a virtual environment first (see environment.sh); quick the second time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
+
+# A device that is not seen costs days.
+say_device() {
+  if [[ -z $(accelerator) ]]; then echo 'no accelerator found: CPU' >&2; fi
+}
 
 if [[ ${1:-} == --study ]]; then
   prepare study
+  say_device
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
 fi
 args=("$@")
@@ -18,14 +25,11 @@ for arg in "$@"; do
   case $arg in
     --config | --config=*) has_config=yes ;;
     --workdir | --workdir=*) has_workdir=yes ;;
-    --help)
-      sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-      exit
-      ;;
   esac
 done
 [[ $has_workdir ]] || args=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$" "${args[@]}")
 [[ $has_config ]] || args=("--config=$ROOT/configs/smoke.py" "${args[@]}")
 # shellcheck disable=SC2119  # no extras
 prepare
+say_device
 exec "$PYTHON" -m pfjax.train "${args[@]}"

@@ -3,6 +3,7 @@
 # The tests marked slow are left out; -m slow runs them, and them alone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 
 prepare dev
 cd "$ROOT"

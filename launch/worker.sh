@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What launch/tpu.sh has each worker of a TPU do.
 #
-#   bash launch/worker.sh setup                      makes the environment
+#   bash launch/worker.sh setup [WORKDIR]            makes the environment
 #   bash launch/worker.sh run [pfjax.train's ...]    starts training, unless it runs
 #   bash launch/worker.sh logs [--follow]
 #   bash launch/worker.sh status                     running, ended STATUS, or lost
@@ -9,38 +9,70 @@
 #
 # PFJAX_STATE   where the log and the exit status are kept (default ~/pfjax-run)
 # PFJAX_VENV    the environment (default ~/pfjax-venv)
-# PFJAX_PYTHON  the interpreter that makes it
+# PFJAX_PYTHON  the interpreter that makes it (default: 3.11, or else any newer one)
+# PFJAX_EXTRAS  extras of setup.py to install besides
+#
+# These, and what else training shall have, are read from ~/pfjax-env if that is there.
 set -euo pipefail
 # The one that setup.py has exact versions for.
 readonly PYTHON_VERSION=3.11
+# In the environment alone, where other users do not see them.
+if [[ -f $HOME/pfjax-env ]]; then
+  set -a
+  # shellcheck source=/dev/null
+  source "$HOME/pfjax-env"
+  set +a
+fi
 STATE=${PFJAX_STATE:-$HOME/pfjax-run}
 export PFJAX_VENV=${PFJAX_VENV:-$HOME/pfjax-venv}
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+answer_help "$@"
 host=$(hostname)
-
-environment() {
-  source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-  # Newer TPUs have none of the device files that tell.
-  accelerator() { echo tpu; }
-  # shellcheck disable=SC2119  # no more extras than that
-  prepare
-}
+# tpu.sh sets up nothing else, whatever this machine shows of it.
+accelerator() { echo tpu; }
 
 # By the name of what has that process id: after a reboot it may be something else.
 is_running() {
   [[ ! -f $STATE/exit && -f $STATE/pid ]] && grep -qs supervise "/proc/$(<"$STATE/pid")/cmdline"
 }
 
-setup() {
-  # TPU images come with an older Python than jax needs.
-  if [[ -z ${PFJAX_PYTHON:-} ]] && ! command -v "python$PYTHON_VERSION" >/dev/null; then
-    PATH=$HOME/.local/bin:$PATH
-    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
-    uv python install --quiet "$PYTHON_VERSION"
-    PFJAX_PYTHON=$(uv python find "$PYTHON_VERSION")
-  fi
-  export PFJAX_PYTHON=${PFJAX_PYTHON:-python$PYTHON_VERSION}
-  environment
+setup() { # [WORKDIR]
+  check_writable "${1:-}"
+  choose_python
+  # shellcheck disable=SC2119  # no more extras than those of PFJAX_EXTRAS
+  prepare
   "$PYTHON" -c 'import jax, sys; print("python", sys.version.split()[0], "jax", jax.__version__)'
+}
+
+# What writes there is the service account of the TPU, which only the TPU can try.
+check_writable() { # WORKDIR
+  local probe=$1/logs/.$host said
+  [[ $1 == gs://* ]] && command -v gcloud >/dev/null || return 0
+  said=$({ gcloud storage cp --quiet - "$probe" <<<"$host" && gcloud storage rm --quiet "$probe"; } 2>&1) || {
+    printf '%s\n' "$said" >&2
+    fail "$host cannot write to $1 (above): give the service account of the TPU (default: that of Compute Engine) roles/storage.objectAdmin on the bucket"
+  }
+}
+
+# TPU images come with an older Python than jax needs, or with one that packages may not be
+# installed into; one program more, on a machine that is thrown away, does it no harm.
+choose_python() {
+  [[ -z ${PFJAX_PYTHON:-} ]] || return 0
+  PATH=$HOME/.local/bin:$PATH
+  if command -v "python$PYTHON_VERSION" >/dev/null; then
+    PFJAX_PYTHON=python$PYTHON_VERSION
+  elif ! PFJAX_PYTHON=$(python_by_uv); then
+    # Ends this if there is none.
+    PFJAX_PYTHON=$(find_python)
+    echo "$host: no Python $PYTHON_VERSION can be had (above); taking $("$PFJAX_PYTHON" --version)" >&2
+  fi
+  export PFJAX_PYTHON
+}
+
+python_by_uv() {
+  command -v uv >/dev/null ||
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv >&2 || return
+  uv python install --quiet "$PYTHON_VERSION" >&2 && uv python find "$PYTHON_VERSION"
 }
 
 run() {
@@ -48,7 +80,8 @@ run() {
     echo "$host: runs already"
     return
   fi
-  environment
+  # shellcheck disable=SC2119
+  prepare
   # Not by the link: set-up of another commit would change the code under the run.
   cd -P "$ROOT"
   mkdir -p "$STATE"
@@ -149,7 +182,6 @@ stop() {
 
 case ${1:-} in
   setup | run | logs | status | stop | supervise) "$@" ;;
-  --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" ;;
   *)
     echo "error: no command '${1:-}'; see bash launch/worker.sh --help" >&2
     exit 1

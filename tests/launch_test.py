@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from jax._src import hardware_utils
 
 ROOT = pathlib.Path(__file__).parent.parent
 _TOOLS = [
@@ -131,6 +132,113 @@ def test_what_went_wrong_is_said(launch, tmp_path):
     assert "no Python found" in done.stderr
 
 
-def test_help_is_the_comment_at_the_top(launch):
-    done, asked = launch("local.sh", "--help")
-    assert done.stdout.startswith("Trains on this machine") and not asked
+def pci(root, **devices):
+    """A bus with devices of a vendor, a device id and a class each."""
+    for name, values in devices.items():
+        folder = root / "sys/bus/pci/devices" / name
+        folder.mkdir(parents=True)
+        for file, value in zip(("vendor", "device", "class"), values, strict=True):
+            (folder / file).write_text(f"{value}\n")
+    return {"PFJAX_DEVICES_ROOT": str(root)}
+
+
+def test_a_tpu_is_found_where_jax_finds_it(launch, tmp_path):
+    # Since v5e they are handed out by vfio, without /dev/accel*.
+    for device, version in hardware_utils._TPU_PCI_DEVICE_IDS.items():
+        env = pci(tmp_path / version.name, tpu=("0x1ae0", device, "0x120000"))
+        done, asked = launch("local.sh", **env)
+        assert any("[tpu]" in line for line in asked if "pip" in line), version
+        assert "no accelerator" not in done.stderr
+        shutil.rmtree(launch.checkout / ".venv")
+    accel = tmp_path / "accel"
+    (accel / "dev").mkdir(parents=True)
+    (accel / "dev/accel0").touch()
+    _, asked = launch("local.sh", PFJAX_DEVICES_ROOT=str(accel))
+    assert any("[tpu]" in line for line in asked if "pip" in line)
+
+
+def test_a_machine_without_a_device_is_told_so(launch, tmp_path):
+    # Google's network cards and disks have the vendor of its TPUs.
+    google = pci(
+        tmp_path / "google",
+        network=("0x1ae0", "0x0042", "0x020000"),
+        disk=("0x1ae0", "0x001f", "0x010802"),
+    )
+    other = pci(tmp_path / "other", card=("0x1234", "0x0063", "0x120000"))
+    for env in (google, other, {"PFJAX_DEVICES_ROOT": str(tmp_path / "none")}):
+        for args in ([], ["--study"]):
+            done, asked = launch("local.sh", *args, **env)
+            assert "no accelerator found: CPU" in done.stderr
+            assert not any("tpu" in line for line in asked if "pip" in line)
+
+
+def test_extras_are_installed_besides(launch):
+    _, asked = launch("test.sh", PFJAX_EXTRAS="wandb,gguf")
+    assert any("[dev,wandb,gguf]" in line for line in asked if "pip" in line)
+
+
+@pytest.fixture
+def worker(launch, tmp_path):
+    """Sets up a worker, whose python3 may not be installed into, and which has no other."""
+    tools = tmp_path / "bin"
+    for tool in ("hostname", "chmod"):
+        os.symlink(shutil.which(tool), tools / tool)
+
+    def run(**env):
+        return launch("worker.sh", "setup", PIP_STATUS="1", **env)
+
+    run.tools = tools
+    return run
+
+
+UV = """#!/usr/bin/env bash
+echo "uv $*" >>"$RECORD"
+[[ ${UV_STATUS:-0} == 0 ]] || exit "$UV_STATUS"
+[[ $2 != find ]] || echo "$(dirname "$0")/python-of-uv"
+"""
+
+
+def interpreter(asked):
+    return next(line for line in asked if "-m venv" in line).split()[0]
+
+
+def test_a_worker_takes_any_python_that_is_new_enough(worker):
+    # The stand-in says who it is; none is exactly the one with exact versions.
+    for name in ("python3", "python-of-uv", "python3.11"):
+        (worker.tools / name).write_text(PYTHON.replace("$@", '$(basename "$0") $@'))
+        (worker.tools / name).chmod(0o755)
+    os.symlink(shutil.which("basename"), worker.tools / "basename")
+    _, asked = worker()
+    assert interpreter(asked) == "python3.11"
+    (worker.tools / "python3.11").unlink()
+    done, asked = worker()
+    assert "pip install --quiet --user uv" in asked[0]
+    assert interpreter(asked) == "python3"
+    assert "no Python 3.11 can be had (above); taking Python 3.12.1" in done.stderr
+    (worker.tools / "uv").write_text(UV)
+    (worker.tools / "uv").chmod(0o755)
+    _, asked = worker()
+    assert interpreter(asked) == "python-of-uv"
+    # Installed, but without a network.
+    _, asked = worker(UV_STATUS="1")
+    assert interpreter(asked) == "python3"
+    done, asked = worker(UV_STATUS="1", VERSION_STATUS="1")
+    assert done.returncode == 1
+    assert "error: Python 3.11 or newer is needed" in done.stderr
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_comment_at_the_top(launch, script):
+    first = (ROOT / "launch" / script).read_text().splitlines()
+    first = next(x for x in first if x[:2] == "# " and not x.startswith("# shellcheck"))
+    ways = {"tpu.sh": ["up"], "worker.sh": ["setup"], "local.sh": ["--study"]}
+    for args in ([], ways.get(script, [])):
+        done, asked = launch(script, *args, "--help")
+        assert done.returncode == 0 and not done.stderr and not asked
+        assert done.stdout.splitlines()[0] == first.removeprefix("# ")
+        assert "set -e" not in done.stdout and "#SBATCH" not in done.stdout
+    # Nothing was made or installed.
+    assert sorted(x.name for x in launch.checkout.iterdir()) == ["launch", "setup.py"]
