@@ -11,21 +11,35 @@
 #   stop     asks the run to save and end, and waits until it has; end a waiting `up`
 #            first, which would begin again
 #   delete   gives the TPU back
-#   up       all of this: creates, sets up, runs, begins again after preemption,
-#            and deletes the TPU when the run has ended
+#   up       all of this: checks what can be checked, creates, sets up, runs, begins again
+#            after preemption, and deletes the TPU when the run has ended
 #
 # Options, or the variables in brackets:
 #   --name=NAME           of the TPU [PFJAX_TPU_NAME; pfjax]
 #   --project=ID          [PFJAX_PROJECT; that of gcloud]
 #   --zone=ZONE           [PFJAX_ZONE; that of gcloud]
-#   --type=TYPE           v5litepod-16, v5p-128, v6e-16 [PFJAX_TYPE; v5litepod-16]
+#   --type=TYPE           v5litepod-16, v5p-128, v6e-16 [PFJAX_TYPE; v5litepod-16]; TPU7x and
+#                         later are not served by the Cloud TPU API: see launch/gke.yaml
 #   --runtime=VERSION     [PFJAX_RUNTIME; the one that fits the type]
-#   --provisioning=MODEL  on-demand, spot, flex-start, reservation [PFJAX_PROVISIONING; on-demand]
-#   --reservation=NAME    with reservation; any by default [PFJAX_RESERVATION]
-#   --max-run=DURATION    with flex-start, at most 7d [PFJAX_MAX_RUN; 1d]
+#   --provisioning=MODEL  on-demand, spot, flex-start, reservation, or calendar for a future
+#                         reservation in calendar mode [PFJAX_PROVISIONING; on-demand]
+#   --reservation=NAME    with calendar, or reservation: any by default [PFJAX_RESERVATION]
+#   --max-run=DURATION    with flex-start, 12h or 1d12h, at most 7d [PFJAX_MAX_RUN; 1d]
+#   --network=NAME        [PFJAX_NETWORK; default]
+#   --subnetwork=NAME     [PFJAX_SUBNETWORK]
+#   --service-account=EMAIL  whom the workers act as [PFJAX_SERVICE_ACCOUNT; Compute Engine's]
+#   --internal-ip         the workers have no external addresses: they need Cloud NAT to
+#                         install anything, and this machine has to be in their network
+#   --tunnel-through-iap  reaches them by Identity-Aware Proxy instead, from anywhere
+#   --env=NAME[=VALUE]    a variable for the workers, of `setup` and `up`, any number of
+#                         times; without VALUE it has that of here, which nobody can list
+#   --extras=NAME,...     of setup.py for the workers, of `setup` and `up`: wandb
 #   --deadline=SECONDS    to wait for a TPU [PFJAX_DEADLINE; 7200]
 #   --poll=SECONDS        between looks [PFJAX_POLL; 20]
 #   --restarts=N          of `up`, after preemptions or interruptions [PFJAX_RESTARTS; 50]
+#   --max-hours=N         of `up` with a TPU, all together; the run then saves and ends
+#                         [PFJAX_MAX_HOURS; 168]
+#   --hold=SECONDS        that `up` keeps a TPU whose set-up has failed [PFJAX_HOLD; 1800]
 #   --worker=N            of `logs` [0]
 #   --follow              of `logs`
 #   --keep                `up` leaves the TPU in place at the end
@@ -34,9 +48,11 @@
 #
 # Example, on spot TPUs:
 #   bash launch/tpu.sh up --zone=us-west4-a --type=v5litepod-16 --provisioning=spot \
-#     --config=configs/qwen2_5_math_1_5b.py --workdir=gs://bucket/runs/math
+#     --env=HF_TOKEN --config=configs/qwen2_5_math_1_5b.py --workdir=gs://bucket/runs/math
 set -euo pipefail
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tpu/checks.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tpu/up.sh"
 
 # What pfjax.train ends with when it was told to stop, has saved, and can go on.
 readonly INTERRUPTED=75
@@ -52,13 +68,31 @@ fail() {
   printf 'error: %s\n' "$*" >&2 || true
   exit 1
 }
-help() { sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
+
+# Everybody on this machine can list arguments, and nobody the variables of others: starts
+# anew with the values of --env in the place where they are read from below.
+hide_values() {
+  local args=() hidden=''
+  while (($#)); do
+    if [[ $1 == --env ]] && (($# > 1)); then set -- "--env=$2" "${@:3}"; fi
+    if [[ $1 =~ ^--env=([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]]; then
+      export "PFJAX_ENV_${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
+      set -- "--env=${BASH_REMATCH[1]}" "${@:2}"
+      hidden=yes
+    fi
+    args+=("$1")
+    shift
+  done
+  [[ ! $hidden ]] || exec bash "${BASH_SOURCE[0]}" "${args[@]}"
+}
+hide_values "$@"
 
 command=${1:-}
+answer_help "$@"
 case $command in
   create | setup | run | logs | status | stop | delete | up) shift ;;
-  --help | -h | help) help && exit ;;
-  '') help >&2 && exit 2 ;;
+  help) answer_help --help ;;
+  '') (answer_help --help) >&2 && exit 2 ;;
   *) fail "no command '$command'; see bash launch/tpu.sh --help" ;;
 esac
 
@@ -66,13 +100,19 @@ name=${PFJAX_TPU_NAME:-pfjax} project=${PFJAX_PROJECT:-} zone=${PFJAX_ZONE:-}
 type=${PFJAX_TYPE:-v5litepod-16} runtime=${PFJAX_RUNTIME:-}
 provisioning=${PFJAX_PROVISIONING:-on-demand} reservation=${PFJAX_RESERVATION:-}
 max_run=${PFJAX_MAX_RUN:-1d} deadline=${PFJAX_DEADLINE:-7200} poll=${PFJAX_POLL:-20}
-restarts=${PFJAX_RESTARTS:-50} worker=0 follow='' keep='' dry_run='' config='' workdir='' train=()
+network=${PFJAX_NETWORK:-} subnetwork=${PFJAX_SUBNETWORK:-}
+service_account=${PFJAX_SERVICE_ACCOUNT:-} internal_ip='' tunnel=''
+restarts=${PFJAX_RESTARTS:-50} max_hours=${PFJAX_MAX_HOURS:-168} hold=${PFJAX_HOLD:-1800}
+worker=0 follow='' keep='' dry_run='' config='' workdir='' train=()
+# Of the workers: names, and lines NAME=VALUE as a shell reads them.
+variables=() assignments='' hf_token='' hf_endpoint=''
 
 while (($#)); do
   # Both --name=value and --name value.
   case $1 in
     --name | --project | --zone | --type | --runtime | --provisioning | --reservation | \
-      --max-run | --deadline | --poll | --restarts | --worker | --config | --workdir)
+      --max-run | --network | --subnetwork | --service-account | --env | --extras | \
+      --deadline | --poll | --restarts | --max-hours | --hold | --worker | --config | --workdir)
       (($# > 1)) || fail "$1 needs a value"
       set -- "$1=$2" "${@:3}"
       ;;
@@ -87,14 +127,22 @@ while (($#)); do
     --provisioning=*) provisioning=$value ;;
     --reservation=*) reservation=$value ;;
     --max-run=*) max_run=$value ;;
+    --network=*) network=$value ;;
+    --subnetwork=*) subnetwork=$value ;;
+    --service-account=*) service_account=$value ;;
+    --internal-ip) internal_ip=yes ;;
+    --tunnel-through-iap) tunnel=yes ;;
+    --env=*) variables+=("$value") ;;
+    --extras=*) export PFJAX_EXTRAS=$value && variables+=(PFJAX_EXTRAS) ;;
     --deadline=*) deadline=$value ;;
     --poll=*) poll=$value ;;
     --restarts=*) restarts=$value ;;
+    --max-hours=*) max_hours=$value ;;
+    --hold=*) hold=$value ;;
     --worker=*) worker=$value ;;
     --follow) follow=yes ;;
     --keep) keep=yes ;;
     --dry-run) dry_run=yes ;;
-    --help | -h) help && exit ;;
     --config=*) config=$value train+=("$1") ;;
     --workdir=*) workdir=$value train+=("$1") ;;
     --config.*) train+=("$1") ;;
@@ -102,23 +150,61 @@ while (($#)); do
   esac
   shift
 done
+
+add_variable() { # NAME
+  local value
+  # Whatever came after a = is not repeated.
+  [[ $1 =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || fail "--env=${1%%=*}: must be NAME or NAME=VALUE"
+  (export "$1=x") 2>/dev/null || fail "--env=$1: belongs to the shell, and cannot be set"
+  value=$(printenv "PFJAX_ENV_$1") || value=$(printenv "$1") ||
+    fail "--env=$1: is not set here; export it, or --env=$1=VALUE"
+  unset "PFJAX_ENV_$1"
+  assignments+=$(printf '%s=%q' "$1" "$value")$'\n'
+  case $1 in
+    HF_TOKEN) hf_token=$value ;;
+    HF_ENDPOINT) hf_endpoint=$value ;;
+  esac
+}
+
+seconds() { # DURATION
+  local left=$1 sum=0
+  while [[ $left =~ ^([0-9]+)([dhms])(.*)$ ]]; do
+    left=${BASH_REMATCH[3]}
+    case ${BASH_REMATCH[2]} in
+      d) ((sum += 86400 * 10#${BASH_REMATCH[1]})) ;;
+      h) ((sum += 3600 * 10#${BASH_REMATCH[1]})) ;;
+      m) ((sum += 60 * 10#${BASH_REMATCH[1]})) ;;
+      s) ((sum += 10#${BASH_REMATCH[1]})) ;;
+    esac
+  done
+  [[ ! $left ]] && echo "$sum"
+}
+
 [[ $name && $name != -* ]] || fail "--name=$name: must be the name of a TPU"
 case $provisioning in
-  on-demand | spot | flex-start | reservation) ;;
-  *) fail "--provisioning=$provisioning: must be on-demand, spot, flex-start or reservation" ;;
+  on-demand | spot | reservation) ;;
+  calendar) [[ $reservation ]] || fail "--provisioning=calendar needs --reservation=NAME" ;;
+  flex-start)
+    if ! max_run_s=$(seconds "$max_run") || ((max_run_s == 0 || max_run_s > 7 * 86400)); then
+      fail "--max-run=$max_run: must be a duration such as 12h or 1d12h, at most 7d"
+    fi
+    ;;
+  *) fail "--provisioning=$provisioning: must be on-demand, spot, flex-start, reservation or calendar" ;;
 esac
-for number in deadline poll restarts worker; do
-  [[ ${!number} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--$number=${!number}: must be a whole number"
+for number in deadline poll restarts max_hours hold worker; do
+  [[ ${!number} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--${number/_/-}=${!number}: must be a whole number"
 done
-if [[ -z $runtime ]]; then
-  case $type in
-    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-    v5p-*) runtime=v2-alpha-tpuv5 ;;
-    v6e-*) runtime=v2-alpha-tpuv6e ;;
-    v4-*) runtime=tpu-ubuntu2204-base ;;
-    *) fail "--type=$type: no runtime known for it; name one: --runtime=VERSION" ;;
-  esac
-fi
+case $type in
+  v5litepod-*) fitting=v2-alpha-tpuv5-lite ;;
+  v5p-*) fitting=v2-alpha-tpuv5 ;;
+  v6e-*) fitting=v2-alpha-tpuv6e ;;
+  v[234]-*) fitting=tpu-ubuntu2204-base ;;
+  v5e-*) fail "--type=$type: is called v5litepod-${type#v5e-}" ;;
+  tpu[7-9]* | v[7-9]*) fail "--type=$type: the Cloud TPU API does not serve TPU7x and later; use GKE (launch/gke.yaml)" ;;
+  *) fitting='' ;;
+esac
+runtime=${runtime:-$fitting}
+[[ $runtime ]] || fail "--type=$type: no runtime known for it; name one: --runtime=VERSION"
 if [[ $command == run || $command == up ]]; then
   [[ $config ]] || fail "$command needs --config=FILE, as pfjax.train does"
   [[ $workdir == gs://* ]] ||
@@ -127,10 +213,12 @@ fi
 if [[ $command == setup || $command == up ]]; then
   commit=$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null) ||
     fail "$ROOT is no git checkout: only a commit can be shipped"
+  for variable in ${variables[@]+"${variables[@]}"}; do add_variable "$variable"; done
+elif ((${#variables[@]})); then
+  fail "$command takes no --env and no --extras; setup and up do"
 fi
 # Never empty, which older versions of bash take for an error.
 where=(--quiet ${project:+"--project=$project"} ${zone:+"--zone=$zone"})
-
 # --- gcloud ---------------------------------------------------------------------------
 
 cloud() {
@@ -145,10 +233,20 @@ queued() { # VERB [argument ...]
   cloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"
 }
 
+tpu_vm() { # VERB argument ...
+  local verb=(compute) how=("${where[@]}")
+  if [[ $tunnel ]]; then
+    verb=(alpha compute)
+    how+=(--tunnel-through-iap)
+  elif [[ $internal_ip ]]; then
+    how+=(--internal-ip)
+  fi
+  cloud "${verb[@]}" tpus tpu-vm "$@" "${how[@]}"
+}
+
 # A command on workers; its words reach the shell there as they are.
 on_workers() { # WORKERS word ...
-  cloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" \
-    "--command=$(printf '%q ' "${@:2}")"
+  tpu_vm ssh "$name" "--worker=$1" "--command=$(printf '%q ' "${@:2}")"
 }
 
 # ACTIVE, WAITING_FOR_RESOURCES, ..., ABSENT; fails when it cannot be told.
@@ -185,7 +283,7 @@ costs() { # WHAT IS SO
 created=''
 
 ask() {
-  local verb=(compute) args said status=0
+  local verb=(compute) args said own_zone status=0
   args=("--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime")
   case $provisioning in
     spot) args+=(--spot) ;;
@@ -193,15 +291,21 @@ ask() {
       verb=(alpha compute)
       args+=(--provisioning-model=flex-start "--max-run-duration=$max_run")
       ;;
-    reservation)
+    reservation | calendar)
       if [[ $reservation ]]; then
         verb=(alpha compute)
-        args+=(--provisioning-model=reservation-bound "--reservation=$reservation")
+        args+=("--reservation=$reservation")
       else
         args+=(--reserved)
+        # gcloud looks for one in the zone of its arguments, not in that of its settings.
+        own_zone=${zone:-$(cloud config get-value compute/zone 2>/dev/null || true)}
+        [[ $zone || ! $own_zone ]] || args+=("--zone=$own_zone")
       fi
+      [[ $provisioning != calendar ]] || args+=(--provisioning-model=reservation-bound)
       ;;
   esac
+  args+=(${network:+"--network=$network"} ${subnetwork:+"--subnetwork=$subnetwork"}
+    ${service_account:+"--service-account=$service_account"} ${internal_ip:+--internal-ips})
   # It is not made after the deadline either, when nobody may be here to use it.
   args+=("--valid-until-duration=${deadline}s")
   created=yes
@@ -279,11 +383,14 @@ setup() (
   archive=$folder/pfjax-$commit.tar.gz
   git -C "$ROOT" archive --prefix="pfjax-$commit/" -o "$archive" HEAD ||
     fail "could not pack $commit (above)"
+  # A dry run leaves its files behind, so without the values.
+  (umask 077 && sed "${dry_run:+s/=.*/=***/}" <<<"$assignments" >"$folder/pfjax-env") ||
+    fail "could not write $folder/pfjax-env (above)"
   say "setting up $commit on every worker of $name (some minutes the first time)"
-  cloud compute tpus tpu-vm scp "$archive" "$name:" "${where[@]}" --worker=all ||
+  tpu_vm scp "$archive" "$folder/pfjax-env" "$name:" --worker=all ||
     fail "could not copy the code to the workers (above)"
   # The script that goes on with it is in the archive.
-  on_workers all bash -c "set -e; tar -xzf pfjax-$commit.tar.gz; ln -sfn pfjax-$commit pfjax-current; bash pfjax-current/launch/worker.sh setup" ||
+  on_workers all bash -c "set -e; chmod 600 pfjax-env; tar -xzf pfjax-$commit.tar.gz; ln -sfn pfjax-$commit pfjax-current; bash pfjax-current/launch/worker.sh setup$(printf ' %q' "$workdir")" ||
     fail "the environment could not be made on every worker (above)"
 )
 
@@ -343,114 +450,6 @@ delete() {
   done
 }
 
-# --- up -------------------------------------------------------------------------------
-
-# What the workers say of the run together: running, ended N, lost, or nothing when not
-# all can be reached.
-run_state() {
-  local out
-  out=$(on_workers all bash pfjax-current/launch/worker.sh status 2>/dev/null) || return 0
-  if [[ $dry_run ]]; then
-    echo 'ended 0'
-    return
-  fi
-  # One that was told to stop takes the others with it. 143: told before it could save.
-  awk '/: lost$/ {lost = 1}
-       /: running$/ {running = 1}
-       /: ended [0-9]+$/ {ended = 1
-         if ($NF == 75 || $NF == 143) told = 1; else if ($NF != 0) bad = $NF}
-       END {if (lost) print "lost"
-            else if (bad && !told) print "ended", bad
-            else if (running) print "running"
-            else if (told) print "ended", 75
-            else if (ended) print "ended", 0}' <<<"$out"
-}
-
-# Whether the TPU is being taken away: what runs on it notices before its state does.
-preempted() {
-  local now
-  for _ in 1 2 3; do
-    sleep "$poll"
-    now=$(state ACTIVE) || continue
-    if [[ $now != ACTIVE ]]; then
-      say "$name is $now: preempted"
-      return
-    fi
-  done
-  return 1
-}
-
-# Returns when the run has ended well, or 75 when it has to begin again.
-watch() {
-  local found now silent=0
-  while true; do
-    found=$(run_state)
-    case $found in
-      'ended 0') return 0 ;;
-      "ended $INTERRUPTED")
-        say "the run was interrupted"
-        preempted || true
-        return "$INTERRUPTED"
-        ;;
-      ended*)
-        ! preempted || return "$INTERRUPTED"
-        (worker=0 follow='' && logs) >&2 || true
-        fail "the run failed with exit status ${found#ended } (log of worker 0 above, of all in $workdir/logs)"
-        ;;
-      lost)
-        # The others wait for the worker that began anew; a new TPU is simpler.
-        say "a worker of $name has lost the run"
-        delete
-        return "$INTERRUPTED"
-        ;;
-      running) silent=0 ;;
-    esac
-    now=$(state ACTIVE) || now='(unknown)'
-    case $now in
-      ACTIVE)
-        # When gcloud cannot be reached either, the workers are not to blame.
-        [[ $found ]] || ((++silent))
-        ((silent < 10)) || fail "not all workers of $name have answered for $silent looks"
-        ;;
-      '(unknown)') ;;
-      *)
-        say "$name is $now: preempted"
-        return "$INTERRUPTED"
-        ;;
-    esac
-    sleep "$poll"
-  done
-}
-
-# Whether a run goes on, or soon will, that does not need this script.
-detached=''
-
-up() {
-  local attempt status
-  for ((attempt = 0; attempt <= restarts; attempt++)); do
-    ((attempt == 0)) || say "beginning again, from the last checkpoint ($attempt of at most $restarts)"
-    detached=''
-    create
-    detached=yes
-    status=0
-    # fail ends only the shell of its own that this is.
-    (setup && run) || status=$?
-    if ((status)); then
-      preempted || fail "could not start the run on $name"
-      continue
-    fi
-    say "running; it goes on if this stops. To look: bash launch/tpu.sh logs$(printf ' %q' "--name=$name" "${where[@]:1}")"
-    watch || status=$?
-    if ((status == 0)); then
-      say "the run has ended"
-      created=''
-      if [[ $keep ]]; then costs "is kept (--keep)"; else delete; fi
-      return
-    fi
-  done
-  fail "the run was interrupted more than $restarts times (--restarts)"
-}
-
 # --- what is left behind --------------------------------------------------------------
 
 # Gives back what this call has asked for, unless it has come to its end.
@@ -474,10 +473,11 @@ at_exit() {
 }
 
 interrupted() { # STATUS
-  if [[ $detached ]]; then
+  if [[ $detached || $held ]]; then
     # Only a person who wants it gone deletes it.
     created=''
-    say "what runs on $name goes on without this; the same command watches it again"
+    [[ ! $detached ]] || say "what runs on $name goes on without this; the same command watches it again"
+    [[ ! $held ]] || say "$name is kept; the same command goes on with it"
   fi
   exit "$1"
 }
@@ -491,6 +491,10 @@ trap at_exit EXIT
 trap 'interrupted 130' INT
 trap 'interrupted 129' HUP
 trap 'interrupted 143' TERM
+case $command in
+  create | setup | up) check ;;
+  *) choose_agent ;;
+esac
 $command
 case $command in
   create) costs "is ready" ;;

@@ -18,19 +18,77 @@ PATIENCE = 300  # seconds, with what hangs
 COMMANDS = ["create", "setup", "run", "logs", "status", "stop", "delete", "up"]
 TRAIN = ["--config=configs/smoke.py", "--workdir=gs://bucket/runs/1"]
 
+# What gcloud documents for each command that is used (528.0.0), beside FLAGS_OF_ALL.
+SSH_FLAGS = (
+    "--dry-run --force-key-file-overwrite --internal-ip --plain --ssh-key-expiration "
+    "--ssh-key-expire-after --ssh-key-file --strict-host-key-checking --worker --zone"
+)
+CREATE_FLAGS = (
+    "--accelerator-type --async --data-disk --description --guaranteed --internal-ips "
+    "--labels --metadata --metadata-from-file --network --node-count --node-id "
+    "--node-prefix --range --reservation-host-folder --reservation-host-organization "
+    "--reservation-host-project --reserved --runtime-version --scopes --service-account "
+    "--shielded-secure-boot --spot --subnetwork --tags --topology --type "
+    "--valid-after-duration --valid-after-time --valid-until-duration "
+    "--valid-until-time --zone"
+)
+FLAGS = {
+    "compute tpus queued-resources create": CREATE_FLAGS,
+    "alpha compute tpus queued-resources create": (
+        f"{CREATE_FLAGS} --autocheckpoint-enabled --best-effort --boot-disk "
+        "--max-run-duration --network-config --provisioning-model --reservation "
+        "--workload-type"
+    ),
+    "compute tpus queued-resources describe": "--zone",
+    "compute tpus queued-resources delete": "--async --force --zone",
+    "compute tpus tpu-vm ssh": f"{SSH_FLAGS} --command --output-directory --ssh-flag",
+    "alpha compute tpus tpu-vm ssh": (
+        f"{SSH_FLAGS} --command --output-directory --ssh-flag --batch-size "
+        "--tunnel-through-iap"
+    ),
+    "compute tpus tpu-vm scp": f"{SSH_FLAGS} --compress --recurse --scp-flag",
+    "alpha compute tpus tpu-vm scp": (
+        f"{SSH_FLAGS} --compress --recurse --scp-flag --batch-size --tunnel-through-iap"
+    ),
+    "storage cp": "--recursive --no-clobber --gzip-in-flight",
+    "storage rm": "--recursive --continue-on-error",
+    "storage ls": "--recursive --long",
+    "config get-value": "",
+    "version": "",
+}
+FLAGS_OF_ALL = (
+    "--access-token-file --account --billing-project --configuration --flags-file "
+    "--flatten --format --help --impersonate-service-account --log-http --project "
+    "--quiet --trace-token --user-output-enabled --verbosity"
+)
 # A cloud of one TPU. Its coming states are in the file "tpu" (the last one stays), its
 # workers' home folder is "worker", which is new with each TPU.
 GCLOUD = f"""#!{sys.executable} -IS
 import json, os, pathlib, shutil, subprocess, sys
 
+FLAGS, FLAGS_OF_ALL = {FLAGS!r}, {FLAGS_OF_ALL!r}
 folder = pathlib.Path(os.environ["CLOUD"])
 args = sys.argv[1:]
 with (folder / "log").open("a") as file:
     file.write(json.dumps(args) + "\\n")
 scenario = json.loads((folder / "scenario").read_text())
 words = [word for word in args if not word.startswith("-")]
-command = words[words.index("tpus") + 2] if "tpus" in words else "storage"
+name = max((x for x in FLAGS if " ".join(args).startswith(x)), key=len)
+command = name.split()[-1] if "tpus" in name else name
 worker = folder / "worker"
+on_worker = os.environ["HOME"] == str(worker)
+known = [*FLAGS[name].split(), *FLAGS_OF_ALL.split(), "-"]
+unknown = [x for x in args if x.startswith("-") and x.partition("=")[0] not in known]
+
+def fail(text, status=1):
+    print(f"ERROR: (gcloud.{{name.replace(' ', '.')}}) {{text}}", file=sys.stderr)
+    sys.exit(status)
+
+def out(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+if unknown:
+    fail("unrecognized arguments:\\n  " + "\\n  ".join(unknown), 2)
 
 def states(new=None):
     if new:
@@ -38,10 +96,15 @@ def states(new=None):
         (folder / "new").rename(folder / "tpu")
     return json.loads((folder / "tpu").read_text())
 
-if command in scenario.get("fail", {{}}):
-    text = scenario["fail"][command]
-    sys.exit("ERROR: (gcloud) " + text)
-if command == "create":
+failing = scenario.get("fail", {{}})
+where = f"{{command}} on worker"
+if (where if on_worker else command) in failing:
+    fail(failing[where if on_worker else command])
+if command == "version":
+    print("Google Cloud SDK 528.0.0\\n" + scenario.get("components", "alpha 2025.06.20"))
+elif command == "config get-value":
+    print(scenario.get("zone", ""))
+elif command == "create":
     coming = scenario["created"]
     states(coming[0])
     (folder / "scenario").write_text(json.dumps(scenario | {{"created": coming[1:] or coming}}))
@@ -51,15 +114,25 @@ elif command == "describe":
     now, *later = states()
     states(later)
     if now == "ABSENT":
-        sys.exit("ERROR: (gcloud) NOT_FOUND: Resource 'pfjax' was not found.")
+        fail("NOT_FOUND: Resource 'pfjax' was not found.")
     if now == "UNREACHABLE":
-        sys.exit("ERROR: (gcloud) network is unreachable")
+        fail("network is unreachable")
     print(now)
     print("Updates are available.", file=sys.stderr)
 elif command == "delete":
     states(["ABSENT"])
 elif command == "scp":
-    shutil.copy(words[4], worker)
+    # Only where there are several workers, as there are here.
+    key = os.environ["HOME"] + "/.ssh/google_compute_engine"
+    print_of_key, agent = out("ssh-keygen", "-lf", key), out("ssh-add", "-l")
+    if agent.returncode == 0 and print_of_key.stdout.split()[1] not in agent.stdout:
+        fail(
+            'SSH Key is not present in the SSH agent. Please run "ssh-add '
+            f'{{key}}" to add it, and try again.'
+        )
+    *sources, _ = words[words.index("scp") + 1 :]
+    for source in sources:
+        shutil.copy(source, worker)
 elif command == "ssh":
     if states()[0] != "ACTIVE":
         sys.exit(255)
@@ -82,6 +155,7 @@ case "$1 $2" in
   "-m pip") echo "$*" >>"$CLOUD/installed"; exit "${PIP_STATUS:-0}" ;;
   "-m pfjax.train")
     printf '%s\\0' "${@:3}" >>"$CLOUD/trained"
+    printenv -0 >"$CLOUD/variables"
     echo "step 1 of training"
     next=$(head -n 1 "$CLOUD/training")
     sed -i 1d "$CLOUD/training"
@@ -96,8 +170,13 @@ case "$1 $2" in
     esac ;;
 esac
 """
-# Says TRUE once for a notice.
+# The metadata server, which says TRUE once for a notice, and the hub, which has one answer.
 CURL = """#!/usr/bin/env bash
+if [[ $* == */auth-check* ]]; then
+  { printf '%s\\n' "$@"; cat; } >>"$CLOUD/hub"
+  cat "$CLOUD/answer"
+  exit
+fi
 until rm "$CLOUD/notice" 2>/dev/null; do sleep 0.05; done
 echo TRUE
 """
@@ -111,20 +190,19 @@ def write_tool(path, text):
 class Cloud:
     """A checkout with spaces in its path, and stand-ins for what its scripts call."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, key):
         self.folder = folder / "the cloud"
         self.folder.mkdir()
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
         self.checkout = folder / "a checkout"
-        shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        for part in ("launch", "configs"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, self.checkout / part, ignore=ignored)
         shutil.copy(ROOT / "setup.py", self.checkout)
-        for line in ("init -q", "add .", "commit -q -m 1"):
-            subprocess.run(
-                [*shlex.split("git -c user.name=x -c user.email=x"), *line.split()],
-                cwd=self.checkout,
-                check=True,
-            )
+        self.git("init -q")
+        self.commit()
+        shutil.copytree(key, folder / ".ssh")
         tools = folder / "bin"
         tools.mkdir()
         for name, text in (("gcloud", GCLOUD), ("python3.11", PYTHON), ("curl", CURL)):
@@ -135,21 +213,31 @@ class Cloud:
             "HOME": str(folder),
             "PFJAX_PYTHON": str(tools / "python3.11"),
             "PFJAX_POLL": "0",
+            "PFJAX_HOLD": "0",
             "TMPDIR": str(self.temporary),
             "LC_ALL": "C.UTF-8",
         }
         self.is_in()
 
     def is_in(
-        self, *states, training=("0",), created=(("ACTIVE",),), fail=None, status=()
+        self, *states, training=("0",), created=(("ACTIVE",),), fail=None, **scenario
     ):
         self.write("tpu", json.dumps(states or ["ABSENT"]))
-        scenario = {"created": created, "fail": fail or {}, "status": status}
+        scenario |= {"created": created, "fail": fail or {}}
         self.write("scenario", json.dumps(scenario))
         self.write("training", "".join(f"{line}\n" for line in training))
         self.write("log", "")
         self.write("trained", "")
+        self.write("answer", "200")
         (self.folder / "worker").mkdir(exist_ok=True)
+
+    def git(self, line):
+        words = shlex.split(f"git -c user.name=x -c user.email=x {line}")
+        subprocess.run(words, cwd=self.checkout, check=True)
+
+    def commit(self):
+        self.git("add .")
+        self.git("commit -q -m 1")
 
     def write(self, name, text):
         # At once, for who reads it meanwhile.
@@ -169,10 +257,10 @@ class Cloud:
             timeout=PATIENCE,
         )
 
-    def start(self, *args):
+    def start(self, *args, **env):
         return subprocess.Popen(
             self.command(*args),
-            env=self.env,
+            env=self.env | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -196,6 +284,10 @@ class Cloud:
                 verb = "setup" if said[:2] == ["bash", "-c"] else said[2]
             words.append(verb)
         return [word for word in words if word not in ("describe", "status")]
+
+    def created(self):
+        """Arguments of the gcloud that asked for a TPU."""
+        return next(args for args in self.asked() if "create" in args)
 
     def trained(self):
         """Arguments of each training."""
@@ -234,9 +326,22 @@ def live_in_session(number):
     ]
 
 
+@pytest.fixture(scope="session")
+def ssh_key(tmp_path_factory):
+    """A folder with the key that gcloud makes."""
+    folder = tmp_path_factory.mktemp("ssh")
+    make_key(folder / "google_compute_engine")
+    return folder
+
+
+def make_key(path, passphrase=""):
+    line = ["ssh-keygen", "-q", "-t", "rsa", "-N", passphrase, "-f", path]
+    subprocess.run(line, check=True)
+
+
 @pytest.fixture
-def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
+def cloud(tmp_path, ssh_key):
+    cloud = Cloud(tmp_path, ssh_key)
     yield cloud
     # A failed test may leave a training that waits.
     train = cloud.folder / "worker/pfjax-run/train"
@@ -273,20 +378,72 @@ def test_create_asks_for_what_was_named_and_waits(cloud):
 
 
 def test_each_way_of_provisioning_has_its_flags(cloud):
-    for option, flag, verb in (
-        ("spot", "--spot", "compute"),
-        ("flex-start", "--max-run-duration=1d", "alpha"),
-        ("reservation", "--reserved", "compute"),
+    bound = "--provisioning-model=reservation-bound"
+    for options, flags, verb in (
+        (["spot"], ["--spot"], "compute"),
+        (["flex-start"], ["--max-run-duration=1d"], "alpha"),
+        (["reservation"], ["--reserved"], "compute"),
+        (["reservation", "--reservation=a b"], ["--reservation=a b"], "alpha"),
+        (["calendar", "--reservation=a"], ["--reservation=a", bound], "alpha"),
     ):
         cloud.is_in()
-        assert cloud.run("create", f"--provisioning={option}").returncode == 0
-        asked = next(args for args in cloud.asked() if "create" in args)
-        assert flag in asked and asked[0] == verb
+        done = cloud.run("create", f"--provisioning={options[0]}", *options[1:])
+        assert done.returncode == 0, done.stderr
+        asked = cloud.created()
+        assert set(flags) <= set(asked) and asked[0] == verb
+        # Only future reservations in calendar mode bind, by Google's documentation.
+        assert (bound in asked) == (options[0] == "calendar")
+
+
+def test_any_reservation_is_looked_for_in_the_zone_that_gcloud_is_set_to(cloud):
+    cloud.is_in(zone="us-x1-a")
+    assert cloud.run("create", "--provisioning=reservation").returncode == 0
+    assert "--zone=us-x1-a" in cloud.created()
+
+
+def test_each_type_has_its_runtime(cloud):
+    for kind, runtime in (
+        ("v2-8", "tpu-ubuntu2204-base"),
+        ("v3-32", "tpu-ubuntu2204-base"),
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ):
+        cloud.is_in()
+        assert cloud.run("create", f"--type={kind}").returncode == 0
+        assert f"--runtime-version={runtime}" in cloud.created()
+
+
+def test_networks_and_accounts_are_passed_on(cloud):
     cloud.is_in()
-    cloud.run("create", "--provisioning=reservation", PFJAX_RESERVATION="a b")
-    assert "--reservation=a b" in next(
-        args for args in cloud.asked() if "create" in args
-    )
+    network = ["--network=n", "--subnetwork=s", "--service-account=a@b"]
+    done = cloud.run("up", *network, *TRAIN)
+    assert done.returncode == 0 and set(network) <= set(cloud.created())
+    assert "--internal-ips" not in cloud.created()
+    for option, verb in (
+        ("--internal-ip", "compute"),
+        ("--tunnel-through-iap", "alpha"),
+    ):
+        cloud.is_in()
+        done = cloud.run("up", option, *TRAIN)
+        assert done.returncode == 0, done.stderr
+        assert ("--internal-ips" in cloud.created()) == (option == "--internal-ip")
+        reaching = [args for args in cloud.asked() if {"ssh", "scp"} & set(args)]
+        assert len(reaching) == 4
+        assert all(option in args and args[0] == verb for args in reaching)
+
+
+def test_the_stand_in_refuses_what_gcloud_does_not_document(cloud):
+    for line in (
+        "compute tpus queued-resources create x --max-run-duration=1d",
+        "compute tpus tpu-vm ssh x --tunnel-through-iap",
+        "compute tpus queued-resources delete x --forced",
+    ):
+        done = subprocess.run(
+            ["gcloud", *line.split()], env=cloud.env, capture_output=True, check=False
+        )
+        assert done.returncode == 2 and b"unrecognized arguments" in done.stderr
 
 
 def test_create_takes_what_is_there_and_replaces_what_is_dead(cloud):
@@ -538,10 +695,69 @@ def test_up_says_what_it_could_not_give_back(cloud):
     assert done.returncode == 1 and "STILL ACTIVE and COSTS MONEY" in done.stderr
 
 
-def test_up_gives_the_tpu_back_when_it_cannot_be_set_up(cloud):
-    done = cloud.run("up", *TRAIN, PIP_STATUS="1")
+def test_up_gives_the_tpu_back_when_nobody_mends_its_set_up(cloud):
+    done = cloud.run("up", "--hold=1", *TRAIN, PIP_STATUS="1")
+    assert "kept for 1 s (--hold)" in done.stderr
     assert done.returncode == 1 and "could not start the run" in done.stderr
     assert cloud.did() == ["create", "scp", "setup", "delete"]
+
+
+def test_a_tpu_whose_set_up_failed_is_kept_to_go_on_with(cloud):
+    cloud.is_in(created=[["ACTIVE"]], fail={"scp": "reset"})
+    with cloud.start("up", "--hold=600", "--poll=1", *TRAIN) as up:
+        read_to(up, "kept for 600 s (--hold), costs money")
+        # The promise holds without the terminal, too.
+        os.killpg(up.pid, signal.SIGHUP)
+        time.sleep(1.5)
+        assert up.poll() is None
+        os.killpg(up.pid, signal.SIGINT)
+        _, said = up.communicate(timeout=PATIENCE)
+    assert up.returncode == 130
+    assert "is kept; the same command goes on with it" in said
+    assert "left as it is (ACTIVE) and COSTS MONEY until: gcloud compute" in said
+    assert cloud.did() == ["create", "scp"]
+    cloud.write("scenario", json.dumps({}))
+    done = cloud.run("up", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.did() == ["create", "scp", "scp", "setup", "run", "delete"]
+
+
+def test_a_service_account_that_may_not_write_is_told_before_anything_is_made(cloud):
+    cloud.is_in(fail={"storage cp on worker": "403: a@b does not have access"})
+    done = cloud.run("up", *TRAIN)
+    assert done.returncode == 1 and "a@b does not have access" in done.stderr
+    assert "roles/storage.objectAdmin on the bucket" in done.stderr
+    assert cloud.did() == ["create", "scp", "setup", "delete"]
+    assert not (cloud.folder / "installed").exists()
+
+
+def test_what_ends_by_itself_is_not_taken_for_preempted(cloud):
+    for options in (["flex-start"], ["calendar", "--reservation=r"]):
+        cloud.is_in(training=["preempted", "0"])
+        args = f"--provisioning={options[0]}", *options[1:], *TRAIN
+        done = cloud.run("up", *args)
+        assert done.returncode == 75, done.stderr
+        assert "is over" in done.stderr and "preempted" not in done.stderr
+        assert "the same command goes on from the last checkpoint" in done.stderr
+        assert cloud.did() == ["create", "scp", "setup", "run", "delete"]
+    # A new command asks anew.
+    cloud.is_in("SUSPENDED")
+    assert cloud.run("up", "--provisioning=flex-start", *TRAIN).returncode == 0
+    assert cloud.did()[:2] == ["delete", "create"]
+
+
+def test_a_run_is_asked_to_save_before_its_time_is_over(cloud):
+    flex = ["--provisioning=flex-start", "--max-run=2s"]
+    for options, limit in (
+        (flex, "--max-run=2s"),
+        (["--max-hours=0"], "--max-hours=0"),
+    ):
+        cloud.is_in(training=["wait"])
+        done = cloud.run("up", *options, *TRAIN)
+        assert done.returncode == 75, done.stderr
+        assert f"the time is over ({limit})" in done.stderr
+        assert ": ended 75" in done.stderr
+        assert cloud.did() == ["create", "scp", "setup", "run", "stop", "delete"]
 
 
 def test_up_waits_while_nothing_can_be_reached(cloud):
@@ -592,6 +808,271 @@ def test_interrupting_a_wait_in_the_queue_gives_the_request_back(cloud):
     assert cloud.did() == ["create", "delete"]
 
 
+# --- before anything costs money ------------------------------------------------------
+
+
+def refused(cloud, *args, **env):
+    """What is said of a mistake that is found before a TPU is asked for."""
+    done = cloud.run("up", *(args or TRAIN), **env)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
+    assert cloud.did() == []
+    return done.stderr
+
+
+@pytest.fixture
+def agent(tmp_path):
+    """The environment of an ssh-agent, and a function that gives it keys."""
+    socket = str(tmp_path / "agent")
+    process = subprocess.Popen(
+        ["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL
+    )
+    env = {"SSH_AUTH_SOCK": socket}
+    while not os.path.exists(socket):
+        time.sleep(0.01)
+
+    def add(key, passphrase=""):
+        ask = tmp_path / "ask"
+        write_tool(ask, f"#!/bin/sh\necho '{passphrase}'\n")
+        asking = {"SSH_ASKPASS": str(ask), "SSH_ASKPASS_REQUIRE": "force"}
+        line = ["ssh-add", "-q", str(key)]
+        subprocess.run(line, env=os.environ | env | asking, check=True)
+
+    yield env, add
+    process.terminate()
+    process.wait()
+
+
+def test_an_agent_without_the_key_is_no_hindrance(cloud, agent, tmp_path):
+    env, add = agent
+    make_key(tmp_path / "other")
+    add(tmp_path / "other")
+    scp = ["gcloud", *["compute", "tpus", "tpu-vm", "scp", "x", "y:"]]
+    done = subprocess.run(scp, env=cloud.env | env, capture_output=True, check=False)
+    assert b"SSH Key is not present in the SSH agent" in done.stderr
+    done = cloud.run("up", *TRAIN, **env)
+    assert done.returncode == 0, done.stderr
+    # Nor for the commands alone.
+    cloud.is_in("ACTIVE")
+    assert cloud.run("setup", **env).returncode == 0
+
+
+def test_a_key_with_a_passphrase_needs_an_agent(cloud, agent, tmp_path):
+    env, add = agent
+    key = tmp_path / ".ssh/google_compute_engine"
+    key.unlink()
+    make_key(key, "secret")
+    make_key(tmp_path / "other")
+    add(tmp_path / "other")
+    assert f"&& ssh-add {key}" in refused(cloud)
+    assert f"&& ssh-add {key}" in refused(cloud, **env)
+    add(key, "secret")
+    assert cloud.run("up", *TRAIN, **env).returncode == 0
+
+
+def test_a_missing_key_is_made_and_half_of_one_refused(cloud, tmp_path):
+    shutil.rmtree(tmp_path / ".ssh")
+    done = cloud.run("up", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    key = tmp_path / ".ssh/google_compute_engine"
+    assert key.stat().st_mode & 0o777 == 0o600
+    key.unlink()
+    cloud.is_in()
+    assert "is missing" in refused(cloud)
+
+
+def test_a_bucket_is_tried_before_a_tpu_is_asked_for(cloud):
+    for text, says in (
+        ("gs://bucket not found: 404.", "there is no bucket"),
+        ("[a@b] does not have permission to access b instance [x]", "may not write"),
+    ):
+        cloud.is_in(fail={"storage cp": text})
+        said = refused(cloud)
+        assert says in said and "gcloud storage buckets create gs://bucket" in said
+    cloud.is_in(fail={"storage rm": "a@b does not have storage.objects.delete access"})
+    assert "may not write" in refused(cloud)
+    cloud.is_in(fail={"storage cp": "the network is down"})
+    done = cloud.run("create", *TRAIN)
+    assert done.returncode == 1 and cloud.did() == []
+    assert "network is down" in done.stderr and "could not write there" in done.stderr
+
+
+def test_what_a_run_reads_has_to_be_in_the_commit(cloud):
+    mine = cloud.checkout / "configs/mine.py"
+    assert "no configs/mine.py in the commit" in refused(
+        cloud, "--config=mine", TRAIN[1]
+    )
+    recipe = 'c = pfjax.recipe("smoke")\nc.data.train = "prompts.jsonl"\n'
+    mine.write_text(recipe)
+    for name in ("mine", "configs/mine.py", "./configs/mine.py", "configs/mine.py:x"):
+        said = refused(cloud, f"--config={name}", TRAIN[1])
+        assert "configs/mine.py is not in the commit" in said
+    assert "configs/mine.py\n" in refused(cloud, f"--config={mine}", TRAIN[1])
+    cloud.commit()
+    # Of the recipe itself, of the one that it starts from, and of the command line.
+    own = [f"--config={mine.stem}", TRAIN[1]]
+    assert "there is no prompts.jsonl in the commit" in refused(cloud, *own)
+    (cloud.checkout / "configs/more.py").write_text('c = pfjax.recipe("mine")\n')
+    cloud.commit()
+    assert "no prompts.jsonl" in refused(cloud, "--config=more", TRAIN[1])
+    prompts = cloud.checkout / "prompts.jsonl"
+    prompts.write_text("{}")
+    assert "prompts.jsonl is not in the commit" in refused(cloud, *own)
+    cloud.commit()
+    assert cloud.run("up", *own).returncode == 0
+    cloud.is_in()
+    prompts.write_text("{ }")
+    assert "prompts.jsonl differs from the commit" in refused(cloud, *own)
+    # Only what is used.
+    other = "--config.data.train=pfjax/toy/train.jsonl"
+    assert cloud.run("up", *own, other).returncode == 0
+    cloud.commit()
+    cloud.is_in()
+    (cloud.checkout / "folder").mkdir()
+    for setting, says in (
+        ("data.eval=math500,set.jsonl", "no set.jsonl"),
+        ("data.train=/home/me/set.jsonl", "do not have it"),
+        ("reward=accuracy, 0.1 * mine.py:brief", "no mine.py"),
+        ("reward=judge:judge.toml", "no judge.toml"),
+        ("objective=own/loss.py:NAME", "no own/loss.py"),
+        ("model=folder", "folder is not in the commit"),
+        ("model=out/run/hf", "no out/run/hf"),
+        ("lora.init_from=~/adapter", "do not have it"),
+    ):
+        said = refused(cloud, *TRAIN, f"--config.{setting}")
+        assert says in said and f"--config.{setting}: " in said
+    cloud.is_in(fail={"storage ls": "One or more URLs matched no objects."})
+    said = refused(cloud, *TRAIN, "--config.data.train=gs://bucket/none.jsonl")
+    assert "there is no gs://bucket/none.jsonl" in said
+    # What a pattern or a name happens to look like is none.
+    cloud.is_in()
+    done = cloud.run(
+        "up", *TRAIN, '--config.reward=regex:"a/b.py"', "--config.suffix=x.py"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_are_checked_where_an_environment_is_at_hand(cloud):
+    python = cloud.checkout / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    (cloud.checkout / ".venv/.pfjax-ready").touch()
+    (cloud.checkout / ".git/info/exclude").write_text(".venv\n")
+    # The checkout of the test has only what is shipped of it.
+    write_tool(
+        python, f"#!/bin/sh\nPYTHONPATH='{ROOT}' exec '{sys.executable}' \"$@\"\n"
+    )
+    args = ["--config=smoke", TRAIN[1]]
+    said = refused(cloud, *args, "--config.alhpa=4")
+    assert said == (
+        "error: there is no setting --config.alhpa; did you mean --config.alpha?\n"
+    )
+    assert "must be positive" in refused(cloud, *args, "--config.alpha=-4")
+    assert cloud.run("up", *args, "--config.alpha=2").returncode == 0
+    # One that is no longer whole says nothing of the settings.
+    cloud.is_in()
+    write_tool(python, "#!/bin/sh\necho Traceback >&2; exit 1\n")
+    assert cloud.run("up", *args).returncode == 0
+
+
+def test_the_hub_is_asked_with_the_token_of_the_workers(cloud):
+    hub = cloud.folder / "hub"
+    wanted = ["--config.model=org/gated@main", "--config.data.train=org/set:train[:9]"]
+    done = cloud.run("up", *TRAIN, *wanted, "--env=HF_TOKEN", HF_TOKEN="hf_1")
+    assert "did not say" not in done.stderr
+    assert done.returncode == 0, done.stderr
+    asked = hub.read_text()
+    assert "https://huggingface.co/api/models/org/gated/auth-check" in asked
+    assert "https://huggingface.co/api/datasets/org/set/auth-check" in asked
+    # By its standard input, after its arguments.
+    assert asked.count('\nheader = "Authorization: Bearer hf_1"\n') == 2
+    for status in ("401", "403", "404"):
+        cloud.is_in()
+        cloud.write("answer", status)
+        # The one of here is not theirs.
+        assert "--env=HF_TOKEN" in refused(cloud, *TRAIN, wanted[0], HF_TOKEN="hf_1")
+        args = [*TRAIN, wanted[0], "--env=HF_TOKEN=hf_1"]
+        assert "to the owner of HF_TOKEN" in refused(cloud, *args)
+    cloud.write("answer", "000")
+    done = cloud.run("up", *TRAIN, wanted[0])
+    assert done.returncode == 0 and "did not say whether" in done.stderr
+    cloud.is_in()
+    hub.unlink()
+    assert cloud.run("up", *TRAIN).returncode == 0 and not hub.exists()
+
+
+def test_a_tracker_needs_its_package_and_its_key(cloud):
+    args = [*TRAIN, "--config.wandb_project=p"]
+    assert "--extras=wandb" in refused(cloud, *args)
+    assert "--env=WANDB_API_KEY" in refused(cloud, *args, "--extras=wandb")
+    args += ["--extras=wandb", "--env=WANDB_API_KEY"]
+    done = cloud.run("up", *args, WANDB_API_KEY="k")
+    assert done.returncode == 0, done.stderr
+    # Once: the run finds what the set-up has made.
+    (installed,) = (cloud.folder / "installed").read_text().splitlines()
+    assert installed.endswith("[wandb,tpu]")
+
+
+def test_commands_that_are_installed_apart_are_looked_for(cloud):
+    cloud.is_in(components="core 2025.06.20")
+    for option in ("--provisioning=flex-start", "--tunnel-through-iap"):
+        assert "gcloud components install alpha" in refused(cloud, option, *TRAIN)
+    assert cloud.run("up", *TRAIN).returncode == 0
+
+
+# --- variables ------------------------------------------------------------------------
+
+
+def variables(cloud):
+    """Those that training had."""
+    text = (cloud.folder / "variables").read_text()
+    return dict(line.partition("=")[::2] for line in text.split("\0")[:-1])
+
+
+def test_variables_reach_training_and_nobody_else(cloud):
+    odd = "a b'c\"d$(x)\\\n e"
+    cloud.is_in(training=["wait"])
+    with cloud.start(
+        "up",
+        "--env=HF_TOKEN",
+        "--env",
+        "ODD=given=1",
+        f"--env=TWO={odd}",
+        *TRAIN,
+        HF_TOKEN="hf_secret",
+    ) as up:
+        cloud.wait_for("waits")
+        read_to(up, "it goes on")
+        listed = subprocess.check_output(["ps", "-eo", "args="], text=True)
+        assert "given=1" not in listed and "hf_secret" not in listed
+        file = cloud.folder / "worker/pfjax-env"
+        assert file.stat().st_mode & 0o777 == 0o600
+        cloud.run("stop")
+        cloud.write("training", "0\n")
+        said = up.stderr.read()
+    assert up.returncode == 0, said
+    had = variables(cloud)
+    assert (had["HF_TOKEN"], had["ODD"], had["TWO"]) == ("hf_secret", "given=1", odd)
+    log = (cloud.folder / "log").read_text()
+    assert "given=1" not in log and "hf_secret" not in log + said
+    assert not list(cloud.temporary.iterdir())
+    # Another set-up has its own.
+    cloud.is_in("ACTIVE")
+    cloud.run("setup")
+    cloud.run("run", *TRAIN)
+    assert "ODD" not in variables(cloud)
+
+
+def test_a_dry_run_shows_no_values(cloud):
+    done = cloud.run("up", "--dry-run", "--env=HF_TOKEN=hf_secret", *TRAIN)
+    assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr
+    (file,) = cloud.temporary.glob("*/pfjax-env")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.read_text().strip() == "HF_TOKEN=***"
+    assert str(file) in done.stdout
+
+
 # --- arguments ------------------------------------------------------------------------
 
 
@@ -626,6 +1107,16 @@ def test_mistakes_are_refused_in_one_line(cloud):
         (["create", "--poll=soon"], "--poll=soon"),
         (["create", "--provisioning=gift"], "--provisioning=gift"),
         (["create", "--type=abacus"], "--type=abacus"),
+        (["create", "--type=v5e-16"], "v5litepod-16"),
+        (["create", "--type=tpu7x-8", "--runtime=x"], "use GKE (launch/gke.yaml)"),
+        (["create", "--provisioning=calendar"], "needs --reservation=NAME"),
+        (["up", "--provisioning=flex-start", "--max-run=8d"], "--max-run=8d"),
+        (["up", "--provisioning=flex-start", "--max-run=soon"], "--max-run=soon"),
+        (["up", "--max-hours=x"], "--max-hours=x"),
+        (["setup", "--env=NOT_SET"], "is not set here"),
+        (["setup", "--env=1X=secret"], "--env=1X: must be"),
+        (["setup", "--env=UID=1"], "--env=UID: belongs to the shell"),
+        (["run", "--env=HOME", *TRAIN], "run takes no --env"),
         (["up", TRAIN[1]], "up needs --config"),
         (["up", TRAIN[1], "--config.a= --config=b"], "up needs --config"),
         (["run", TRAIN[0]], "run needs --workdir"),
@@ -634,7 +1125,7 @@ def test_mistakes_are_refused_in_one_line(cloud):
         done = cloud.run(*args)
         assert done.returncode == 1 and cloud.asked() == []
         assert done.stderr.startswith("error: ") and says in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.count("\n") == 1 and "secret" not in done.stderr
     worker = subprocess.run(
         ["bash", str(ROOT / "launch/worker.sh"), "fly"],
         capture_output=True,
@@ -649,12 +1140,8 @@ def test_help_is_the_comment_at_the_top(cloud):
         done = cloud.run(*command, "--help")
         assert done.returncode == 0 and done.stdout.startswith("Trains on a Google")
         assert "--workdir=gs://" in done.stdout and "set -e" not in done.stdout
-    for name in ("worker.sh", "slurm.sh"):
-        said = subprocess.check_output(
-            ["bash", str(ROOT / "launch" / name), "--help"], text=True
-        )
-        assert said.startswith(("What", "Trains")) and f"launch/{name}" in said
-        assert "set -e" not in said and "#SBATCH" not in said
+    done = cloud.run()
+    assert done.returncode == 2 and done.stderr.startswith("Trains on a Google")
 
 
 # --- Slurm ----------------------------------------------------------------------------
@@ -825,7 +1312,7 @@ def test_scripts_are_clean():
             str(pathlib.Path(sys.executable).parent / "shellcheck"),
             "--external-sources",
             "--source-path=SCRIPTDIR",
-            *sorted((ROOT / "launch").glob("*.sh")),
+            *sorted((ROOT / "launch").rglob("*.sh")),
             ROOT / ".ci/run",
         ],
         cwd=ROOT,
