@@ -23,7 +23,8 @@
 #   --runtime=VERSION     [PFJAX_RUNTIME; the one that fits the type]
 #   --provisioning=MODEL  on-demand, spot, flex-start, reservation, or calendar for a future
 #                         reservation in calendar mode [PFJAX_PROVISIONING; on-demand]
-#   --reservation=NAME    with calendar, or reservation: any by default [PFJAX_RESERVATION]
+#   --reservation=NAME    needed with calendar; with reservation, any if left out
+#                         [PFJAX_RESERVATION]
 #   --max-run=DURATION    with flex-start, 12h or 1d12h, at most 7d [PFJAX_MAX_RUN; 1d]
 #   --network=NAME        [PFJAX_NETWORK; default]
 #   --subnetwork=NAME     [PFJAX_SUBNETWORK]
@@ -31,15 +32,16 @@
 #   --internal-ip         the workers have no external addresses: they need Cloud NAT to
 #                         install anything, and this machine has to be in their network
 #   --tunnel-through-iap  reaches them by Identity-Aware Proxy instead, from anywhere
-#   --env=NAME[=VALUE]    a variable for the workers, of `setup` and `up`, any number of
-#                         times; without VALUE it has that of here, which nobody can list
-#   --extras=NAME,...     of setup.py for the workers, of `setup` and `up`: wandb [PFJAX_EXTRAS]
+#   --env=NAME[=VALUE]    sets a variable on the workers (`setup`, `up`; repeatable); without
+#                         VALUE it is taken from here, and never shows in a process list
+#   --extras=NAME,...     of setup.py to install on the workers (`setup`, `up`), such as wandb
+#                         [PFJAX_EXTRAS]
 #   --deadline=SECONDS    to wait for a TPU [PFJAX_DEADLINE; 7200]
 #   --poll=SECONDS        between looks [PFJAX_POLL; 20]
 #   --restarts=N          of `up`, after preemptions or interruptions [PFJAX_RESTARTS; 50]
-#   --max-hours=N         of `up` with a TPU, all together; the run then saves and ends
+#   --max-hours=N         that one `up` may hold a TPU in total; the run then saves and ends
 #                         [PFJAX_MAX_HOURS; 168]
-#   --hold=SECONDS        that `up` keeps a TPU whose set-up has failed [PFJAX_HOLD; 1800]
+#   --hold=SECONDS        how long `up` keeps a TPU whose set-up has failed [PFJAX_HOLD; 1800]
 #   --worker=N            of `logs` [0]
 #   --follow              of `logs`
 #   --keep                `up` leaves the TPU in place at the end
@@ -48,7 +50,7 @@
 #
 # Example, on spot TPUs:
 #   bash launch/tpu.sh up --zone=us-west4-a --type=v5litepod-16 --provisioning=spot \
-#     --env=HF_TOKEN --config=configs/qwen2_5_math_1_5b.py --workdir=gs://bucket/runs/math
+#     --env=HF_TOKEN --config=configs/qwen2_5_math_1_5b.py --workdir=gs://BUCKET/runs/math
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/tpu/checks.sh"
@@ -180,6 +182,8 @@ seconds() { # DURATION
   [[ ! $left ]] && echo "$sum"
 }
 
+[[ ! $reservation || $provisioning =~ ^(reservation|calendar)$ ]] ||
+  fail "--reservation=$reservation needs --provisioning=reservation or calendar"
 [[ $name && $name != -* ]] || fail "--name=$name: must be the name of a TPU"
 case $provisioning in
   on-demand | spot | reservation) ;;

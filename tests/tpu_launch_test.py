@@ -1113,6 +1113,8 @@ def test_mistakes_are_refused_in_one_line(cloud):
         (["create", "--type=v5e-16"], "v5litepod-16"),
         (["create", "--type=tpu7x-8", "--runtime=x"], "use GKE (launch/gke.yaml)"),
         (["create", "--provisioning=calendar"], "needs --reservation=NAME"),
+        # It would be left out, and a TPU on demand paid for.
+        (["create", "--reservation=mine"], "needs --provisioning=reservation or"),
         (["up", "--provisioning=flex-start", "--max-run=8d"], "--max-run=8d"),
         (["up", "--provisioning=flex-start", "--max-run=soon"], "--max-run=soon"),
         (["up", "--max-hours=x"], "--max-hours=x"),
