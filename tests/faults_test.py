@@ -387,14 +387,42 @@ def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):
         PFJAX_JOIN_SECONDS="5",
     )
     status, errors = finish(process)
-    assert status != 0
-    assert "joining the other processes at localhost:1, for at most 5 s" in errors
+    assert status == 1
+    assert "joining the other processes, for at most 5 s" in errors
+    *_, where, why = errors.splitlines()  # no stacks after it
+    assert where == "--multihost: process 1 of 2, first at localhost:1"
+    assert why.startswith("error: --multihost: the first process was not reached")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_first_process_says_who_is_missing_and_that_its_port_is_taken(tmp_path):
+    with socket.create_server(("", 0)) as other:
+        taken = other.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        for where, says in (
+            (port, "2 of 3 processes did not come"),
+            (taken, f"cannot listen at port {taken}: Address already in use"),
+        ):
+            process = start(
+                tmp_path / "run",
+                "--multihost",
+                PFJAX_COORDINATOR=f"localhost:{where}",
+                PFJAX_NUM_PROCESSES="3",
+                PFJAX_PROCESS_ID="0",
+                PFJAX_JOIN_SECONDS="2",
+            )
+            status, errors = finish(process)
+            assert status == 1
+            assert errors.splitlines()[-1].startswith("error: --multihost: ")
+            assert says in errors.splitlines()[-1]
 
 
 def test_a_process_that_knows_no_others_ends_with_a_message(tmp_path):
     status, errors = finish(start(tmp_path / "run", "--multihost"))
-    assert status == 1 and "could not join the other processes" in errors
+    assert status == 1 and "found neither a TPU pod nor Slurm" in errors
+    assert errors.splitlines()[-1].startswith("error: ")
 
 
 def test_a_variable_that_is_missing_is_named(tmp_path, monkeypatch):
@@ -403,7 +431,7 @@ def test_a_variable_that_is_missing_is_named(tmp_path, monkeypatch):
         "pfjax.train", *ARGS, f"--workdir={tmp_path / 'run'}", "--multihost"
     )
     assert done.returncode == 1 and "all of these have to be set" in done.stderr
-    assert "PFJAX_PROCESS_ID=None" in done.stderr
+    assert "PFJAX_NUM_PROCESSES=, PFJAX_PROCESS_ID=\n" in done.stderr
 
 
 def test_one_worker_of_a_pod_alone_is_told_so(tmp_path, monkeypatch):

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from pfjax.infra import rendezvous
 
 JOIN_SECONDS = 300  # that a process waits for the others at the start
 HEARTBEAT_SECONDS = 60  # of silence, after which a process is dead and the others end
@@ -22,49 +25,99 @@ def join() -> None:
     finds no others in `JOIN_SECONDS`, or `PFJAX_JOIN_SECONDS`, is ended.
 
     Raises:
-      ValueError: if it is not known where they are.
+      ValueError: if it is not known where they are, or some do not come.
     """
-    seconds = int(os.environ.get("PFJAX_JOIN_SECONDS", JOIN_SECONDS))
-    given = {name: os.environ.get(name) for name in VARIABLES}
-    address, num, index = given.values()
-    where = {}
-    if any(given.values()):
-        if not (address and num and num.isdigit() and index and index.isdigit()):
-            names = ", ".join(f"{n}={x}" for n, x in given.items())
-            raise ValueError(f"--multihost: all of these have to be set: {names}")
-        where = {
-            "coordinator_address": address,
-            "num_processes": int(num),
-            "process_id": int(index),
-        }
-    # JAX ends the process itself when time is up, with no word of what to do.
-    print(
-        f"--multihost: joining the other processes{f' at {address}' if address else ''}, "
-        f"for at most {seconds} s. Each has to be started by then, with the same arguments",
-        file=sys.stderr,
-        flush=True,
+    seconds = os.environ.get("PFJAX_JOIN_SECONDS", str(JOIN_SECONDS))
+    if not seconds.isdigit() or seconds == "0":
+        raise ValueError(
+            f"PFJAX_JOIN_SECONDS={seconds}: must be a whole number above 0"
+        )
+    until = time.monotonic() + int(seconds)
+    _say(
+        f"joining the other processes, for at most {seconds} s. Each has to be started "
+        "by then, with the same arguments"
     )
     try:
+        place = _given_place() or _detected_place(int(seconds))
+        _say(
+            f"process {place.index} of {place.num_processes}, first at {place.address}"
+        )
+        rendezvous.meet(place, max(until - time.monotonic(), 1))
         jax.distributed.initialize(
-            **where,
-            initialization_timeout=seconds,
+            coordinator_address=place.address,
+            num_processes=place.num_processes,
+            process_id=place.index,
+            initialization_timeout=int(seconds),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--multihost: {error}") from error
+
+
+def _say(text: str) -> None:
+    print(f"--multihost: {text}", file=sys.stderr, flush=True)
+
+
+def _given_place() -> rendezvous.Place | None:
+    """Where the processes meet by the variables, if they are set."""
+    given = {name: os.environ.get(name, "") for name in VARIABLES}
+    if not any(given.values()):
+        return None
+    address, num, index = given.values()
+    words = ", ".join(f"{name}={value}" for name, value in given.items())
+    if not all(given.values()):
+        raise ValueError(f"all of these have to be set: {words}")
+    if not (num.isdigit() and index.isdigit() and int(index) < int(num)):
+        raise ValueError(f"{words}: numbers from 0 up to below how many there are")
+    try:
+        return rendezvous.Place(
+            *rendezvous.parse_address(address), int(num), int(index)
+        )
+    except ValueError as error:
+        raise ValueError(f"PFJAX_COORDINATOR={error}") from None
+
+
+def _detected_place(seconds: int) -> rendezvous.Place:
+    """Where they meet by what JAX knows of TPU pods, Slurm and Open MPI."""
+    # Its public functions do not say what they have found.
+    from jax._src import clusters
+
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        address, num, index, _ = detect(address, None, None, None, None, seconds)
+    except (RuntimeError, OSError) as error:  # a pod, whose hosts have no names yet
+        raise ValueError(f"the first process was not found: {error}") from error
+    if address is None or num is None or index is None:
         raise ValueError(
-            f"--multihost: could not join the other processes: {error}\n"
-            f"Outside of TPU pods and Slurm set {', '.join(VARIABLES)}"
-        ) from error
+            "found neither a TPU pod nor Slurm; elsewhere set " + ", ".join(VARIABLES)
+        )
+    return rendezvous.Place(*rendezvous.parse_address(address), num, index)
 
 
 def check_alone() -> None:
     """Raises ValueError on one worker of a TPU pod, which would wait without a word."""
-    workers = [x for x in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if x]
-    if len(workers) > 1:
+    num_workers = _num_pod_workers()
+    if num_workers > 1:
         raise ValueError(
-            f"this is one of {len(workers)} workers of a TPU pod: start all of them with "
+            f"this is one of {num_workers} workers of a TPU pod: start all of them with "
             "--multihost (bash launch/tpu.sh run does)"
         )
+
+
+def _num_pod_workers() -> int:
+    """Workers of the TPU pod that this process is on; 1 where it is on none."""
+    from jax._src.clusters import cloud_tpu_cluster
+
+    # Whoever has set it to one host means to use that host alone.
+    if os.environ.get("TPU_PROCESS_BOUNDS") == "1,1,1":
+        return 1
+    # GKE sets one of them; on a TPU VM the metadata server says it.
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if workers := [x for x in os.environ.get(name, "").split(",") if x]:
+            return len(workers)
+    vm = cloud_tpu_cluster.GceTpuCluster
+    return vm.get_process_count() if vm.is_env_present() else 1
 
 
 def is_first() -> bool:
