@@ -317,6 +317,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        if "jax" in sys.modules and distributed.is_loss(error):
+            distributed.end_lost(error)
         # Kinds of RuntimeError, the compiler's or an unwritten method, are no mistakes
         # of the person's.
         is_kind = isinstance(error, RuntimeError) and type(error) is not RuntimeError

@@ -361,8 +361,12 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_and_ends_both
     both[1].kill()
     # Within a minute or so, on a machine that is idle: see tests/infra/distributed_test.py.
     status, errors = finish(both[0])
-    assert status not in (0, 75)
-    assert errors.strip()
+    assert status not in (0, 1, 2, 75), (
+        errors
+    )  # none that the launch scripts take for final
+    assert errors.splitlines()[-1].startswith(
+        "error: another process of this run is gone"
+    )
     both[1].communicate()
     before = len(rows(workdir))
     # The restart goes on.

@@ -1,8 +1,10 @@
 """Runs of several processes: how they find each other, and how they agree."""
 
 import os
+import re
 import sys
 import time
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -12,6 +14,13 @@ from pfjax.infra import rendezvous
 
 JOIN_SECONDS = 300  # that a process waits for the others at the start
 HEARTBEAT_SECONDS = 60  # of silence, after which a process is dead and the others end
+# A run that ends because another process of it is gone ends with this status (EX_PROTOCOL of
+# sysexits.h) or by a signal; to the launch scripts 1 and 2 are mistakes.
+LOST_STATUS = 76
+# What XLA says of it. A lack of memory, or an argument that is none, is this process's own.
+_LOST = re.compile(
+    r"(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|UNAVAILABLE|UNKNOWN): |.*\b(Gloo|NCCL) "
+)
 # Where JAX cannot find out by itself, as it can on TPU pods and under Slurm.
 VARIABLES = ("PFJAX_COORDINATOR", "PFJAX_NUM_PROCESSES", "PFJAX_PROCESS_ID")
 
@@ -118,6 +127,20 @@ def _num_pod_workers() -> int:
             return len(workers)
     vm = cloud_tpu_cluster.GceTpuCluster
     return vm.get_process_count() if vm.is_env_present() else 1
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error of JAX says that another process of this run is gone."""
+    return jax.distributed.is_initialized() and bool(_LOST.match(str(error)))
+
+
+def end_lost(error: Exception) -> NoReturn:
+    """Ends this process with one line, since another of its run is gone."""
+    print(f"error: another process of this run is gone: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # In order, JAX would wait for the one that is gone, and then crash.
+    os._exit(LOST_STATUS)
 
 
 def is_first() -> bool:

@@ -1,12 +1,15 @@
 """How processes find each other: what JAX is asked for. The rest is in faults_test.py."""
 
 import http.server
+import os
+import sys
 import threading
 
 import jax
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
+from pfjax import cli
 from pfjax.infra import distributed, rendezvous
 
 
@@ -155,3 +158,28 @@ def test_one_worker_of_a_pod_of_tpu_vms_is_told_so(tpu_vm, monkeypatch):
 def test_a_tpu_vm_of_its_own_is_alone(tpu_vm):
     tpu_vm("10.0.0.1")
     distributed.check_alone()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_loss"),
+    [
+        ("UNKNOWN: Gloo AllGather failed: Connection reset by peer", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited", True),
+        ("UNAVAILABLE: connection to 10.0.0.2:8476 refused", True),
+        ("RESOURCE_EXHAUSTED: out of memory", False),
+        ("INTERNAL: no algorithm was found", False),
+        ("of the file the type is UNKNOWN: give one", False),
+    ],
+)
+def test_the_loss_of_another_process_is_no_mistake(monkeypatch, capsys, text, is_loss):
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))
+    for is_one_of_several in (True, False):
+        monkeypatch.setattr(
+            jax.distributed, "is_initialized", lambda given=is_one_of_several: given
+        )
+        with pytest.raises(SystemExit) as end, cli.mistakes_in_one_line():
+            raise ValueError(text)
+        is_lost = end.value.code == distributed.LOST_STATUS
+        assert is_lost == (is_loss and is_one_of_several)
+        said = capsys.readouterr().err
+        assert ("another process of this run is gone: " + text in said) == is_lost
