@@ -1,4 +1,4 @@
-"""The scripts for TPUs, Slurm and GKE, against stand-ins for what they call."""
+"""The scripts for TPUs, against stand-ins for what they call."""
 
 import contextlib
 import json
@@ -1150,165 +1150,6 @@ def test_help_is_the_comment_at_the_top(cloud):
     assert done.returncode == 2 and done.stderr.startswith("Trains on a Google")
 
 
-# --- Slurm ----------------------------------------------------------------------------
-
-SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" >"$JOB/srun"
-trap 'exit 75' TERM
-echo $$ >"$JOB/pid"
-[[ $TASKS == wait ]] || exit "$TASKS"
-while true; do sleep 0.02; done
-"""
-SCANCEL = """#!/usr/bin/env bash
-echo "scancel $*" >>"$JOB/log"
-kill -TERM "$(cat "$JOB/pid")"
-"""
-SCONTROL = """#!/usr/bin/env bash
-echo "scontrol $*" >>"$JOB/log"
-echo "JobId=7 JobState=${STATE:-RUNNING} Reason=None"
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path):
-    """Starts the job with these arguments; its log is in a file."""
-    job = tmp_path / "job"
-    job.mkdir()
-    (job / "log").write_text("")
-    for name, text in (
-        ("srun", SRUN),
-        ("scancel", SCANCEL),
-        ("scontrol", SCONTROL),
-        ("python3", PYTHON),
-    ):
-        write_tool(tmp_path / name, text)
-    # Slurm runs a copy.
-    script = shutil.copy(ROOT / "launch/slurm.sh", job / "slurm_script")
-
-    def start(*args, **env):
-        return subprocess.Popen(
-            ["bash", script, *args],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                "CLOUD": str(job),
-                "JOB": str(job),
-                "PFJAX_VENV": str(job / "venv"),
-                "SLURM_JOB_ID": "7",
-                "SLURM_SUBMIT_DIR": str(ROOT),
-            }
-            | env,
-        )
-
-    start.job = job
-    return start
-
-
-def test_slurm_runs_training_and_keeps_its_status(slurm):
-    for status in (0, 3):
-        words = ["--config=a b.py", "--workdir=/shared/it's"]
-        job = slurm(*words, TASKS=str(status))
-        _, said = job.communicate(timeout=PATIENCE)
-        assert job.returncode == status, said
-        assert (slurm.job / "log").read_text() == ""
-        asked = (slurm.job / "srun").read_text().splitlines()
-        python = str(slurm.job / "venv/bin/python")
-        assert asked[1:] == [python, "-m", "pfjax.train", *words, "--multihost"]
-
-
-def test_slurm_has_training_save_and_queues_the_job_again(slurm):
-    job = slurm(*TRAIN, TASKS="wait")
-    while not (slurm.job / "pid").exists():
-        time.sleep(0.01)
-    job.send_signal(signal.SIGTERM)
-    _, said = job.communicate(timeout=PATIENCE)
-    assert (slurm.job / "log").read_text().splitlines() == [
-        "scancel --signal=TERM 7",
-        "scontrol show job 7",
-        "scontrol requeue 7",
-    ], said
-
-
-def test_slurm_does_not_bring_back_a_cancelled_job(slurm):
-    slurm(*TRAIN, TASKS="75", STATE="CANCELLED").communicate(timeout=PATIENCE)
-    assert (slurm.job / "log").read_text() == "scontrol show job 7\n"
-
-
-def test_slurm_refuses_what_is_missing(slurm):
-    for args, env, says in (
-        (TRAIN[:1], {}, "--workdir"),
-        (TRAIN[1:], {}, "--config"),
-        (TRAIN, {"SLURM_JOB_ID": ""}, "sbatch"),
-        (TRAIN, {"SLURM_SUBMIT_DIR": "/"}, "not the checkout"),
-    ):
-        job = slurm(*args, TASKS="0", **env)
-        _, said = job.communicate(timeout=PATIENCE)
-        assert job.returncode == 1 and said.startswith("error: ") and says in said
-        assert said.count("\n") == 1 and not (slurm.job / "srun").exists()
-
-
-def test_slurm_starts_a_task_for_each_gpu_and_is_told_ahead(slurm):
-    lines = (ROOT / "launch/slurm.sh").read_text().splitlines()
-    options = dict(
-        line.removeprefix("#SBATCH --").partition("=")[::2]
-        for line in lines
-        if line.startswith("#SBATCH")
-    )
-    assert options["ntasks-per-node"] == options["gpus-per-node"]
-    # Slurm reads them up to the first command.
-    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < (
-        lines.index("set -euo pipefail")
-    )
-    assert options["signal"] == "B:TERM@120" and "requeue" in options
-
-
-# --- GKE ------------------------------------------------------------------------------
-
-
-def test_the_manifest_for_gke_agrees_with_itself():
-    yaml = pytest.importorskip("yaml")
-    manifest = yaml.safe_load((ROOT / "launch/gke.yaml").read_text())
-    assert (manifest["apiVersion"], manifest["kind"]) == (
-        "jobset.x-k8s.io/v1alpha2",
-        "JobSet",
-    )
-    (replicated,) = manifest["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    # One pod a host of the slice.
-    select = pod["nodeSelector"]
-    assert select["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
-    chips = 1
-    for side in select["cloud.google.com/gke-tpu-topology"].split("x"):
-        chips *= int(side)
-    a_host = container["resources"]["limits"]["google.com/tpu"]
-    assert container["resources"]["requests"]["google.com/tpu"] == a_host
-    assert job["parallelism"] == job["completions"] == chips // a_host > 1
-    assert job["completionMode"] == "Indexed" and replicated["replicas"] == 1
-    assert "--multihost" in container["args"]
-    # The job fails as a whole: by its limit when interrupted, else by its policy, and only
-    # the latter ends the JobSet.
-    disruption, code = job["podFailurePolicy"]["rules"]
-    assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
-    assert disruption["action"] == "Count"
-    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget"}]
-    assert code["action"] == "FailJob"
-    assert code["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "NotIn",
-        "values": [75],
-    }
-    (rule,) = manifest["spec"]["failurePolicy"]["rules"]
-    assert rule == {
-        "action": "FailJobSet",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-    }
-    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
-    assert pod["terminationGracePeriodSeconds"] >= 30
-
-
 # --- all ------------------------------------------------------------------------------
 
 
@@ -1319,6 +1160,7 @@ def test_scripts_are_clean():
             "--external-sources",
             "--source-path=SCRIPTDIR",
             *sorted((ROOT / "launch").rglob("*.sh")),
+            ROOT / "tests/slurm_cluster.sh",
             ROOT / ".ci/run",
         ],
         cwd=ROOT,
