@@ -82,9 +82,11 @@ setuptools.setup(
             *jax("tpu"),  # compiles for TPUs without one
             "gguf>=0.19",
             "ipykernel>=7",  # runs the notebook, by nbclient
+            "jsonschema>=4.26",  # checks the manifest for GKE
             "nbclient>=0.11",
             "nbformat>=5.10",
             "peft>=0.18",
+            "PyYAML>=6",
             "pytest>=8",
             "pytest-xdist>=3.8",
             "ruff==0.17.6",
