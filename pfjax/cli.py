@@ -124,6 +124,8 @@ def token_filters() -> options.TokenFilters:
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
     source = hf.resolve(flags.FLAGS.model)
+    if flags.FLAGS.multihost and not flags.FLAGS.clock:
+        flags.FLAGS.clock = distributed.text_from_first(tokenizer.now())
     how = flags.FLAGS.chat_template_kwargs, flags.FLAGS.clock
     return source, tokenizer.load(source, *how)
 

@@ -10,11 +10,12 @@ Prompts without answers (poem, story and joke: files with a `prompt` per line) h
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
 
+import contextlib
 import pathlib
 import sys
 
 from absl import flags, logging
-from etils import epy
+from etils import epath, epy
 
 from pfjax import cli
 
@@ -23,7 +24,7 @@ with epy.lazy_imports():
     import numpy as np
 
     from pfjax.evaluation import results, scores
-    from pfjax.infra import dataset_io, distributed
+    from pfjax.infra import dataset_io, distributed, storage
     from pfjax.model import hf, tokenizer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, data, grading
@@ -61,12 +62,13 @@ def main() -> None:
     for name in FLAGS.benchmark:
         problems = benchmarks.read(name, FLAGS.data, FLAGS.seed, fields)
         sets[name] = problems[: FLAGS.limit or None]
-    out = pathlib.Path(FLAGS.out).expanduser()
-    if len({pathlib.Path(name).stem for name in sets}) < len(FLAGS.benchmark):
+    out = storage.place(FLAGS.out)
+    if len({pathlib.PurePath(name).stem for name in sets}) < len(FLAGS.benchmark):
         raise ValueError(
             f"--benchmark={','.join(FLAGS.benchmark)}: two sets of one name would share "
             f"files in {out}; give each an --out of its own"
         )
+    storage.check_writable(out)
     is_first = distributed.is_first()  # which alone reads and writes --out, and grades
     with grading.Grader() as grader:
         for problems in sets.values():
@@ -98,7 +100,7 @@ def main() -> None:
                     print(f"  {key:20} {value:9.4f}{error}")
 
 
-def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
+def _sample(sets: dict[str, list], out: epath.Path) -> None:
     """Draws the responses that the folder lacks."""
     clock = FLAGS.clock or results.clock_of(out, sets) or tokenizer.now()
     FLAGS.clock = distributed.text_from_first(clock)
@@ -153,11 +155,15 @@ def _sample(sets: dict[str, list], out: pathlib.Path) -> None:
             before = f", {len(done)} done before" if done else ""
             if is_first:
                 print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
-            with progress.Progress(len(prompts) * k, len(done) * k) as bar:
+            adding = files.adding() if is_first else contextlib.nullcontext()
+            with (
+                adding as add,
+                progress.Progress(len(prompts) * k, len(done) * k) as bar,
+            ):
 
-                def keep(new: list, files=files, bar=bar, is_first=is_first) -> None:
-                    if is_first:
-                        files.add(new)
+                def keep(new: list, add=add, bar=bar) -> None:
+                    if add is not None:
+                        add(new)
                     bar.add(len(new), sum(r["tokens"] for r in new))
 
                 scores.sample(policy, tok, problems, prompts, settings, keep, done=done)

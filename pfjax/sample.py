@@ -9,6 +9,9 @@ and e^{beta r} with --reward); their lines come at the end. --method=low_tempera
 at temperature 1 / alpha, which sharpens each token on its own. --method=best_of draws
 --candidates for each response and keeps the likeliest; with --alpha and --log_z the one of
 highest alpha log p - log_z |y|.
+
+All devices are used; with --multihost this is one of several processes, the first of which
+writes.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ from pfjax.sampler import options
 
 with epy.lazy_imports():
     from pfjax import targets
+    from pfjax.infra import distributed, storage, uploads
     from pfjax.model import tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
@@ -32,13 +36,14 @@ with epy.lazy_imports():
 FLAGS = flags.FLAGS
 cli.define_model_flags()
 cli.define_sampling_flags()
+cli.define_multihost_flag()
 flags.DEFINE_integer("samples", 1, "responses per prompt", lower_bound=1)
 flags.DEFINE_integer(
     "max_new_tokens", None, "default: 512, or what there is room for", lower_bound=1
 )
 flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
-flags.DEFINE_string("prompts", "", "JSONL or Parquet file, or hub data set")
+flags.DEFINE_string("prompts", "", "file of prompts, or hub data set")
 flags.DEFINE_string("prompt_field", "", "column of prompts in it; else found")
 flags.DEFINE_string("suffix", "", "added to each prompt")
 flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
@@ -86,12 +91,17 @@ def main() -> None:
     """Draws the responses and writes each as soon as it has ended."""
     logging.set_verbosity(logging.WARNING)
     _check_flags()
+    cli.join()
     source, tok = cli.find_model()
     asked, prompts = _prompts(tok)
+    if FLAGS.out != "-":
+        storage.check_writable(storage.place(FLAGS.out).parent)
     with contextlib.ExitStack() as stack:
-        out = sys.stdout
-        if FLAGS.out != "-":
-            out = stack.enter_context(open(FLAGS.out, "w", encoding="utf-8"))
+        add = lambda text: print(text, end="", flush=True)
+        if not distributed.is_first():
+            add = lambda text: None
+        elif FLAGS.out != "-":
+            add = stack.enter_context(uploads.growing(FLAGS.out))
         policy = stack.enter_context(cli.load(source))
         room = policy.config.max_positions - max(len(p) for p in prompts)
         limit = FLAGS.max_new_tokens or min(512, room)
@@ -101,8 +111,7 @@ def main() -> None:
         def write(finished: list) -> None:
             rows = (_row(x, tok, asked, prompts, found) for x in finished)
             text = lambda row: json.dumps(row, ensure_ascii=False, default=_plain)
-            out.writelines(text(r) + "\n" for r in rows)
-            out.flush()
+            add("".join(text(r) + "\n" for r in rows))
 
         begin = time.perf_counter()
         if FLAGS.method in _OF_SEQUENCES:
@@ -114,14 +123,20 @@ def main() -> None:
         else:
             rollout = _draw_tokens(policy, tok, prompts, limit, FLAGS.samples, write)
         seconds = time.perf_counter() - begin
+        distributed.leave()
     tokens = rollout.lengths.sum()
-    print(
+    _say(
         f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second, "
         "compilation included; "
         f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps are of no response; "
-        f"{rollout.finished.mean():.0%} of the responses ended by themselves",
-        file=sys.stderr,
+        f"{rollout.finished.mean():.0%} of the responses ended by themselves"
     )
+
+
+def _say(text: str) -> None:
+    """On standard error, once of all processes."""
+    if distributed.is_first():
+        print(text, file=sys.stderr)
 
 
 def _check_flags() -> None:
@@ -181,7 +196,7 @@ def _draw_best(policy, tok, prompts, max_new_tokens, write):
     kept = best_of.best_of(drawn, FLAGS.candidates, target, FLAGS.log_z)
     write(engine.all_finished(kept))
     count = lambda x: f"{x.lengths.size} responses with {x.lengths.sum()} tokens"
-    print(f"kept {count(kept)} of {count(drawn)}", file=sys.stderr)
+    _say(f"kept {count(kept)} of {count(drawn)}")
     return drawn
 
 
@@ -196,7 +211,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
         prompt_width=max(len(p) for p in prompts),
         num_slots=FLAGS.slots,
     )
-    print(f"{total} responses to {len(prompts)} prompts; {plan}", file=sys.stderr)
+    _say(f"{total} responses to {len(prompts)} prompts; {plan}")
     is_low = FLAGS.method == "low_temperature"
     stop_ids, strings = tokenizer.split_stops(tok, tuple(FLAGS.stop))
     stop = options.StopConditions(
@@ -228,7 +243,7 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
 def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     """Samples the power distribution; also returns what smc found of its particles."""
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
-    print(f"{what} by {FLAGS.method}", file=sys.stderr)
+    _say(f"{what} by {FLAGS.method}")
     target = targets.Target(FLAGS.alpha, FLAGS.beta, has_format=False)
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     stop_ids = tokenizer.stop_ids(tok, policy.config)
@@ -241,8 +256,8 @@ def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     rollout, found = smc.sequential_monte_carlo(*args, **kwargs, **population)
     tilt = " e^(beta r)" if reward else ""
     what = f"log of the sum of p^alpha e^(-log_z |y|){tilt} over all responses"
-    print(f"{what}, mean over prompts: {found.log_sum.mean():.3f}", file=sys.stderr)
-    print(smc.describe(rollout, found, **population), file=sys.stderr)
+    _say(f"{what}, mean over prompts: {found.log_sum.mean():.3f}")
+    _say(smc.describe(rollout, found, **population))
     return rollout, found
 
 

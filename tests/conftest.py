@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from tests import fork_server
+from tests import fork_server, gcs
 
 # The kernels' tests run on a GPU or TPU too (launch/benchmark.sh).
 jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
@@ -180,6 +180,21 @@ def _enumerable_folder(tmp_path_factory) -> pathlib.Path:
         )
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def gcs_server():
+    """An emulator of Google Cloud Storage, on loopback."""
+    with gcs.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(gcs_server, monkeypatch):
+    """gs://NAME of an empty bucket there, for this process and those that it starts."""
+    for name, value in gcs_server.env.items():
+        monkeypatch.setenv(name, value)
+    return gcs_server.new_bucket()
 
 
 @pytest.fixture

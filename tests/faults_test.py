@@ -3,7 +3,6 @@
 All of them are processes of `pfjax.train`. Those that train are slow.
 """
 
-import json
 import os
 import pathlib
 import random
@@ -16,6 +15,7 @@ import time
 
 import pytest
 
+from pfjax.infra import dataset_io, storage
 from tests import fork_server
 from tests.conftest import ROOT, run_command
 
@@ -44,24 +44,27 @@ ENV = {
 }
 
 
-def start(workdir, *args, processes=1, devices=1, **env):
+def start(workdir, *args, **kwargs):
     """Starts a run; of several processes the list of them."""
+    return start_command("pfjax.train", *ARGS, f"--workdir={workdir}", *args, **kwargs)
+
+
+def start_command(module, *args, processes=1, devices=1, **env):
     env = {
         **os.environ,
         **ENV,
         "JAX_NUM_CPU_DEVICES": str(devices),
         **env,
     }
-    args = [*ARGS, f"--workdir={workdir}", *args]
     if processes == 1:
-        return fork_server.Process("pfjax.train", *args, env=env)
+        return fork_server.Process(module, *args, env=env)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         env["PFJAX_COORDINATOR"] = f"localhost:{free.getsockname()[1]}"
     env["PFJAX_NUM_PROCESSES"] = str(processes)
     return [
         fork_server.Process(
-            "pfjax.train", *args, "--multihost", env=env | {"PFJAX_PROCESS_ID": str(i)}
+            module, *args, "--multihost", env=env | {"PFJAX_PROCESS_ID": str(i)}
         )
         for i in range(processes)
     ]
@@ -89,10 +92,8 @@ def run(workdir, *args, **kwargs):
 
 
 def rows(workdir):
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    found = (
-        [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    )
+    """Of the metrics, but for those of time."""
+    found = dataset_io.read_jsonl(f"{workdir}/metrics.jsonl")
     return [
         {k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))}
         for r in found
@@ -108,13 +109,7 @@ def wait_for(condition, process, seconds=PATIENCE):
 
 
 def wait_for_step(workdir, step, process):
-    def is_reached():
-        try:
-            return any(r["step"] >= step for r in rows(workdir))
-        except FileNotFoundError:  # between two of its states
-            return False
-
-    wait_for(is_reached, process)
+    wait_for(lambda: any(r["step"] >= step for r in rows(workdir)), process)
 
 
 def same(workdir, other):
@@ -379,6 +374,46 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_and_ends_both
     steps = [r["step"] for r in rows(workdir)]
     assert steps == list(range(len(steps)))
     assert (workdir / f"checkpoints/{steps[-1]}").is_dir()
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_are_killed_go_on_and_draw_as_in_a_folder(
+    bucket, tmp_path
+):
+    """Model and prompts are in the bucket too; all is as on this machine."""
+    toy = ROOT / "pfjax/assets/toy"
+    storage.upload(toy, storage.place(f"{bucket}/model"))
+    in_bucket = [f"--config.model={bucket}/model"]
+    in_bucket += [f"--config.data.train={bucket}/model/train.jsonl"]
+    shared = ["--config.num_steps=4", "--config.data.eval="]
+    two = {"processes": 2, "devices": 1}
+    for folder, given, is_killed in (
+        (f"{bucket}/run", in_bucket, True),
+        (tmp_path / "run", [], False),
+    ):
+        if is_killed:
+            both = start(folder, *shared, *given, **two)
+            wait_for_step(folder, 2, both[0])
+            for process in both:
+                process.kill()
+                process.communicate()
+        for process in start(folder, *shared, *given, **two):
+            status, errors = finish(process)
+            assert status == 0, errors
+    assert rows(f"{bucket}/run") == rows(tmp_path / "run")
+    assert [r["step"] for r in rows(f"{bucket}/run")] == list(range(5))
+    prompts = "pfjax/toy/eval.jsonl"
+    for where in (bucket, tmp_path):
+        model = [f"--model={where}/run/hf", "--max_new_tokens=16", "--samples=2"]
+        sample = [*model, f"--prompts={prompts}", f"--out={where}/drawn.jsonl"]
+        evaluate = [*model, f"--benchmark={prompts}", f"--out={where}/scores"]
+        for args in (["pfjax.sample", *sample], ["pfjax.evaluate", *evaluate]):
+            for process in start_command(*args, **two):
+                status, errors = finish(process)
+                assert status == 0, errors
+    for name in ("run/hf/model.safetensors", "drawn.jsonl", "scores/eval.jsonl"):
+        there = storage.read_bytes(f"{bucket}/{name}")
+        assert there == (tmp_path / name).read_bytes(), name
 
 
 def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):

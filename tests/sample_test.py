@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from pfjax.targets import Target
 from pfjax.tasks import data
+from tests import fork_server
 from tests.conftest import ROOT, run_command
 
 
@@ -197,3 +199,46 @@ def test_the_power_distribution_beside_low_temperature(tmp_path):
     assert length["smc"] < 14, length
     # A chain takes hundreds of proposals to change the way a response begins.
     assert length["smc"] < length["mh"] < length["low_temperature"]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_does_and_the_first_writes(tmp_path):
+    """By every method, on a mesh of two devices."""
+    code = "short = lambda completions, **_: [-len(x) / 9 for x in completions]"
+    (tmp_path / "short.py").write_text(code)
+    args = ["--prompts=pfjax/toy/eval.jsonl", "--max_new_tokens=16", "--samples=2"]
+    power = ["--alpha=2", "--log_z=-1"]
+    methods = {
+        "tokens": ["--stop=;"],
+        "best_of": ["--method=best_of", "--candidates=2"],
+        "mh": ["--method=mh", *power, "--blocks=2", "--steps=2"],
+        "smc": [
+            *["--method=smc", *power, "--particles=4"],
+            *[f"--reward={tmp_path}/short.py:short", "--beta=1"],
+        ],
+    }
+
+    def start(out, more, devices, **env):
+        env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **env}
+        env = os.environ | env
+        more = [*args, *more, f"--out={tmp_path / out}"]
+        return fork_server.Process("pfjax.sample", *more, env=env)
+
+    for name, more in methods.items():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            at = f"localhost:{free.getsockname()[1]}"
+        env = {"PFJAX_COORDINATOR": at, "PFJAX_NUM_PROCESSES": "2"}
+        both = [
+            start(
+                f"two-{name}", [*more, "--multihost"], 1, PFJAX_PROCESS_ID=str(i), **env
+            )
+            for i in range(2)
+        ]
+        said = [p.communicate(timeout=900)[1] for p in (*both, start(name, more, 2))]
+        assert [p.returncode for p in both] == [0, 0], said
+        assert "responses to 64 prompts" in said[0] and "responses" not in said[1]
+        text = (tmp_path / name).read_text()
+        assert (tmp_path / f"two-{name}").read_text() == text and text.count(
+            "\n"
+        ) == 128

@@ -655,6 +655,17 @@ def test_up_does_not_wait_for_workers_that_another_has_left(cloud):
     assert done.returncode == 1 and "failed with exit status 2" in done.stderr
 
 
+def test_up_begins_again_when_a_worker_is_gone(cloud):
+    """Those it has left end with 76, unless it has ended by a mistake of its own."""
+    cloud.is_in(training=["76", "0"])
+    done = cloud.run("up", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.trained() == [TRAIN] * 2
+    cloud.is_in(status=["a: ended 76\nb: ended 1"])
+    done = cloud.run("up", *TRAIN)
+    assert done.returncode == 1 and "failed with exit status 1" in done.stderr
+
+
 def test_up_begins_again_only_so_often(cloud):
     # 143: told before it could save.
     cloud.is_in(training=["143"] * 3)

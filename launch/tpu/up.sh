@@ -11,14 +11,16 @@ run_state() {
     return
   fi
   # One that was told to stop takes the others with it. 143: told before it could save.
+  # 76 is said by one that has lost another, of which this may be all that is left.
   awk '/: lost$/ {lost = 1}
        /: running$/ {running = 1}
        /: ended [0-9]+$/ {ended = 1
-         if ($NF == 75 || $NF == 143) told = 1; else if ($NF != 0) bad = $NF}
+         if ($NF == 75 || $NF == 143) told = 1
+         else if ($NF == 76) alone = 1; else if ($NF != 0) bad = $NF}
        END {if (lost) print "lost"
             else if (bad && !told) print "ended", bad
             else if (running) print "running"
-            else if (told) print "ended", 75
+            else if (told || alone) print "ended", 75
             else if (ended) print "ended", 0}' <<<"$out"
 }
 

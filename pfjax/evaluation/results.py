@@ -2,14 +2,17 @@
 setting that moves them. Sampling that was stopped goes on, and grading can be repeated."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from etils import epath
+
 from pfjax.evaluation.scores import Row, Settings, in_order
-from pfjax.infra import dataset_io, storage
+from pfjax.infra import dataset_io, storage, uploads
 from pfjax.tasks import benchmarks
 from pfjax.tasks.benchmarks import Style
 from pfjax.tasks.problems import Problem
@@ -21,9 +24,9 @@ _MAY_CHANGE = ("model", "mesh", "device", "jax")
 class Record:
     """`NAME.jsonl`, the responses to a set (`path`), and `NAME.json` in a folder."""
 
-    def __init__(self, folder: pathlib.Path, name: str):
-        self.name = name
-        self.path = folder / f"{pathlib.Path(name).stem}.jsonl"
+    def __init__(self, folder: epath.Path, name: str):
+        self.name, self._kept = name, []
+        self.path = folder / f"{pathlib.PurePath(name).stem}.jsonl"
         self._scores = self.path.with_suffix(".json")
 
     def begin(self, settings: dict[str, Any]) -> frozenset[int]:
@@ -56,13 +59,16 @@ class Record:
         have = collections.Counter(r["prompt_id"] for r in found)
         done = frozenset(q for q, n in have.items() if n == settings["samples"])
         # Of prompts begun, all is drawn anew; a line cut short by a kill goes.
-        dataset_io.write_jsonl(self.path, [r for r in found if r["prompt_id"] in done])
+        self._kept = [r for r in found if r["prompt_id"] in done]
+        dataset_io.write_jsonl(self.path, self._kept)
         self._write({"set": self.name, "settings": settings})
         return done
 
-    def add(self, new: list[Row]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[Callable[[list[Row]], None]]:
+        """What adds rows to the responses, after `begin`."""
+        with uploads.growing(self.path, dataset_io.as_jsonl(self._kept)) as add:
+            yield lambda new: add(dataset_io.as_jsonl(new))
 
     def rows(self, problems: list[Problem]) -> list[Row]:
         """The responses to all problems, in order.
@@ -95,17 +101,18 @@ class Record:
         self._write(self._read() | scores)
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self._scores.read_text())
+        return json.loads(storage.read_text(self._scores))
 
     def _write(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         storage.write_text(self._scores, text)
 
 
-def clock_of(folder: pathlib.Path, names: Iterable[str]) -> str:
+def clock_of(folder: epath.Path, names: Iterable[str]) -> str:
     """The time that prompts of the first of these sets were told; "" for none."""
-    scores = [(folder / pathlib.Path(n).stem).with_suffix(".json") for n in names]
-    found = (json.loads(x.read_text())["settings"] for x in scores if x.exists())
+    scores = [(folder / pathlib.PurePath(n).stem).with_suffix(".json") for n in names]
+    there = (json.loads(storage.read_text(x)) for x in scores if storage.exists(x))
+    found = (content["settings"] for content in there)
     return next((settings.get("clock", "") for settings in found), "")
 
 

@@ -9,6 +9,7 @@ import logging
 import pathlib
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -32,9 +33,9 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
       ValueError: if there is no such source, it cannot be read or has no rows, or a row
         is no JSON object (naming it).
     """
-    path = pathlib.Path(source).expanduser()
+    path = storage.place(source)
     if source.startswith("pfjax/toy/"):
-        path = _ASSETS / source.removeprefix("pfjax/")
+        path = epath.Path(_ASSETS / source.removeprefix("pfjax/"))
     _check_is_readable(source, path)
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
@@ -50,16 +51,12 @@ def read(source: str) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _check_is_readable(source: str, path: pathlib.Path) -> None:
+def _check_is_readable(source: str, path: epath.Path) -> None:
     """Raises ValueError for what is no file of rows, and for none that could be on the hub."""
     if not source.strip():
         raise ValueError(f"a file or a data set must be named, got {source!r}")
-    if storage.is_remote(source):
-        raise ValueError(
-            f"{source}: prompts are read from a disk, copy the file to one"
-        )
-    suffix = path.suffix.lower()
-    if path.is_file() and suffix not in FILES:
+    suffix, is_there = path.suffix.lower(), storage.exists(path)
+    if is_there and path.is_file() and suffix not in FILES:
         cure = f"make it one of {', '.join(FILES)}"
         if suffix in _PACKED:
             cure = f"unpack it first, to one of {', '.join(FILES)}"
@@ -67,7 +64,7 @@ def _check_is_readable(source: str, path: pathlib.Path) -> None:
             cure = 'write it as .jsonl, one {"prompt": "..."} per line'
         raise ValueError(f"{path}: {suffix or 'a file without a suffix'}; {cure}")
     could_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[^/]+)?", source)
-    if path.exists() or (suffix not in (*FILES, *_PACKED) and could_be_on_hub):
+    if is_there or (suffix not in (*FILES, *_PACKED) and could_be_on_hub):
         return
     beside = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
@@ -78,11 +75,12 @@ def _check_is_readable(source: str, path: pathlib.Path) -> None:
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar")
 
 
-def _read_parquet(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        content = pyarrow.BufferReader(storage.read_bytes(path))
+        rows = pyarrow.parquet.ParquetFile(content).read().to_pylist()
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as Parquet, is it whole? {one_line(error)}"
@@ -105,7 +103,7 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
         table = datasets.load_dataset(name, *config, **wanted)
     except Exception as error:
         what = f"{source!r} is no {', '.join(FILES)} file and"
-        if (folder := pathlib.Path(name)).is_dir():
+        if (folder := storage.place(name)).is_dir():
             files = sorted(x.name for x in folder.iterdir() if x.suffix in FILES)[:3]
             hint = f", such as {', '.join(files)}" if files else ""
             what = f"{name!r} is a folder (give a file{hint}) which"
@@ -128,9 +126,9 @@ def brief(value: Any, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"
 
 
-def _read_json(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_json(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     # Rather than through `datasets`, whose errors name no line.
-    lines = _lines(path, path.read_bytes())
+    lines = _lines(path, storage.read_bytes(path))
     where, first = next(((w, x) for w, x in lines if x.strip()), ("", ""))
     is_array = first.lstrip().startswith("[")
     if path.suffix.lower() == ".jsonl" and is_array:
@@ -152,7 +150,7 @@ def _read_json(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _refuse_single_object(path: pathlib.Path, lines: list[tuple[str, str]]) -> None:
+def _refuse_single_object(path: epath.Path, lines: list[tuple[str, str]]) -> None:
     """Raises ValueError if the lines are one object, such as `{"data": [...]}`."""
     try:
         whole = json.loads("\n".join(x for _, x in lines))
@@ -164,8 +162,8 @@ def _refuse_single_object(path: pathlib.Path, lines: list[tuple[str, str]]) -> N
     )
 
 
-def _read_csv(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = (x + "\n" for _, x in _lines(path, path.read_bytes()))
+def _read_csv(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = (x + "\n" for _, x in _lines(path, storage.read_bytes(path)))
     reader = csv.DictReader(lines, strict=True)
     out = []
     try:
@@ -234,9 +232,11 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
         be written anew from a part of it.
     """
     path = storage.place(path)
-    if not path.exists():
+    try:
+        content = storage.read_bytes(path)
+    except FileNotFoundError:
         return []
-    *whole, (where, last) = _lines(path, _without_torn_character(path.read_bytes()))
+    *whole, (where, last) = _lines(path, _without_torn_character(content))
     rows = [_parse(where, x) for where, x in whole if x.strip()]
     try:
         return [*rows, _parse(where, last)]
@@ -257,5 +257,9 @@ def fingerprint(values: Any) -> str:
 
 def write_jsonl(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
-    lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    storage.write_text(path, "".join(lines))
+    storage.write_text(path, as_jsonl(rows))
+
+
+def as_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """One line each."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from pfjax.infra import storage
 from pfjax.model import gguf_tokenizer, rope, weights
@@ -51,7 +52,7 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def find(path: pathlib.Path) -> pathlib.Path | None:
+def find(path: epath.Path) -> epath.Path | None:
     """The GGUF file that a path means: itself, or the only one of a folder that is no
     Hugging Face folder; None if it means something else.
 
@@ -61,12 +62,13 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     if not path.is_dir():
         return path if path.suffix == ".gguf" else None
     files = sorted(path.glob("*.gguf"))
-    if (path / "config.json").is_file() or any(path.glob("*.safetensors")):
+    has_other = lambda: any(path.glob("*.safetensors"))
+    if not files or (path / "config.json").is_file() or has_other():
         return None
     if len(files) > 1:
         names = [file.name for file in files]
         raise ValueError(f"model folder {path} holds {names}: name one of them")
-    return files[0] if files else None
+    return files[0]
 
 
 def convert(path: pathlib.Path) -> pathlib.Path:

@@ -19,7 +19,8 @@ from pfjax.model import gguf, hf_config, transformer, weights
 from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
-ADAPTER_CONFIG = "adapter_config.json"
+_METRICS = "metrics.jsonl"  # which tells the folder of a run
+ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _FILES = [
     "README.md",
     "*.json",
@@ -47,21 +48,27 @@ def resolve(
     name = os.fspath(path_or_hub_id)
     if name == "pfjax/toy":  # see examples/toy_model.py
         return _ASSETS / "toy"
-    path = pathlib.Path(name).expanduser()
+    path = storage.place(name)
+    is_there = storage.exists(path)
     if file := gguf.find(path):
-        return gguf.convert(file)
-    if path.is_dir():
-        _refuse_other_folders(path, name)
-        return path
+        return gguf.convert(storage.local_copy(file))
+    if is_there and path.is_dir():
+        folder = storage.local_copy(path, [*files, _METRICS])
+        _refuse_other_folders(folder, name, path)
+        return folder
     fetched = _fetch(name, files)
-    _refuse_other_folders(fetched, name)
+    _refuse_other_folders(fetched, name, fetched)
     return fetched
 
 
 def _fetch(name: str, files: list[str]) -> pathlib.Path:
     """Files of a hub id that may carry a revision."""
-    path = pathlib.Path(name).expanduser()
-    if path.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name):
+    path = storage.place(name)
+    if (
+        storage.is_remote(path)
+        or path.is_absolute()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@\S+)?", name)
+    ):
         raise ValueError(f"model folder {path} does not exist")
     import huggingface_hub
 
@@ -76,14 +83,15 @@ def _fetch(name: str, files: list[str]) -> pathlib.Path:
         ) from error
 
 
-def _refuse_other_folders(path: pathlib.Path, name: str) -> None:
-    """Raises ValueError for a folder that is none of a model, and says what it is."""
-    if (path / "metrics.jsonl").is_file():
-        model = path / "hf"
+def _refuse_other_folders(folder: pathlib.Path, name: str, path: os.PathLike) -> None:
+    """Raises ValueError for a folder that is none of a model, and says what it is; `path`
+    is where it lies, of which `folder` may be a copy."""
+    if (folder / _METRICS).is_file():
+        model = storage.place(path) / "hf"
         has_model = (model / "config.json").is_file()
         what = f"give {model}" if has_model else f"`pfjax export {path}` writes {model}"
         raise ValueError(f"{path} is the folder of a run, its model is in hf: {what}")
-    has_config, adapter = (path / "config.json").is_file(), path / ADAPTER_CONFIG
+    has_config, adapter = (folder / "config.json").is_file(), folder / ADAPTER_CONFIG
     if has_config and adapter.is_file():
         raise ValueError(
             f"{path} holds adapters beside the model (adapter_config.json), which "
@@ -120,15 +128,15 @@ def resolve_adapter(path_or_hub_id: str) -> pathlib.Path:
     Raises:
       ValueError: if there is none.
     """
-    path = pathlib.Path(path_or_hub_id).expanduser()
-    if not path.is_dir():
-        path = _fetch(path_or_hub_id, [ADAPTER_CONFIG, "adapter_model.safetensors"])
+    path, files = storage.place(path_or_hub_id), [ADAPTER_CONFIG, _ADAPTER]
+    if not storage.exists(path) or not path.is_dir():
+        path = _fetch(path_or_hub_id, files)
     if not (path / ADAPTER_CONFIG).is_file():
         of_run = path / "adapter"
         found = (of_run / ADAPTER_CONFIG).is_file()
         hint = f": give {of_run}" if found else ", it holds no adapter of peft's format"
         raise ValueError(f"adapter folder {path} has no {ADAPTER_CONFIG}{hint}")
-    return path
+    return storage.local_copy(path, files)
 
 
 def fingerprint(folder: pathlib.Path, config: str = "config.json") -> str:
@@ -207,13 +215,16 @@ def save(
         raise ValueError(
             "the policy has adapters: save lora.merge(policy), or lora.save_peft"
         )
+    check_replaceable(out_dir)
     if storage.is_remote(out_dir):
         place = storage.place(out_dir)
         with storage.local_folder(place.parent) as local:
             save(policy, local / place.name, base=base, dtype=dtype, card=card)
+            if jax.process_index() == 0 and storage.exists(place):
+                place.rmtree()
+        multihost_utils.sync_global_devices("pfjax.save")
         return
-    out = pathlib.Path(out_dir)
-    check_replaceable(out)
+    out = pathlib.Path(storage.place(out_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
     config = {} if source is None else json.loads((source / "config.json").read_text())
@@ -241,6 +252,8 @@ def check_replaceable(out_dir: str | os.PathLike) -> None:
     """Raises ValueError if a folder holds something other than a model, which `save`
     would remove."""
     out = storage.place(out_dir)
+    if not storage.exists(out):
+        return
     if out.is_file():
         raise ValueError(f"{out} is a file: choose another folder for the model")
     if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors")):

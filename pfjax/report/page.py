@@ -29,8 +29,7 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
     found = runs.load(paths)
     text = render(found, command)
     folder = storage.place(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_bytes(text.encode())
+    storage.write_text(folder / "index.html", text)
     groups = len(runs.group(found))
     return f"{folder / 'index.html'}: {len(found)} run(s) in {groups} group(s)"
 

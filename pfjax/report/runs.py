@@ -72,7 +72,7 @@ def find(paths: Sequence[str]) -> list[epath.Path]:
     found: dict[str, epath.Path] = {}
     for path in paths:
         root = storage.place(path)
-        here = [*_find(root)] if root.is_dir() else []
+        here = [*_find(root)] if storage.exists(root) and root.is_dir() else []
         if not here:
             raise ValueError(
                 f"{path} holds no run: no folder there has config.json and metrics.jsonl"
@@ -110,20 +110,22 @@ def _find(folder: epath.Path) -> Iterator[epath.Path]:
 def _read(folder: epath.Path) -> Run:
     path = folder / "config.json"
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(storage.read_text(path))
         config, versions = _flatten(about["config"]), about["versions"]
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a run: {error!r}") from error
     label, match = folder / "label.txt", folder / "match.json"
     rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
     if rows and match.exists():  # of the last step
-        found = json.loads(match.read_text())
+        found = json.loads(storage.read_text(match))
         rows[-1] |= {f"match/{name}": value for name, value in found.items()}
     return Run(
         folder=folder,
         config=config,
         versions=versions,
-        label=label.read_text().partition("\n")[0].strip() if label.exists() else "",
+        label=storage.read_text(label).partition("\n")[0].strip()
+        if label.exists()
+        else "",
         rows=rows,
         completions={int(p.name[5:-6]): p for p in _completions(folder)},
     )

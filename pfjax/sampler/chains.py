@@ -129,7 +129,7 @@ def draw(
         group = (np.float32(log_z), tokens[index], lengths[index], ids)
         found = _draw(state, *group, spec=spec, method=method, constants=constants)
         last = len(prompts) - first
-        groups.append(jax.tree.map(lambda x: x[:last], jax.device_get(found)))  # noqa: B023
+        groups.append(jax.tree.map(lambda x: x[:last], sharding.fetch(found)))  # noqa: B023
     join = lambda *xs: np.concatenate(xs)
     tokens, log_p, length, is_stopped, steps, found = jax.tree.map(join, *groups)
     return Rollout(tokens, length, log_p, is_stopped, int(steps.sum())), found

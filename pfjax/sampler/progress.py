@@ -62,5 +62,7 @@ class Progress(Bar):
         self._done, self._tokens = self._done + responses, self._tokens + tokens
         rate = f"{self._tokens / (time.perf_counter() - self._begin):.0f} tokens/s"
         has_bar = self.show(self._done, rate)
+        if not distributed.is_first():
+            return
         if not has_bar and 10 * self._done // self._total > before:
             print(f"{self._done}/{self._total} responses, {rate}", file=sys.stderr)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 from pfjax.tasks.problems import (
     BY_THEMSELVES,
     Fields,
@@ -90,7 +90,7 @@ def read(
     problems = [problem for _, problem in read_rows(name, folder, seed, fields)]
     if name not in BENCHMARKS:
         check_fields(fields, problems)
-        stem = pathlib.Path(name).stem
+        stem = pathlib.PurePath(name).stem
         named = next((k for k in BENCHMARKS if _is_named(k, stem)), "")
         _check_content(named, problems)
     return problems
@@ -102,7 +102,7 @@ def read_rows(
     """As `read`, each problem with where it stands, for messages."""
     known = BENCHMARKS.get(name)
     if known is None:
-        is_bare = re.fullmatch(r"[\w-]+", name) and not pathlib.Path(name).exists()
+        is_bare = re.fullmatch(r"[\w-]+", name) and not storage.exists(name)
         if is_bare:
             near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{', '.join(BENCHMARKS)}"
@@ -137,8 +137,8 @@ def _source_of(name: str, known: Benchmark, folder: str) -> str:
     if folder:
         stems = [x + y for x in (name, *known.aliases) for y in ("", "/test")]
         files = [stem + suffix for stem in stems for suffix in dataset_io.FILES]
-        places = [pathlib.Path(folder).expanduser() / file for file in files]
-        source = next((str(p) for p in places if p.is_file()), None)
+        places = (storage.place(folder) / file for file in files)
+        source = next((str(p) for p in places if storage.exists(p)), None)
         if source is None:
             raise ValueError(f"{folder} has none of {files}")
     if not source:
@@ -157,9 +157,9 @@ def name_of(source: str) -> str:
     >>> name_of("HuggingFaceH4/MATH-500@main:test"), name_of("~/sets/my.jsonl")
     ('MATH-500', 'my')
     """
-    if pathlib.Path(source).suffix.lower() not in dataset_io.FILES:
+    if pathlib.PurePath(source).suffix.lower() not in dataset_io.FILES:
         return re.split("[:@]", source)[0].rstrip("/").rpartition("/")[2]
-    return pathlib.Path(source).stem
+    return pathlib.PurePath(source).stem
 
 
 def version_of(problems: list[Problem]) -> str:

@@ -18,12 +18,12 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import random
 import re
 import tomllib
 from typing import Any, NamedTuple
 
+from pfjax.infra import storage
 from pfjax.tasks.reward_functions import Failed, count_failed
 from pfjax.tasks.reward_worker import wait_for
 
@@ -53,7 +53,7 @@ def read(path: str) -> JudgeConfig:
       ValueError: if it cannot be read, or says too little or too much.
     """
     try:
-        values = tomllib.loads(pathlib.Path(path).expanduser().read_text())
+        values = tomllib.loads(storage.read_text(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"judge {path}: {error}") from None
     values = {"options": {}} | values

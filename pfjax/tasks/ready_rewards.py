@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
-import pathlib
 import re
 import resource
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from pfjax.infra import storage
 
 _BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 _MEMORY_BYTES = 2 * 2**30
@@ -39,10 +40,10 @@ def regex(pattern: str) -> Callable:
 
 def check_reward_model(folder: str) -> None:
     """Raises ValueError if there is no reward model that could be loaded."""
-    config = pathlib.Path(folder).expanduser() / "config.json"
-    if not config.is_file():
+    config = storage.place(folder) / "config.json"
+    if not storage.exists(config):
         raise ValueError(f"reward_model:{folder}: there is no {config}")
-    kinds = json.loads(config.read_text()).get("architectures") or []
+    kinds = json.loads(storage.read_text(config)).get("architectures") or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         found = ", ".join(kinds) or "nothing"
         raise ValueError(
@@ -66,7 +67,7 @@ def reward_model(folder: str) -> Callable:
     import torch
     import transformers
 
-    folder = pathlib.Path(folder).expanduser()
+    folder = storage.local_copy(folder)
     tok = transformers.AutoTokenizer.from_pretrained(folder)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pfjax.infra import storage
 from pfjax.tasks import reward_worker
 
 _WORKER = "pfjax.tasks.reward_worker"
@@ -82,12 +83,21 @@ def argument(spec: str) -> tuple[str, str]:
     return kind, rest[1:-1] if is_quoted else rest
 
 
+def source(spec: str) -> str:
+    """What a function is in, or what describes it: the part before its name in
+    "FILE.py:NAME", the argument of one that comes with pfjax."""
+    kind, given = argument(spec)
+    return given if kind in (*READY, "judge") else spec.rpartition(":")[0]
+
+
 def _command(spec: str) -> list[str]:
     """What runs a function in a process of its own."""
     if spec.startswith(_PROGRAM):
         return shlex.split(spec.removeprefix(_PROGRAM))
     kind, given = argument(spec)
     ready = [f"pfjax.tasks.ready_rewards:{kind}", given]
+    if storage.is_remote(where := source(spec)) and kind not in READY:
+        spec = f"{storage.local_copy(where)}:{spec.rpartition(':')[2]}"
     return [sys.executable, "-m", _WORKER, *(ready if kind in READY else [spec])]
 
 

@@ -5,15 +5,15 @@ Rewards are float32 `[S]`, the samples of a prompt side by side.
 
 import contextlib
 import difflib
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from pfjax.batch import Rollout, RolloutBatch
-from pfjax.infra import distributed
+from pfjax.infra import distributed, storage
 from pfjax.model import log_probs, tokenizer
 from pfjax.tasks import judge, ready_rewards, reward_functions
 from pfjax.tasks.data import PromptSet
@@ -140,19 +140,15 @@ class Reward(contextlib.AbstractContextManager):
             for function in self.functions.values():
                 function.check()
 
-    def files(self) -> list[pathlib.Path]:
+    def files(self) -> list[epath.Path]:
         """Files that functions are in, or are described in, as far as they are named."""
-        parts = map(reward_functions.argument, self.functions)
-        found = (given if kind == "judge" else kind for kind, given in parts)
-        is_file = lambda x: x.endswith((".py", ".toml"))
-        return [pathlib.Path(x).expanduser() for x in found if is_file(x)]
+        found = (reward_functions.source(name) for name in self.functions)
+        return [storage.place(x) for x in found if x.endswith((".py", ".toml"))]
 
-    def models(self) -> list[pathlib.Path]:
+    def models(self) -> list[epath.Path]:
         """Folders of reward models."""
         parts = map(reward_functions.argument, self.functions)
-        return [
-            pathlib.Path(x).expanduser() for kind, x in parts if kind == "reward_model"
-        ]
+        return [storage.place(x) for kind, x in parts if kind == "reward_model"]
 
     @property
     def failures(self) -> int:

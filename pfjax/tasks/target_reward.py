@@ -125,5 +125,8 @@ def started(
         reward.start()
         out = ResponseReward(reward, grader, tok, problems)
         yield out
-        if out.error:
-            raise out.error
+        (has_failed,) = distributed.any_of((out.error is not None,))
+        if has_failed:
+            raise out.error or ValueError(
+                f"reward={text}: failed on another process, see what it said"
+            )

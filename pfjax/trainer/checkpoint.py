@@ -45,7 +45,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep_best: int):
         # Orbax reports every file, and what it then raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        directory.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(directory)
         self._directory = directory
         self._remove_damaged_metrics()
         policies = ocp.training.preservation_policies
@@ -181,7 +181,7 @@ class Checkpoints:
         if distributed.is_first():
             for file in self._directory.glob("[0-9]*/metrics/metrics"):
                 try:
-                    json.loads(file.read_text())["best"]
+                    json.loads(storage.read_text(file))["best"]
                 # Bytes that are no text are a ValueError.
                 except (ValueError, KeyError):
                     print(f"{file} is damaged: that checkpoint counts without it")
@@ -219,7 +219,8 @@ def saved_steps(directory: epath.Path) -> list[int]:
 def best_step(directory: epath.Path) -> int | None:
     """The one of the best metric; None if none has any."""
     files = {n: directory / f"{n}/metrics/metrics" for n in saved_steps(directory)}
-    found = {n: json.loads(x.read_text()) for n, x in files.items() if x.exists()}
+    there = {n: x for n, x in files.items() if x.exists()}
+    found = {n: json.loads(storage.read_text(x)) for n, x in there.items()}
     return max(found, key=lambda n: found[n]["best"], default=None)
 
 

@@ -2,14 +2,14 @@
 target. Mistakes in them are said before anything heavy starts."""
 
 import difflib
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import FrozenConfigDict
 
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 from pfjax.model import hf, hf_config, tokenizer
 from pfjax.model.transformer import ModelConfig, check_tokens
 from pfjax.tasks import benchmarks, data
@@ -125,7 +125,7 @@ def fingerprints(
     base: str,
     reward: Reward,
     own_psi: Reward,
-    code: list[pathlib.Path],
+    code: list[epath.Path],
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
     tokenizer may change under a config that does not. Of a reward's functions too, of all
@@ -146,14 +146,14 @@ def fingerprints(
         rows = [repr(dict(p.columns)) for p in inputs.train.problems]
         found["columns of the prompts"] = rows
         if files := reward.files():
-            found[run_config.REWARD_CODE] = [path.read_text() for path in files]
-    found |= {f"code of {path}": path.read_text() for path in (*code, *own_psi.files())}
+            found[run_config.REWARD_CODE] = [*map(storage.read_text, files)]
+    found |= {f"code of {x}": storage.read_text(x) for x in (*code, *own_psi.files())}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if adapter:
         folder = hf.resolve_adapter(adapter)
         out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
     for folder in reward.models():
-        out[f"reward model {folder}"] = hf.fingerprint(folder)
+        out[f"reward model {folder}"] = hf.fingerprint(storage.local_copy(folder))
     if base:
         out["checkpoint of the base"] = hf.fingerprint(hf.resolve(base))
     return out

@@ -58,7 +58,7 @@ class Lease(contextlib.AbstractContextManager):
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._path.read_text())
+            return json.loads(storage.read_text(self._path))
         except (OSError, json.JSONDecodeError):  # none, or a write that was cut short
             return None
 

@@ -1,5 +1,7 @@
 """Where metrics are written: `metrics.jsonl`, TensorBoard, W&B."""
 
+import contextlib
+import functools
 import json
 import pathlib
 import tempfile
@@ -9,7 +11,8 @@ from typing import Any
 from etils import epath
 
 from pfjax.infra import distributed, storage
-from pfjax.infra.dataset_io import read_jsonl, write_jsonl
+from pfjax.infra.dataset_io import as_jsonl, read_jsonl, write_jsonl
+from pfjax.infra.uploads import GROWING_EVERY, Uploads
 from pfjax.trainer import tracking
 
 _COMPLETIONS_SHOWN = 8  # of an evaluation in TensorBoard
@@ -19,6 +22,9 @@ class Writer:
     """Writes metrics and completions to the run's folder, as TensorBoard events, and
     perhaps to W&B; a context manager. Of several processes the first writes, the others
     only keep the history.
+
+    To a bucket metrics and events are written in the background: `flush` comes before a
+    checkpoint, so that a run that is killed finds all rows up to it.
 
     Args:
       workdir: the run's folder.
@@ -38,7 +44,8 @@ class Writer:
         rows = read_jsonl(self._path)
         self.history = [r for r in rows if r["step"] <= last_step]
         self._shown = {r["step"]: r for r in self.history}
-        self._board = self._tracker = None
+        self._board = self._tracker = self._uploads = None
+        self._stack = contextlib.ExitStack()
         if not distributed.is_first():
             return
         from tensorboardX import SummaryWriter
@@ -50,7 +57,9 @@ class Writer:
         write_jsonl(self._path, self.history)
         self._events = pathlib.Path(workdir)
         if storage.is_remote(workdir):  # its events can only be written to a disk
-            self._events = pathlib.Path(tempfile.mkdtemp(prefix="pfjax-"))
+            new = tempfile.TemporaryDirectory(prefix="pfjax-")
+            self._events = pathlib.Path(self._stack.enter_context(new))
+            self._uploads = self._stack.enter_context(Uploads())
         self._board = SummaryWriter(str(self._events), purge_step=last_step + 1)
         text = textwrap.indent(json.dumps(config, indent=2), "    ")
         self._board.add_text("config", text, max(last_step, 0))
@@ -62,10 +71,19 @@ class Writer:
         if self._board is None:
             return
         self._board.close()
-        if storage.is_remote(self._workdir):
-            storage.upload(self._events, self._workdir)
+        self._put_events()
+        self._stack.__exit__(kind, *unused)
         if self._tracker is not None:
             self._tracker.finish(kind)
+
+    def flush(self) -> None:
+        """Returns once the metrics are in the run's folder.
+
+        Raises:
+          OSError: if they could not be written.
+        """
+        if self._uploads is not None:
+            self._uploads.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Adds the row of a step, or replaces it by a fuller one."""
@@ -75,11 +93,28 @@ class Writer:
         if self._board is None:
             return
         # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
-        write_jsonl(self._path, self.history)
+        text = as_jsonl(self.history)
+        if self._uploads is None:
+            storage.write_text(self._path, text)
+        else:
+            self._uploads.put(self._path, text.encode)
         for name, value in tracking.only_new(self._shown, row).items():
             self._board.add_scalar(name, value, step)
+        self._put_events()
         if self._tracker is not None:
             self._tracker.log(row)
+
+    def _put_events(self) -> None:
+        """Has the events so far copied to the bucket."""
+        if self._uploads is None:
+            return
+        for file in self._events.glob("events.*"):
+            read = functools.partial(self._read_events, file)
+            self._uploads.put(self._workdir / file.name, read, GROWING_EVERY)
+
+    def _read_events(self, file: pathlib.Path) -> bytes:
+        self._board.flush()
+        return file.read_bytes()
 
     def write_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes the responses of an evaluation, and shows some; before its scores."""

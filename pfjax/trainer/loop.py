@@ -76,7 +76,7 @@ def train_and_evaluate(
     run_config.check_workdir(config, folder)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh, functions)
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         if distributed.is_first():
             stack.enter_context(Lease(folder))
             run_config.write_config(config, folder)
@@ -240,7 +240,8 @@ class _Run:
             return {}
         found = trainer.measure_match(policy, trainer.base_policy, self.grader)
         if distributed.is_first():
-            (self.folder / "match.json").write_text(json.dumps(found, indent=2) + "\n")
+            text = json.dumps(found, indent=2) + "\n"
+            storage.write_text(self.folder / "match.json", text)
         return found
 
     def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
@@ -281,6 +282,7 @@ class _Run:
             about = {"step": step, "prompts": cursor, "identity": self.identity}
             metric = metrics.value_of(self.best_metric, self.writer.history[-1])
             replay = self.trainer.replay.arrays()
+            self.writer.flush()  # a resumed run finds the rows of the steps before
             self.checkpoints.save(step, state, about, metric, replay)
         if has_failed:
             self.checkpoints.wait()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 from pfjax.model import hf, tokenizer
 from pfjax.trainer import run_config, schedules
 
@@ -79,9 +79,7 @@ def command(config: FrozenConfigDict) -> str:
 def hub_id(name: str) -> str | None:
     """A name on the hub, without its revision; None for what lies on this machine."""
     name = name.partition("@")[0]
-    is_file = (
-        name.endswith(dataset_io.FILES) or pathlib.Path(name).expanduser().exists()
-    )
+    is_file = name.endswith(dataset_io.FILES) or storage.exists(name)
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("pfjax/")
     return name if is_id and not is_file else None
 

@@ -10,7 +10,7 @@ import sys
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from pfjax.infra import dataset_io, storage
+from pfjax.infra import dataset_io
 from pfjax.sampler.options import TokenFilters
 from pfjax.tasks import benchmarks
 from pfjax.trainer import checkpoint, run_config
@@ -21,23 +21,15 @@ _SOME_PROMPT = "What is 17 + 25?"
 def next_steps(config: FrozenConfigDict, folder: epath.Path) -> str:
     """What can be done with a run that has ended, for the shell it was started in."""
     lines = [shlex.join(["report", str(folder), f"--out={folder / 'report'}"])]
-    model, out = str(folder / "hf"), str(folder / "scores")
     best = ["--best"] if checkpoint.best_step(folder / "checkpoints") else []
-    export = ["export", str(folder), *best]
-    if storage.is_remote(folder):  # models are loaded from this machine
-        model, out = f"{folder.name}-hf", f"{folder.name}-scores"
-        export += [f"--out={model}"]
-        lines += [shlex.join(export)]
-    shared = [f"--model={model}", f"--max_new_tokens={config.max_new_tokens}"]
+    shared = [f"--model={folder / 'hf'}", f"--max_new_tokens={config.max_new_tokens}"]
     shared += _given(config, "data.chat_template_kwargs", "data.clock")
     prompt = [f"--prompt={_shortest_prompt(folder)}", *_given(config, "data.suffix")]
     lines += [shlex.join(["sample", *shared, *prompt])]
     if config.data.eval:
-        lines += [
-            shlex.join(["evaluate", *shared, *_evaluation(config), f"--out={out}"])
-        ]
-    if not storage.is_remote(folder):
-        lines += [shlex.join(export)]
+        out = f"--out={folder / 'scores'}"
+        lines += [shlex.join(["evaluate", *shared, *_evaluation(config), out])]
+    lines += [shlex.join(["export", str(folder), *best])]
     shown = "\n".join(f"  {program()} {line}" for line in lines)
     return (
         f"next:\n{shown}\n"

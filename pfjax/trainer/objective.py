@@ -2,16 +2,17 @@
 
 import functools
 import os
-import pathlib
 import traceback
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import FrozenConfigDict
 
 from pfjax import objectives
 from pfjax.batch import TrajectoryStats
+from pfjax.infra import storage
 from pfjax.objectives import Objective, ObjectiveConfig
 from pfjax.targets import Target
 from pfjax.tasks import reward_worker
@@ -60,22 +61,25 @@ def of_config(c: FrozenConfigDict, given: Any = None) -> ObjectiveConfig:
     return out
 
 
-def code(spec: str) -> list[pathlib.Path]:
+def code(spec: str) -> list[epath.Path]:
     """The file that an objective is in, if its name is of one."""
     where = spec.rpartition(":")[0]
-    return [pathlib.Path(where).expanduser()] if where.endswith(".py") else []
+    return [storage.place(where)] if where.endswith(".py") else []
 
 
 def _loaded(spec: str) -> Any:
-    text = "".join(x.read_text() for x in code(spec) if x.is_file())
-    return _load(spec, text)
+    there = [path for path in code(spec) if storage.exists(path)]
+    return _load(spec, "".join(map(storage.read_text, there)))
 
 
 @functools.lru_cache(maxsize=16)
 def _load(spec: str, text: str) -> Any:
     """What a name means; again where the text of its file has changed."""
     try:
-        return reward_worker.find(spec)
+        files, name = code(spec), spec.rpartition(":")[2]
+        return reward_worker.find(
+            f"{storage.local_copy(files[0])}:{name}" if files else spec
+        )
     except Exception as error:  # whatever a file of one's own may raise
         raise _error(spec, error) from error
 

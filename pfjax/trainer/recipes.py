@@ -29,7 +29,7 @@ def recipe_path(name: str) -> str:
       ValueError: if it is neither a recipe nor a file, with the nearest name.
     """
     head, colon, argument = name.partition(":")
-    stem, known = pathlib.Path(head).stem, recipe_paths()
+    stem, known = pathlib.PurePath(head).stem, recipe_paths()
     if head in known:
         return f"{known[head]}{colon}{argument}"
     if pathlib.Path(head).is_file():

@@ -2,9 +2,10 @@
 
 import json
 
+import datasets
 import pytest
 
-from pfjax.infra import dataset_io
+from pfjax.infra import dataset_io, storage
 
 # What `str.splitlines` takes for the end of a line, and text may hold.
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -71,3 +72,18 @@ def test_mistakes_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         dataset_io.read(str(tmp_path / name))
+
+
+def test_files_of_every_kind_are_read_from_a_bucket(bucket, tmp_path):
+    rows = [{"prompt": "é", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    (tmp_path / "p.csv").write_text("prompt,answer\né,1\nb,2\n")
+    dataset_io.write_jsonl(tmp_path / "p.jsonl", rows)
+    storage.upload(tmp_path, storage.place(f"{bucket}/data"))
+    for suffix in dataset_io.FILES:
+        found = dataset_io.read(f"{bucket}/data/p{suffix}")
+        assert [row for _, row in found] == rows
+        assert found[0][0].startswith(f"{bucket}/data/p{suffix}")
+    with pytest.raises(ValueError, match=f"did you mean {bucket}/data/p.jsonl"):
+        dataset_io.read(f"{bucket}/data/pp.jsonl")

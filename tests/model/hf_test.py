@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pfjax.infra import sharding
+from pfjax.infra import sharding, storage
 from pfjax.model import hf, hf_config, log_probs, tokenizer, transformer, weights
 from pfjax.sampler import engine
 from tests.conftest import run_on_two_processes
@@ -391,7 +391,7 @@ def test_two_processes_load_what_one_does(folder, tmp_path, tiny_policy):
     """A model in many files onto 2 processes of 4 devices, and out of them again."""
     out = tmp_path / "out"
     code = """
-from pfjax.infra import sharding
+from pfjax.infra import sharding, storage
 from pfjax.model import hf
 source, out = args
 policy = hf.load(source, sharding.make_mesh(data=1, fsdp=4, tensor=2))
@@ -423,3 +423,28 @@ def test_abstract_parameters_match_initialised_ones(tiny_config):
         transformer.abstract_params(tiny_config),
         made,
     )
+
+
+def test_a_model_is_saved_to_a_bucket_and_loaded_from_it(bucket):
+    """An old one is replaced; what is none is refused as in a folder."""
+    policy = hf.load("pfjax/toy")
+    storage.write_text(f"{bucket}/m/model-00001-of-00002.safetensors", "old")
+    for scale in (1.0, 2.0):  # the newest is loaded
+        params = {**policy.params, "embed": scale * policy.params["embed"]}
+        hf.save(policy._replace(params=params), f"{bucket}/m", base="pfjax/toy")
+        found = hf.load(f"{bucket}/m")
+        np.testing.assert_array_equal(found.params["embed"], params["embed"])
+    assert not storage.exists(f"{bucket}/m/model-00001-of-00002.safetensors")
+    storage.write_text(f"{bucket}/run/metrics.jsonl", "")
+    storage.write_text(f"{bucket}/run/hf/config.json", "{}")
+    storage.write_text(f"{bucket}/other/x", "")
+    for name, said in (
+        ("run", f"its model is in hf: give {bucket}/run/hf"),
+        ("other", f"model folder {bucket}/other has no config.json"),
+        ("none", f"model folder {bucket}/none does not exist"),
+        ("none.gguf", f"{bucket}/none.gguf does not exist"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            hf.resolve(f"{bucket}/{name}")
+    with pytest.raises(ValueError, match="something other than a model"):
+        hf.save(policy, f"{bucket}/other")

@@ -148,7 +148,7 @@ def test_a_source_that_is_not_there_is_named_with_what_may_be_meant(tmp_path, to
         (tmp_path / "none.txt", "none.txt does not exist"),
         (tmp_path / "folder", r"is a folder \(give a file\) which could not be"),
         ("", "must be named"),
-        ("gs://bucket/p.jsonl", "read from a disk, copy the file"),
+        ("gs:/bucket/p.jsonl", "did you mean gs://bucket/p.jsonl"),
         ("math50", r"no benchmark 'math50'.*did you mean math500\?"),
         ("someone/some-data", "could not be loaded as a data set of the Hugging Face"),
         ("someone/some-data@main:train", "could not be loaded"),

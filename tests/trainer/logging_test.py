@@ -171,19 +171,39 @@ def test_a_run_that_wandb_does_not_know_is_given_it_whole(tmp_path, wandb):
 
 
 def test_wandb_keeps_the_id_in_a_bucket_and_its_files_on_a_disk(
-    tmp_path, wandb, monkeypatch
+    tmp_path, wandb, monkeypatch, bucket
 ):
-    monkeypatch.setattr(storage, "is_remote", lambda _: True)
     local = tmp_path / "local"
     local.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(local))
-    bucket = epath.Path(tmp_path / "bucket")
-    with logging.Writer(bucket, -1, CONFIG, "project") as writer:
+    folder = storage.place(f"{bucket}/run")
+    with logging.Writer(folder, -1, CONFIG, "project") as writer:
         writer.write(0, {"x": 0})
     (place,) = local.glob("pfjax-*/wandb/..")
     (run,) = _offline_runs(place)
-    kept = json.loads((bucket / "wandb.json").read_text())
+    kept = json.loads(storage.read_text(folder / "wandb.json"))
     assert run["run"][0].run_id == kept["id"]
+
+
+def test_metrics_of_a_run_in_a_bucket_cost_one_request_off_its_way(bucket, gcs_server):
+    """And are there once it says so, before a checkpoint; events while it goes on."""
+    folder = storage.place(f"{bucket}/run")
+    with logging.Writer(folder, -1, CONFIG) as writer:
+        before = len(gcs_server.requests(bucket))
+        for step in range(50):
+            writer.write(step, {"x": step})
+        writer.flush()
+        # Two at most of each file, as all of this takes less than a second or so.
+        assert len(gcs_server.requests(bucket)) - before <= 6
+        rows = read_jsonl(folder / "metrics.jsonl")
+        assert rows == writer.history and len(rows) == 50
+        (events,) = folder.glob("events.out.tfevents*")
+        size = len(storage.read_bytes(events))
+        writer.write(50, {"x": 50})
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl")] == [*range(51)]
+    assert len(storage.read_bytes(events)) > size > 0
+    with logging.Writer(folder, 30, CONFIG) as writer:
+        assert len(writer.history) == 31
 
 
 def test_a_wandb_that_cannot_be_used_is_one_line(tmp_path, wandb, monkeypatch):

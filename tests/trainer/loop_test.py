@@ -15,10 +15,10 @@ import safetensors.numpy
 
 from configs import default, smoke
 from pfjax import objectives
-from pfjax.infra import dataset_io, hardware, sharding
+from pfjax.infra import dataset_io, hardware, sharding, uploads
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
-from pfjax.trainer import behavior, config_checks, loop, setup
+from pfjax.trainer import behavior, checkpoint, config_checks, loop, setup
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -1149,3 +1149,20 @@ def test_samples_of_another_target_are_refused(config, tmp_path):
         other.update_from_flattened_dict(changes)
         with pytest.raises(ValueError, match=message):
             loop.train_and_evaluate(other, str(tmp_path / "run"))
+
+
+def test_in_a_bucket_metrics_of_a_step_are_written_before_its_checkpoint(
+    config, bucket, monkeypatch
+):
+    """A run that is killed then finds the rows of all steps that it does not do again."""
+    monkeypatch.setattr(uploads, "_EVERY", 3600.0)  # the background is too late
+    found, save = [], checkpoint.Checkpoints.save
+
+    def look(self, step, *args, **kwargs):
+        rows = dataset_io.read_jsonl(f"{bucket}/run/metrics.jsonl")
+        found.append((step, [r["step"] for r in rows]))
+        save(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", look)
+    loop.train_and_evaluate(config, f"{bucket}/run")
+    assert found == [(2, [0, 1, 2]), (4, [0, 1, 2, 3, 4])]

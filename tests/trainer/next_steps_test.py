@@ -9,7 +9,6 @@ import pytest
 from etils import epath
 from ml_collections import FrozenConfigDict
 
-from pfjax.infra import storage
 from pfjax.trainer import next_steps, settings
 
 
@@ -59,12 +58,11 @@ def test_what_a_run_does_not_have_is_not_asked_for(tmp_path):
     assert "--prompt=it's" in _commands(tmp_path)["sample"]
 
 
-def test_a_run_in_a_bucket_is_exported_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "is_remote", lambda _: True)
-    found = _commands(tmp_path / "run")
-    assert list(found) == ["report", "export", "sample", "evaluate"]
-    assert found["export"][-1] == "--out=run-hf"
-    assert "--model=run-hf" in found["sample"]
+def test_a_run_in_a_bucket_is_used_where_it_is(bucket):
+    found = _commands(f"{bucket}/run")
+    assert list(found) == ["report", "sample", "evaluate", "export"]
+    assert f"--model={bucket}/run/hf" in found["sample"]
+    assert f"--out={bucket}/run/scores" in found["evaluate"]
 
 
 @pytest.mark.parametrize(
