@@ -3,16 +3,16 @@
 #
 #   sbatch --nodes=2 launch/slurm.sh --config=configs/qwen2_5_math_1_5b.py --workdir=/shared/runs/math
 #
-# Other arguments go to pfjax.train, options of sbatch before the script override those
-# below: for 4 GPUs a node, --ntasks-per-node=4 --gpus-per-node=4. The job takes whole nodes,
+# Other arguments go to pfjax.train. Options of sbatch before the script override its defaults
+# of 8 GPUs and 8 tasks per node; for 4: --ntasks-per-node=4 --gpus-per-node=4. It takes whole nodes,
 # whose cores the tasks share evenly (--cpus-per-task=N for fewer) and whose memory is theirs.
 #
-# A run that is stopped ahead of its time limit saves, is queued again, and goes on. So does
+# Two minutes before its time limit (--time) a run saves, is queued again, and goes on. So does
 # one of which a task died (out of memory, lost its GPU), at most 10 times; one that ended by
 # a mistake (status 1 or 2) stays ended.
 #
-# One task a GPU: jax.distributed.initialize() takes the number of a task on its node for
-# the one GPU it may use, so a task a node would leave the others idle. Tasks see all GPUs
+# One task per GPU: jax.distributed.initialize() takes the number of a task on its node for
+# the one GPU it may use, so one task per node would leave the others idle. Tasks see all GPUs
 # of their node (no --gpus-per-task), which that numbering counts on.
 #SBATCH --job-name=pfjax
 #SBATCH --exclusive
