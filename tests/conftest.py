@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import traceback
 
 # A test that asks the hub fails at once instead of waiting for a network. Before the
@@ -54,8 +55,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda x: -slow[x.path])
 
 
+# Seconds since the epoch: .ci/run has no time for slow tests after it.
+_SLOW_UNTIL = float(os.environ.get("PFJAX_SLOW_UNTIL", "inf"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and time.time() > _SLOW_UNTIL:
+        pytest.skip("a slow test, and this machine is slow: no time is left")
     """Most tests compile for longer than they compute: a third of the time of all."""
     is_long = item.get_closest_marker("long_running") is not None
     jax.config.update("jax_disable_most_optimizations", not is_long)
