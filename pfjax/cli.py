@@ -304,6 +304,14 @@ def _columns(rows: Iterable[tuple[str, str]], width: int) -> str:
 _PACKAGE = os.path.dirname(__file__)
 
 
+_NO_MEMORY = (
+    "a device is out of memory. In training set --config.microbatch_size=1, or "
+    "--config.rollout_slots to fewer if it was in a rollout (both may change when a run is "
+    "continued); in sampling --slots. docs/how-to/memory.md has more, and `pfjax plan` tells "
+    "what fits"
+)
+
+
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """Ends the program with the message of what a person can do something about.
@@ -321,6 +329,8 @@ def mistakes_in_one_line() -> Iterator[None]:
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         if "jax" in sys.modules and distributed.is_loss(error):
             distributed.end_lost(error)
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            sys.exit(f"error: {_NO_MEMORY}\n{str(error).splitlines()[0]}")
         # Kinds of RuntimeError, the compiler's or an unwritten method, are no mistakes
         # of the person's.
         is_kind = isinstance(error, RuntimeError) and type(error) is not RuntimeError

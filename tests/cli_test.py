@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from pfjax import __main__ as command
+from pfjax import cli
 from pfjax.trainer import recipes, settings
 from tests.conftest import ROOT, run_command
 
@@ -173,3 +175,18 @@ def test_recipes_are_found_by_name_and_by_path():
     assert recipes.recipe("study:grpo").objective == "grpo"
     with pytest.raises(ValueError, match="did you mean reasoning"):
         recipes.recipe("reasonin")
+
+
+def test_a_device_without_memory_says_what_to_lower():
+    """What XLA says of it, a page at times, is cut to its first line."""
+    text = (
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nAllocator"
+    )
+    with pytest.raises(SystemExit) as end, cli.mistakes_in_one_line():
+        raise jax.errors.JaxRuntimeError(text)
+    said, first = end.value.code.splitlines()
+    assert said.startswith("error: ") and "--config.microbatch_size=1" in said
+    assert first == text.splitlines()[0]
+    # What else the compiler says is no mistake of the person's.
+    with pytest.raises(jax.errors.JaxRuntimeError), cli.mistakes_in_one_line():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no algorithm was found")
