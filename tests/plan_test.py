@@ -240,7 +240,7 @@ def test_rows_per_micro_batch_follow_the_memory_and_the_work():
 
 def test_what_is_resident_leaves_rows_less_room():
     config = plans.config_of("qwen2_5_math_1_5b")
-    mesh = aot.abstract_mesh("h100:8", 1, 8, 1)
+    mesh = aot.abstract_mesh("h100:8", data=1, fsdp=8, tensor=1)
     model = dataclasses.replace(plans.base_of(config), dtype="bfloat16")
     sizes = {"pack_length": 4096, "most": 128, "remat": "full", "param_bytes": 2**30}
     rows = [

@@ -11,21 +11,22 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh = Mesh | AbstractMesh
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis of a parameter or an activation -> mesh axes it is split over.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
     "batch": ("data", "fsdp"),
+    "tokens": ("context",),  # of a packed row
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     # The head's vocabulary takes every device that holds weights: then no chunk
     # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
-    "vocab": ("fsdp", "tensor"),
+    "vocab": ("fsdp", "context", "tensor"),
 }
 
 
@@ -34,8 +35,9 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    context: int = 1,
 ) -> Mesh:
-    """A `data x fsdp x tensor` mesh over all devices; see `mesh_sizes`.
+    """A `data x fsdp x context x tensor` mesh over all devices; see `mesh_sizes`.
 
     Where a multiple of the nodes holds whole copies of the weights, a copy lies within
     one node: what it is split over stays on fast links.
@@ -45,35 +47,37 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     nodes = num_nodes(devices)
-    sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes)
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes, context)
     # Two of the four devices of a side, say, may be an axis.
     split = {"allow_split_physical_axes": True}
     if nodes > 1 and sizes[0] % nodes == 0:
         inside = (sizes[0] // nodes, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
-            inside, (nodes, 1, 1), devices, **split
+            inside, (nodes, *(1,) * len(inside[1:])), devices, **split
         )
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, **split)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
-    """A mesh of the same devices in the same order, of which `tensor` share each matrix:
-    for programs that keep weights whole otherwise. The mesh itself if that is 0.
+    """A mesh of the same devices in the same order, of which `tensor` share each matrix
+    and none a row: for rollouts, which keep weights whole otherwise. 0 means as many as
+    before.
 
     Raises:
       ValueError: if it does not divide the devices of a copy of the weights.
     """
-    inside = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    if not tensor or tensor == mesh.shape["tensor"]:
-        return mesh
+    data, *inside = mesh.shape.values()
+    tensor, inside = tensor or mesh.shape["tensor"], math.prod(inside)
     if inside % tensor:
         raise ValueError(
-            f"--config.rollout_tensor={tensor} does not divide mesh.fsdp * mesh.tensor = "
-            f"{inside}"
+            f"--config.rollout_tensor={tensor} does not divide the {inside} devices of a "
+            "copy of the weights (mesh.fsdp * mesh.context * mesh.tensor)"
         )
-    sizes = (mesh.shape["data"], inside // tensor, tensor)
+    sizes = (data, inside // tensor, 1, tensor)
+    if sizes == tuple(mesh.shape.values()):
+        return mesh
     if isinstance(mesh, AbstractMesh):
         return mesh.update(axis_sizes=sizes)
     return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
@@ -90,18 +94,20 @@ def num_nodes(devices: Sequence[jax.Device]) -> int:
 
 
 def mesh_sizes(
-    data: int, fsdp: int, tensor: int, devices: int, nodes: int = 1
-) -> tuple[int, int, int]:
-    """Resolves the sizes of the axes: one may be -1, which takes what is left; `data=0` is
-    one copy of the weights per node, or what is left if both others are given.
+    data: int, fsdp: int, tensor: int, devices: int, nodes: int = 1, context: int = 1
+) -> tuple[int, int, int, int]:
+    """Resolves the sizes of the axes, in the order of `MESH_AXES`: one may be -1, which
+    takes what is left; `data=0` is one copy of the weights per node, or what is left if
+    all others are given.
 
     Raises:
       ValueError: if they do not multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     if data == 0:
-        inside = math.prod(size for size in (fsdp, tensor) if size != -1)
-        is_open, fits = -1 in (fsdp, tensor), devices % (nodes * max(inside, 1)) == 0
+        of_copy = (fsdp, context, tensor)
+        inside = math.prod(size for size in of_copy if size != -1)
+        is_open, fits = -1 in of_copy, devices % (nodes * max(inside, 1)) == 0
         sizes["data"] = -1 if not is_open else nodes if fits else 1
     free = [name for name, size in sizes.items() if size == -1]
     given = math.prod(size for size in sizes.values() if size != -1)
@@ -119,19 +125,20 @@ def spec(
     mesh: AnyMesh,
     axes: tuple[str | None, ...],
     shape: tuple[int, ...],
-    without: tuple[str, ...] = (),
+    only: tuple[str, ...] = MESH_AXES,
 ) -> PartitionSpec:
-    """The partition of an array whose dimensions have these logical axes.
+    """The partition of an array whose dimensions have these logical axes, over the mesh
+    axes of `only`.
 
     Key/value heads too few to split are replicated; so is an axis whose mesh axes an
-    earlier dimension took, or `over_batch` did, or which are among `without`.
+    earlier dimension took, or `over_batch` did.
 
     Raises:
       ValueError: if another dimension does not divide by its mesh axes.
     """
-    parts, taken = [], {*mesh.manual_axes, *without}
+    free, parts = set(only) - set(mesh.manual_axes), []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(n for n in RULES[axis] if n not in taken and mesh.shape[n] > 1)
+        names = tuple(n for n in RULES[axis] if n in free and mesh.shape[n] > 1)
         ways = math.prod(mesh.shape[n] for n in names)
         if size % ways and axis == "kv_heads":
             names = ()
@@ -141,18 +148,24 @@ def spec(
                 f"{axis} of size {size} does not divide over {ways} devices ({flags}); "
                 f"choose mesh sizes whose product divides {size}"
             )
-        taken.update(names)
+        free.difference_update(names)
         parts.append(names)
     return PartitionSpec(*parts)
 
 
 def tree_shardings(
-    mesh: AnyMesh, axes: Any, shapes: Any, without: tuple[str, ...] = ()
+    mesh: AnyMesh, axes: Any, shapes: Any, only: tuple[str, ...] = MESH_AXES
 ) -> Any:
     """Shardings of a tree of parameters from their logical axes and shapes."""
     return jax.tree.map(
-        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape, without)), shapes, axes
+        lambda x, a: NamedSharding(mesh, spec(mesh, a, x.shape, only)), shapes, axes
     )
+
+
+def rollout_shardings(mesh: AnyMesh, axes: Any, shapes: Any) -> Any:
+    """The same for rollouts, which read all weights for every token: every part of the
+    batch has them whole, split over "tensor" alone."""
+    return tree_shardings(mesh, axes, shapes, only=("tensor",))
 
 
 def part_bytes(tree: Any) -> int:
@@ -253,7 +266,8 @@ def by_copy(f: Callable[..., Any], dim: int) -> Callable[..., Any]:
 def has_copies(sizes: Mapping[str, int]) -> bool:
     """Whether a mesh of these sizes holds copies of the weights that `by_copy` separates."""
     # Of copies split along two axes XLA's partitioner aborts, at the embedding (jax 0.10.2).
-    return sizes["data"] > 1 and 1 in (sizes["fsdp"], sizes["tensor"])
+    inside = [n for axis, n in sizes.items() if axis != "data" and n > 1]
+    return sizes["data"] > 1 and len(inside) < 2
 
 
 def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:

@@ -52,8 +52,9 @@ def packed_attention(
 ) -> Float[Array, "b t h c"]:
     """Attention of each token to itself and earlier tokens of its own segment.
 
-    Under `jax.set_mesh` rows are split over its batch axes and heads over "tensor"; key
-    and value heads too few for it are repeated.
+    Under `jax.set_mesh` rows are split over its batch axes, heads over "tensor", and the
+    queries of a row over "context": these devices gather its keys and values. Key and value
+    heads too few for "tensor" are repeated.
 
     Args:
       segment_ids: of contiguous segments; those of padding are 0, and what comes out
@@ -65,11 +66,18 @@ def packed_attention(
     backend = chosen(backend, q.shape[-1], q.dtype)
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     k, v = _with_heads(math.lcm(k.shape[2], tensor), k, v)
-    heads, kv = (("batch", None, x, None) for x in ("heads", "kv_heads"))
     attend = _BACKENDS[backend]
     if backend == "cudnn":
         attend = functools.partial(attend, max_segments=max_segments or q.shape[1])
-    run = sharding.by_device(attend, (heads, kv, kv, heads[:2]), heads)
+    if split := sharding.axes_of("tokens"):
+        if backend not in _OF_PARTS:
+            raise ValueError(
+                f"{backend} attention takes whole rows: choose --config.mesh.context=1 or "
+                "--config.attention=chunked"
+            )
+        attend = functools.partial(attend, split=split)
+    queries, kv = ("batch", "tokens", "heads", None), ("batch", None, "kv_heads", None)
+    run = sharding.by_device(attend, (queries, kv, kv, kv[:2]), queries)
     return run(q, k, v, segment_ids)
 
 
@@ -81,7 +89,8 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
     platform, kind = sharding.platform()
     if platform == "tpu" and head_dim in (64, 128, 256):
         return "splash"
-    if platform == "gpu" and head_dim in (64, 128):
+    is_whole = not sharding.axes_of("tokens")
+    if platform == "gpu" and head_dim in (64, 128) and is_whole:
         if jnp.dtype(dtype).itemsize == 2 and _has_packed_cudnn(kind):
             return "cudnn"
         return "triton"
@@ -115,10 +124,13 @@ def _has_packed_cudnn(kind: str) -> bool:
     return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
-def _plain(q, k, v, segment_ids):
+def _plain(q, k, v, segment_ids, split=()):
     b, t, _, c = q.shape
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask = same & jnp.tril(jnp.ones((t, t), bool))[None]
+    at = jnp.arange(k.shape[1])
+    query = chunked_attention.part(at[None], t, split)[0]
+    of_query = chunked_attention.part(segment_ids, t, split)
+    same = of_query[:, :, None] == segment_ids[:, None, :]
+    mask = same & (query[:, None] >= at[None])[None]
     grouped = q.reshape(b, t, k.shape[2], -1, c)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = c**-0.5 * dot("btkgc,bskc->bkgts", grouped, k)
@@ -127,23 +139,38 @@ def _plain(q, k, v, segment_ids):
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _splash(q, k, v, segment_ids, interpret=False):
+def _splash(q, k, v, segment_ids, split=(), interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    t = q.shape[1]
+    t, parts = q.shape[1], k.shape[1] // q.shape[1]
+    if split and t % _BLOCK:
+        raise ValueError(
+            f"splash attention reads blocks of {_BLOCK} tokens, and {k.shape[1]} are not "
+            f"{parts} parts of whole blocks: choose --config.pack_length a multiple of "
+            f"{parts * _BLOCK}, or --config.mesh.context=1"
+        )
     q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
     _, padded, h, c = q.shape
-    # Larger blocks do more work a read; 512 keep within the memory of every TPU.
+    # Larger blocks do more work per read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
     sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
-    run = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * h),
+    run = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((k.shape[1],) * 2)] * h),
         block_sizes=splash.BlockSizes(**dict.fromkeys(sides, block)),
         residual_checkpoint_name=chunked_attention.SAVED,
+        head_shards=1,
+        q_seq_shards=parts,
         interpret=interpret,
     )
+    if split:
+        # What the kernel knows of the mask, whose queries are the second dimension, and
+        # the numbers of the queries themselves.
+        i = jax.lax.axis_index(split)
+        mine = lambda x: jnp.split(x, parts, axis=min(1, x.ndim - 1))
+        run = jax.tree.map(lambda x: jnp.stack(mine(x))[i], run)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * c**-0.5, k, v))
-    segments = splash.SegmentIds(segment_ids, segment_ids)
+    of_query = chunked_attention.part(segment_ids, padded, split)
+    segments = splash.SegmentIds(of_query, segment_ids)
     out = jax.vmap(run)(*heads_first, segments)
     return jnp.swapaxes(out, 1, 2)[:, :t]
 
@@ -249,3 +276,5 @@ _BACKENDS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
     "cudnn": _cudnn,
 }
 BACKENDS = tuple(_BACKENDS)
+# Those that attend from a part of a row to the whole of it.
+_OF_PARTS = ("plain", "chunked", "splash", "splash_interpret")

@@ -5,6 +5,7 @@ segment of a block of queries are skipped: work follows the lengths of the segme
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,40 @@ _BLOCK = 128
 _MASKED = -1e30
 
 
-def attend(q: Array, k: Array, v: Array, segment_ids: Array) -> Array:
-    """See `attention.packed_attention`. A token of padding attends to itself."""
+def attend(
+    q: Array, k: Array, v: Array, segment_ids: Array, split: tuple[str, ...] = ()
+) -> Array:
+    """See `attention.packed_attention`. A token of padding attends to itself.
+
+    Args:
+      split: mesh axes over which the queries of a row are split, while keys, values and
+        `segment_ids` are of all of it.
+    """
     b, t, h, c = q.shape
-    block = min(_BLOCK, t)
+    block = math.gcd(_BLOCK, t) if split else min(_BLOCK, t)
     q, k, v, segment_ids = (pad(x, block) for x in (q, k, v, segment_ids))
-    num, num_kv = q.shape[1] // block, k.shape[2]
+    num_kv = k.shape[2]
 
-    def blocks(x):  # [b, t, k * g, c] -> [num, b, k, g * block, c]
-        x = x.reshape(b, num, block, num_kv, -1, c)
-        return x.transpose(1, 0, 3, 4, 2, 5).reshape(num, b, num_kv, -1, c)
+    def blocks(x):  # [b, t, k * g, c] -> [t / block, b, k, g * block, c]
+        x = x.reshape(b, x.shape[1] // block, block, num_kv, -1, c)
+        return x.transpose(1, 0, 3, 4, 2, 5).reshape(
+            -1, b, num_kv, x.shape[4] * block, c
+        )
 
-    start = _segment_start(segment_ids).reshape(b, num, block).swapaxes(0, 1)
-    out = _attend(c**-0.5, blocks(q), blocks(k), blocks(v), start)
-    out = out.reshape(num, b, num_kv, h // num_kv, block, c)
+    numbers = jnp.arange(k.shape[1] // block)[None]
+    number = part(numbers, q.shape[1] // block, split)[0]
+    start = part(_segment_start(segment_ids), q.shape[1], split)
+    start = start.reshape(b, -1, block).swapaxes(0, 1)
+    out = _attend(c**-0.5, blocks(q), blocks(k), blocks(v), start, number)
+    out = out.reshape(-1, b, num_kv, h // num_kv, block, c)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, -1, h, c)[:, :t]
+
+
+def part(x: Array, num: int, split: tuple[str, ...]) -> Array:
+    """This device's `num` of the columns of `[b, t]` that are split over mesh axes."""
+    if not split:
+        return x
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(split) * num, num, axis=1)
 
 
 def pad(x: Array, multiple: int) -> Array:
@@ -64,11 +84,11 @@ def _logits(scale: float, q: Array, k: Array, start: Array, i: Array, j: Array):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, start):
-    return _forward(scale, q, k, v, start)[0]
+def _attend(scale, q, k, v, start, number):
+    return _forward(scale, q, k, v, start, number)[0]
 
 
-def _forward(scale, q, k, v, start):
+def _forward(scale, q, k, v, start, number):
     def of_queries(_, xs):
         i, q, start = xs
 
@@ -88,17 +108,17 @@ def _forward(scale, q, k, v, start):
         out = (out / total[..., None]).astype(q.dtype)
         return None, (out, top + jnp.log(total))
 
-    _, found = lax.scan(of_queries, None, (jnp.arange(len(q)), q, start))
+    _, found = lax.scan(of_queries, None, (number, q, start))
     return found
 
 
-def _attend_forward(scale, q, k, v, start):
-    found = checkpoint_name(_forward(scale, q, k, v, start), SAVED)
-    return found[0], (q, k, v, start, *found)
+def _attend_forward(scale, q, k, v, start, number):
+    found = checkpoint_name(_forward(scale, q, k, v, start, number), SAVED)
+    return found[0], (q, k, v, start, number, *found)
 
 
 def _attend_backward(scale, saved, d_out):
-    q, k, v, start, out, log_total = saved
+    q, k, v, start, number, out, log_total = saved
     # Of the softmax: the share of d(out) that goes along out.
     along = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
@@ -122,9 +142,9 @@ def _attend_backward(scale, saved, d_out):
         return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    xs = (jnp.arange(len(q)), q, start, d_out, log_total, along)
+    xs = (number, q, start, d_out, log_total, along)
     (dk, dv), dq = lax.scan(of_queries, (zeros, zeros), xs)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

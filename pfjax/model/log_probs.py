@@ -21,7 +21,7 @@ CHUNK = 512
 CPU_TILE = 4096
 # Rows that `score` runs at once.
 SCORE_ROWS = 8
-_HIDDEN, _HEAD, _TOKEN = ("batch", None, None), ("vocab", None), ("batch", None)
+_HIDDEN, _HEAD, _TOKEN = transformer.HIDDEN, ("vocab", None), transformer.HIDDEN[:2]
 
 
 @jax.custom_vjp
@@ -79,14 +79,15 @@ class _Split(NamedTuple):
     @classmethod
     def here(cls) -> "_Split":
         """As a function `by_device` will find them, seen from outside of it."""
-        return cls(sharding.axes_of("vocab"), sharding.axes_of("batch"))
+        tokens = (sharding.axes_of(axis) for axis in ("batch", "tokens"))
+        return cls(sharding.axes_of("vocab"), sum(tokens, ()))
 
 
 class _Chunks:
     """The tokens of one device that are asked for, in chunks; and what joins devices.
 
-    The vocabulary is split over `over`. Devices along "fsdp" hold other tokens, and work
-    on the chunks of all of them, each on its part of the vocabulary.
+    The vocabulary is split over `over`. Devices along "fsdp" and "context" hold other
+    tokens, and work on the chunks of all of them, each on its part of the vocabulary.
     """
 
     def __init__(

@@ -27,6 +27,9 @@ Thin = Callable[[Array, Array, str], Array]
 # (q, k, v, this layer's part of the cache) -> attention output, shaped like q.
 Attend = Callable[[Array, Array, Array, Any], Array]
 
+# Logical axes of the states of packed rows.
+HIDDEN = ("batch", "tokens", None)
+
 # Projection -> letters of the dimensions it reads and writes, see `_DIMS`.
 PROJECTIONS = {
     "wq": ("d", "hc"),
@@ -208,7 +211,7 @@ class Blocks(nnx.Module):
         y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
         gate = jax.nn.silu(project(y, "w_gate"))
         x = x + project(gate * project(y, "w_up"), "w_down")
-        return sharding.constrain(x, "batch", None, None), (k, v)
+        return x, (k, v)
 
 
 def bias_of(name: str) -> str:
@@ -240,7 +243,7 @@ class Transformer(nnx.Module):
         # V every device would compute the rows of all. And cast after: the gradients of
         # a frequent token are summed in float32.
         table = sharding.constrain(self.embed[...], None, "embed")
-        x = sharding.constrain(table[tokens].astype(c.dtype), "batch", None, None)
+        x = sharding.constrain(table[tokens].astype(c.dtype), *HIDDEN)
         angles = rope.angles(c.rope, c.head_dim, positions)
         graphdef, layers = nnx.split(self.blocks)
 
@@ -249,7 +252,8 @@ class Transformer(nnx.Module):
             args = (x, angles, attend, cache)
             if thin is not None:
                 args += (lambda y, name: thin(y, index, name),)
-            return nnx.merge(graphdef, params)(*args)
+            x, kv = nnx.merge(graphdef, params)(*args)
+            return sharding.constrain(x, *HIDDEN), kv
 
         if remat != "none":
             # Inside of a scan nothing can be merged with what is recomputed.
@@ -372,6 +376,7 @@ def apply_layers(
     graphdef, _ = _abstract(config, Blocks)
     for i, layer in enumerate(params["layers"]):
         x, _ = nnx.merge(graphdef, layer)(x, angles, attend, i)
+        x = sharding.constrain(x, "batch", None, None)
     return rms_norm(x, params["final_norm"], config.norm_eps)
 
 

@@ -63,15 +63,16 @@ def extra(topology: str) -> str:
     return "tpu" if _is_tpu(topology) else "cuda13"
 
 
-def device_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of a topology, to lower and compile for; see `can_compile`."""
+def device_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
+    """A mesh of a topology, to lower and compile for; see `can_compile`. Sizes of the axes
+    are those that `sharding.make_mesh` takes."""
     if _is_tpu(topology):
-        return tpu_mesh(topology, data, fsdp, tensor)
+        return tpu_mesh(topology, *sizes, **named)
     _, devices = parse(topology)
-    return gpu_target.mesh(topology.partition(":")[0], devices, data, fsdp, tensor)
+    return gpu_target.mesh(topology.partition(":")[0], devices, *sizes, **named)
 
 
-def tpu_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
+def tpu_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
     """A mesh of a TPU topology, to lower and compile for. Needs libtpu."""
     from jax.experimental import topologies
 
@@ -79,19 +80,19 @@ def tpu_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
     # Otherwise two devices per chip, which nobody uses.
     chip = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     found = topologies.get_topology_desc(topology, "tpu", **chip)
-    return sharding.make_mesh(data, fsdp, tensor, devices=found.devices)
+    return sharding.make_mesh(*sizes, **named, devices=found.devices)
 
 
-def abstract_mesh(topology: str, data: int, fsdp: int, tensor: int) -> AbstractMesh:
+def abstract_mesh(topology: str, **sizes: int) -> AbstractMesh:
     """A mesh of any topology, to derive shapes and shardings from."""
     chip, devices = parse(topology)
     platform = "tpu" if _is_tpu(topology) else "gpu"
     return AbstractMesh(
         sharding.mesh_sizes(
-            data, fsdp, tensor, devices, hardware.num_nodes(chip, devices)
+            **sizes, devices=devices, nodes=hardware.num_nodes(chip, devices)
         ),
         sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
+        axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
         abstract_device=AbstractDevice(chip.kinds[0], num_cores=1, platform=platform),
     )
 

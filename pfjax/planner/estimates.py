@@ -4,6 +4,8 @@ Only what a compiled program would say: temporaries and what is sent. All else f
 from shapes in either case. The tests compare them with the compiler for TPUs.
 """
 
+import math
+
 from pfjax.infra import sharding
 from pfjax.planner.roofline import Sent, Workload
 from pfjax.trainer import update_memory
@@ -25,6 +27,8 @@ def temporaries(w: Workload) -> dict[str, dict[str, int]]:
 def sent(w: Workload) -> dict[str, list[Sent]]:
     """What one device sends in each phase, by mesh axis, in rings."""
     fraction = {axis: (n - 1) / n for axis, n in w.mesh.items()}
+    over = {axis: w.mesh[axis] for axis in ("fsdp", "context") if w.mesh[axis] > 1}
+    of_weights, parts = "+".join(over), math.prod(over.values())
     # Two all-reduces per layer of the hidden states of one token, each sent twice.
     sums_of_token = 2 * 2 * 2 * w.model.num_layers * w.model.embed_dim
     summed = sums_of_token * fraction["tensor"]
@@ -33,13 +37,21 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     # their gradients summed in float32: between copies of the weights once per update.
     gathered = w.micro_batches * w.layer_bytes
     sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
+    gathered *= 1 - 1 / parts
     tokens = w.micro_batches * w.micro_batch
+    # Keys and values of a row go to all who share it; their gradients, in 32 bits, are
+    # summed.
+    shared = w.mesh["context"] - 1
+    shared *= (
+        2 * tokens * w.model.num_layers * update_memory.key_value_width(w.model, w.mesh)
+    )
     estimated = {
         "rollout": {"tensor": w.decode_steps * w.plan.slots * drawn},
-        "score": {"fsdp": gathered * fraction["fsdp"], "tensor": tokens * summed},
+        "score": {of_weights: gathered, "tensor": tokens * summed, "context": shared},
         "update": {
-            "fsdp": (2 + 2) * gathered * fraction["fsdp"],
+            of_weights: (2 + 2) * gathered,
             "tensor": 3 * tokens * summed,
+            "context": (1 + 1 + 2) * shared,
             "data": 2 * sums * w.param_bytes * fraction["data"],
         },
     }

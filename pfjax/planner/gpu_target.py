@@ -48,7 +48,7 @@ def is_installed() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in plugins)
 
 
-def mesh(kind: str, devices: int, data: int, fsdp: int, tensor: int) -> Mesh:
+def mesh(kind: str, devices: int, *sizes: int, **named: int) -> Mesh:
     """A mesh of GPUs, of a kind of `hardware.CHIPS`, to lower and compile for."""
     from jax.experimental import topologies
 
@@ -60,8 +60,9 @@ def mesh(kind: str, devices: int, data: int, fsdp: int, tensor: int) -> Mesh:
         topology=f"1x{nodes}x{devices // nodes}",
     )
     # These devices do not say which node they are of; they are in the order of nodes.
-    sizes = sharding.mesh_sizes(data, fsdp, tensor, devices, nodes)
-    return sharding.make_mesh(*sizes, devices=found.devices)
+    found_sizes = sharding.mesh_sizes(*sizes, **named, devices=devices, nodes=nodes)
+    of_axis = dict(zip(sharding.MESH_AXES, found_sizes, strict=True))
+    return sharding.make_mesh(**of_axis, devices=found.devices)
 
 
 def description(kind: str) -> str:

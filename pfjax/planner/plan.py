@@ -115,7 +115,7 @@ def _workload(
     )
     # A rollout reads a copy of the weights that is whole but for "tensor".
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
-    where = sharding.tree_shardings(rollout_mesh, axes, shapes, without=("fsdp",))
+    where = sharding.rollout_shardings(rollout_mesh, axes, shapes)
     return roofline.Workload(
         model=model,
         mesh=dict(mesh.shape),
@@ -125,7 +125,8 @@ def _workload(
         response_tokens=response_tokens,
         micro_batch=fns.shape.microbatch_size
         // sharding.batch_ways(mesh)
-        * config.pack_length,
+        * config.pack_length
+        // mesh.shape["context"],
         remat=config.remat,
         weight_bytes=sharding.part_bytes(train_fns.placed(shapes, where, model.dtype)),
         param_bytes=sharding.part_bytes(fns.state.params),

@@ -33,7 +33,7 @@ class Workload:
     max_new_tokens: int
     prompt_tokens: int  # of each prompt
     response_tokens: int  # of each response
-    micro_batch: int  # tokens of a micro-batch on each part of the batch
+    micro_batch: int  # tokens of a micro-batch on each device
     remat: str
     weight_bytes: int  # of the copy that a rollout reads
     param_bytes: int  # of the trained parameters, in float32
@@ -51,7 +51,7 @@ class Workload:
     def micro_batches(self) -> int:
         """Micro-batches that the responses of a step fill."""
         tokens = self.responses * (self.prompt_tokens + self.response_tokens)
-        ways = self.mesh["data"] * self.mesh["fsdp"]
+        ways = math.prod(self.mesh.values()) // self.mesh["tensor"]
         # Packing fills rows to 95 % or so.
         return max(1, math.ceil(tokens / (0.95 * self.micro_batch * ways)))
 

@@ -329,5 +329,5 @@ def weights(config: ModelConfig, params: Params) -> Params:
     axes = transformer.logical_axes(config)
     blocks = {name: of[1:] for name, of in axes.pop("blocks").items()}
     axes["layers"] = [blocks] * config.num_layers
-    where = sharding.tree_shardings(mesh, axes, out, without=("fsdp",))
+    where = sharding.rollout_shardings(mesh, axes, out)
     return lax.with_sharding_constraint(out, where)

@@ -319,6 +319,12 @@ _FREE: dict[str, Setting] = {
     "mesh.fsdp": Setting(
         -1, "devices that weights are split over; -1: what is left", at_least=-1
     ),
+    "mesh.context": Setting(
+        1,
+        "devices that share each packed row, and weights too, for rows too long for one; -1: "
+        "what is left",
+        at_least=-1,
+    ),
     "mesh.tensor": Setting(
         1, "devices that share each matrix; -1: what is left", at_least=-1
     ),

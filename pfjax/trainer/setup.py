@@ -216,7 +216,7 @@ def _rollout_mesh(c: FrozenConfigDict, mesh: Mesh, model: ModelConfig) -> Mesh:
     out = sharding.regrouped(mesh, c.rollout_tensor)
     try:
         axes, shapes = logical_axes(model), abstract_params(model)
-        sharding.tree_shardings(out, axes, shapes, without=("fsdp",))
+        sharding.rollout_shardings(out, axes, shapes)
     except ValueError as error:
         raise ValueError(
             f"--config.rollout_tensor={c.rollout_tensor}: {error}"

@@ -146,6 +146,7 @@ def _pack_shape(
 ) -> PackShape:
     """A shape that fits the responses of any update."""
     max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
+    sharding.spec(mesh, ("tokens",), (length,))  # refuses what does not divide
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
     ways = sharding.batch_ways(mesh)
     number = lambda rows: batch.max_microbatches(responses, max_length, rows, length)

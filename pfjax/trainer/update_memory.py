@@ -36,13 +36,15 @@ def pass_bytes(
       param_bytes: of the trained parameters that the device holds.
     """
     # Widths are in numbers of 2 bytes.
-    tensor, fsdp = mesh["tensor"], mesh["fsdp"]
+    tensor, parts = mesh["tensor"], mesh["fsdp"] * mesh["context"]
     heads = model.num_heads * model.head_dim / tensor
-    kv = 2 * model.num_kv_heads * model.head_dim / min(tensor, model.num_kv_heads)
+    kv = key_value_width(model, mesh)
     inner = model.mlp_dim / tensor
-    layer = 4 * model.embed_dim + 4 * heads + 2 * kv + 4 * inner
-    chunk = min(log_probs.CHUNK, tokens) * fsdp
-    logits = 4 * chunk * model.vocab_size / (fsdp * tensor)
+    # Keys and values of the whole row are here while a layer attends.
+    whole = mesh["context"] * kv
+    layer = 4 * model.embed_dim + 4 * heads + kv + whole + 4 * inner
+    chunk = min(log_probs.CHUNK, tokens) * parts
+    logits = 4 * chunk * model.vocab_size / (parts * tensor)
     logits += 2 * chunk * model.embed_dim
     hidden = 8 * tokens * model.embed_dim
     if not remat:
@@ -60,6 +62,12 @@ def pass_bytes(
     gradients = 2 * param_bytes  # their sum, and those of one micro-batch
     kept = 2 * tokens * model.num_layers * kept
     return int(layer + kept + gradients + 2 * logits + hidden)
+
+
+def key_value_width(model: ModelConfig, mesh: Mapping[str, int]) -> float:
+    """Numbers of the keys and values of one token that a device holds, per layer."""
+    heads = model.num_kv_heads / min(mesh["tensor"], model.num_kv_heads)
+    return 2 * heads * model.head_dim
 
 
 def rows_that_fit(
@@ -90,7 +98,7 @@ def rows_that_fit(
     free = _FRACTION * (hardware.usable_memory(chip) - resident_bytes)
 
     def is_good(rows: int) -> bool:
-        tokens = rows * pack_length
+        tokens = rows * pack_length // mesh.shape["context"]
         need = pass_bytes(model, mesh.shape, tokens, remat, param_bytes)
         if pays:
             heads = model.num_heads / mesh.shape["tensor"]

@@ -164,6 +164,49 @@ def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize(
+    ("backend", "length", "sizes"),
+    [
+        ("chunked", 512, {"fsdp": 2, "context": 4}),
+        ("chunked", T, {"context": 2, "tensor": 4}),  # parts of 150 tokens
+        ("plain", T, {"data": 4, "fsdp": 1, "context": 2}),
+        ("splash_interpret", 512, {"fsdp": 2, "context": 4}),
+        ("splash_interpret", 512, {"context": 2, "tensor": 2}),
+    ],
+)
+def test_devices_that_share_rows_agree(data, backend, length, sizes):
+    """Queries are split over "context", keys and values gathered, their gradients summed."""
+    fill = lambda x: np.pad(x, [(0, 1), (0, length - T)] + [(0, 0)] * (x.ndim - 2))
+    *args, weight = map(fill, data)
+    run = functools.partial(attention.packed_attention, backend="plain")
+    want, want_gradients = run(*args), _gradients(run, *args, weight)
+    run = functools.partial(attention.packed_attention, backend=backend)
+    mesh = sharding.make_mesh(**{"fsdp": -1} | sizes)
+    split = NamedSharding(mesh, P(("data", "fsdp"), "context"))
+    with jax.set_mesh(mesh):
+        put = [jax.device_put(x, split) for x in args]
+        got, gradients = jax.jit(run)(*put), _gradients(run, *put, weight)
+    is_real = args[3] > 0
+    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [("cudnn", "mesh.context=1"), ("splash_interpret", "a multiple of 512")],
+)
+def test_who_cannot_share_rows_says_so(data, backend, says):
+    *args, _ = (x[:2, :256] for x in data)
+    with (
+        jax.set_mesh(sharding.make_mesh(fsdp=2, context=4)),
+        pytest.raises(ValueError, match=says),
+    ):
+        attention.packed_attention(*args, backend)
+
+
 def test_chunked_memory_grows_with_the_row_not_with_its_square():
     def temporaries(t):
         one = jax.ShapeDtypeStruct((1, t, H, C), jnp.float32)
@@ -231,9 +274,9 @@ def test_cudnn_refuses_float32(data):
 
 def _mesh_of(platform, kind):
     return AbstractMesh(
-        (1, 1, 1),
+        (1, 1, 1, 1),
         sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
+        axis_types=(AxisType.Auto,) * 4,
         abstract_device=AbstractDevice(kind, num_cores=1, platform=platform),
     )
 

@@ -75,6 +75,7 @@ def test_the_devices_of_a_mesh_are_in_the_order_of_nodes(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", two_nodes)
     monkeypatch.setattr(
-        gpu_target.sharding, "make_mesh", lambda *sizes, devices: (sizes, len(devices))
+        gpu_target.sharding, "make_mesh", lambda devices, **sizes: (sizes, len(devices))
     )
-    assert gpu_target.mesh("h100", 16, 0, -1, 1) == ((2, 8, 1), 16)
+    sizes = {"data": 2, "fsdp": 8, "context": 1, "tensor": 1}
+    assert gpu_target.mesh("h100", 16, 0, -1, 1) == (sizes, 16)

@@ -265,11 +265,14 @@ SPLITS = [
     for fsdp in (1, 2, 4, 8)
     for tensor in (1, 2, 4)  # as many heads
     if data * fsdp * tensor == devices
-]
+] + [
+    # Devices that share rows, the last number: with each of the others, and with two.
+    (1, 1, 1, 8), (2, 1, 1, 4), (1, 4, 1, 2), (1, 1, 4, 2), (2, 2, 1, 2), (1, 2, 2, 2)
+]  # fmt: skip
 
 
 # Every axis split, alone and with the others; the rest is slow.
-SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +298,8 @@ def _check_mesh(rng, tiny_policy, sizes, objective):
     want_state, want_scalars, want_stats, want_log_p = _run(
         tiny_policy, batch, used, objective, old
     )
-    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    devices = jax.devices()[: np.prod(sizes)]
+    mesh = sharding.make_mesh(*sizes[:3], devices, *sizes[3:])
     config = tiny_policy.config
     of_params = sharding.tree_shardings(
         mesh, transformer.logical_axes(config), tiny_policy.params
@@ -306,7 +310,7 @@ def _check_mesh(rng, tiny_policy, sizes, objective):
         old = sharding.put_batch(mesh, old, 1)
         state, scalars, stats, log_p = _run(spread, put, used, objective, old)
         is_split = not state.params["policy"]["head"].sharding.is_fully_replicated
-        assert is_split == (sizes[1] * sizes[2] > 1)
+        assert is_split == (np.prod(sizes[1:]) > 1)
         _assert_same(scalars, want_scalars)
         _assert_same_stats(stats, want_stats, atol=2e-5)
         _assert_same(log_p, want_log_p, atol=2e-5)
