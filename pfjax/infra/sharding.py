@@ -1,6 +1,7 @@
 """The device mesh, and the one table from logical axes to mesh axes."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,6 +82,21 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     if isinstance(mesh, AbstractMesh):
         return mesh.update(axis_sizes=sizes)
     return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` run with the current mesh `regrouped`, where it has devices that share rows: a
+    token that is drawn has no row to share."""
+
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty or mesh.shape["context"] == 1:
+            return f(*args, **kwargs)
+        with jax.set_mesh(regrouped(mesh, 0)):
+            return f(*args, **kwargs)
+
+    return run
 
 
 def num_nodes(devices: Sequence[jax.Device]) -> int:

@@ -351,18 +351,6 @@ def check_tokens(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> Non
             )
 
 
-def unstack(config: ModelConfig, params: Params) -> Params:
-    """The parameters for `apply_layers`: a list of layers, in the computation's type.
-
-    Sampling reads all weights for every token: a scan over stacked layers would copy
-    each layer's weights and cache out of the stack first.
-    """
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    blocks = params.pop("blocks")
-    of_layer = lambda i: jax.tree.map(lambda x: x[i], blocks)
-    return {**params, "layers": [of_layer(i) for i in range(config.num_layers)]}
-
-
 def apply_layers(
     config: ModelConfig,
     params: Params,
@@ -370,7 +358,8 @@ def apply_layers(
     positions: Int[Array, "b t"],
     attend: Attend,
 ) -> Float[Array, "b t d"]:
-    """`apply` for `unstack`ed parameters; `attend` receives a layer's index as cache."""
+    """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
+    receives a layer's index as cache."""
     x = sharding.constrain(params["embed"][tokens], "batch", None, None)
     angles = rope.angles(config.rope, config.head_dim, positions)
     graphdef, _ = _abstract(config, Blocks)

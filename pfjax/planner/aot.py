@@ -126,19 +126,26 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     settings = decode.Settings(model, plan, g, model.stop_ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    weights = _results(decode.weights, model, params)
+    of_program = {}
+
+    def once(f, *args, **static):  # all layers are alike
+        if f not in of_program:
+            of_program[f] = results(f, *args, **static)
+        return of_program[f]
+
+    weights = decode.weights(model, params, run=once)
     state = decode.SamplerState(weights, key, temperature)
     prompts = math.ceil(work.num_prompts / plan.dp_size)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 3, *[array(1)] * 5]
     queue = decode.Queue(*numbers, array(prompts * g, bool))
     sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
-    prefixes, *others = _results(decode.start, queue, s=settings, **sizes)
+    prefixes, *others = results(decode.start, queue, s=settings, **sizes)
     args = (state, prefixes, queue, *others)
     return decode.decode.lower(*args, s=settings, samples_per_prefix=g)
 
 
-def _results(f: Any, *args: Any, **kwargs: Any) -> Any:
+def results(f: Any, *args: Any, **kwargs: Any) -> Any:
     """Shapes of what a jitted function returns, sharded as by its compiled program."""
     shapes, program = f.eval_shape(*args, **kwargs), f.lower(*args, **kwargs).compile()
     return train_fns.placed(shapes, program.output_shardings)

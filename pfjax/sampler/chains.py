@@ -76,6 +76,7 @@ def _check(target: Target, reward: Reward | None, temperature: float | None) -> 
         )
 
 
+@sharding.for_rollouts
 def draw(
     method: Callable[..., tuple["Chains", Array, Any]],
     constants: tuple[int, ...],

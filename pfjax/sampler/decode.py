@@ -10,10 +10,12 @@ response's first token from what it predicts. All tokens thus come from one plac
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
@@ -41,7 +43,7 @@ class Settings(NamedTuple):
 class SamplerState(NamedTuple):
     """What random numbers and probabilities come from, whole on every device."""
 
-    weights: Params  # `transformer.unstack`ed
+    weights: Params  # see `weights`
     key: Array  # of seed and step
     temperature: Float[Array, ""]
 
@@ -319,15 +321,45 @@ def _draw(
     return jax.vmap(one)(*numbers, logits)
 
 
+def weights(
+    config: ModelConfig, params: Params, run: Callable[..., Any] | None = None
+) -> Params:
+    """The parameters that decoding reads for every token: in the computation's type, whole
+    on every part of the batch, and a list of layers, since a scan over stacked ones would
+    copy each out of the stack first.
+
+    One program per layer: devices that exchange parts of a matrix may have to put all of it
+    together, and of a stack that would take as much memory as the model.
+
+    Args:
+      run: called with a jitted function and its arguments; calls it by default.
+    """
+    run = run or (lambda f, *args, **static: f(*args, **static))
+    others, blocks = dict(params), params["blocks"]
+    del others["blocks"]
+    numbers = range(config.num_layers)
+    layers = [run(_layer, blocks, np.int32(i), config=config) for i in numbers]
+    return {**run(_others, others, config=config), "layers": layers}
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def weights(config: ModelConfig, params: Params) -> Params:
-    """`transformer.unstack`ed, whole on every part of the batch: read for every token."""
-    out = transformer.unstack(config, params)
+def _layer(blocks: Params, i: Int[Array, ""], *, config: ModelConfig) -> Params:
+    axes = transformer.logical_axes(config)["blocks"]
+    of_layer = jax.tree.map(lambda x: x[i].astype(config.dtype), blocks)
+    return _whole(of_layer, {name: of[1:] for name, of in axes.items()})
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _others(params: Params, *, config: ModelConfig) -> Params:
+    axes = transformer.logical_axes(config)
+    cast = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    return _whole(cast, {name: axes[name] for name in params})
+
+
+def _whole(params: Params, axes: Params) -> Params:
+    """Places parameters on every part of the batch, split over "tensor" alone."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return out
-    axes = transformer.logical_axes(config)
-    blocks = {name: of[1:] for name, of in axes.pop("blocks").items()}
-    axes["layers"] = [blocks] * config.num_layers
-    where = sharding.rollout_shardings(mesh, axes, out)
-    return lax.with_sharding_constraint(out, where)
+        return params
+    where = sharding.rollout_shardings(mesh, axes, params)
+    return lax.with_sharding_constraint(params, where)

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 
 from pfjax.batch import Rollout
+from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
 from pfjax.sampler import decode, options, slots
 from pfjax.sampler.options import Capacity, StopConditions, TokenFilters
 from pfjax.sampler.scheduler import Finished, Scheduler
 
 
+@sharding.for_rollouts
 def rollout(
     policy: Policy,
     prompts: list[list[int]],

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
+from pfjax.planner import aot
 from pfjax.sampler import decode, slots
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
@@ -59,14 +60,8 @@ def _compile(mesh):
         params,
         where,
     )
-    weights = decode.weights.lower(CONFIG, params).compile()
-    shapes = jax.eval_shape(lambda p: decode.weights(CONFIG, p), params)
     state = decode.SamplerState(
-        jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            shapes,
-            weights.output_shardings,
-        ),
+        decode.weights(CONFIG, params, run=aot.results),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
