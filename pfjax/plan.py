@@ -19,6 +19,7 @@ from absl import flags, logging
 from ml_collections import FrozenConfigDict
 
 from pfjax import cli
+from pfjax.infra import sharding
 
 cli.define_config_flag()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:4x4, v5p:4x4x4, h200:8, ...")
@@ -93,8 +94,8 @@ def main() -> None:
 
 
 def _print(plan: dict, how: str, advice: str | None) -> None:
-    sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
-    print("{model} on {topology}: {devices} devices, mesh".format(**plan), sizes)
+    mesh = sharding.describe(plan["mesh"])
+    print("{model} on {topology}: {devices} devices, mesh".format(**plan), mesh)
     print(f"({how})\n\nGiB per device")
     memory = plan["memory_gib"]
     for name, x in memory["state"].items():
@@ -166,8 +167,7 @@ def _print_search(present: dict | None, found: list[dict]) -> None:
 
 
 def _row(plan: dict) -> str:
-    sizes = " x ".join(f"{k} {v}" for k, v in plan["mesh"].items())
-    out = f"  {sizes:<32}"
+    out = f"  {sharding.describe(plan['mesh']):<32}"
     out += "{rollout_tensor:>15}{microbatch_size:>5}".format(**plan["changes"])
     out += "{total:>7.1f}{available:>6.1f}".format(**plan["memory_gib"])
     if not plan["fits"]:

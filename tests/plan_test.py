@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax
 import pytest
 
 from pfjax.infra import hardware, sharding
-from pfjax.model import transformer
+from pfjax.model import rope, transformer
 from pfjax.planner import aot, hlo
 from pfjax.planner import plan as planner
 from pfjax.trainer import train_fns, update_memory
@@ -293,6 +294,58 @@ def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     assert fits == sorted(fits, reverse=True) and not all(fits)
     speeds = [x["seconds"] for x in found if x["fits"]]
     assert speeds == sorted(speeds)
+
+
+@pytest.mark.slow
+def test_a_search_has_devices_share_rows_that_are_too_long_for_one():
+    long = {"pack_length": 32768, "max_new_tokens": 31744, "microbatch_size": 1}
+    config = plans.config_of("qwen2_5_math_7b", **long)
+    found = planner.search(config, plans.base_of(config), "v6e:2x4", 8192)
+    assert found[0]["fits"] and found[0]["mesh"]["context"] > 1
+    limit = 0.85 * found[0]["memory_gib"]["available"]
+    alone = [x for x in found if x["mesh"]["context"] == 1]
+    assert alone and min(x["memory_gib"]["total"] for x in alone) > limit
+    advice = planner.advise(config, plans.base_of(config), "v5e:4x4", 8192)
+    assert "--config.mesh.context=" in advice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 1, "context": 4}, {"data": 2, "context": 2}]
+)
+def test_a_row_that_devices_share_is_nowhere_whole(tpu_mesh, sizes):
+    """But for its keys and values, tokens, and what is a number per token."""
+    length, width, inner = 8192, 512, 1792
+    model = transformer.ModelConfig(
+        vocab_size=32_000,
+        embed_dim=width,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=128,
+        mlp_dim=inner,
+        rope=rope.RopeConfig(theta=10_000.0),
+        norm_eps=1e-6,
+        tied_embeddings=False,
+        max_positions=length,
+        stop_ids=(1,),
+    )
+    long = {"pack_length": length, "max_new_tokens": length - 1024}
+    config = plans.config_of("qwen2_5_math_1_5b", microbatch_size=1, **long)
+    mesh = tpu_mesh("v5e:2x2", **{"data": 1, "fsdp": 1, "tensor": 1} | sizes)
+    fns = train_fns.train_fns(config, model, 1024, mesh)
+    scored, number = train_fns.abstract_minibatch(fns, mesh)
+    with jax.set_mesh(mesh):
+        compiled = fns.train_step.lower(fns.state, {}, scored, number).compile()
+    text = compiled.as_text()
+    assert "splash" in text
+    part = length // sizes["context"]
+    seen = plans.arrays(text)
+    assert any({part, inner} <= set(shape) for shape in seen)
+    # Not the rows of all micro-batches either.
+    of_row = [s for s in seen if length in s and s[0] != fns.shape.num_microbatches]
+    whole = [s for s in of_row if math.prod(s) > length * 2 * 2 * 128]
+    assert not whole, whole
 
 
 def test_a_search_says_what_to_set_or_that_nothing_fits():

@@ -184,6 +184,12 @@ def rollout_shardings(mesh: AnyMesh, axes: Any, shapes: Any) -> Any:
     return tree_shardings(mesh, axes, shapes, only=("tensor",))
 
 
+def describe(sizes: Mapping[str, int]) -> str:
+    """A mesh as `data 1 x fsdp 8 x tensor 1`; devices that share rows where there are any."""
+    shown = {k: v for k, v in sizes.items() if k != "context" or v > 1}
+    return " x ".join(f"{k} {v}" for k, v in shown.items())
+
+
 def part_bytes(tree: Any) -> int:
     """Bytes of the part of a tree of shapes that one device holds."""
     part = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape

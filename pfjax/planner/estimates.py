@@ -27,34 +27,34 @@ def temporaries(w: Workload) -> dict[str, dict[str, int]]:
 def sent(w: Workload) -> dict[str, list[Sent]]:
     """What one device sends in each phase, by mesh axis, in rings."""
     fraction = {axis: (n - 1) / n for axis, n in w.mesh.items()}
-    over = {axis: w.mesh[axis] for axis in ("fsdp", "context") if w.mesh[axis] > 1}
-    of_weights, parts = "+".join(over), math.prod(over.values())
     # Two all-reduces per layer of the hidden states of one token, each sent twice.
     sums_of_token = 2 * 2 * 2 * w.model.num_layers * w.model.embed_dim
     summed = sums_of_token * fraction["tensor"]
     drawn = sums_of_token * (1 - 1 / w.rollout_mesh["tensor"])
     # Weights are gathered once in a forward pass and again in the backward pass, and
     # their gradients summed in float32: between copies of the weights once per update.
-    gathered = w.micro_batches * w.layer_bytes
+    over = [axis for axis in ("fsdp", "context") if w.mesh[axis] > 1]
+    parts = math.prod(w.mesh[axis] for axis in over)
+    gathered = w.micro_batches * w.layer_bytes * (1 - 1 / parts)
     sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
-    gathered *= 1 - 1 / parts
     tokens = w.micro_batches * w.micro_batch
-    # Keys and values of a row go to all who share it; their gradients, in 32 bits, are
-    # summed.
-    shared = w.mesh["context"] - 1
-    shared *= (
-        2 * tokens * w.model.num_layers * update_memory.key_value_width(w.model, w.mesh)
-    )
+    # So are the keys and values of those who share a row.
+    width = update_memory.key_value_width(w.model, w.mesh)
+    shared = 2 * tokens * w.model.num_layers * width * (w.mesh["context"] - 1)
     estimated = {
-        "rollout": {"tensor": w.decode_steps * w.plan.slots * drawn},
-        "score": {of_weights: gathered, "tensor": tokens * summed, "context": shared},
-        "update": {
-            of_weights: (2 + 2) * gathered,
-            "tensor": 3 * tokens * summed,
-            "context": (1 + 1 + 2) * shared,
-            "data": 2 * sums * w.param_bytes * fraction["data"],
-        },
+        "rollout": [("tensor", w.decode_steps * w.plan.slots * drawn)],
+        "score": [
+            ("+".join(over), gathered),
+            ("tensor", tokens * summed),
+            ("context", shared),
+        ],
+        "update": [
+            ("+".join(over), (2 + 2) * gathered),
+            ("tensor", 3 * tokens * summed),
+            ("context", (2 + 2) * shared),
+            ("data", 2 * sums * w.param_bytes * fraction["data"]),
+        ],
     }
     row = lambda axis, x: Sent("", axis, x / 1e9, "(estimated)")
-    rows = lambda sizes: [row(*x) for x in sizes.items() if x[1]]
+    rows = lambda sizes: [row(*x) for x in sizes if x[1]]
     return {phase: rows(sizes) for phase, sizes in estimated.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import FrozenConfigDict
 
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
@@ -18,9 +18,10 @@ from pfjax.model import attention, transformer
 from pfjax.model.transformer import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
-from pfjax.trainer import train_fns
+from pfjax.trainer import run_config, train_fns
 
 _MICROBATCH_SIZES = (1, 2, 4, 8, 16)
+_CONTEXTS = (2, 4, 8, 16)  # devices that share rows which are too long for one
 
 
 def make_plan(
@@ -69,7 +70,7 @@ def make_plan(
         if not isinstance(error, slots.NoRoom) and "memory" not in str(error):
             raise
         # What does not fit is refused, with no more than by how much: an estimate.
-        small = _changed(config, {"rollout_slots": 1})
+        small = run_config.with_values(config, {"rollout_slots": 1})
         plan = make_plan(small, base_model, topology, response_tokens, False)
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
     phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
@@ -226,9 +227,15 @@ def advise(
     choices += [{"mesh.tensor": n} for n in (2, 4, 8)]
     least = {**small, **one}
     choices += [{**least, **host, "mesh.tensor": n} for n in (2, 4, 8)]
+    # Long rows, which several devices can share.
+    choices += [
+        {**least, "mesh.context": n, "rollout_tensor": m}
+        for n in _CONTEXTS
+        for m in (0, 2, 4)
+    ]
     choices += [{**least, "mesh.tensor": n, "lora.rank": 16} for n in (1, 2, 4, 8)]
     for changes in choices:
-        changed = _changed(config, changes)
+        changed = run_config.with_values(config, changes)
         try:
             plan = make_plan(changed, base_model, topology, response_tokens, False)
         except ValueError:  # sizes that do not divide
@@ -247,7 +254,8 @@ def search(
     response_tokens: int,
 ) -> list[dict[str, Any]]:
     """Plans, by estimate, of every mesh of the devices, for rollouts too, and several sizes of
-    micro-batches.
+    micro-batches. Devices share rows, `mesh.context`, only where nothing else fits
+    with room to spare.
 
     Returns:
       One plan for each mesh that is possible, as of `make_plan`, with the rollouts' share
@@ -260,25 +268,34 @@ def search(
     """
     devices = aot.parse(topology)[1]
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
+    sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
     found, why = [], ""
-    for fsdp, tensor in itertools.product(ways, ways):
-        if devices % (fsdp * tensor):
-            continue
-        mesh = {"data": devices // (fsdp * tensor), "fsdp": fsdp, "tensor": tensor}
-        changes = {f"mesh.{name}": n for name, n in mesh.items()}
-        plans = []
-        sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
-        shared = [n for n in ways if fsdp * tensor % n == 0]
-        for rows, rollout_tensor in itertools.product(sizes, shared):
-            settings = {"microbatch_size": rows, "rollout_tensor": rollout_tensor}
-            changed = _changed(config, changes | settings)
-            try:
-                plan = make_plan(changed, base_model, topology, response_tokens, False)
-            except ValueError as error:  # sizes that do not divide
-                why = str(error)
+    for context in (1, *_CONTEXTS):
+        for fsdp, tensor in itertools.product(ways, ways):
+            inside = fsdp * context * tensor
+            if devices % inside:
                 continue
-            plans.append(plan | {"changes": changes | settings})
-        found += sorted(plans, key=_rank)[:1]
+            changes = {"mesh.data": devices // inside, "mesh.fsdp": fsdp}
+            changes |= {"mesh.context": context} if context > 1 else {}
+            changes |= {"mesh.tensor": tensor}
+            plans = []
+            shared = [n for n in ways if inside % n == 0]
+            for rows, rollout_tensor in itertools.product(sizes, shared):
+                own = {"microbatch_size": rows, "rollout_tensor": rollout_tensor}
+                args = (
+                    run_config.with_values(config, changes | own),
+                    base_model,
+                    topology,
+                )
+                try:
+                    plan = make_plan(*args, response_tokens, False)
+                except ValueError as error:  # sizes that do not divide
+                    why = str(error)
+                    continue
+                plans.append(plan | {"changes": changes | own})
+            found += sorted(plans, key=_rank)[:1]
+        if any(plan["fits"] and not _is_tight(plan) for plan in found):
+            break
     if not found:
         raise ValueError(
             f"no mesh of the {devices} devices of {topology} will do: {why}"
@@ -292,12 +309,10 @@ def _rank(plan: dict[str, Any]) -> tuple[Any, ...]:
     memory = plan["memory_gib"]
     if not plan["fits"]:
         return True, memory["total"]
-    # So close to the limit, what an estimate has missed decides.
-    is_tight = memory["total"] > 0.85 * memory["available"]
-    return False, speed, is_tight, plan["gb_sent"], memory["total"]
+    return False, speed, _is_tight(plan), plan["gb_sent"], memory["total"]
 
 
-def _changed(config: FrozenConfigDict, changes: dict[str, Any]) -> FrozenConfigDict:
-    out = ConfigDict(config).lock()
-    out.update_from_flattened_dict(changes)
-    return FrozenConfigDict(out)
+def _is_tight(plan: dict[str, Any]) -> bool:
+    """Whether memory is so close to its limit that what an estimate has missed decides."""
+    memory = plan["memory_gib"]
+    return memory["total"] > 0.85 * memory["available"]

@@ -4,6 +4,7 @@ of the run that a folder holds already."""
 import importlib.metadata
 import json
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,14 @@ CHANGES = {
 }
 
 
+def with_values(c: FrozenConfigDict, values: Mapping[str, Any]) -> FrozenConfigDict:
+    """The config with other values, by dotted name. It stays as it was: a `ConfigDict` of
+    it alone would share its groups."""
+    out = ConfigDict(c.to_dict()).lock()
+    out.update_from_flattened_dict(values)
+    return FrozenConfigDict(out)
+
+
 def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     """The config with rank, alpha and targets of the adapter that it starts from, if any.
 
@@ -36,7 +45,6 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     if not c.lora.init_from:
         return c
     adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
-    out = ConfigDict(c)
     is_all = adapter.targets == lora.ALL
     names = lora.ALL_LINEAR if is_all else ",".join(lora.target_names(adapter.targets))
     found = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": names}
@@ -50,8 +58,7 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
                 f"--config.lora.{name}={given}, but the adapter {c.lora.init_from} has "
                 f"{name} {value}: leave the setting out, it comes from the adapter"
             )
-        out.lora[name] = value
-    return FrozenConfigDict(out)
+    return with_values(c, {f"lora.{name}": x for name, x in found.items()})
 
 
 class OtherRun(ValueError):
@@ -76,9 +83,7 @@ def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
     path = folder / "config.json"
     old = json.loads(storage.read_text(path))["config"] if path.exists() else {}
     clock = old.get("data", {}).get("clock", "") or tokenizer.now()
-    out = ConfigDict(c)
-    out.data.clock = distributed.text_from_first(clock)
-    return FrozenConfigDict(out)
+    return with_values(c, {"data.clock": distributed.text_from_first(clock)})
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:

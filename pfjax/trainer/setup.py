@@ -408,11 +408,10 @@ def _describe(
     """Describes the run and what follows from the batch numbers, for the log."""
     m, shape = fns.model, fns.shape
     prompts, samples = c.prompts_per_step, c.samples_per_prompt
-    sizes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items())
     backend = attention.chosen(m.attention, m.head_dim, m.dtype)
     return (
         f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
-        f"mesh {sizes}\n"
+        f"mesh {sharding.describe(mesh.shape)}\n"
         f"{_describe_trained(c, fns)}\n"
         f"{c.objective}, {_describe_target(c, fns.objective)}: "
         f"{prompts} prompts x {samples} samples = {prompts * samples} responses per step, "

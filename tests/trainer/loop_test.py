@@ -926,8 +926,12 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
             {"mesh.data": 1, "mesh.tensor": 8},
             "heads of size 2 does not divide over 8 devices .--config.mesh.tensor=8",
         ),
+        (
+            {"mesh.data": 4, "mesh.context": 2, "pack_length": 11},
+            "tokens of size 11 does not divide over 2 devices .--config.mesh.context=2",
+        ),
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
-        ({"rollout_tensor": 3}, "rollout_tensor=3 does not divide mesh.fsdp .* = 1"),
+        ({"rollout_tensor": 3}, "rollout_tensor=3 does not divide the 1 devices of a"),
         (
             {"mesh.data": 2, "mesh.fsdp": 4, "rollout_tensor": 4},
             "--config.rollout_tensor=4: heads of size 2 does not divide over 4 devices",

@@ -313,5 +313,16 @@ def test_targets_are_checked():
         config_checks.check(_config(**{"lora.init_from": "a", "offload_ref": True}))
 
 
+def test_other_values_are_of_a_copy():
+    config = _config(**{"mesh.fsdp": 2})
+    one = run_config.with_values(config, {"mesh.tensor": 4, "alpha": 3.0})
+    two = run_config.with_values(config, {"optim.mu_dtype": "bfloat16"})
+    assert (one.mesh.fsdp, one.mesh.tensor, one.alpha) == (2, 4, 3.0)
+    assert config == _config(**{"mesh.fsdp": 2})
+    assert two == _config(**{"mesh.fsdp": 2, "optim.mu_dtype": "bfloat16"})
+    with pytest.raises((KeyError, AttributeError), match="tensr"):
+        run_config.with_values(config, {"mesh.tensr": 1})
+
+
 def test_a_setting_that_is_gone_is_a_difference():
     assert run_config.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]
