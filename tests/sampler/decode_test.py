@@ -1,5 +1,6 @@
 """Decoding compiled for TPUs, without one: shapes of Qwen2.5-1.5B, two layers."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,6 +13,7 @@ from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
 from pfjax.planner import aot
 from pfjax.sampler import decode, slots
+from pfjax.trainer import train_fns
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
@@ -121,3 +123,26 @@ def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes
         for n in shape.split(","):
             size *= int(n or 1)
         assert size <= SLOTS * CONFIG.embed_dim, shape
+
+
+def test_weights_are_put_together_a_layer_at_a_time():
+    """Where devices share matrices in another way than in updates, all of one may be put
+    together before it is split anew: of a stack of layers, as much as the model."""
+    config = dataclasses.replace(CONFIG, num_layers=16, vocab_size=64)
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    shapes = transformer.abstract_params(config)
+    where = sharding.tree_shardings(mesh, transformer.logical_axes(config), shapes)
+    params = train_fns.placed(shapes, where)
+    needs, alike = [], {}
+
+    def run(f, *args, **static):
+        if f not in alike:
+            compiled = f.lower(*args, **static).compile()
+            needs.append(compiled.memory_analysis().temp_size_in_bytes)
+            alike[f] = f.eval_shape(*args, **static)
+        return alike[f]
+
+    with jax.set_mesh(sharding.regrouped(mesh, 4)):
+        decode.weights(config, params, run=run)
+    whole = sum(x.size * 4 for x in jax.tree.leaves(shapes["blocks"]))
+    assert len(needs) == 2 and max(needs) < whole / 4, (needs, whole)
