@@ -15,7 +15,7 @@ from pfjax.model import lora
 from pfjax.model.transformer import Params
 from pfjax.planner import gpu_target
 from pfjax.planner.roofline import Workload
-from pfjax.sampler import decode
+from pfjax.sampler import decode, slots
 from pfjax.trainer import train_fns
 
 # libtpu looks for the TPU of this machine unless told what there is.
@@ -135,7 +135,7 @@ def _lower_decode(params: Params, work: Workload) -> Any:
 
     weights = decode.weights(model, params, run=once)
     state = decode.SamplerState(weights, key, temperature)
-    prompts = math.ceil(work.num_prompts / plan.dp_size)
+    prompts = slots.prompts_per_part(plan, work.num_prompts, g)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 3, *[array(1)] * 5]
     queue = decode.Queue(*numbers, array(prompts * g, bool))

@@ -1,9 +1,10 @@
 """The host's part of a rollout.
 
-Samples wait in a queue; a slot whose sample has ended takes the next one on the device.
-The host looks every few steps, one look behind the devices: it prefills the next
-prompts, widens the caches when the longest sample needs it, and takes slots away when
-no sample waits for one.
+Samples wait in queues, one per part of the batch; a slot whose sample has ended takes the
+next one on the device. The host looks every few steps, one look behind the devices: it
+deals the next prompts to the parts that will need them first and prefills them, widens
+the caches when the longest sample needs it, and takes slots away when no sample waits for
+one.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 
 from pfjax.batch import Rollout, pack_prompts
 from pfjax.infra import sharding
-from pfjax.sampler import decode, limits, resize
+from pfjax.sampler import decode, limits, resize, slots
 from pfjax.sampler.options import StopConditions
 
 # Prompt tokens that one prefill runs at most.
@@ -33,8 +34,8 @@ class Finished(NamedTuple):
 class Scheduler:
     """One rollout: its device buffers, and what the host knows of them.
 
-    Prompt i of the caller is number i // D of part i % D, D parts in all; sample j of
-    it is number (i // D) * g + j of that part's queue, g samples of each being drawn.
+    D parts in all. Sample j of the prompt that a part was dealt as its i-th is number
+    i * g + j of that part's queue, g samples of each being drawn.
     """
 
     def __init__(
@@ -49,21 +50,18 @@ class Scheduler:
         samples: range,
     ):
         plan, most = settings.plan, settings.samples_per_prompt
-        d, g = plan.dp_size, len(samples)
-        per_part = -(-len(prompts) // d)
+        d = plan.dp_size
+        per_part = slots.prompts_per_part(plan, len(prompts), most)
         self.plan, self.settings, self.state = plan, settings, state
-        self.num_prompts, self.max_new_tokens = len(prompts), max_new_tokens
+        self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.stop, self.on_finish, self.samples = stop, on_finish, samples
-        self.prompts = [prompts[i::d] for i in range(d)]
-        self.num_samples = np.array([len(p) * g for p in self.prompts], np.int32)
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+        self.ids = np.array([*ids], np.int32)
+        self.num_dealt = 0  # of the prompts, in their order
+        self.dealt: list[list[int]] = [[] for _ in range(d)]  # to each part
         self.prompt_id = np.zeros((d, per_part), np.int32)
         self.last_token = np.zeros((d, per_part), np.int32)
-        for i, (prompt, number) in enumerate(zip(prompts, ids, strict=True)):
-            self.prompt_id[i % d, i // d] = number
-            self.last_token[i % d, i // d] = prompt[-1]
         self.prefix_slot = np.zeros((d, per_part), np.int32)
-        self.num_prefilled = np.zeros(d, np.int32)
         self.prompt_length = np.zeros((d, plan.prefix_slots), np.int32)
         self.limit = max_new_tokens
         # Room for all G, so that any number of them runs the same programs.
@@ -83,7 +81,7 @@ class Scheduler:
 
     def to_end(self) -> Rollout:
         before = None
-        while self._is_busy().any() or (self.begun < self.num_samples).any():
+        while self._is_waiting() or self._is_busy().any():
             self._admit()
             self._resize()
             now = self._decode()
@@ -96,14 +94,23 @@ class Scheduler:
     def _is_busy(self) -> np.ndarray:
         return self.sample < self.cut.shape[1]
 
+    def _is_waiting(self) -> bool:
+        """Whether samples are left that have not begun."""
+        is_left = self.num_dealt < len(self.prompts)
+        return is_left or bool((self.begun < self._num_ready()).any())
+
+    def _num_ready(self) -> np.ndarray:
+        """Samples of each part whose prompts have been prefilled."""
+        return np.array([len(x) for x in self.dealt], np.int32) * len(self.samples)
+
     def _queue(self) -> decode.Queue:
         d, g = self.prefix_slot.shape[0], len(self.samples)
         return decode.Queue(
-            prompt_id=self.prompt_id.ravel(),
-            last_token=self.last_token.ravel(),
-            # A copy: it changes while devices read it.
+            # Copies: they change while devices read them.
+            prompt_id=self.prompt_id.flatten(),
+            last_token=self.last_token.flatten(),
             prefix_slot=self.prefix_slot.flatten(),
-            ready=self.num_prefilled * np.int32(g),
+            ready=self._num_ready(),
             per_prompt=np.full(d, g, np.int32),
             first=np.full(d, self.samples.start, np.int32),
             limit=np.full(d, self.limit, np.int32),
@@ -138,34 +145,59 @@ class Scheduler:
             self._report(self._ended(results))
 
     def _admit(self) -> None:
-        """Prefills waiting prompts when enough prefix slots are free to be worth it."""
-        g, prefix_slots = len(self.samples), self.plan.prefix_slots
-        chosen, is_worth_it, is_busy = [], False, self._is_busy()
-        for part, prompts in enumerate(self.prompts):
-            prefilled = int(self.num_prefilled[part])
-            waiting = len(prompts) - prefilled
-            is_open = np.arange(prefilled) >= self.begun[part] // g
-            is_open[self.sample[part][is_busy[part]] // g] = True
-            taken = set(self.prefix_slot[part, :prefilled][is_open].tolist())
-            free = [x for x in range(prefix_slots) if x not in taken][:waiting]
-            chosen.append(list(enumerate(free, start=prefilled)))
-            is_worth_it |= 0 < min(waiting, max(prefix_slots // 4, 1)) <= len(free)
-        if is_worth_it:
+        """Deals the next prompts, each to the part that has the least to do, when enough
+        prefix slots are free to be worth it."""
+        g, d, waiting = len(self.samples), self.plan.dp_size, range(len(self.prompts))
+        waiting = waiting[self.num_dealt :]
+        free = [self._free_prefix_slots(part) for part in range(d)]
+        # Samples beyond those for which a slot is idle.
+        ahead = self._num_ready() - self.begun - (~self._is_busy()).sum(axis=1)
+        # One part takes all it has room for. Several keep two rounds of their slots: what
+        # is dealt late goes to those whose responses turn out to end early.
+        enough = 2 * self.sizes.slots if d > 1 else np.inf
+        chosen: list[list[tuple[int, int]]] = [[] for _ in range(d)]
+        for q in waiting:
+            room = [
+                part
+                for part in range(d)
+                if len(chosen[part]) < len(free[part]) and ahead[part] < enough
+            ]
+            if not room:
+                break
+            part = min(room, key=lambda part: (ahead[part], part))
+            chosen[part].append((q, free[part][len(chosen[part])]))
+            ahead[part] += g
+        num = [len(pairs) for pairs in chosen]
+        is_worth_it = max(num) >= max(self.plan.prefix_slots // 4, 1)
+        if waiting and (is_worth_it or sum(num) == len(waiting)):
             self._prefill(chosen)
+
+    def _free_prefix_slots(self, part: int) -> list[int]:
+        """Those that a part may fill: no more than it has room for prompts."""
+        g, num = len(self.samples), len(self.dealt[part])
+        is_open = np.arange(num) >= self.begun[part] // g
+        is_open[self.sample[part][self._is_busy()[part]] // g] = True
+        taken = set(self.prefix_slot[part, :num][is_open].tolist())
+        free = [x for x in range(self.plan.prefix_slots) if x not in taken]
+        return free[: self.prompt_id.shape[1] - num]
 
     def _prefill(self, chosen: list[list[tuple[int, int]]]) -> None:
         """Fills prefix slots: for each part of the batch, numbers of prompts and of slots."""
         width = self.plan.prompt_width
         packed = []
         for part, pairs in enumerate(chosen):
-            prompts = [self.prompts[part][q][:-1] for q, _ in pairs]
+            prompts = [self.prompts[q][:-1] for q, _ in pairs]
             places = np.array([-1, *(x for _, x in pairs)], np.int32)
             rows = pack_prompts(prompts, width)
             packed.append((*rows, places[rows[-1]]))
             for (q, prefix_slot), prompt in zip(pairs, prompts, strict=True):
-                self.prefix_slot[part, q] = prefix_slot
+                at = part, len(self.dealt[part])
+                self.prompt_id[at] = self.ids[q]
+                self.last_token[at] = self.prompts[q][-1]
+                self.prefix_slot[at] = prefix_slot
                 self.prompt_length[part, prefix_slot] = len(prompt)
-            self.num_prefilled[part] += len(pairs)
+                self.dealt[part].append(q)
+            self.num_dealt += len(pairs)
         num_rows = max(len(tokens) for tokens, *_ in packed)
         # Powers of two: few programs.
         batch = min(1 << (num_rows - 1).bit_length(), max(PREFILL_TOKENS // width, 1))
@@ -189,7 +221,7 @@ class Scheduler:
         """Takes slots away when no sample waits for one; widens the caches in time."""
         now, is_busy = self.sizes, self._is_busy()
         size, _, samples_per_prefix = now
-        if (self.begun >= self.num_samples).all():
+        if not self._is_waiting():
             busy = is_busy.sum(axis=1).max()
             size = min(x for x in self.plan.ladder if busy <= x <= size)
         # What is in flight, and what is dispatched next.
@@ -236,7 +268,7 @@ class Scheduler:
             upto = ended.length[part, n]
             finished.append(
                 Finished(
-                    prompt=int(n) // g * self.plan.dp_size + int(part),
+                    prompt=self.dealt[part][int(n) // g],
                     sample=self.samples[int(n) % g],
                     tokens=ended.tokens[part, n, :upto],
                     log_probs=ended.log_probs[part, n, :upto],
@@ -255,16 +287,18 @@ class Scheduler:
         length = np.where(ended.length > 0, ended.length, self.limit)
         is_stopped = ended.is_stopped & (length <= self.limit)
         # Samples of prompts that only fill up the last part never began.
-        is_real = np.arange(length.shape[1]) < self.num_samples[:, None]
+        is_real = np.arange(length.shape[1]) < self._num_ready()[:, None]
         length = np.where(is_real, np.minimum(length, self.limit), 0)
         ended = ended._replace(length=length, is_stopped=is_stopped)
         if self.on_finish is not None:
             self._report(ended)
 
         def by_prompt(x: np.ndarray) -> np.ndarray:
-            per_part = self.prompt_id.shape[1]
-            x = x[:, : per_part * g].reshape(len(x), per_part, g, *x.shape[2:])
-            return np.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[: self.num_prompts]
+            num = [len(of_part) * g for of_part in self.dealt]
+            parts = [
+                y[:n].reshape(-1, g, *x.shape[2:]) for y, n in zip(x, num, strict=True)
+            ]
+            return np.concatenate(parts)[np.argsort(np.concatenate(self.dealt))]
 
         return Rollout(
             tokens=by_prompt(ended.tokens),

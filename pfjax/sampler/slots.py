@@ -181,6 +181,15 @@ class Plan:
         )
 
 
+def prompts_per_part(plan: Plan, num_prompts: int, samples_per_prompt: int) -> int:
+    """Prompts that a part of the batch has room for: an equal share where all samples are
+    decoded at once, else up to two, for the part whose responses end early."""
+    equal = math.ceil(num_prompts / plan.dp_size)
+    if plan.slots >= equal * samples_per_prompt:
+        return equal
+    return min(num_prompts, 2 * equal)
+
+
 def make_plan(policy: Policy, **kwargs: Any) -> Plan:
     """`plan_for` the devices that hold a policy."""
     where = jax.tree.leaves(policy.params)[0].sharding

@@ -3,6 +3,7 @@
 import collections
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -211,6 +212,42 @@ def test_a_mesh_changes_no_draw_of_refilled_slots(tmp_path, tiny_policy, axes):
     with jax.set_mesh(mesh):
         spread = engine.rollout(hf.load(tmp_path / "m", mesh), prompts, **kwargs)
     _same_draws(alone, spread)
+
+
+@pytest.fixture
+def parrot(tiny_policy):
+    """Repeats the token 2 until it is cut, and stops after any other."""
+    c = tiny_policy.config
+    params = jax.tree.map(np.zeros_like, tiny_policy.params)
+    one_hot = np.eye(c.vocab_size, c.embed_dim, dtype=np.float32)
+    head = np.zeros_like(params["head"])
+    head[c.stop_ids[0]], head[2] = 10.0, 20.0 * one_hot[2]
+    params |= {"embed": one_hot, "head": head, "final_norm": np.ones(c.embed_dim)}
+    return tiny_policy._replace(params=jax.tree.map(jnp.float32, params))
+
+
+@pytest.mark.parametrize(("num", "ratio"), [(16, 1.15), (15, 1.3)])
+def test_parts_whose_responses_end_early_are_dealt_more_prompts(
+    parrot, monkeypatch, num, ratio
+):
+    """Every other prompt has a long response: dealt in turns, one of two parts would
+    draw them all."""
+    schedulers, make = [], engine.Scheduler
+    monkeypatch.setattr(
+        engine,
+        "Scheduler",
+        lambda *args: schedulers.append(make(*args)) or schedulers[-1],
+    )
+    prompts = [[2], [3]] * num
+    kwargs = {"max_new_tokens": 64, "capacity": Capacity(num_slots=4)}
+    alone = engine.rollout(parrot, prompts, 2, **kwargs)
+    assert alone.lengths.T.tolist() == [[64, 1] * num] * 2
+    mesh = sharding.make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        spread = engine.rollout(parrot, prompts, 2, **kwargs)
+    _same_draws(alone, spread)
+    steps = np.asarray(schedulers[-1].on_device[1].slot_steps)
+    assert len(steps) == 2 and steps.max() < ratio * steps.mean(), steps
 
 
 @pytest.mark.slow
