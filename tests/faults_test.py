@@ -3,6 +3,7 @@
 All of them are processes of `pfjax.train`. Those that train are slow.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -316,8 +317,9 @@ def halves(tmp_path_factory):
     (folder / "prompts.jsonl").write_text("\n".join(prompts))
     args = [f"--config.data.train={folder}/prompts.jsonl"]
     args += ["--config.behavior.base=0.25", "--config.behavior.replay=0.25"]
-    run(one, *args, "--config.num_steps=4", devices=8)
-    of_two = (*args, "--config.num_steps=4", "--config.mesh.data=2")
+    ends = ("--config.num_steps=4", "--config.match_prompts=2")
+    run(one, *args, *ends, devices=8)
+    of_two = (*args, *ends, "--config.mesh.data=2")
     for process in start(two, *of_two, processes=2, devices=4):
         status, errors = finish(process)
         assert status == 0, errors
@@ -328,6 +330,10 @@ def halves(tmp_path_factory):
 def test_two_processes_train_as_one(halves):
     assert [r["step"] for r in rows(halves[0])] == list(range(5))
     _same_losses(*halves[:2])
+    one, two = (json.loads((x / "match.json").read_text()) for x in halves[:2])
+    assert one["num_prompts"] == two["num_prompts"] == 2
+    for name in ("exponent", "total_variation"):
+        assert one[name] == pytest.approx(two[name], abs=1e-4), name
 
 
 @pytest.mark.slow

@@ -97,6 +97,15 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
     return "chunked"
 
 
+def shared_length(length: int) -> int:
+    """The least row length, from this one on, whose tokens any back end can split over the
+    devices of the current mesh that share rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[axis] for axis in sharding.axes_of("tokens"))
+    multiple = parts * _BLOCK if parts > 1 else 1
+    return -(-length // multiple) * multiple
+
+
 def pays_for_segments(backend: str, head_dim: int, dtype: str | jnp.dtype) -> bool:
     """Whether segments that a row might have, but has not, cost time and memory.
 

@@ -44,7 +44,7 @@ def _compare(
 ) -> None:
     """Compares a back end with the plain form on rows of these lengths; forward only, as
     a prefill runs, without `max_segments`."""
-    ids = np.zeros((len(rows), _LENGTH), np.int32)
+    ids = np.zeros((len(rows), attention.shared_length(_LENGTH)), np.int32)
     for row, lengths in zip(ids, rows, strict=True):
         row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
     ids = np.tile(ids, (sharding.batch_ways(mesh), 1))

@@ -19,7 +19,7 @@ from pfjax.model import attention, lora, transformer
 CHUNK = 512
 # Words whose logits exist at once on CPU: 512 x 4,096 stay in its cache, twice as fast.
 CPU_TILE = 4096
-# Rows that `score` runs at once.
+# Rows that `score` runs at once, or more, for each device to have one.
 SCORE_ROWS = 8
 _HIDDEN, _HEAD, _TOKEN = transformer.HIDDEN, ("vocab", None), transformer.HIDDEN[:2]
 
@@ -363,15 +363,18 @@ def score(
             f"a sequence has {longest} tokens, the model {c.max_positions} positions"
         )
     # Powers of two: few programs to compile for sequences of any length.
-    pack_length = max(64, 1 << (longest - 1).bit_length())
-    most = -(-len(sequences) // SCORE_ROWS)
+    pack_length = attention.shared_length(max(64, 1 << (longest - 1).bit_length()))
+    mesh = jax.sharding.get_mesh()
+    ways = 1 if mesh.empty else sharding.batch_ways(mesh)
+    rows = -(-SCORE_ROWS // ways) * ways
+    most = -(-len(sequences) // rows)
     segments = packing.segments_per_row(pack_length, pack_length)
-    shape = PackShape(most, SCORE_ROWS, pack_length, segments)
+    shape = PackShape(most, rows, pack_length, segments)
     arrays = [np.asarray(s, np.int32) for s in sequences]
     starts = np.asarray(prompt_lengths, np.int64)
     batch, placement, used = packing.pack(arrays, starts, shape)
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
-    log_p = jax.device_get([_score(c, params, part(i)) for i in range(used)])
+    log_p = sharding.fetch([_score(c, params, part(i)) for i in range(used)])
     return packing.unpack_responses(np.stack(log_p), placement)

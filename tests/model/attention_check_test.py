@@ -40,6 +40,13 @@ def test_passes_attention_that_is_correct(check, monkeypatch):
     check("cudnn", "bfloat16")
 
 
+def test_rows_that_devices_share_are_long_enough_to_be_split(tiny_config):
+    config = dataclasses.replace(tiny_config, attention="splash_interpret", head_dim=64)
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    with jax.set_mesh(mesh):
+        attention_check.check(config, mesh, MAX_SEGMENTS)
+
+
 def test_refuses_segments_that_shift_from_row_to_row(check, monkeypatch):
     cudnn_emulation.install(monkeypatch)
     starts = attention.segment_extents

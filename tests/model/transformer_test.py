@@ -11,6 +11,7 @@ import pytest
 
 from pfjax import batch as batches
 from pfjax.batch import PackShape, from_segments, pack, response_sum, unpack_responses
+from pfjax.infra import sharding
 from pfjax.model import (
     attention,
     chunked_attention,
@@ -152,6 +153,35 @@ def test_scores_are_those_of_the_packed_batch(rng, tiny_policy):
     scored = log_probs.score(tiny_policy, [y.tolist() for y in sequences], prompts)
     for a, b in zip(scored, unpack_responses(log_p, placement), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "sizes"),
+    [
+        ("chunked", 8, {}),
+        # Devices share rows, which splash attention splits into whole blocks.
+        ("splash_interpret", 128, {"fsdp": 2, "context": 4}),
+    ],
+)
+def test_scores_on_more_devices_than_rows(
+    rng, tiny_policy, monkeypatch, backend, head_dim, sizes
+):
+    """Every device has a row, as it must, and most of them an empty one."""
+    monkeypatch.setattr(log_probs, "SCORE_ROWS", 3)
+    config = dataclasses.replace(
+        tiny_policy.config, attention=backend, head_dim=head_dim
+    )
+    params = transformer.init_params(config, jax.random.key(0))
+    sequences = [rng.integers(0, 16, size=n).tolist() for n in (70, 5, 9)]
+    alone = dataclasses.replace(config, attention="plain")
+    want = log_probs.score(transformer.Policy(alone, params), sequences, [3, 1, 2])
+    mesh = sharding.make_mesh(**sizes)
+    where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
+    policy = transformer.Policy(config, jax.device_put(params, where))
+    with jax.set_mesh(mesh):
+        got = log_probs.score(policy, sequences, [3, 1, 2])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["full", "attention", "dots"])
