@@ -70,11 +70,7 @@ def packed_attention(
     if backend == "cudnn":
         attend = functools.partial(attend, max_segments=max_segments or q.shape[1])
     if split := sharding.axes_of("tokens"):
-        if backend not in _OF_PARTS:
-            raise ValueError(
-                f"{backend} attention takes whole rows: choose --config.mesh.context=1 or "
-                "--config.attention=chunked"
-            )
+        check_shared(backend, k.shape[1])
         attend = functools.partial(attend, split=split)
     queries, kv = ("batch", "tokens", "heads", None), ("batch", None, "kv_heads", None)
     run = sharding.by_device(attend, (queries, kv, kv, kv[:2]), queries)
@@ -97,13 +93,37 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
     return "chunked"
 
 
+def check_shared(backend: str, length: int) -> None:
+    """Raises ValueError if the devices of the current mesh that share rows cannot share
+    those of `length` tokens."""
+    parts = _parts()
+    if parts > 1 and backend not in _OF_PARTS:
+        raise ValueError(
+            f"{backend} attention takes whole rows: choose --config.mesh.context=1 or "
+            "--config.attention=chunked"
+        )
+    in_blocks = parts > 1 and backend.startswith("splash")
+    multiple = parts * _BLOCK if in_blocks else parts
+    if length % multiple:
+        blocks = f" of whole blocks of {_BLOCK} tokens" if in_blocks else ""
+        raise ValueError(
+            f"--config.pack_length={length} does not split into --config.mesh.context="
+            f"{parts} parts{blocks}: choose a multiple of {multiple}"
+        )
+
+
 def shared_length(length: int) -> int:
-    """The least row length, from this one on, whose tokens any back end can split over the
-    devices of the current mesh that share rows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[axis] for axis in sharding.axes_of("tokens"))
+    """The least row length, from this one on, that the devices of the current mesh which
+    share rows can share, whatever the back end."""
+    parts = _parts()
     multiple = parts * _BLOCK if parts > 1 else 1
     return -(-length // multiple) * multiple
+
+
+def _parts() -> int:
+    """Devices that share a row."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in sharding.axes_of("tokens"))
 
 
 def pays_for_segments(backend: str, head_dim: int, dtype: str | jnp.dtype) -> bool:
@@ -152,12 +172,6 @@ def _splash(q, k, v, segment_ids, split=(), interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t, parts = q.shape[1], k.shape[1] // q.shape[1]
-    if split and t % _BLOCK:
-        raise ValueError(
-            f"splash attention reads blocks of {_BLOCK} tokens, and {k.shape[1]} are not "
-            f"{parts} parts of whole blocks: choose --config.pack_length a multiple of "
-            f"{parts * _BLOCK}, or --config.mesh.context=1"
-        )
     q, k, v, segment_ids = _in_blocks(q, k, v, segment_ids)
     _, padded, h, c = q.shape
     # Larger blocks do more work per read; 512 keep within the memory of every TPU.

@@ -276,7 +276,8 @@ def search(
             if devices % inside:
                 continue
             changes = {"mesh.data": devices // inside, "mesh.fsdp": fsdp}
-            changes |= {"mesh.context": context} if context > 1 else {}
+            if context > 1 or config.mesh.context > 1:
+                changes |= {"mesh.context": context}
             changes |= {"mesh.tensor": tensor}
             plans = []
             shared = [n for n in ways if inside % n == 0]

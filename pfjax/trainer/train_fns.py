@@ -14,7 +14,7 @@ from pfjax import batch
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import lora, transformer
+from pfjax.model import attention, lora, transformer
 from pfjax.model.transformer import ModelConfig, Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
@@ -146,7 +146,9 @@ def _pack_shape(
 ) -> PackShape:
     """A shape that fits the responses of any update."""
     max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
-    sharding.spec(mesh, ("tokens",), (length,))  # refuses what does not divide
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        how = (model.attention, model.head_dim, model.dtype)
+        attention.check_shared(attention.chosen(*how), length)
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
     ways = sharding.batch_ways(mesh)
     number = lambda rows: batch.max_microbatches(responses, max_length, rows, length)

@@ -928,7 +928,7 @@ def test_a_folder_with_another_config_is_refused_and_says_what_differs(
         ),
         (
             {"mesh.data": 4, "mesh.context": 2, "pack_length": 11},
-            "tokens of size 11 does not divide over 2 devices .--config.mesh.context=2",
+            "pack_length=11 does not split into --config.mesh.context=2 parts: choose",
         ),
         ({"mesh.data": 3}, "--config.mesh.data=3 .* does not cover the 8 devices"),
         ({"rollout_tensor": 3}, "rollout_tensor=3 does not divide the 1 devices of a"),
