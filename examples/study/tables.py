@@ -23,7 +23,7 @@ _COLUMNS = {
     "total_variation": ("total variation", "{:.3f}"),
     "exponent": ("exponent", "{:.2f}"),
     "tokens": ("tokens", "{:,.0f}"),
-    "fell_below_base": ("runs once below the base", "{:.0%}"),
+    "fell_below_base": ("runs ever below the base", "{:.0%}"),
 }
 _MEANS_ALONE = ("tokens", "fell_below_base")
 
