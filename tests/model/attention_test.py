@@ -142,26 +142,27 @@ def test_a_row_of_padding_yields_numbers(data, run):
     assert all((np.asarray(x) == 0).all() for x in gradients)
 
 
+def _agrees_with_one_device(backend, mesh, args, weight):
+    run = functools.partial(attention.packed_attention, backend="plain")
+    want, want_gradients = run(*args), _gradients(run, *args, weight)
+    run = functools.partial(attention.packed_attention, backend=backend)
+    split = NamedSharding(mesh, P(("data", "fsdp"), "context"))
+    with jax.set_mesh(mesh):
+        put = [jax.device_put(x, split) for x in args]
+        got, gradients = jax.jit(run)(*put), _gradients(run, *put, weight)
+    is_real = args[3] > 0
+    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
+    for a, b in zip(gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("backend", ["chunked", "splash_interpret"])
 @pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (2, 2, 2)])
 def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
     """Two key heads on a "tensor" axis of four are repeated, their gradients summed."""
     *args, weight = (np.concatenate([x, x[:1]]) for x in data)
-    want = attention.packed_attention(*args, "plain")
-    run = functools.partial(attention.packed_attention, backend="plain")
-    want_gradients = _gradients(run, *args, weight)
-    mesh = sharding.make_mesh(*sizes)
-    run = functools.partial(attention.packed_attention, backend=backend)
-    split = NamedSharding(mesh, P(("data", "fsdp")))
-    with jax.set_mesh(mesh):
-        put = [jax.device_put(x, split) for x in args]
-        got = jax.jit(run)(*put)
-        gradients = _gradients(run, *put, weight)
-    is_real = args[3] > 0
-    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
-    for a, b in zip(gradients, want_gradients, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
+    _agrees_with_one_device(backend, sharding.make_mesh(*sizes), args, weight)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -179,18 +180,8 @@ def test_devices_that_share_rows_agree(data, backend, length, sizes):
     """Queries are split over "context", keys and values gathered, their gradients summed."""
     fill = lambda x: np.pad(x, [(0, 1), (0, length - T)] + [(0, 0)] * (x.ndim - 2))
     *args, weight = map(fill, data)
-    run = functools.partial(attention.packed_attention, backend="plain")
-    want, want_gradients = run(*args), _gradients(run, *args, weight)
-    run = functools.partial(attention.packed_attention, backend=backend)
     mesh = sharding.make_mesh(**{"fsdp": -1} | sizes)
-    split = NamedSharding(mesh, P(("data", "fsdp"), "context"))
-    with jax.set_mesh(mesh):
-        put = [jax.device_put(x, split) for x in args]
-        got, gradients = jax.jit(run)(*put), _gradients(run, *put, weight)
-    is_real = args[3] > 0
-    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
-    for a, b in zip(gradients, want_gradients, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
+    _agrees_with_one_device(backend, mesh, args, weight)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
