@@ -76,9 +76,10 @@ def make_tokenizer(words: Sequence[str]):
 
 def model_config(vocab_size: int, stop_id: int):
     """A Qwen2 of 0.14 M parameters."""
-    from pfjax.model import rope, transformer
+    from pfjax.model import rope
+    from pfjax.model.families import qwen2
 
-    return transformer.ModelConfig(
+    return qwen2.Config(
         vocab_size=vocab_size,
         embed_dim=64,
         num_layers=3,
@@ -89,7 +90,6 @@ def model_config(vocab_size: int, stop_id: int):
         rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=True,
-        qkv_bias=True,
         max_positions=512,
         stop_ids=(stop_id,),
     )

@@ -90,9 +90,10 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def tiny_config():
     """A Qwen2 with grouped heads, too small to care."""
-    from pfjax.model import rope, transformer
+    from pfjax.model import rope
+    from pfjax.model.families import qwen2
 
-    return transformer.ModelConfig(
+    return qwen2.Config(
         vocab_size=16,
         embed_dim=16,
         num_layers=2,
@@ -103,7 +104,6 @@ def tiny_config():
         rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=False,
-        qkv_bias=True,
         max_positions=128,
         stop_ids=(1,),
     )
@@ -144,8 +144,9 @@ def enumerable_folder(tmp_path, _enumerable_folder) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def _enumerable_folder(tmp_path_factory) -> pathlib.Path:
     from pfjax.model import hf, rope, transformer
+    from pfjax.model.families import qwen2
 
-    config = transformer.ModelConfig(
+    config = qwen2.Config(
         vocab_size=4,
         embed_dim=16,
         num_layers=2,
@@ -156,7 +157,6 @@ def _enumerable_folder(tmp_path_factory) -> pathlib.Path:
         rope=rope.RopeConfig(theta=10_000.0),
         norm_eps=1e-6,
         tied_embeddings=False,
-        qkv_bias=True,
         max_positions=64,
         stop_ids=(1,),
     )

@@ -12,6 +12,7 @@ import pytest
 
 from pfjax.infra import hardware, sharding
 from pfjax.model import rope, transformer
+from pfjax.model.families import llama
 from pfjax.planner import aot, hlo
 from pfjax.planner import plan as planner
 from pfjax.trainer import train_fns, update_memory
@@ -316,7 +317,7 @@ def test_a_search_has_devices_share_rows_that_are_too_long_for_one():
 def test_a_row_that_devices_share_is_nowhere_whole(tpu_mesh, sizes):
     """But for its keys and values, tokens, and what is a number per token."""
     length, width, inner = 8192, 512, 1792
-    model = transformer.ModelConfig(
+    model = llama.Config(
         vocab_size=32_000,
         embed_dim=width,
         num_layers=2,

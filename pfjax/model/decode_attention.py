@@ -15,7 +15,7 @@ from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import decode_kernel
 from pfjax.model.decode_kernel import MASKED, Part
-from pfjax.model.transformer import KeyValue
+from pfjax.model.layers import KeyValue
 
 
 def decode_attention(

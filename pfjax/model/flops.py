@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pfjax.model import transformer
+from pfjax.model.layers import PROJECTIONS
 from pfjax.model.transformer import ModelConfig
 
 
@@ -43,6 +44,6 @@ def update_flops(
     if not config.lora_rank:
         return 4 * forward
     blocks = transformer.abstract_params(config)["blocks"]
-    frozen = sum(blocks[x].size for x in transformer.PROJECTIONS) * float(lengths.sum())
+    frozen = sum(blocks[x].size for x in PROJECTIONS) * float(lengths.sum())
     head = config.vocab_size * config.embed_dim * float((lengths - prompts).sum())
     return 4 * forward - 2 * (frozen + head)

@@ -180,7 +180,8 @@ def load(
     else:
         axes = transformer.logical_axes(config)
         where = sharding.tree_shardings(mesh, axes, abstract)
-    return Policy(config, weights.load(folder, abstract, where, jnp.dtype(dtype)))
+    params = weights.load(folder, config, abstract, where, jnp.dtype(dtype))
+    return Policy(config, params)
 
 
 def save(
@@ -235,7 +236,7 @@ def save(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = pathlib.Path(beside) / out.name
         folder.mkdir()
-        weights.write_tensors(policy.params, folder, jnp.dtype(dtype))
+        weights.write_tensors(*policy, folder, jnp.dtype(dtype))
         if jax.process_index() == 0:
             if card is not None:
                 (folder / "README.md").write_text(card)

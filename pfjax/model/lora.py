@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
 from pfjax.model import transformer, weights
+from pfjax.model.layers import PROJECTIONS
 from pfjax.model.transformer import ModelConfig, Params, Policy
 
 ALL_LINEAR = "all-linear"  # as peft calls them
-ALL = tuple(transformer.PROJECTIONS)
+ALL = tuple(PROJECTIONS)
 # What people know from peft -> our projection.
-_TARGETS = {module.partition(".")[2]: k for k, module in weights.MODULES.items()}
+_TARGETS = {x.module.partition(".")[2]: k for k, x in PROJECTIONS.items()}
 # Of peft's files.
 _FILES = {"stem": "adapter_model", "prefix": "base_model.model."}
 # Fields of adapter_config.json that do not change what the adapters compute, or whose
@@ -72,7 +73,7 @@ def target_names(targets: tuple[str, ...]) -> list[str]:
 
 def select(tree: Params) -> Params:
     """The adapters of a tree of parameters (or of shapes)."""
-    names = {f"{name}_{x}" for name in transformer.PROJECTIONS for x in "ab"}
+    names = {f"{name}_{x}" for name in PROJECTIONS for x in "ab"}
     return {"blocks": {k: x for k, x in tree["blocks"].items() if k in names}}
 
 
@@ -133,7 +134,7 @@ def merge(policy: Policy) -> Policy:
     scale = config.lora_alpha / config.lora_rank
     blocks = dict(params["blocks"])
     for name in config.lora_targets:
-        read, written = transformer.PROJECTIONS[name]
+        read, written, _ = PROJECTIONS[name]
         a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
@@ -176,14 +177,14 @@ def read_peft(folder: pathlib.Path) -> Adapter:
     of_layer = re.compile(r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
     found = {x: of_layer.fullmatch(x) for x in weights.names(folder, **_FILES)}
     modules = {match[1] for match in found.values() if match}
-    unknown = sorted(modules - set(weights.MODULES.values()))
+    unknown = sorted(modules - {x.module for x in PROJECTIONS.values()})
     unknown += [name for name, match in found.items() if not match]
     if unknown or not modules or "r" not in c or "lora_alpha" not in c:
         raise ValueError(
             f"{folder} holds more or less than adapters of {', '.join(_TARGETS)}: rank "
             f"{c.get('r')}, alpha {c.get('lora_alpha')}, {unknown[:3] or 'no tensors'}"
         )
-    targets = tuple(k for k, module in weights.MODULES.items() if module in modules)
+    targets = tuple(k for k, x in PROJECTIONS.items() if x.module in modules)
     base = c.get("base_model_name_or_path") or ""
     return Adapter(folder, int(c["r"]), float(c["lora_alpha"]), targets, base)
 
@@ -196,7 +197,7 @@ def load_peft(adapter: Adapter, config: ModelConfig, where: Params) -> Params:
     """
     abstract = select(transformer.abstract_params(config))
     dtype = jnp.dtype("float32")
-    return weights.load(adapter.folder, abstract, where, dtype, **_FILES)
+    return weights.load(adapter.folder, config, abstract, where, dtype, **_FILES)
 
 
 def save_peft(
@@ -218,7 +219,7 @@ def save_peft(
     }
     with storage.local_folder(out_dir) as out:
         trained, dtype = select(policy.params), jnp.dtype("float32")
-        weights.write_tensors(trained, out, dtype, **_FILES)
+        weights.write_tensors(config, trained, out, dtype, **_FILES)
         if jax.process_index() == 0:
             text = json.dumps(adapter, indent=2) + "\n"
             (out / "adapter_config.json").write_text(text)

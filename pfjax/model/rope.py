@@ -7,6 +7,7 @@ References:
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,9 +78,12 @@ def _yarn(c: RopeConfig, freq: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def angles(
-    c: RopeConfig, head_dim: int, positions: Int[Array, "*b"]
+    c: RopeConfig | None, head_dim: int, positions: Int[Array, "*b"]
 ) -> tuple[Float[Array, "*b 1 c"], Float[Array, "*b 1 c"]]:
-    """Cosine and sine of the angles at each position, in float32."""
+    """Cosine and sine of the angles at each position, in float32; without `c` of none."""
+    if c is None:
+        zeros = jnp.zeros((*positions.shape, 1, head_dim // 2))
+        return zeros + 1, zeros
     freq = np.expand_dims(frequencies(c, head_dim), tuple(range(positions.ndim + 1)))
     angle = positions[..., None, None] * freq
     scale = np.float32(c.attention_factor)
@@ -92,3 +96,92 @@ def rotate(
     """Rotates pairs (i, i + C/2) of each head, the layout of HF checkpoints."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+_SCALING = set().union(*KINDS.values())
+_READ = _SCALING | {
+    "mscale", "mscale_all_dim", "original_max_position_embeddings",
+    "partial_rotary_factor", "rope_theta", "rope_type", "type",
+}  # fmt: skip
+# Kinds of layers that may have a rope each.
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def from_json(json: dict[str, Any], theta: float = 10_000.0) -> RopeConfig:
+    """What a config.json says, in the spelling of transformers 4 (`rope_scaling`) or 5
+    (`rope_parameters`).
+
+    Args:
+      theta: the base where none is said.
+
+    Raises:
+      ValueError: for what is not supported, "sets field=value: ...".
+    """
+    p = json.get("rope_parameters") or json.get("rope_scaling") or {}
+    said = f"sets rope_scaling (rope_parameters) {p}"
+    are_numbers = isinstance(p, dict) and not any(
+        isinstance(v, list | dict) or (isinstance(v, str) and "type" not in k)
+        for k, v in p.items()
+    )
+    if not are_numbers:
+        raise ValueError(f"{said}: must be an object of numbers")
+    kind = p.get("rope_type") or p.get("type") or "default"
+    is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
+    if set(p) - _READ or kind not in KINDS or is_partial:
+        raise ValueError(f"{said}: not supported")
+    if kind != "default" and not p.get("factor"):
+        raise ValueError(f"{said} but no factor")
+    for field, same in (("rope_theta", p.get("rope_theta")), ("rope_scaling", p)):
+        if json.get("rope_parameters") and json.get(field) not in (None, same):
+            raise ValueError(
+                f"sets {field}={json[field]} beside rope_parameters={p}, and they "
+                "differ; keep one"
+            )
+    name = "original_max_position_embeddings"
+    original = p.get(name) or json.get(name, json["max_position_embeddings"])
+    fields = {k: float(p[k]) for k in _SCALING if p.get(k) and k != "truncate"}
+    fields["attention_factor"] = _yarn_attention_factor(p) if kind == "yarn" else 1.0
+    return RopeConfig(
+        theta=float(p.get("rope_theta") or json.get("rope_theta") or theta),
+        kind=kind,
+        original_positions=int(original) if kind in ("yarn", "llama3") else 0,
+        truncate=bool(p.get("truncate", True)),
+        **fields,
+    )
+
+
+def from_json_by_type(
+    json: dict[str, Any], theta: float, local_theta: float
+) -> dict[str, RopeConfig]:
+    """As `from_json`, of the two types of layers: "rope" of those that attend to all, and
+    "local_rope" of those with a window, which transformers 4 did not scale."""
+    p = json.get("rope_parameters")
+    if isinstance(p, dict) and set(p) & set(_LAYER_TYPES):
+        full, local = (json | {"rope_parameters": p.get(x) or {}} for x in _LAYER_TYPES)
+    else:
+        others = dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"))
+        full, local = json, json | others
+    local = from_json(local, local_theta)
+    return {"rope": from_json(full, theta), "local_rope": local}
+
+
+def to_json_by_type(rope: RopeConfig, local_rope: RopeConfig) -> dict[str, Any]:
+    """The `rope_parameters` that `from_json_by_type` reads."""
+    return dict(zip(_LAYER_TYPES, map(to_json, (rope, local_rope)), strict=True))
+
+
+def to_json(c: RopeConfig) -> dict[str, Any]:
+    """The `rope_parameters` that `from_json` reads back as `c`."""
+    out: dict[str, Any] = {"rope_theta": c.theta, "rope_type": c.kind}
+    if c.kind in ("yarn", "llama3"):
+        out["original_max_position_embeddings"] = c.original_positions
+    return out | {name: getattr(c, name) for name in KINDS[c.kind]}
+
+
+def _yarn_attention_factor(p: dict[str, Any]) -> float:
+    """YaRN's temperature, as a factor of cosine and sine: 0.1 m ln(factor) + 1."""
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    of = lambda m: 0.1 * m * math.log(max(p["factor"] or 1.0, 1.0)) + 1.0
+    has_both = p.get("mscale") and p.get("mscale_all_dim")
+    return of(p["mscale"]) / of(p["mscale_all_dim"]) if has_both else of(1.0)

@@ -7,44 +7,65 @@ Layers are stacked along a leading axis L and scanned. Parameters keep their own
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
-from pfjax.model import attention, rope
+from pfjax.model import attention, layers, rope
 from pfjax.model.chunked_attention import SAVED
+from pfjax.model.layers import KeyValue
 from pfjax.model.rope import RopeConfig
 
 Params = dict[str, Any]
-KeyValue = tuple[Array, Array]
 # (an adapter's input, layer, projection) -> the same, thinned.
 Thin = Callable[[Array, Array, str], Array]
-# (q, k, v, this layer's part of the cache) -> attention output, shaped like q.
-Attend = Callable[[Array, Array, Array, Any], Array]
+# (q, k, v, this layer's part of the cache, its window) -> attention output, shaped like q.
+Attend = Callable[[Array, Array, Array, Any, int], Array]
 
 # Logical axes of the states of packed rows.
 HIDDEN = ("batch", "tokens", None)
 
-# Projection -> letters of the dimensions it reads and writes, see `_DIMS`.
-PROJECTIONS = {
-    "wq": ("d", "hc"),
-    "wk": ("d", "kc"),
-    "wv": ("d", "kc"),
-    "wo": ("hc", "d"),
-    "w_gate": ("d", "f"),
-    "w_up": ("d", "f"),
-    "w_down": ("f", "d"),
-}
+
+# Of `layer_types` in config.json.
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Tensors in Hugging Face's files.
+EMBED_TENSOR, HEAD_TENSOR = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class LayerKind(NamedTuple):
+    """What layers of one model may differ in, their parameters being alike."""
+
+    window: (
+        int  # tokens that one attends to at most, itself included; 0 for all earlier
+    )
+    rope: RopeConfig | None  # None: attention is not told positions
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What decides the function computed from the parameters, and where it stops."""
+    """What decides the function computed from the parameters, and where it stops.
+
+    Families of models are subclasses, see `pfjax.model.families`: with the fields that
+    only they have, their block, and whatever they compute differently.
+    """
+
+    # `model_type` and `architectures` of Hugging Face's config.json.
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+    block: ClassVar[type[layers.Block]] = layers.Block
+    activation: ClassVar[Callable[[Array], Array]] = staticmethod(jax.nn.silu)
+    norm_init: ClassVar[Callable[..., Array]] = nnx.initializers.ones
+    # Of config.json: what transformers takes where a field is not there; the activation's
+    # field and value; fields that are read beside those of the same names here.
+    json_defaults: ClassVar[dict[str, Any]] = {}
+    hidden_act: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    json_fields: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int  # V, rows of the embedding, padding of the checkpoint included
     embed_dim: int  # D
@@ -58,14 +79,12 @@ class ModelConfig:
     tied_embeddings: bool
     max_positions: int
     stop_ids: tuple[int, ...]
-    family: str = "qwen2"  # `model_type` of Hugging Face; decides nothing here
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False  # queries and keys normalised over the head, before RoPE
+    layer_types: tuple[str, ...] = ()  # FULL or SLIDING, of each layer; () for all FULL
+    sliding_window: int = 0  # of those that are SLIDING, see `LayerKind`
+    local_rope: RopeConfig | None = None  # theirs, where it is another
     lora_rank: int = 0  # of adapters; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] = tuple(PROJECTIONS)  # that have them
+    lora_targets: tuple[str, ...] = tuple(layers.PROJECTIONS)  # that have them
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
     # Gives the tokenizer, which takes seconds to import; None where there is none.
@@ -75,6 +94,46 @@ class ModelConfig:
 
     def has_adapter(self, projection: str) -> bool:
         return self.lora_rank > 0 and projection in self.lora_targets
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """Of each layer, in order."""
+        types = self.layer_types or (FULL,) * self.num_layers
+        kinds = {
+            FULL: LayerKind(0, self.rope),
+            SLIDING: LayerKind(self.sliding_window, self.local_rope or self.rope),
+        }
+        return tuple(kinds[x] for x in types)
+
+    def norm(self, x: Array, scale: Array) -> Array:
+        """The norm of hidden states, over the dimensions of `scale`."""
+        return layers.rms_norm(x, scale, self.norm_eps)
+
+    def scale_embeddings(self, x: Array) -> Array:
+        """What enters the first layer, from rows of the embedding."""
+        return x
+
+    @classmethod
+    def own_fields(cls) -> tuple[str, ...]:
+        """The fields that a family adds; those of config.json have the same names."""
+        shared = {field.name for field in dataclasses.fields(ModelConfig)}
+        names = (field.name for field in dataclasses.fields(cls))
+        return tuple(name for name in names if name not in shared)
+
+    @classmethod
+    def read_ropes(cls, json: dict[str, Any]) -> dict[str, RopeConfig]:
+        """The fields that are ropes, from a config.json; ValueError for what is not
+        supported, "sets field=value: ..."."""
+        return {"rope": rope.from_json(json)}
+
+    @classmethod
+    def is_sliding(cls, json: dict[str, Any], layer: int) -> bool:
+        """Whether a layer has a window, by a config.json without `layer_types`."""
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """What this family has in config.json that others have not."""
+        return {name: getattr(self, name) for name in self.own_fields()}
 
 
 _policies = jax.checkpoint_policies
@@ -126,7 +185,7 @@ class Policy(NamedTuple):
         kind = next(iter(devices)).platform if devices else ""
         where = f", {len(devices)} {kind} device{'s' * (len(devices) > 1)}"
         return (
-            f"Policy({c.family}, {c.num_layers} layers of width {c.embed_dim}{lora}, "
+            f"Policy({c.model_type}, {c.num_layers} layers of width {c.embed_dim}{lora}, "
             f"{number} parameters in {types}{where if devices else ''})"
         )
 
@@ -138,104 +197,26 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-# Letter of a dimension -> field of the config that sizes it, and its logical axis.
-_DIMS = {
-    "d": ("embed_dim", "embed"),
-    "h": ("num_heads", "heads"),
-    "k": ("num_kv_heads", "kv_heads"),
-    "c": ("head_dim", "head_dim"),
-    "f": ("mlp_dim", "mlp"),
-    "r": ("lora_rank", None),
-}
-
-
-class Blocks(nnx.Module):
-    """The parameters of all layers; called on one layer's slice of them."""
-
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
-        into = nnx.initializers.normal(c.embed_dim**-0.5)
-        # Two additions per layer: keeps the residual stream's scale at the start.
-        back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
-
-        def param(letters, init):
-            shape = (c.num_layers, *(getattr(c, _DIMS[x][0]) for x in letters))
-            axes = ("layers", *(_DIMS[x][1] for x in letters))
-            return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
-
-        self.config = c
-        for name, (read, written) in PROJECTIONS.items():
-            init = back if written == "d" else into
-            setattr(self, name, param(read + written, init))
-            if c.has_adapter(name):
-                setattr(self, f"{name}_a", param(read + "r", into))
-                setattr(self, f"{name}_b", param("r" + written, zeros))
-        self.attn_norm, self.mlp_norm = param("d", ones), param("d", ones)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = param("c", ones), param("c", ones)
-        biased = ["wq", "wk", "wv"] if c.qkv_bias else []
-        biased += ["wo"] if c.output_bias else []
-        biased += ["w_gate", "w_up", "w_down"] if c.mlp_bias else []
-        for name in biased:
-            setattr(self, bias_of(name), param(PROJECTIONS[name][1], zeros))
-
-    def __call__(self, x, angles, attend, cache, thin=lambda y, name: y):
-        c = self.config
-
-        def product(y, name, read, written):
-            weight = getattr(self, name)[...].astype(x.dtype)
-            # Tokens of all rows as one dimension: on CPU twice as fast.
-            flat = y.reshape(-1, *weight.shape[: len(read)])
-            out = jnp.einsum(f"n{read},{read}{written}->n{written}", flat, weight)
-            return out.reshape(*y.shape[:2], *out.shape[1:])
-
-        def project(y, name):
-            read, written = PROJECTIONS[name]
-            out = product(y, name, read, written)
-            if c.has_adapter(name):
-                inner = product(thin(y, name), f"{name}_a", read, "r")
-                adapted = product(inner, f"{name}_b", "r", written)
-                out = out + adapted * (c.lora_alpha / c.lora_rank)
-            bias = getattr(self, bias_of(name), None)
-            if bias is not None:
-                out = out + _rank_of(out, bias[...].astype(x.dtype))
-            return out
-
-        y = rms_norm(x, self.attn_norm[...], c.norm_eps)
-        q, k, v = (project(y, name) for name in ("wq", "wk", "wv"))
-        if c.qk_norm:
-            q = rms_norm(q, self.q_norm[...], c.norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.norm_eps)
-        q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-        x = x + project(attend(q, k, v, cache), "wo")
-        y = rms_norm(x, self.mlp_norm[...], c.norm_eps)
-        gate = jax.nn.silu(project(y, "w_gate"))
-        x = x + project(gate * project(y, "w_up"), "w_down")
-        return x, (k, v)
-
-
-def bias_of(name: str) -> str:
-    """The parameter that is the bias of a projection: "bq" of "wq"."""
-    return name.replace("w", "b", 1)
-
-
 class Transformer(nnx.Module):
     """Tokens to final hidden states; logits are left to `log_probs.py`."""
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(c.embed_dim**-0.5)
 
-        def table(*axes):
-            shape = (c.vocab_size, c.embed_dim)
-            return nnx.Param(normal(rngs.params(), shape, jnp.float32), axes=axes)
+        def table(tensor, *axes):
+            value = normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32)
+            return nnx.Param(value, axes=axes, tensor=tensor, num_read=0)
 
         self.config = c
         # A tied table is also the head, whose vocabulary must stay split in place.
-        self.embed = table(*(("vocab", None) if c.tied_embeddings else (None, "embed")))
-        self.blocks = Blocks(c, rngs)
-        self.final_norm = nnx.Param(jnp.ones(c.embed_dim), axes=(None,))
+        axes = ("vocab", None) if c.tied_embeddings else (None, "embed")
+        self.embed = table(EMBED_TENSOR, *axes)
+        self.blocks = c.block(c, rngs)
+        scale = c.norm_init(jax.random.key(0), (c.embed_dim,), jnp.float32)
+        named = {"tensor": "model.norm.weight", "num_read": 0}
+        self.final_norm = nnx.Param(scale, axes=(None,), **named)
         if not c.tied_embeddings:
-            self.head = table("vocab", None)
+            self.head = table(HEAD_TENSOR, "vocab", None)
 
     def __call__(self, tokens, positions, attend, cache, remat, thin):
         c = self.config
@@ -243,35 +224,53 @@ class Transformer(nnx.Module):
         # V every device would compute the rows of all. And cast after: the gradients of
         # a frequent token are summed in float32.
         table = sharding.constrain(self.embed[...], None, "embed")
-        x = sharding.constrain(table[tokens].astype(c.dtype), *HIDDEN)
-        angles = rope.angles(c.rope, c.head_dim, positions)
-        graphdef, layers = nnx.split(self.blocks)
+        x = c.scale_embeddings(table[tokens].astype(c.dtype))
+        x = sharding.constrain(x, *HIDDEN)
+        rotate_for = _rotations(c, positions)
+        graphdef, parameters = nnx.split(self.blocks)
 
         def layer(x, inputs):
             params, cache, index = inputs
-            args = (x, angles, attend, cache)
-            if thin is not None:
-                args += (lambda y, name: thin(y, index, name),)
-            x, kv = nnx.merge(graphdef, params)(*args)
+            given = layers.Layer(
+                rotate_for(index),
+                _attention_of(c, attend, index, cache),
+                lambda y, name: y if thin is None else thin(y, index, name),
+            )
+            x, kv = nnx.merge(graphdef, params)(x, given)
             return sharding.constrain(x, *HIDDEN), kv
 
         if remat != "none":
             # Inside of a scan nothing can be merged with what is recomputed.
             layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-        x, kv = jax.lax.scan(layer, x, (layers, cache, jnp.arange(c.num_layers)))
-        return rms_norm(x, self.final_norm[...], c.norm_eps), kv
+        x, kv = lax.scan(layer, x, (parameters, cache, jnp.arange(c.num_layers)))
+        return c.norm(x, self.final_norm[...]), kv
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square norm over the last axis, in float32."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    # Rounded before scaling, as the checkpoints were trained (transformers).
-    return y.astype(x.dtype) * _rank_of(x, scale.astype(x.dtype))
+def _rotations(c: ModelConfig, positions: Array) -> Callable[[Array], Any]:
+    """Layer -> what rotates its queries and keys; its number is known only when the
+    program runs."""
+    ropes = tuple(dict.fromkeys(kind.rope for kind in c.layer_kinds))
+    angles = [rope.angles(x, c.head_dim, positions) for x in ropes]
+    if len(ropes) == 1:
+        return lambda layer: lambda x: rope.rotate(x, *angles[0])
+    which = jnp.array([ropes.index(kind.rope) for kind in c.layer_kinds])
+    cos, sin = (jnp.stack(x) for x in zip(*angles, strict=True))
+    of_layer = lambda layer: (cos[which[layer]], sin[which[layer]])
+    return lambda layer: lambda x: rope.rotate(x, *of_layer(layer))
 
 
-def _rank_of(x: Array, weight: Array) -> Array:
-    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+def _attention_of(c: ModelConfig, attend: Attend, layer: Array, cache: Any) -> Any:
+    """How a layer attends; its number is known only when the program runs."""
+    windows = tuple(dict.fromkeys(kind.window for kind in c.layer_kinds))
+    if len(windows) == 1:
+        return lambda q, k, v: attend(q, k, v, cache, windows[0])
+    # Kernels are compiled for their window: one each, and the one of the layer runs.
+    ways = [
+        lambda q, k, v, cache, window=window: attend(q, k, v, cache, window)
+        for window in windows
+    ]
+    which = jnp.array([windows.index(kind.window) for kind in c.layer_kinds])
+    return lambda q, k, v: lax.switch(which[layer], ways, q, k, v, cache)
 
 
 @functools.lru_cache(maxsize=64)
@@ -290,6 +289,17 @@ def logical_axes(config: ModelConfig) -> Params:
     is_variable = lambda x: isinstance(x, nnx.Variable)
     state = _abstract(config)[1]
     return nnx.to_pure_dict(jax.tree.map(axes_of, state, is_leaf=is_variable))
+
+
+def tensors(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Of each parameter, by its own name: that of its tensor in Hugging Face's files, a
+    layer's below `model.layers.<i>.`, and how many of its first dimensions are read, and
+    last there."""
+    state = _abstract(config)[1]
+    return {
+        path[-1]: (v.get_metadata("tensor"), v.get_metadata("num_read"))
+        for path, v in nnx.to_flat_state(state)
+    }
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -333,7 +343,9 @@ def forward_packed(
 ) -> tuple[Float[Array, "b t d"], KeyValue]:
     """`apply` with causal attention inside each segment of packed rows."""
     within = (segment_ids, config.attention, max_segments)
-    attend = lambda q, k, v, _: attention.packed_attention(q, k, v, *within)
+    attend = lambda q, k, v, _, window: attention.packed_attention(
+        q, k, v, *within, window
+    )
     how = {"remat": remat, "thin": thin}
     return apply(config, params, tokens, positions, attend, **how)
 
@@ -360,13 +372,21 @@ def apply_layers(
 ) -> Float[Array, "b t d"]:
     """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
     receives a layer's index as cache."""
-    x = sharding.constrain(params["embed"][tokens], "batch", None, None)
-    angles = rope.angles(config.rope, config.head_dim, positions)
-    graphdef, _ = _abstract(config, Blocks)
+    x = config.scale_embeddings(params["embed"][tokens])
+    x = sharding.constrain(x, "batch", None, None)
+    ropes = {kind.rope for kind in config.layer_kinds}
+    angles = {x: rope.angles(x, config.head_dim, positions) for x in ropes}
+    graphdef, _ = _abstract(config, config.block)
     for i, layer in enumerate(params["layers"]):
-        x, _ = nnx.merge(graphdef, layer)(x, angles, attend, i)
+        kind = config.layer_kinds[i]
+        given = layers.Layer(
+            lambda x, kind=kind: rope.rotate(x, *angles[kind.rope]),
+            lambda q, k, v, i=i, kind=kind: attend(q, k, v, i, kind.window),
+            lambda y, name: y,
+        )
+        x, _ = nnx.merge(graphdef, layer)(x, given)
         x = sharding.constrain(x, "batch", None, None)
-    return rms_norm(x, params["final_norm"], config.norm_eps)
+    return config.norm(x, params["final_norm"])
 
 
 def head_weight(params: Params) -> Float[Array, "v d"]:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files <-> parameters, and the one table of their names."""
+"""Tensors in safetensors files <-> parameters."""
 
 import functools
 import json
@@ -16,42 +16,11 @@ import safetensors
 
 from pfjax.infra import sharding
 from pfjax.model import transformer
+from pfjax.model.transformer import EMBED_TENSOR, HEAD_TENSOR, ModelConfig
 
 MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# Our parameter -> HF name; a layer's stands below `model.layers.<i>.`.
-_TOP = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm.weight",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-}
-# Projection -> HF module.
-MODULES = {
-    "wq": "self_attn.q_proj",
-    "wk": "self_attn.k_proj",
-    "wv": "self_attn.v_proj",
-    "wo": "self_attn.o_proj",
-    "w_gate": "mlp.gate_proj",
-    "w_up": "mlp.up_proj",
-    "w_down": "mlp.down_proj",
-}
-# Matrices -> the number of their first dimensions, which are read and HF puts last.
-_NUM_READ = {}
-for _name, _module in MODULES.items():
-    _LAYER[_name] = f"{_module}.weight"
-    _LAYER[transformer.bias_of(_name)] = f"{_module}.bias"
-    # Adapters, named as peft does.
-    _LAYER[f"{_name}_a"] = f"{_module}.lora_A.weight"
-    _LAYER[f"{_name}_b"] = f"{_module}.lora_B.weight"
-    _NUM_READ[_name] = _NUM_READ[f"{_name}_a"] = len(transformer.PROJECTIONS[_name][0])
-    _NUM_READ[f"{_name}_b"] = 1
 # Rows of two matrices that are compared at once.
 _COMPARED_ROWS = 8192
 # Buffers that some checkpoints carry and nothing reads.
@@ -67,21 +36,26 @@ class _Layout(NamedTuple):
     is_layer: bool
 
 
-def _layout(path: tuple[Any, ...], leaf: Any) -> _Layout:
-    name, is_layer = path[-1].key, len(path) > 1
-    shape = leaf.shape[is_layer:]
-    order, n = tuple(range(len(shape))), _NUM_READ.get(name)
-    if is_layer:
-        names = [f"model.layers.{i}.{_LAYER[name]}" for i in range(leaf.shape[0])]
-        dims = [order[n:], order[:n]] if n else [order]
-    else:
-        names, dims = [_TOP[name]], [(d,) for d in order]
-    sizes = [math.prod(shape[d] for d in group) for group in dims]
-    return _Layout(names, sizes, dims, is_layer)
+def _layouts(
+    config: ModelConfig, params: transformer.Params
+) -> list[tuple[_Layout, Any]]:
+    """Of some of the parameters, or of their shapes, with each its leaf."""
+    known = transformer.tensors(config)
 
+    def layout(path, leaf):
+        (name, num_read), is_layer = known[path[-1].key], len(path) > 1
+        shape = leaf.shape[is_layer:]
+        order = tuple(range(len(shape)))
+        dims = [(d,) for d in order]
+        if is_layer:
+            names = [f"model.layers.{i}.{name}" for i in range(leaf.shape[0])]
+            dims = [order[num_read:], order[:num_read]] if num_read else [order]
+        else:
+            names = [name]
+        sizes = [math.prod(shape[d] for d in group) for group in dims]
+        return _Layout(names, sizes, dims, is_layer)
 
-def _layouts(params: transformer.Params) -> list[tuple[_Layout, Any]]:
-    return [(_layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
+    return [(layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
 
 
 def _open_folder(
@@ -112,11 +86,11 @@ def _open_folder(
     return tensors
 
 
-def _check(folder: pathlib.Path, tensors: dict, abstract: transformer.Params) -> None:
-    wanted = {name: x.shape for x, _ in _layouts(abstract) for name in x.names}
+def _check(folder: pathlib.Path, tensors: dict, layouts: list[_Layout]) -> None:
+    wanted = {name: x.shape for x in layouts for name in x.names}
     present = {name for name in tensors if not _IGNORED.search(name)}
-    if "head" not in abstract:
-        present.discard(_TOP["head"])  # a copy of the embedding, see `has_own_head`
+    if HEAD_TENSOR not in wanted:
+        present.discard(HEAD_TENSOR)  # a copy of the embedding, see `has_own_head`
     problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
     problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
     problems += [
@@ -138,7 +112,7 @@ def names(folder: pathlib.Path, stem: str, prefix: str) -> list[str]:
 def has_own_head(folder: pathlib.Path) -> bool:
     """Whether the files hold a head other than the embedding. Then transformers uses it,
     even if `config.json` ties the two."""
-    names = [_TOP["embed"], _TOP["head"]]
+    names = [EMBED_TENSOR, HEAD_TENSOR]
     tensors = _open_folder(folder)
     if not set(names) <= tensors.keys():
         return False
@@ -157,14 +131,15 @@ def has_own_head(folder: pathlib.Path) -> bool:
 
 def stored_dtype(folder: pathlib.Path) -> str:
     """Type of the weights in the files; float32 for one that is not written here."""
-    file, _ = _open_folder(folder)[_TOP["embed"]]
+    file, _ = _open_folder(folder)[EMBED_TENSOR]
     with safetensors.safe_open(file, "numpy") as handle:
-        kind = handle.get_slice(_TOP["embed"]).get_dtype()
+        kind = handle.get_slice(EMBED_TENSOR).get_dtype()
     return next((name for name, x in _DTYPES.items() if x == kind), "float32")
 
 
 def load(
     folder: pathlib.Path,
+    config: ModelConfig,
     abstract: transformer.Params,
     where: Any,
     dtype: jnp.dtype,
@@ -178,10 +153,11 @@ def load(
       ValueError: if the tensors are not exactly those of the `abstract` parameters.
     """
     tensors = _open_folder(folder, stem, prefix)
-    _check(folder, tensors, abstract)
+    layouts = _layouts(config, abstract)
+    _check(folder, tensors, [layout for layout, _ in layouts])
 
-    def place(path, leaf, at):
-        names, _, dims, is_layer = _layout(path, leaf)
+    def place(layout, leaf, at):
+        names, _, dims, is_layer = layout
         order = [d for group in dims for d in group]
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -206,10 +182,14 @@ def load(
 
         return jax.make_array_from_callback(leaf.shape, at, read)
 
-    return jax.tree.map_with_path(place, abstract, where)
+    tree = jax.tree.structure(abstract)
+    layouts = jax.tree.unflatten(tree, [layout for layout, _ in layouts])
+    is_layout = lambda x: isinstance(x, _Layout)
+    return jax.tree.map(place, layouts, abstract, where, is_leaf=is_layout)
 
 
 def write_tensors(
+    config: ModelConfig,
     params: transformer.Params,
     out: pathlib.Path,
     dtype: jnp.dtype,
@@ -220,7 +200,7 @@ def write_tensors(
 
     Every process takes part in the gathering, the first one writes.
     """
-    tensors = _hf_tensors(params, dtype, prefix)
+    tensors = _hf_tensors(config, params, dtype, prefix)
     write_lazy(tensors, out, dtype, stem, is_writer=jax.process_index() == 0)
 
 
@@ -270,7 +250,7 @@ def _write_file(path: os.PathLike, tensors: dict[str, Lazy], dtype: np.dtype) ->
 
 
 def _hf_tensors(
-    params: transformer.Params, dtype: jnp.dtype, prefix: str = ""
+    config: ModelConfig, params: transformer.Params, dtype: jnp.dtype, prefix: str = ""
 ) -> dict[str, Lazy]:
     def fetch(leaf, layout, i):
         value = leaf[i] if layout.is_layer else leaf
@@ -281,6 +261,6 @@ def _hf_tensors(
 
     return {
         prefix + name: (layout.shape, functools.partial(fetch, leaf, layout, i))
-        for layout, leaf in _layouts(params)
+        for layout, leaf in _layouts(config, params)
         for i, name in enumerate(layout.names)
     }

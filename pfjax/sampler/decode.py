@@ -152,7 +152,7 @@ def prefill_local(
     """
     new, at = [], (prefix_slot, positions)
 
-    def attend(q, k, v, layer):
+    def attend(q, k, v, layer, window):
         own = (s.plan.backend, prompts.cache[layer], (k, v))
         new.append(decode_attention.write_prompts(*own, *at))
         return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
@@ -245,7 +245,7 @@ def forward(
     """Runs the last token of every slot; logits of the next."""
     new = []
 
-    def attend(q, k, v, layer):
+    def attend(q, k, v, layer, window):
         # Written before it is read: the loop then updates the cache in place.
         kv, backend = (k[:, 0], v[:, 0]), s.plan.backend
         own = decode_attention.write(backend, cache[layer], kv, slots.drawn)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pfjax.infra import gpu_memory
 from pfjax.model import rope, transformer
+from pfjax.model.families import qwen2
 
 gpu_memory.set_default()  # as commands do
 
@@ -43,11 +44,10 @@ _SHAPES = {
 def random_policy(name: str, dtype: str) -> transformer.Policy:
     """Random weights of a type. The small model's tokens are nearly equally likely, so
     that lengths are geometric with a mean of about the vocabulary."""
-    config = transformer.ModelConfig(
+    config = qwen2.Config(
         **_SHAPES[name],
         rope=rope.RopeConfig(theta=1e6),
         norm_eps=1e-6,
-        qkv_bias=True,
         stop_ids=(1,),
         dtype=dtype,
     )

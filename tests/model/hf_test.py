@@ -356,11 +356,12 @@ folder = pathlib.Path(sys.argv[1])
 block = np.random.default_rng(0).integers(0, 2**15, 2**20).astype(np.uint16)
 class Leaf:
     def __init__(self, shape): self.shape = shape
-shapes = transformer.abstract_params(hf_config.read(folder))
+config = hf_config.read(folder)
+shapes = transformer.abstract_params(config)
 dtype = jnp.dtype("bfloat16")
 tensors = {
     name: (shape, lambda n=int(np.prod(shape)): np.resize(block, n).view(dtype))
-    for name, (shape, _) in weights._hf_tensors(shapes, dtype).items()
+    for name, (shape, _) in weights._hf_tensors(config, shapes, dtype).items()
 }
 weights._write_file(folder / "model.safetensors", tensors, dtype)
 """

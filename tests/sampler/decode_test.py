@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
+from pfjax.model.families import qwen2
 from pfjax.planner import aot
 from pfjax.sampler import decode, slots
 from pfjax.trainer import train_fns
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
-CONFIG = transformer.ModelConfig(
+CONFIG = qwen2.Config(
     vocab_size=151_936,
     embed_dim=1536,
     num_layers=2,
@@ -27,7 +28,6 @@ CONFIG = transformer.ModelConfig(
     rope=rope.RopeConfig(theta=1e6),
     norm_eps=1e-6,
     tied_embeddings=True,
-    qkv_bias=True,
     max_positions=32_768,
     stop_ids=(151_643,),
     dtype="bfloat16",

@@ -233,7 +233,7 @@ def _forward_one(
     filled = jnp.broadcast_to(jnp.arange(r)[None, None] < state.t - 1, (p, g, r))
     positions = jnp.broadcast_to((prompt_lengths + state.t - 1)[:, None], (p, g))
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, window):
         k_pre, v_pre, k_suf, v_suf = cache
         return _decode_attention(
             q, (k, v), (k_pre, v_pre), (k_suf, v_suf), is_prompt, filled

@@ -1,0 +1,24 @@
+"""Mistral: Llama without biases; its first models attend to a window in every layer.
+
+References:
+  arXiv 2310.06825.
+"""
+
+import dataclasses
+
+from pfjax.model.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ModelConfig):
+    model_type, architecture = "mistral", "MistralForCausalLM"
+    json_defaults = {"sliding_window": 4096}
+
+    @classmethod
+    def is_sliding(cls, json, layer):
+        return json["sliding_window"] is not None
+
+    def to_json(self):
+        # It has no `layer_types`.
+        window = self.sliding_window if self.layer_types else None
+        return {"layer_types": None, "sliding_window": window} | super().to_json()

@@ -1,0 +1,45 @@
+"""SmolLM3: Llama of which every fourth layer is not told positions.
+
+References:
+  https://huggingface.co/blog/smollm3; Yang et al., arXiv 2501.18795 (layers without rope).
+"""
+
+import dataclasses
+
+from pfjax.model import rope
+from pfjax.model.families import llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(llama.Config):
+    model_type, architecture = "smollm3", "SmolLM3ForCausalLM"
+    json_defaults = {"tie_word_embeddings": True}
+    json_fields = ("use_sliding_window",)
+
+    no_rope_layers: tuple[int, ...] = ()  # 0 for each layer without rope
+    no_rope_layer_interval: int = 4  # without that list, every fourth
+
+    @classmethod
+    def read_ropes(cls, json):
+        return {"rope": rope.from_json(json, theta=2e6)}
+
+    @classmethod
+    def is_sliding(cls, json, layer):
+        is_on = json.get("use_sliding_window") and json.get("sliding_window")
+        rules = json.get("no_rope_layers"), json.get("no_rope_layer_interval", 4)
+        return bool(is_on) and not _has_rope(layer, *rules)
+
+    @property
+    def layer_kinds(self):
+        rules = self.no_rope_layers, self.no_rope_layer_interval
+        return tuple(
+            kind if _has_rope(i, *rules) else kind._replace(rope=None)
+            for i, kind in enumerate(super().layer_kinds)
+        )
+
+    def to_json(self):
+        return {"use_sliding_window": bool(self.layer_types)} | super().to_json()
+
+
+def _has_rope(layer, listed, interval):
+    return bool(listed[layer] if listed else (layer + 1) % interval)

@@ -1,0 +1,177 @@
+"""What the layers of every family are made of: projections, norms, attention, MLP.
+
+A family's block declares its biases and norms and puts these parts in its order. Each
+parameter is declared with its dimensions, which decide how it is split over a mesh, and
+the name of its tensor in Hugging Face's files.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from pfjax.batch import Array
+
+KeyValue = tuple[Array, Array]
+
+
+class Projection(NamedTuple):
+    read: str  # letters of the dimensions it reads, see `_DIMS`
+    written: str  # and of those it writes
+    module: str  # its name in Hugging Face's layer
+
+
+PROJECTIONS = {
+    "wq": Projection("d", "hc", "self_attn.q_proj"),
+    "wk": Projection("d", "kc", "self_attn.k_proj"),
+    "wv": Projection("d", "kc", "self_attn.v_proj"),
+    "wo": Projection("hc", "d", "self_attn.o_proj"),
+    "w_gate": Projection("d", "f", "mlp.gate_proj"),
+    "w_up": Projection("d", "f", "mlp.up_proj"),
+    "w_down": Projection("f", "d", "mlp.down_proj"),
+}
+
+# Letter of a dimension -> field of the config that sizes it, and its logical axis.
+_DIMS = {
+    "d": ("embed_dim", "embed"),
+    "h": ("num_heads", "heads"),
+    "k": ("num_kv_heads", "kv_heads"),
+    "c": ("head_dim", "head_dim"),
+    "f": ("mlp_dim", "mlp"),
+    "r": ("lora_rank", None),
+}
+
+
+class Norm(NamedTuple):
+    dims: str  # letters of the dimensions it is over
+    module: str  # its name in Hugging Face's layer
+
+
+class Layer(NamedTuple):
+    """What a block is called with beside the hidden states."""
+
+    rotate: Callable[[Array], Array]  # queries or keys to their positions
+    attend: Callable[[Array, Array, Array], Array]  # of queries, keys and values
+    thin: Callable[[Array, str], Array]  # an adapter's input, see `transformer.Thin`
+
+
+class Block(nnx.Module):
+    """The parameters of all layers, called on one layer's slice of them.
+
+    As it stands that of Llama: norms before attention and before the MLP, the rest is
+    added to the residual stream.
+    """
+
+    norms: ClassVar[dict[str, Norm]] = {
+        "attn_norm": Norm("d", "input_layernorm"),
+        "mlp_norm": Norm("d", "post_attention_layernorm"),
+    }
+
+    @staticmethod
+    def biased(config: Any) -> tuple[str, ...]:
+        """The projections that have a bias."""
+        return ()
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        c = self.config = config
+        zeros = nnx.initializers.zeros
+        into = nnx.initializers.normal(c.embed_dim**-0.5)
+        # Two additions per layer: keeps the residual stream's scale at the start.
+        back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
+
+        def param(letters, init, tensor, num_read=0):
+            shape = (c.num_layers, *(getattr(c, _DIMS[x][0]) for x in letters))
+            axes = ("layers", *(_DIMS[x][1] for x in letters))
+            value = init(rngs.params(), shape, jnp.float32)
+            # Of a matrix HF puts the dimensions that are read last.
+            return nnx.Param(value, axes=axes, tensor=tensor, num_read=num_read)
+
+        for name, (read, written, module) in PROJECTIONS.items():
+            init = back if written == "d" else into
+            weight = param(read + written, init, f"{module}.weight", len(read))
+            setattr(self, name, weight)
+            if c.has_adapter(name):  # named as peft does
+                a = param(read + "r", into, f"{module}.lora_A.weight", len(read))
+                b = param("r" + written, zeros, f"{module}.lora_B.weight", 1)
+                setattr(self, f"{name}_a", a)
+                setattr(self, f"{name}_b", b)
+        for name, (letters, module) in self.norms.items():
+            setattr(self, name, param(letters, c.norm_init, f"{module}.weight"))
+        for name in self.biased(c):
+            _, written, module = PROJECTIONS[name]
+            bias = param(written, zeros, f"{module}.bias")
+            setattr(self, _bias_of(name), bias)
+
+    def __call__(self, x: Array, layer: Layer) -> tuple[Array, KeyValue]:
+        """The residual stream after this layer, and its keys and values."""
+        y, kv = self.attention(self.norm(x, "attn_norm"), layer)
+        x = x + y
+        return x + self.mlp(self.norm(x, "mlp_norm"), layer), kv
+
+    def attention(self, x: Array, layer: Layer) -> tuple[Array, KeyValue]:
+        q, k, v = (self.project(x, name, layer) for name in ("wq", "wk", "wv"))
+        q, k = layer.rotate(self.prepare(q, "q")), layer.rotate(self.prepare(k, "k"))
+        return self.project(layer.attend(q, k, v), "wo", layer), (k, v)
+
+    def prepare(self, x: Array, which: str) -> Array:
+        """Queries ("q") or keys ("k"), before they are rotated."""
+        name = f"{which}_norm"
+        return self.norm(x, name) if name in self.norms else x
+
+    def mlp(self, x: Array, layer: Layer) -> Array:
+        gate = self.config.activation(self.project(x, "w_gate", layer))
+        return self.project(gate * self.project(x, "w_up", layer), "w_down", layer)
+
+    def norm(self, x: Array, name: str) -> Array:
+        return self.config.norm(x, getattr(self, name)[...])
+
+    def project(self, x: Array, name: str, layer: Layer) -> Array:
+        """A projection with its adapter and its bias, where it has them."""
+        c, (read, written, _) = self.config, PROJECTIONS[name]
+        out = self._product(x, name, read, written)
+        if c.has_adapter(name):
+            inner = self._product(layer.thin(x, name), f"{name}_a", read, "r")
+            adapted = self._product(inner, f"{name}_b", "r", written)
+            out = out + adapted * (c.lora_alpha / c.lora_rank)
+        bias = getattr(self, _bias_of(name), None)
+        return out if bias is None else out + rank_of(out, bias[...].astype(x.dtype))
+
+    def _product(self, x: Array, name: str, read: str, written: str) -> Array:
+        weight = getattr(self, name)[...].astype(x.dtype)
+        # Tokens of all rows as one dimension: on CPU twice as fast.
+        flat = x.reshape(-1, *weight.shape[: len(read)])
+        out = jnp.einsum(f"n{read},{read}{written}->n{written}", flat, weight)
+        return out.reshape(*x.shape[:2], *out.shape[1:])
+
+
+def _bias_of(name: str) -> str:
+    """The parameter that is the bias of a projection: "bq" of "wq"."""
+    return name.replace("w", "b", 1)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square norm over the dimensions of `scale`, in float32, as in Llama.
+
+    Rounded to the type of `x` before it is scaled, as the checkpoints were trained.
+    """
+    return _normalised(x, scale, eps).astype(x.dtype) * rank_of(
+        x, scale.astype(x.dtype)
+    )
+
+
+def rms_norm_float32(x: Array, scale: Array, eps: float) -> Array:
+    """`rms_norm`, rounded after it is scaled."""
+    scale = rank_of(x, scale.astype(jnp.float32))
+    return (_normalised(x, scale, eps) * scale).astype(x.dtype)
+
+
+def _normalised(x: Array, scale: Array, eps: float) -> Array:
+    y, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    return y * lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + eps)
+
+
+def rank_of(x: Array, weight: Array) -> Array:
+    """`weight` with leading dimensions of one, to the rank of `x`."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
