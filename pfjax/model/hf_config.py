@@ -177,8 +177,7 @@ def _refuse_unsupported(family: type[ModelConfig], c: dict[str, Any]) -> None:
 def _windows(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     """Which layers attend to a window, if some do, and its width."""
     num, window = c["num_hidden_layers"], c.get("sliding_window")
-    pattern = [SLIDING if family.is_sliding(c, i) else FULL for i in range(num)]
-    types = c.get("layer_types") or pattern
+    types = c.get("layer_types") or _pattern(family, c)
     if not isinstance(types, list) or len(types) != num or set(types) - {FULL, SLIDING}:
         raise ValueError(f"sets layer_types={types!r}: not supported")
     if SLIDING not in types:
@@ -210,6 +209,12 @@ def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
+def _pattern(family: type[ModelConfig], c: dict[str, Any]) -> list[str]:
+    """The `layer_types` of a config that has none."""
+    layers = range(c["num_hidden_layers"])
+    return [SLIDING if family.is_sliding(c, i) else FULL for i in layers]
+
+
 def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
     """A minimal `config.json` that `read` reads back as `c`, without its `dtype`."""
     field, activation = c.hidden_act
@@ -219,12 +224,16 @@ def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
         **{name: getattr(c, ours) for name, ours in _FIELDS.items()},
         field: activation,
         "rope_parameters": rope.to_json(c.rope),
-        "layer_types": list(c.layer_types or (FULL,) * c.num_layers),
         "eos_token_id": list(c.stop_ids),
+        "pad_token_id": None,  # some families have one beyond a small vocabulary
         "dtype": dtype,
     }
     if c.layer_types:
         out["sliding_window"] = c.sliding_window or c.max_positions
     if c.local_rope:
         out["rope_parameters"] = rope.to_json_by_type(c.rope, c.local_rope)
-    return out | c.to_json()
+    out |= c.to_json()
+    types = list(c.layer_types) or [FULL] * c.num_layers
+    if types != _pattern(type(c), c.json_defaults | out):
+        out["layer_types"] = types
+    return out

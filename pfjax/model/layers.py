@@ -163,8 +163,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 def rms_norm_float32(x: Array, scale: Array, eps: float) -> Array:
     """`rms_norm`, rounded after it is scaled."""
-    scale = rank_of(x, scale.astype(jnp.float32))
-    return (_normalised(x, scale, eps) * scale).astype(x.dtype)
+    y = _normalised(x, scale, eps)
+    return (y * rank_of(y, scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def _normalised(x: Array, scale: Array, eps: float) -> Array:

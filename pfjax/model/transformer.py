@@ -60,7 +60,7 @@ class ModelConfig:
     architecture: ClassVar[str]
     block: ClassVar[type[layers.Block]] = layers.Block
     activation: ClassVar[Callable[[Array], Array]] = staticmethod(jax.nn.silu)
-    norm_init: ClassVar[Callable[..., Array]] = nnx.initializers.ones
+    norm_init: ClassVar[Callable[..., Array]] = staticmethod(nnx.initializers.ones)
     # Of config.json: what transformers takes where a field is not there; the activation's
     # field and value; fields that are read beside those of the same names here.
     json_defaults: ClassVar[dict[str, Any]] = {}

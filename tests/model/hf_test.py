@@ -76,7 +76,11 @@ def test_missing_unexpected_and_misshaped_tensors_are_one_error(folder):
     "change",
     [
         {"model_type": "gpt2"},
-        {"use_sliding_window": True, "sliding_window": 64},
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": None,
+        },
         {"unheard_of": 0.5},
         {"auto_map": {"AutoModel": "modeling.Model"}},
         {"architectures": ["Qwen2ForSequenceClassification"]},

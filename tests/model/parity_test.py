@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pfjax.model import hf, hf_config, log_probs, rope, transformer
+from pfjax.model.transformer import FULL, SLIDING
 
 SMALL = {
     "vocab_size": 64,
@@ -113,6 +114,96 @@ CASES = {
         "mistral",
         {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-3},
     ),
+    # The reference sees 48 tokens, three times these windows.
+    "mistral-window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 16}),
+    "qwen2-window": (
+        "qwen2",
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3-window": (
+        "qwen3",
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 15,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {"num_key_value_heads": 2, "no_rope_layer_interval": 2},
+    ),
+    "smollm3-untied": (
+        "smollm3",
+        {
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": False,
+            "no_rope_layers": [0, 1],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_theta": 5e6, **YARN},
+        },
+    ),
+    "olmo2": (
+        "olmo2",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_theta": 5e5},
+            "attention_bias": True,
+        },
+    ),
+    "olmo2-tied": (
+        "olmo2",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True, "rms_norm_eps": 1e-3},
+    ),
+    "olmo3": (
+        "olmo3",
+        {
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 5e5, **YARN},
+                "sliding_attention": {"rope_theta": 5e5, "rope_type": "default"},
+            },
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 7,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+    "gemma3-untied": (
+        "gemma3_text",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_theta": 1e5,
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                },
+                "sliding_attention": {"rope_theta": 2e3, "rope_type": "default"},
+            },
+        },
+    ),
 }
 
 
@@ -173,7 +264,19 @@ def test_float32_logits_equal_those_of_transformers(made, name):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama-llama3", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2",
+        "qwen3",
+        "llama-llama3",
+        "mistral",
+        "smollm3",
+        "olmo2",
+        "olmo3",
+        "gemma3",
+    ],
+)
 def test_bfloat16_logits_are_within_rounding(made, name):
     """Of the same bfloat16 weights, computed by the reference in float32."""
     folder, tokens, positions, _ = made(name)
@@ -201,10 +304,30 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("llama-llama3", "rope.original_positions", 4096),
         ("llama-linear-bias", "rope.factor", 1.0),
         ("mistral", "norm_eps", 1e-6),
-        ("qwen3-bias", "qkv_bias", False),
-        ("qwen3-bias", "output_bias", False),
+        ("qwen3-bias", "attention_bias", False),
+        ("llama-linear-bias", "attention_bias", False),
         ("llama-linear-bias", "mlp_bias", False),
-        ("qwen3", "qk_norm", False),
+        ("mistral-window", "sliding_window", 15),
+        ("qwen2-window", "sliding_window", 17),
+        ("qwen2-window", "layer_types", (SLIDING, SLIDING)),
+        ("qwen3-window", "layer_types", (FULL, SLIDING)),
+        ("smollm3", "no_rope_layers", (1, 1)),
+        ("smollm3-untied", "no_rope_layers", (0, 0)),
+        ("smollm3-untied", "attention_bias", False),
+        ("smollm3-untied", "mlp_bias", False),
+        ("olmo2", "attention_bias", False),
+        ("olmo2-tied", "norm_eps", 1e-6),
+        ("olmo3", "sliding_window", 0),
+        ("olmo3", "local_rope", None),
+        ("olmo3", "rope.kind", "default"),
+        ("gemma3", "query_pre_attn_scalar", 16.0),
+        ("gemma3", "sliding_window", 15),
+        ("gemma3", "local_rope", None),
+        ("gemma3", "rope.theta", 1e4),
+        ("gemma3-untied", "layer_types", (SLIDING, FULL)),
+        ("gemma3-untied", "attention_bias", False),
+        ("gemma3-untied", "norm_eps", 1e-6),
+        ("gemma3-untied", "rope.factor", 1.0),
     ],
 )
 @pytest.mark.slow
@@ -230,6 +353,10 @@ def test_config_is_the_same_in_the_spelling_of_transformers_4(made, name, tmp_pa
     folder = made(name)[0]
     c = json.loads((folder / "config.json").read_text())
     parameters = c.pop("rope_parameters")
+    if "sliding_attention" in parameters:
+        if c["model_type"] == "gemma3_text":
+            c["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
     c["rope_theta"] = parameters.pop("rope_theta")
     c["torch_dtype"] = c.pop("dtype")
     kind = parameters.pop("rope_type")

@@ -16,6 +16,7 @@ from pfjax.model import (
     attention,
     chunked_attention,
     hf,
+    layers,
     log_probs,
     rope,
     transformer,
@@ -100,7 +101,8 @@ def in_double(monkeypatch):
     # Integers stay what they are.
     double.arange = lambda *args: jnp.arange(*args, dtype=jnp.int32)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float64)
-    for module in (attention, batches, chunked_attention, log_probs, rope, transformer):
+    modules = (batches, attention, chunked_attention, layers, log_probs, rope)
+    for module in (*modules, transformer):
         monkeypatch.setattr(module, "jnp", double)
     for module in (chunked_attention, log_probs):
         monkeypatch.setattr(module, "_dot", dot)

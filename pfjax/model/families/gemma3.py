@@ -47,7 +47,7 @@ class Block(layers.Block):
 class Config(ModelConfig):
     model_type, architecture, block = "gemma3_text", "Gemma3ForCausalLM", Block
     activation = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
-    norm_init = nnx.initializers.zeros
+    norm_init = staticmethod(nnx.initializers.zeros)
     hidden_act = ("hidden_activation", "gelu_pytorch_tanh")
     json_defaults = {
         "head_dim": 256,
@@ -65,7 +65,7 @@ class Config(ModelConfig):
 
     @classmethod
     def read_ropes(cls, json):
-        local_theta = json.get("rope_local_base_freq") or 1e4
+        local_theta = float(json.get("rope_local_base_freq") or 1e4)
         return rope.from_json_by_type(json, theta=1e6, local_theta=local_theta)
 
     def norm(self, x, scale):

@@ -19,6 +19,5 @@ class Config(ModelConfig):
         return json["sliding_window"] is not None
 
     def to_json(self):
-        # It has no `layer_types`.
-        window = self.sliding_window if self.layer_types else None
-        return {"layer_types": None, "sliding_window": window} | super().to_json()
+        window = self.sliding_window or self.max_positions
+        return {"sliding_window": window if self.layer_types else None}

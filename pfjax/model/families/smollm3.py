@@ -14,7 +14,7 @@ from pfjax.model.families import llama
 class Config(llama.Config):
     model_type, architecture = "smollm3", "SmolLM3ForCausalLM"
     json_defaults = {"tie_word_embeddings": True}
-    json_fields = ("use_sliding_window",)
+    json_fields = ("max_window_layers", "use_sliding_window")
 
     no_rope_layers: tuple[int, ...] = ()  # 0 for each layer without rope
     no_rope_layer_interval: int = 4  # without that list, every fourth

@@ -1,0 +1,180 @@
+"""What configs on the hub say of layers, and that one file makes a family."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pfjax.model import hf_config, rope, transformer
+from pfjax.model.families import FAMILIES
+
+# Fields that each has, and the shared ones below, as published.
+SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
+HUB = {
+    "google/gemma-3-1b-it": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106],
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "vocab_size": 262144,
+    },
+    "HuggingFaceTB/SmolLM3-3B": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "eos_token_id": 128012,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "pretraining_tp": 2,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
+    "allenai/OLMo-2-0425-1B": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "vocab_size": 100352,
+    },
+    "mistralai/Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+}
+
+
+def _read(folder, config):
+    (folder / "config.json").write_text(json.dumps(SHARED | config))
+    return hf_config.read(folder)
+
+
+def _windows(config):
+    return [kind.window for kind in config.layer_kinds]
+
+
+def test_gemma_of_the_hub(tmp_path):
+    c = _read(tmp_path, HUB["google/gemma-3-1b-it"])
+    assert _windows(c) == ([512] * 5 + [0]) * 4 + [512] * 2
+    assert {kind.rope.theta for kind in c.layer_kinds if kind.window} == {1e4}
+    assert {kind.rope.theta for kind in c.layer_kinds if not kind.window} == {1e6}
+    assert c.tied_embeddings and c.stop_ids == (1, 106)
+    size = sum(np.prod(x.shape) for x in _leaves(c))
+    assert size == 999_885_952  # as published
+
+
+def test_smollm_of_the_hub(tmp_path):
+    listed = HUB["HuggingFaceTB/SmolLM3-3B"]
+    c = _read(tmp_path, listed)
+    none = [i for i, kind in enumerate(c.layer_kinds) if kind.rope is None]
+    assert none == [*range(3, 36, 4)]
+    assert _windows(c) == [0] * 36 and c.tied_embeddings
+    # Without the list its rule says the same.
+    rule = {k: v for k, v in listed.items() if k != "no_rope_layers"}
+    assert _read(tmp_path, rule).layer_kinds == c.layer_kinds
+
+
+def test_olmo_and_mistral_of_the_hub(tmp_path):
+    c = _read(tmp_path, HUB["allenai/OLMo-2-0425-1B"])
+    shapes = transformer.abstract_params(c)["blocks"]
+    assert shapes["q_norm"].shape == (16, 16, 128)
+    assert c.layer_kinds == (transformer.LayerKind(0, rope.RopeConfig(5e5)),) * 16
+    c = _read(tmp_path, HUB["mistralai/Mistral-7B-v0.1"])
+    assert _windows(c) == [4096] * 32
+
+
+def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
+    mistral = HUB["mistralai/Mistral-7B-v0.1"]
+    c = _read(tmp_path, mistral | {"max_position_embeddings": 4096})
+    assert _windows(c) == [0] * 32
+    # The layers of Gemma still differ, in their ropes.
+    gemma = HUB["google/gemma-3-1b-it"] | {"max_position_embeddings": 512}
+    assert len(set(_read(tmp_path, gemma).layer_kinds)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("google/gemma-3-1b-it", {"final_logit_softcapping": 30.0}),
+        ("google/gemma-3-1b-it", {"use_bidirectional_attention": True}),
+        ("google/gemma-3-1b-it", {"hidden_activation": "gelu"}),
+        ("google/gemma-3-1b-it", {"query_pre_attn_scalar": "x"}),
+        ("google/gemma-3-1b-it", {"sliding_window": 0}),
+        ("HuggingFaceTB/SmolLM3-3B", {"no_rope_layers": 3}),
+        ("allenai/OLMo-2-0425-1B", {"clip_qkv": 8.0}),
+        ("allenai/OLMo-2-0425-1B", {"attention_bias": "yes"}),
+    ],
+)
+def test_what_a_family_does_not_know_is_refused_by_name(tmp_path, name, change):
+    with pytest.raises(ValueError, match=re.escape(next(iter(change)))):
+        _read(tmp_path, HUB[name] | change)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_configs_are_written_as_they_are_read(tmp_path, name):
+    c = _read(tmp_path, HUB[name])
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.to_json(c, "float32")))
+    assert hf_config.read(tmp_path) == c
+
+
+def test_every_parameter_has_a_tensor_of_its_own():
+    for family in FAMILIES.values():
+        sizes = dict.fromkeys(("num_heads", "num_kv_heads", "vocab_size"), 2)
+        sizes |= dict.fromkeys(("embed_dim", "num_layers", "head_dim", "mlp_dim"), 2)
+        flags = {x: True for x in family.own_fields() if x.endswith("_bias")}
+        c = family(
+            **sizes, **flags, rope=rope.RopeConfig(1e4), norm_eps=1e-6,
+            tied_embeddings=False, max_positions=8, stop_ids=(1,), lora_rank=2,
+        )  # fmt: skip
+        names = [name for name, _ in transformer.tensors(c).values()]
+        assert len(set(names)) == len(names) == len(_leaves(c))
+
+
+def _leaves(config):
+    shapes = transformer.abstract_params(config)
+    return [x for part in (shapes.pop("blocks"), shapes) for x in part.values()]
