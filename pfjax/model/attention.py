@@ -91,7 +91,7 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype, window: int = 0)
     if window and backend.startswith("triton"):
         raise ValueError(
             f"{backend} attention has no sliding windows, and layers of this model have "
-            f"one, of {window} tokens: choose --config.attention=chunked"
+            "one: choose --config.attention=chunked"
         )
     if backend != "auto":
         return backend
@@ -256,7 +256,7 @@ def _cudnn(q, k, v, segment_ids, max_segments, window=0):
             scale=scale,
             mask_type=mask,
             qkv_layout="BTNH",
-            sliding_window_length=window or None,
+            sliding_window_length=window or None,  # with the token itself, as ours
         )
 
     extents = segment_extents(segment_ids, max_segments)
