@@ -100,7 +100,7 @@ def _kernel(length_ref, *refs, block, num_rows, scale):
     if start_ref:
         nowhere = jnp.iinfo(jnp.int32).max
         start = plgpu.load(start_ref[0], mask=is_row, other=nowhere)
-        first = jnp.minimum(start.min(), length) // block
+        first = jnp.minimum(start.min() // block, num_blocks)
         num_blocks -= first
     share = pl.cdiv(num_blocks, pl.num_programs(1))
     begin = pl.program_id(1) * share
@@ -112,7 +112,8 @@ def _kernel(length_ref, *refs, block, num_rows, scale):
     def add(j, carry):
         out, top_before, total = carry
         at = j * block + jnp.arange(block)
-        is_filled, is_seen = at < length, (at < length)[None]
+        is_filled = at < length
+        is_seen = is_filled[None]
         if start is not None:
             is_seen &= at[None] >= start[:, None]
         here = pl.ds(j * block, block)

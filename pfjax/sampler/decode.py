@@ -258,10 +258,11 @@ def forward(
         # Written before it is read: the loop then updates the cache in place.
         kv, backend = (k[:, 0], v[:, 0]), s.plan.backend
         window, of_prompt = s.plan.windows[layer], prompts.cache[layer]
-        seen = windows.of_response(window, slots.drawn, s.plan.keeps_all)
-        at, own_length, own_start = seen
+        of_slots = (window, slots.drawn, s.plan.keeps_all)
+        at = windows.response_index(*of_slots)
         own = decode_attention.write(backend, cache[layer], kv, at)
         new.append(own)
+        own_length, own_start = windows.of_response(*of_slots)
         of_layer = (window, of_prompt[1].shape[2], prompts.length)
         length, start = windows.of_prompt(*of_layer, prefix_slot, slots.drawn)
         how = (own_length, length, slots.grid_index, samples_per_prefix, backend)

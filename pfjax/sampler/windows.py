@@ -29,20 +29,27 @@ def cache_widths(
     return tuple(min(width, kept(w)) if w else width for w in windows)
 
 
-def of_response(
+def response_index(
     window: int, drawn: Int[Array, "s"], keeps_all: bool
-) -> tuple[Int[Array, "s"], Int[Array, "s"], Int[Array, "s"] | None]:
-    """Where a layer keeps the token after `drawn` others, how much of its cache is then
-    filled, and from which index on the token sees it (None for all).
+) -> Int[Array, "s"]:
+    """At which index a layer keeps the token after `drawn` others.
 
     Args:
-      keeps_all: whether the cache is as wide as the response.
+      keeps_all: whether the cache is as wide as the response, and no ring.
     """
+    return drawn if keeps_all or not window else drawn % window
+
+
+def of_response(
+    window: int, drawn: Int[Array, "s"], keeps_all: bool
+) -> tuple[Int[Array, "s"], Int[Array, "s"] | None]:
+    """How much of a layer's cache is filled with that token, and from which index on the
+    token sees it (None for all)."""
     if not window:
-        return drawn, drawn + 1, None
+        return drawn + 1, None
     if keeps_all:
-        return drawn, drawn + 1, jnp.maximum(drawn + 1 - window, 0)
-    return drawn % window, jnp.minimum(drawn + 1, window), None
+        return drawn + 1, jnp.maximum(drawn + 1 - window, 0)
+    return jnp.minimum(drawn + 1, window), None
 
 
 def of_prompt(

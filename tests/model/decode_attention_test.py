@@ -210,11 +210,11 @@ def test_an_empty_part_weighs_nothing(rng, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_see_a_part_from_where_they_start(rng, backend, m, c, width):
     q, keys, values = _draw_part(rng, m, c, width, "float32")
-    length, least = width - 30, 300
+    length, least = width - 30, 600
     start = rng.integers(least, length + 100, m).astype(np.int32)
     start[:3] = least, length - 1, length  # the last sees nothing
     if backend != "xla":  # whole blocks that no row sees are not read
-        keys, values = (x.at[:, :, :256].set(np.nan) for x in (keys, values))
+        keys, values = (x.at[:, :, :512].set(np.nan) for x in (keys, values))
     args = np.array([length], np.int32), start[None]
     part = _part(backend, q, keys, values, *args)
     assert np.isfinite(part.out).all()

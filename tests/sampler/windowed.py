@@ -22,14 +22,14 @@ class WindowedConfig(ModelConfig):
 
 def config_of(base: ModelConfig, *windows: int, **changes) -> WindowedConfig:
     fields = {x.name: getattr(base, x.name) for x in dataclasses.fields(base)}
-    fields |= {"num_layers": len(windows), "max_positions": 512}
-    return WindowedConfig(**fields | changes, windows=windows)
+    fields |= {"num_layers": len(windows), "max_positions": 512, "windows": windows}
+    return WindowedConfig(**fields | changes)
 
 
 def policy_of(config: WindowedConfig) -> Policy:
     """Random weights of which attention's are large, so that who is seen matters."""
     params = transformer.init_params(config, jax.random.key(0))
-    params["blocks"] |= {x: 3 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
+    params["blocks"] |= {x: 2 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
     return Policy(config, params)
 
 
