@@ -5,13 +5,14 @@ A tier of its own, since the compiler is large: bash launch/gpu_compile.sh
 
 import functools
 import math
+import re
 
 import jax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pfjax.infra import hardware
-from pfjax.model import decode_attention
+from pfjax.model import attention, decode_attention
 from pfjax.planner import aot, gpu_target
 from pfjax.trainer import train_fns
 from tests.planner import plans
@@ -116,6 +117,27 @@ def test_decoding_within_windows_compiles(kind, c, dtype):
         lowered = jax.jit(run).lower(queries, *caches, slots, prompts, slots, **starts)
         text = lowered.compile().as_text()
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+
+
+def test_cudnn_attends_within_windows():
+    mesh = aot.device_mesh("h100:1", 0, -1, 1)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    args = [array(2, 512, heads, 128) for heads in (4, 2, 2)]
+
+    def loss(q, k, v, ids):
+        out = attention.packed_attention(q, k, v, ids, max_segments=4, window=200)
+        return out.astype("float32").sum()
+
+    with jax.set_mesh(mesh), gpu_target.told_to_cudnn(mesh):
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        text = (
+            run.lower(*args, jax.ShapeDtypeStruct((2, 512), "int32"))
+            .compile()
+            .as_text()
+        )
+    assert _attentions(text) == 1
+    assert text.count('custom_call_target="__cudnn$fmhaSoftmaxBackward"') == 1
+    assert len(re.findall(r"sliding_window_length\W+200\b", text)) == 2
 
 
 def _attentions(text: str) -> int:

@@ -3,13 +3,13 @@
 Key/value heads are grouped (H a multiple of K); logits and softmax are in float32; `q`
 comes unscaled. The tokens of a segment are contiguous, as `batch.pack` lays them.
 
-| back end | for | memory | segments that it skips |
-|---|---|---|---|
-| plain | the reference | T^2 | none |
-| chunked | CPU; what no kernel takes | T | all others |
-| splash | TPU, JAX's Pallas kernel | T | none, but what comes later |
-| cudnn | GPU from Hopper on, 16-bit | T | all others |
-| triton | other GPUs, JAX's Pallas kernel | T | none, but what comes later |
+| back end | for | memory | segments that it skips | sliding windows |
+|---|---|---|---|---|
+| plain | the reference | T^2 | none | masked |
+| chunked | CPU; what no kernel takes | T | all others | skips what is before |
+| splash | TPU, JAX's Pallas kernel | T | none, but what comes later | skips what is before |
+| cudnn | GPU from Hopper on, 16-bit | T | all others | skips what is before |
+| triton | other GPUs, JAX's Pallas kernel | T | none, but what comes later | has none |
 
 JAX 0.12 calls the Triton kernel deprecated in favour of tokamax, which is no home for packed
 rows yet: its public functions take no segments but as a mask of T^2 numbers, and so does its
@@ -49,6 +49,7 @@ def packed_attention(
     segment_ids: Int[Array, "b t"],
     backend: str = "auto",
     max_segments: int | None = None,
+    window: int = 0,
 ) -> Float[Array, "b t h c"]:
     """Attention of each token to itself and earlier tokens of its own segment.
 
@@ -62,13 +63,19 @@ def packed_attention(
       backend: one of `BACKENDS`, or "auto", see `chosen`.
       max_segments: of a row, padding included; T when not given. Only "cudnn" asks,
         see `pays_for_segments`.
+      window: how many tokens of its segment each attends to, itself and the last ones
+        before it; 0 for all.
     """
-    backend = chosen(backend, q.shape[-1], q.dtype)
+    if window >= k.shape[1]:
+        window = 0  # the same, and one program
+    backend = chosen(backend, q.shape[-1], q.dtype, window)
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     k, v = _with_heads(math.lcm(k.shape[2], tensor), k, v)
     attend = _BACKENDS[backend]
     if backend == "cudnn":
         attend = functools.partial(attend, max_segments=max_segments or q.shape[1])
+    if window:
+        attend = functools.partial(attend, window=window)
     if split := sharding.axes_of("tokens"):
         check_shared(backend, k.shape[1])
         attend = functools.partial(attend, split=split)
@@ -77,9 +84,15 @@ def packed_attention(
     return run(q, k, v, segment_ids)
 
 
-def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
+def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype, window: int = 0) -> str:
     """The back end that a name stands for: "auto" is that of the devices of the mesh,
-    or of this machine without one."""
+    or of this machine without one. Raises ValueError if it has no sliding windows and
+    `window` is one."""
+    if window and backend.startswith("triton"):
+        raise ValueError(
+            f"{backend} attention has no sliding windows, and layers of this model have "
+            f"one, of {window} tokens: choose --config.attention=chunked"
+        )
     if backend != "auto":
         return backend
     platform, kind = sharding.platform()
@@ -89,7 +102,7 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype) -> str:
     if platform == "gpu" and head_dim in (64, 128) and is_whole:
         if jnp.dtype(dtype).itemsize == 2 and _has_packed_cudnn(kind):
             return "cudnn"
-        return "triton"
+        return "chunked" if window else "triton"
     return "chunked"
 
 
@@ -153,13 +166,15 @@ def _has_packed_cudnn(kind: str) -> bool:
     return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
-def _plain(q, k, v, segment_ids, split=()):
+def _plain(q, k, v, segment_ids, split=(), window=0):
     b, t, _, c = q.shape
     at = jnp.arange(k.shape[1])
     query = chunked_attention.part(at[None], t, split)[0]
     of_query = chunked_attention.part(segment_ids, t, split)
     same = of_query[:, :, None] == segment_ids[:, None, :]
     mask = same & (query[:, None] >= at[None])[None]
+    if window:
+        mask &= (query[:, None] < at[None] + window)[None]
     grouped = q.reshape(b, t, k.shape[2], -1, c)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = c**-0.5 * dot("btkgc,bskc->bkgts", grouped, k)
@@ -168,7 +183,7 @@ def _plain(q, k, v, segment_ids, split=()):
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _splash(q, k, v, segment_ids, split=(), interpret=False):
+def _splash(q, k, v, segment_ids, split=(), window=0, interpret=False):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     t, parts = q.shape[1], k.shape[1] // q.shape[1]
@@ -177,8 +192,12 @@ def _splash(q, k, v, segment_ids, split=(), interpret=False):
     # Larger blocks do more work per read; 512 keep within the memory of every TPU.
     block = next(b for b in (512, 256, _BLOCK) if padded % b == 0)
     sides = [f"block_{x}" for x in ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")]
+    shape = (k.shape[1],) * 2
+    mask = splash.CausalMask(shape)
+    if window:  # so many before a token, none after it
+        mask = splash.LocalMask(shape, (window - 1, 0), 0)
     run = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((k.shape[1],) * 2)] * h),
+        splash.MultiHeadMask([mask] * h),
         block_sizes=splash.BlockSizes(**dict.fromkeys(sides, block)),
         residual_checkpoint_name=chunked_attention.SAVED,
         head_shards=1,
@@ -217,7 +236,7 @@ def _triton(q, k, v, segment_ids, interpret=False):
     return attend(q, k, v, segment_ids)[:, :t]
 
 
-def _cudnn(q, k, v, segment_ids, max_segments):
+def _cudnn(q, k, v, segment_ids, max_segments, window=0):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     if q.dtype.itemsize != 2:
@@ -233,7 +252,11 @@ def _cudnn(q, k, v, segment_ids, max_segments):
         mask, scale = cudnn.MaskType.PADDING_CAUSAL, q.shape[-1] ** -0.5
         extents = (None, None, length, length, offset, offset)  # no bias, no mask
         return cudnn.dot_product_attention(
-            q, k, v, *extents, scale=scale, mask_type=mask, qkv_layout="BTNH"
+            *(q, k, v, *extents),
+            scale=scale,
+            mask_type=mask,
+            qkv_layout="BTNH",
+            sliding_window_length=window or None,
         )
 
     extents = segment_extents(segment_ids, max_segments)

@@ -13,37 +13,52 @@ from pfjax.model.transformer import ModelConfig
 
 # Tokens per row: three of the smallest blocks of the kernels.
 _LENGTH = 384
+# Sliding windows are cut to so many tokens: such a one ends inside all longer segments, a
+# block of keys before it can be skipped, and one token more or less is seen.
+_WINDOW = 20
 _TOLERANCE = 0.05  # of the largest number: bfloat16 stays below 0.02
 
 
-def check(config: ModelConfig, mesh: Mesh, max_segments: int) -> None:
+def check(
+    config: ModelConfig,
+    mesh: Mesh,
+    max_segments: int,
+    windows: tuple[int, ...] = (0,),
+) -> None:
     """Raises RuntimeError if a kernel of these devices does not compute attention.
 
-    A wrong one would train on without a word. It runs as an update and as a prefill will:
-    two rows per device of unequal segments, since some faults begin in the second row.
+    A wrong one would train on without a word. It runs as an update and as a prefill will,
+    each with the devices grouped as they are then, and with it the back end: two rows per
+    device of unequal segments, since some faults begin in the second row.
 
     Args:
-      config, mesh: of the run; the mesh is current.
+      config, mesh: of the run.
       max_segments: of a row of an update, padding included.
+      windows: of the layers, see `attention.packed_attention`.
     """
-    backend = attention.chosen(config.attention, config.head_dim, config.dtype)
-    if backend in ("plain", "chunked"):
-        return
     most = max_segments - 1
     many = ((1, 2, 3) * (_LENGTH // 6))[:most]
-    _compare(config, mesh, backend, [(150, 1, 90)[:most], many], max_segments)
-    _compare(config, mesh, backend, [(_LENGTH,), (3,) * (_LENGTH // 3)], None)
+    update, prefill = [(150, 1, 90)[:most], many], [(_LENGTH,), (3,) * (_LENGTH // 3)]
+    runs = ((mesh, update, max_segments), (sharding.regrouped(mesh, 0), prefill, None))
+    for window in sorted({min(size, _WINDOW) for size in windows}):
+        for of, rows, num_segments in runs:
+            with jax.set_mesh(of):
+                _compare(config, of, rows, num_segments, window)
 
 
 def _compare(
     config: ModelConfig,
     mesh: Mesh,
-    backend: str,
     rows: Sequence[Sequence[int]],
     max_segments: int | None,
+    window: int,
 ) -> None:
-    """Compares a back end with the plain form on rows of these lengths; forward only, as
-    a prefill runs, without `max_segments`."""
+    """Compares the back end of a mesh with the plain form on rows of these lengths;
+    forward only, as a prefill runs, without `max_segments`."""
+    how = (config.attention, config.head_dim, config.dtype, window)
+    backend = attention.chosen(*how)
+    if backend in ("plain", "chunked"):
+        return
     ids = np.zeros((len(rows), attention.shared_length(_LENGTH)), np.int32)
     for row, lengths in zip(ids, rows, strict=True):
         row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
@@ -58,7 +73,8 @@ def _compare(
 
     def run(name):
         def loss(q, k, v):
-            out = attention.packed_attention(q, k, v, ids, name, max_segments)
+            args = (q, k, v, ids, name, max_segments, window)
+            out = attention.packed_attention(*args)
             return jnp.sum(weight * out), out * (weight != 0)
 
         if max_segments is None:
@@ -67,12 +83,15 @@ def _compare(
         (_, out), gradients = jax.jit(gradient)(q, k, v)
         return sharding.fetch((out, *gradients))
 
+    tested = f"{backend} attention"
+    if window:
+        tested += f" with a window of {window} tokens"
     where = f"on {jax.devices()[0].device_kind} with jax {jax.__version__}"
     instead = "choose --config.attention=chunked"
     try:
         found = run(backend)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
-        said = f"{backend} attention does not run {where}; {instead}"
+        said = f"{tested} does not run {where}; {instead}"
         raise RuntimeError(said) from e
     names = ("output", "d/dq", "d/dk", "d/dv")
     for name, got, want in zip(names, found, run("plain"), strict=False):
@@ -80,6 +99,6 @@ def _compare(
         error = np.abs(got - want).max() / np.abs(want).max()
         if not error < _TOLERANCE:
             raise RuntimeError(
-                f"{backend} attention is wrong {where}: its {name} is off by "
+                f"{tested} is wrong {where}: its {name} is off by "
                 f"{error:.1%}; {instead}"
             )

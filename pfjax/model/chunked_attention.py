@@ -1,7 +1,8 @@
 """Causal attention inside segments, block by block, in plain JAX.
 
 Blocks of logits exist one at a time, in the backward pass too. Blocks of keys before the
-segment of a block of queries are skipped: work follows the lengths of the segments.
+segment of a block of queries, or before its sliding window, are skipped: work follows the
+lengths of the segments, and no more than the window.
 """
 
 import functools
@@ -22,7 +23,12 @@ _MASKED = -1e30
 
 
 def attend(
-    q: Array, k: Array, v: Array, segment_ids: Array, split: tuple[str, ...] = ()
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    split: tuple[str, ...] = (),
+    window: int = 0,
 ) -> Array:
     """See `attention.packed_attention`. A token of padding attends to itself.
 
@@ -43,7 +49,7 @@ def attend(
 
     numbers = jnp.arange(k.shape[1] // block)[None]
     number = part(numbers, q.shape[1] // block, split)[0]
-    start = part(_segment_start(segment_ids), q.shape[1], split)
+    start = part(_first_seen(segment_ids, window), q.shape[1], split)
     start = start.reshape(b, -1, block).swapaxes(0, 1)
     out = _attend(c**-0.5, blocks(q), blocks(k), blocks(v), start, number)
     out = out.reshape(-1, b, num_kv, h // num_kv, block, c)
@@ -62,11 +68,12 @@ def pad(x: Array, multiple: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
-def _segment_start(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+def _first_seen(segment_ids: Int[Array, "b t"], window: int) -> Int[Array, "b t"]:
     """Index of the first token that each token may attend to."""
     is_first = (jnp.diff(segment_ids, prepend=-1) != 0) | (segment_ids == 0)
     at = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
-    return lax.cummax(jnp.where(is_first, at, 0), axis=1)
+    start = lax.cummax(jnp.where(is_first, at, 0), axis=1)
+    return jnp.maximum(start, at - window + 1) if window else start
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

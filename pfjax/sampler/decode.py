@@ -160,9 +160,8 @@ def prefill_local(
         at = windows.prompt_index(*of_layer, prefix_slot, positions)
         own = (s.plan.backend, cache, (k, v))
         new.append(decode_attention.write_prompts(*own, *at))
-        within = {"window": window} if window else {}
         how = (segment_ids, s.config.attention)
-        return attention.packed_attention(q, k, v, *how, **within)
+        return attention.packed_attention(q, k, v, *how, window=window)
 
     transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
     return Prompts(placed(new), length)

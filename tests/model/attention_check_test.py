@@ -22,29 +22,54 @@ def check(tiny_config, monkeypatch):
     """The check on one device, of a back end by name or of a function in its place."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
 
-    def run(backend, dtype="float32"):
+    def run(backend, dtype="float32", windows=(0,)):
         if callable(backend):
-            monkeypatch.setitem(attention._BACKENDS, "triton_interpret", backend)
-            backend = "triton_interpret"
+            monkeypatch.setitem(attention._BACKENDS, "splash_interpret", backend)
+            backend = "splash_interpret"
         config = dataclasses.replace(
             tiny_config, attention=backend, dtype=dtype, head_dim=64
         )
-        with jax.set_mesh(mesh):
-            attention_check.check(config, mesh, MAX_SEGMENTS)
+        attention_check.check(config, mesh, MAX_SEGMENTS, windows)
 
     return run
 
 
 def test_passes_attention_that_is_correct(check, monkeypatch):
     cudnn_emulation.install(monkeypatch)
-    check("cudnn", "bfloat16")
+    check("cudnn", "bfloat16", (0, 4096))
 
 
 def test_rows_that_devices_share_are_long_enough_to_be_split(tiny_config):
     config = dataclasses.replace(tiny_config, attention="splash_interpret", head_dim=64)
     mesh = sharding.make_mesh(fsdp=2, context=4)
+    attention_check.check(config, mesh, MAX_SEGMENTS, (0, 64))
+
+
+def test_compares_prefills_where_rows_are_not_shared(tiny_config, monkeypatch):
+    """GPUs that share rows in updates run another kernel in rollouts."""
+    monkeypatch.setattr(sharding, "platform", lambda: ("gpu", "NVIDIA L40S"))
+    wrong = lambda q, k, v, ids: jnp.nan * attend(q, k, v, ids)
+    monkeypatch.setitem(attention._BACKENDS, "triton", wrong)
+    config = dataclasses.replace(tiny_config, head_dim=64)
+    mesh = sharding.make_mesh(fsdp=4, context=2)
     with jax.set_mesh(mesh):
+        assert attention.chosen("auto", 64, "float32") == "chunked"
+    with pytest.raises(RuntimeError, match="triton attention is wrong"):
         attention_check.check(config, mesh, MAX_SEGMENTS)
+
+
+@pytest.mark.parametrize("wrong_by", [-1, 1])
+@pytest.mark.parametrize("window", [7, 4096])
+def test_refuses_a_window_that_is_another(check, window, wrong_by):
+    """By one token, and however wide the layers have it."""
+    check(attend, windows=(0, window))
+
+    def wrong(q, k, v, ids, window=0):
+        return attend(q, k, v, ids, window=window and window + wrong_by)
+
+    size = min(window, 20)
+    with pytest.raises(RuntimeError, match=f"with a window of {size} tokens is wrong"):
+        check(wrong, windows=(0, window))
 
 
 def test_refuses_segments_that_shift_from_row_to_row(check, monkeypatch):
@@ -89,7 +114,7 @@ def _not_implemented(q, k, v, ids):
             lambda q, k, v, ids: attend(q, k, v, ids + 99 * (INDEX > 300)),
             "its output is off",
         ),
-        (_not_implemented, f"triton_interpret attention does not run on {HERE}"),
+        (_not_implemented, f"splash_interpret attention does not run on {HERE}"),
     ],
 )
 def test_refuses_what_is_wrong_in_part(check, wrong, message):

@@ -13,90 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pfjax.batch import PackShape, pack
 from pfjax.infra import sharding
 from pfjax.model import attention, chunked_attention, transformer
-from tests.model import cudnn_emulation
-
-NATIVE = {"gpu": ["triton", "cudnn"], "tpu": ["splash"]}
-BACKENDS = [
-    "plain",
-    "chunked",
-    *NATIVE.get(jax.default_backend(), ["splash_interpret", "triton_interpret"]),
-    *([] if jax.default_backend() == "gpu" else ["cudnn_emulated"]),
-]
-B, T, H, K, C = 3, 300, 4, 2, 64  # rows that are no whole number of blocks
+from tests.model import cudnn_emulation, packed_rows
+from tests.model.packed_rows import B, C, H, T
 
 
 @pytest.fixture
 def data(rng):
-    """Queries, keys, values, segments, and what to multiply the output by."""
-    lengths = ([150, 3, 97, 40], [300], [129, 128, 30])
-    segment_ids = np.zeros((B, T), np.int32)
-    for row, some in enumerate(lengths):
-        used = np.repeat(np.arange(len(some)) + 1, some)
-        segment_ids[row, : len(used)] = used
-    draw = lambda heads: rng.standard_normal((B, T, heads, C)).astype(np.float32)
-    q, k, v, weight = draw(H), draw(K), draw(K), draw(H)
-    return q, k, v, segment_ids, weight * (segment_ids > 0)[..., None, None]
+    return packed_rows.draw(rng)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=packed_rows.BACKENDS)
 def run(request, monkeypatch):
-    """The back end, and how far its rounding may take it."""
-    name = request.param
-    if name == "cudnn_emulated":
-        cudnn_emulation.install(monkeypatch)
-        name = "cudnn"
-    is_half = name == "cudnn"
-    # Natively TPUs and GPUs multiply float32 in fewer bits.
-    native = jax.default_backend() != "cpu"
-    tolerance = 3e-2 if is_half or native else 5e-6
-
-    def attend(q, k, v, segment_ids):
-        if is_half:
-            q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-        out = attention.packed_attention(q, k, v, segment_ids, name, max_segments=5)
-        return out.astype(jnp.float32)
-
-    return jax.jit(attend), tolerance
-
-
-def _oracle(q, k, v, segment_ids, weight):
-    """Output, and gradients of its product with `weight`, by the formulas."""
-    q, k, v, weight = (x.astype(np.float64) for x in (q, k, v, weight))
-    mask = segment_ids[:, :, None] == segment_ids[:, None]
-    mask &= np.tril(np.ones((T, T), bool))
-    k, v = (np.repeat(x, H // K, axis=2) for x in (k, v))
-    logits = np.einsum("bthc,bshc->bhts", q, k) * C**-0.5
-    p = np.exp(np.where(mask[:, None], logits, -np.inf))
-    p /= p.sum(-1, keepdims=True)
-    dp = np.einsum("bthc,bshc->bhts", weight, v)
-    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * C**-0.5
-    grouped = lambda x: x.reshape(B, T, K, H // K, C).sum(3)
-    return np.einsum("bhts,bshc->bthc", p, v), (
-        np.einsum("bhts,bshc->bthc", ds, k),
-        grouped(np.einsum("bhts,bthc->bshc", ds, q)),
-        grouped(np.einsum("bhts,bthc->bshc", p, weight)),
-    )
-
-
-def _gradients(attend, q, k, v, segment_ids, weight):
-    loss = lambda q, k, v: jnp.sum(weight * attend(q, k, v, segment_ids))
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    return packed_rows.attend_with(request.param, monkeypatch)
 
 
 def test_equals_dense_attention_forward_and_backward(data, run):
     attend, tolerance = run
-    want, want_gradients = _oracle(*data)
+    want, want_gradients = packed_rows.oracle(*data)
     out = attend(*data[:4])
     assert np.isfinite(out).all()
     is_real = data[3] > 0
     np.testing.assert_allclose(out[is_real], want[is_real], atol=tolerance)
-    for a, b in zip(_gradients(attend, *data), want_gradients, strict=True):
+    for a, b in zip(packed_rows.gradients(attend, *data), want_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
@@ -124,7 +67,7 @@ def test_no_gradient_flows_to_what_a_token_does_not_see(data, run):
     at = 200
     pick = np.zeros((B, T, H, C), np.float32)
     pick[0, at] = 1.0
-    gradients = _gradients(attend, q, k, v, segment_ids, pick)
+    gradients = packed_rows.gradients(attend, q, k, v, segment_ids, pick)
     sees = np.zeros((B, T), bool)
     sees[0] = (segment_ids[0] == segment_ids[0, at]) & (np.arange(T) <= at)
     for name, x in zip("qkv", gradients, strict=True):
@@ -138,22 +81,8 @@ def test_a_row_of_padding_yields_numbers(data, run):
     q, k, v, segment_ids, weight = data
     nothing = np.zeros_like(segment_ids)
     assert np.isfinite(attend(q, k, v, nothing)).all()
-    gradients = _gradients(attend, q, k, v, nothing, 0 * weight)
+    gradients = packed_rows.gradients(attend, q, k, v, nothing, 0 * weight)
     assert all((np.asarray(x) == 0).all() for x in gradients)
-
-
-def _agrees_with_one_device(backend, mesh, args, weight):
-    run = functools.partial(attention.packed_attention, backend="plain")
-    want, want_gradients = run(*args), _gradients(run, *args, weight)
-    run = functools.partial(attention.packed_attention, backend=backend)
-    split = NamedSharding(mesh, P(("data", "fsdp"), "context"))
-    with jax.set_mesh(mesh):
-        put = [jax.device_put(x, split) for x in args]
-        got, gradients = jax.jit(run)(*put), _gradients(run, *put, weight)
-    is_real = args[3] > 0
-    np.testing.assert_allclose(got[is_real], want[is_real], atol=5e-6)
-    for a, b in zip(gradients, want_gradients, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -162,7 +91,9 @@ def _agrees_with_one_device(backend, mesh, args, weight):
 def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
     """Two key heads on a "tensor" axis of four are repeated, their gradients summed."""
     *args, weight = (np.concatenate([x, x[:1]]) for x in data)
-    _agrees_with_one_device(backend, sharding.make_mesh(*sizes), args, weight)
+    packed_rows.agrees_with_one_device(
+        backend, sharding.make_mesh(*sizes), args, weight
+    )
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -178,10 +109,9 @@ def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
 )
 def test_devices_that_share_rows_agree(data, backend, length, sizes):
     """Queries are split over "context", keys and values gathered, their gradients summed."""
-    fill = lambda x: np.pad(x, [(0, 1), (0, length - T)] + [(0, 0)] * (x.ndim - 2))
-    *args, weight = map(fill, data)
+    *args, weight = packed_rows.lengthened(data, 4, length)
     mesh = sharding.make_mesh(**{"fsdp": -1} | sizes)
-    _agrees_with_one_device(backend, mesh, args, weight)
+    packed_rows.agrees_with_one_device(backend, mesh, args, weight)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

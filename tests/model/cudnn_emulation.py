@@ -42,20 +42,24 @@ def _place(x, length, offset):
     return segment, at[:, 0] - start[0, segment]
 
 
-def _logits(q, k, q_length, k_length, q_offset, k_offset, scale):
+def _logits(q, k, q_length, k_length, q_offset, k_offset, scale, window):
     """Logits, which of them count, and segments and places of the queries."""
     of_q, q_at = _place(q, q_length, q_offset)
     of_k, k_at = _place(k, k_length, k_offset)
     is_seen = (of_q[:, None] == of_k[None]) & (of_q < q_length.size)[:, None]
     is_seen &= q_at[:, None] >= k_at[None]
+    if window is not None:  # (at - window, at]
+        is_seen &= k_at[None] > q_at[:, None] - window
     logits = scale * jnp.einsum("inc,jnc->nij", _flat(q), _flat(k))
     return logits, is_seen[None], of_q, q_at
 
 
-def _forward(q, k, v, bias, *args, scale, mask_type, layout, is_training, **kwargs):
-    del bias, kwargs
+def _forward(q, k, v, bias, *args, scale, sliding_window_length, is_training, **kwargs):
+    del bias
+    mask_type, layout = kwargs["mask_type"], kwargs["layout"]
     assert (mask_type, layout) == (cudnn.MaskType.PADDING_CAUSAL, 0)
-    logits, is_seen, segment, at = _logits(q, k, *args[:4], scale)
+    how = (scale, sliding_window_length)
+    logits, is_seen, segment, at = _logits(q, k, *args[:4], *how)
     logits = jnp.where(is_seen, logits, -jnp.inf)
     log_total = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - log_total[..., None])
@@ -69,10 +73,11 @@ def _forward(q, k, v, bias, *args, scale, mask_type, layout, is_training, **kwar
     return out, saved
 
 
-def _backward(q, k, v, bias, *args, scale, **kwargs):
+def _backward(q, k, v, bias, *args, scale, sliding_window_length, **kwargs):
     del bias, kwargs
     *extents, _, _, saved, out, d_out = args
-    logits, is_seen, segment, at = _logits(q, k, *extents, scale)
+    how = (scale, sliding_window_length)
+    logits, is_seen, segment, at = _logits(q, k, *extents, *how)
     log_total = saved[segment, :, at].T
     weights = jnp.where(is_seen, jnp.exp(logits - log_total[..., None]), 0.0)
     along = jnp.sum(_flat(out) * _flat(d_out), axis=-1).T

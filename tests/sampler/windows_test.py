@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import attention, transformer
+from pfjax.model import transformer
 from pfjax.sampler import decode, engine, mcmc, resize, slots, smc, windows
 from pfjax.sampler.options import Capacity, StopConditions
 from pfjax.targets import Target
@@ -43,18 +43,6 @@ def _assert_same_draws(a, b):
         n = a.lengths[at]
         np.testing.assert_array_equal(a.tokens[at][:n], b.tokens[at][:n])
         np.testing.assert_allclose(a.log_probs[at][:n], b.log_probs[at][:n], atol=1e-5)
-
-
-@pytest.fixture(autouse=True)
-def prefill_within_windows(monkeypatch):
-    packed = attention.packed_attention
-
-    def attend(q, k, v, segment_ids, backend, window=0):
-        if not window:
-            return packed(q, k, v, segment_ids, backend)
-        return windowed.dense(q, k, v, segment_ids, window)
-
-    monkeypatch.setattr(attention, "packed_attention", attend)
 
 
 @pytest.fixture
@@ -139,17 +127,13 @@ def test_a_mesh_changes_no_draw(policy, axes):
 
 def test_chains_that_go_back_see_what_they_saw(policy):
     """A ring would have lost it: Metropolis-Hastings draws ends of responses anew."""
-    out = mcmc.metropolis_hastings(
-        policy, PROMPTS, TARGET, 4, 40, blocks=2, steps=6
-    )
+    out = mcmc.metropolis_hastings(policy, PROMPTS, TARGET, 4, 40, blocks=2, steps=6)
     assert np.median(out.lengths) > 8
     _assert_recorded_truly(policy, PROMPTS, out)
 
 
 def test_particles_keep_their_windows(policy):
-    out, found = smc.sequential_monte_carlo(
-        policy, PROMPTS, TARGET, 8, 40, particles=8
-    )
+    out, found = smc.sequential_monte_carlo(policy, PROMPTS, TARGET, 8, 40, particles=8)
     assert found.min_ess.min() < 4 and np.median(out.lengths) > 8  # resampled
     _assert_recorded_truly(policy, PROMPTS, out)
 
