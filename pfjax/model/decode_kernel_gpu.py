@@ -33,12 +33,15 @@ def partial_attention(
     keys: Float[Array, "n k w c"],
     values: Float[Array, "n k w c"],
     length: Int[Array, "n"],
+    start: Int[Array, "n m"] | None = None,
+    *,
     scale: float,
     interpret: bool = False,
 ) -> Part:
     """Attention over the first `length` of W cached tokens; W a multiple of 128.
 
-    What is past the filled part is neither read nor computed.
+    What is past the filled part is neither read nor computed; nor what is before the least
+    `start` of a block of query rows, from which on each sees the cache.
     """
     n, k, m, c = q.shape
     width = keys.shape[2]
@@ -55,11 +58,16 @@ def partial_attention(
     cached = pl.BlockSpec((None, None, width, c), of_sequence)
     sums = pl.BlockSpec((None, None, None, rows), lambda r, s, i, head: (s, i, head, r))
     result = lambda *shape: jax.ShapeDtypeStruct((splits, n, k, m, *shape), jnp.float32)
+    starts, of_starts = [], []
+    if start is not None:
+        of_starts = [pl.BlockSpec((None, rows), lambda r, s, i, head: (i, r))]
+        starts = [start]
     parts = pl.pallas_call(
         functools.partial(_kernel, block=block, num_rows=m, scale=scale),
         grid=(row_blocks, splits, n, k),
         in_specs=[
             pl.BlockSpec((n,), lambda r, s, i, head: (0,)),
+            *of_starts,
             pl.BlockSpec((None, None, rows, c), of_rows),
             cached,
             cached,
@@ -69,7 +77,7 @@ def partial_attention(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(length, q.astype(keys.dtype), keys, values)
+    )(length, *starts, q.astype(keys.dtype), keys, values)
     return _join(Part(*parts))
 
 
@@ -81,39 +89,42 @@ def _join(parts: Part) -> Part:
     return Part(out, top, (shrink * parts.total).sum(axis=0))
 
 
-def _kernel(
-    length_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    out_ref,
-    top_ref,
-    total_ref,
-    block,
-    num_rows,
-    scale,
-):
+def _kernel(length_ref, *refs, block, num_rows, scale):
+    *start_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref = refs
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
     rows, c = q_ref.shape
     row = pl.program_id(0) * rows + jnp.arange(rows)
     is_row = row < num_rows
     length = length_ref[pl.program_id(2)]
-    share = pl.cdiv(pl.cdiv(length, block), pl.num_programs(1))
+    num_blocks, start = pl.cdiv(length, block), None
+    if start_ref:
+        nowhere = jnp.iinfo(jnp.int32).max
+        start = plgpu.load(start_ref[0], mask=is_row, other=nowhere)
+        first = jnp.minimum(start.min() // block, num_blocks)
+        num_blocks -= first
+    share = pl.cdiv(num_blocks, pl.num_programs(1))
     begin = pl.program_id(1) * share
-    end = jnp.minimum(begin + share, pl.cdiv(length, block))
+    end = jnp.minimum(begin + share, num_blocks)
+    if start is not None:
+        begin, end = begin + first, end + first
     q = plgpu.load(q_ref, mask=is_row[:, None], other=0)
 
     def add(j, carry):
         out, top_before, total = carry
         at = j * block + jnp.arange(block)
         is_filled = at < length
+        is_seen = is_filled[None]
+        if start is not None:
+            is_seen &= at[None] >= start[:, None]
         here = pl.ds(j * block, block)
         k = plgpu.load(k_ref.at[here, :], mask=is_filled[:, None], other=0)
         v = plgpu.load(v_ref.at[here, :], mask=is_filled[:, None], other=0)
         logits = scale * dot(q, k, (((1,), (1,)), ((), ())))
-        logits = jnp.where(is_filled[None], logits, MASKED)
+        logits = jnp.where(is_seen, logits, MASKED)
         top = jnp.maximum(top_before, logits.max(axis=1))
         weights = jnp.exp(logits - top[:, None])
+        if start is not None:  # a row may see nothing of a block
+            weights = jnp.where(is_seen, weights, 0)
         shrink = jnp.exp(top_before - top)
         new = dot(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
         return shrink[:, None] * out + new, top, shrink * total + weights.sum(axis=1)

@@ -41,9 +41,7 @@ EMBED_TENSOR, HEAD_TENSOR = "model.embed_tokens.weight", "lm_head.weight"
 class LayerKind(NamedTuple):
     """What layers of one model may differ in, their parameters being alike."""
 
-    window: (
-        int  # tokens that one attends to at most, itself included; 0 for all earlier
-    )
+    window: int  # tokens that each attends to at most, itself included; 0 for all
     rope: RopeConfig | None  # None: attention is not told positions
 
 
@@ -368,10 +366,10 @@ def apply_layers(
     params: Params,
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
-    attend: Attend,
+    attend: Callable[[Array, Array, Array, int], Array],
 ) -> Float[Array, "b t d"]:
     """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
-    receives a layer's index as cache."""
+    is told the number of the layer."""
     x = config.scale_embeddings(params["embed"][tokens])
     x = sharding.constrain(x, "batch", None, None)
     ropes = {kind.rope for kind in config.layer_kinds}
@@ -381,7 +379,7 @@ def apply_layers(
         kind = config.layer_kinds[i]
         given = layers.Layer(
             lambda x, kind=kind: rope.rotate(x, *angles[kind.rope]),
-            lambda q, k, v, i=i, kind=kind: attend(q, k, v, i, kind.window),
+            lambda q, k, v, i=i: attend(q, k, v, i),
             lambda y, name: y,
         )
         x, _ = nnx.merge(graphdef, layer)(x, given)
