@@ -472,7 +472,14 @@ def test_mistakes_are_one_message(given, message):
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen2_5_0_5b_gsm8k", "qwen2_5_1_5b", "qwen2_5_math_7b", "llama3_2_3b_instruct"],
+    [
+        "qwen2_5_0_5b_gsm8k",
+        "qwen2_5_1_5b",
+        "qwen2_5_math_7b",
+        "llama3_2_3b_instruct",
+        "gemma3_1b_it",
+        "olmo2_1b_instruct",
+    ],
 )
 def test_shapes_of_recipes_are_at_hand(name):
     """Parameters of the models, as their cards give them."""
@@ -483,6 +490,8 @@ def test_shapes_of_recipes_are_at_hand(name):
         "qwen2_5_1_5b": 1.54e9,
         "qwen2_5_math_7b": 7.62e9,
         "llama3_2_3b_instruct": 3.21e9,
+        "gemma3_1b_it": 1.00e9,
+        "olmo2_1b_instruct": 1.485e9,
     }
     assert size == pytest.approx(known[name], rel=0.005)
     assert dataclasses.is_dataclass(base)

@@ -21,7 +21,9 @@ def test_all_recipes_are_there():
         "creative_qwen2_5_1_5b_instruct",
         "creative_qwen2_5_3b_instruct",
         "creative_qwen2_5_7b_instruct",
+        "gemma3_1b_it",
         "llama3_2_3b_instruct",
+        "olmo2_1b_instruct",
         "qwen2_5_0_5b_gsm8k",
         "qwen2_5_1_5b",
         "qwen2_5_math_1_5b",
@@ -35,10 +37,10 @@ def test_the_recipe_for_one_gpu_takes_alpha_as_its_argument():
 
 
 def _small_model(folder, family):
-    """Random weights, the embedded tokenizer, and the family's kind of rope."""
-    rope = {"rope_theta": 1e6}
+    """Random weights, the embedded tokenizer, the family's rope and windows."""
+    own = {"rope_parameters": {"rope_theta": 1e6}}
     if family == "llama":
-        rope = {
+        own["rope_parameters"] = {
             "rope_theta": 5e5,
             "rope_type": "llama3",
             "factor": 32.0,
@@ -46,6 +48,9 @@ def _small_model(folder, family):
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
+    if family == "gemma3_text":
+        types = ["sliding_attention", "full_attention"]
+        own = {"sliding_window": 4, "layer_types": types, "head_dim": 8}
     config = transformers.AutoConfig.for_model(
         family,
         vocab_size=32,
@@ -55,10 +60,11 @@ def _small_model(folder, family):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        rope_parameters=rope,
         tie_word_embeddings=True,
         eos_token_id=1,
         bos_token_id=None,
+        pad_token_id=0,
+        **own,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for file in hf.resolve("pfjax/toy").glob("*token*"):
@@ -72,10 +78,11 @@ def _small_model(folder, family):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
-    expected = {"l": 2.0, "q": 4.0, "c": 0.5}[name[0]]
+    expected = {"l": 2.0, "g": 2.0, "o": 2.0, "q": 4.0, "c": 0.5}[name[0]]
     assert config.alpha == (2.0 if name.endswith("gsm8k") else expected)
     assert (config.format_penalty == 0) == (name[0] == "c")
-    family = "llama" if name.startswith("llama") else "qwen2"
+    families = {"l": "llama", "g": "gemma3_text", "o": "olmo2"}
+    family = families.get(name[0], "qwen2")
     config.model = str(_small_model(tmp_path, family))
     (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "1+2", "answer": "3"}))
     config.data.train = str(tmp_path / "p.jsonl")

@@ -103,6 +103,11 @@ class ModelConfig:
         }
         return tuple(kinds[x] for x in types)
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows that there are, each once; 0 for none."""
+        return tuple(dict.fromkeys(kind.window for kind in self.layer_kinds))
+
     def norm(self, x: Array, scale: Array) -> Array:
         """The norm of hidden states, over the dimensions of `scale`."""
         return layers.rms_norm(x, scale, self.norm_eps)
@@ -259,15 +264,14 @@ def _rotations(c: ModelConfig, positions: Array) -> Callable[[Array], Any]:
 
 def _attention_of(c: ModelConfig, attend: Attend, layer: Array, cache: Any) -> Any:
     """How a layer attends; its number is known only when the program runs."""
-    windows = tuple(dict.fromkeys(kind.window for kind in c.layer_kinds))
-    if len(windows) == 1:
-        return lambda q, k, v: attend(q, k, v, cache, windows[0])
+    if len(c.windows) == 1:
+        return lambda q, k, v: attend(q, k, v, cache, c.windows[0])
     # Kernels are compiled for their window: one each, and the one of the layer runs.
     ways = [
         lambda q, k, v, cache, window=window: attend(q, k, v, cache, window)
-        for window in windows
+        for window in c.windows
     ]
-    which = jnp.array([windows.index(kind.window) for kind in c.layer_kinds])
+    which = jnp.array([c.windows.index(kind.window) for kind in c.layer_kinds])
     return lambda q, k, v: lax.switch(which[layer], ways, q, k, v, cache)
 
 

@@ -16,7 +16,6 @@ from pfjax.batch import Rollout
 from pfjax.evaluation import elbo, scores
 from pfjax.infra import sharding
 from pfjax.model import (
-    attention,
     attention_check,
     hf,
     hf_config,
@@ -36,6 +35,7 @@ from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import (
     behavior,
     config_checks,
+    describe,
     inputs,
     match,
     objective,
@@ -139,7 +139,8 @@ def setup(
     if config.behavior.file:
         where = (config.behavior.file, train.tokens, config.max_new_tokens)
         responses = data.load_responses(*where)
-    attention_check.check(fns.base_model, mesh, fns.shape.max_segments + 1)
+    max_segments, windows = fns.shape.max_segments + 1, fns.base_model.windows
+    attention_check.check(fns.base_model, mesh, max_segments, windows)
 
     base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
@@ -202,7 +203,7 @@ def setup(
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
         constants=_constants(config),
     )
-    about = f"{_describe(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
+    about = f"{describe.run(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
     if _has_replay(config):
         first = -(-len(train.tokens) // config.prompts_per_step) + 1
         about += f"\nreplay: from step {first} on, when prompts come again"
@@ -396,47 +397,4 @@ def _match(
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         capacity=options.Capacity(given.longest_of_any()),
-    )
-
-
-def _describe(
-    c: FrozenConfigDict,
-    fns: TrainFns,
-    mesh: Mesh,
-    plan: slots.Plan,
-) -> str:
-    """Describes the run and what follows from the batch numbers, for the log."""
-    m, shape = fns.model, fns.shape
-    prompts, samples = c.prompts_per_step, c.samples_per_prompt
-    backend = attention.chosen(m.attention, m.head_dim, m.dtype)
-    return (
-        f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
-        f"mesh {sharding.describe(mesh.shape)}\n"
-        f"{_describe_trained(c, fns)}\n"
-        f"{c.objective}, {_describe_target(c, fns.objective)}: "
-        f"{prompts} prompts x {samples} samples = {prompts * samples} responses per step, "
-        f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
-        f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
-        f"attention: {backend}; rematerialisation: {c.remat}\n"
-        f"rollouts: {plan}"
-    )
-
-
-def _describe_target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
-    if c.schedules:
-        return c.schedules.replace(",", ", ")
-    return f"alpha {c.alpha:g}" if objective.has_target else "without a target"
-
-
-def _describe_trained(c: FrozenConfigDict, fns: TrainFns) -> str:
-    """How many parameters are trained, of how many."""
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    number = lambda n: f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"
-    trained, whole = size(fns.state.params["policy"]), abstract_params(fns.model)
-    if not c.lora.rank:
-        return f"training all {number(trained)} parameters"
-    return (
-        f"training {number(trained)} of {number(size(whole))} parameters (LoRA rank "
-        f"{c.lora.rank} on {', '.join(lora.target_names(fns.model.lora_targets))})"
-        + (f", starting from {c.lora.init_from}" if c.lora.init_from else "")
     )

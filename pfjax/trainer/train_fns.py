@@ -148,7 +148,8 @@ def _pack_shape(
     max_length, length = longest_prompt + c.max_new_tokens, c.pack_length
     with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         how = (model.attention, model.head_dim, model.dtype)
-        attention.check_shared(attention.chosen(*how), length)
+        for window in model.windows:
+            attention.check_shared(attention.chosen(*how, window), length)
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
     ways = sharding.batch_ways(mesh)
     number = lambda rows: batch.max_microbatches(responses, max_length, rows, length)

@@ -6,34 +6,13 @@ import re
 import numpy as np
 import pytest
 
-from pfjax.model import hf_config, rope, transformer
+from pfjax.model import hf, hf_config, rope, transformer
 from pfjax.model.families import FAMILIES
 
-# Fields that each has, and the shared ones below, as published.
+GEMMA, OLMO = "google/gemma-3-1b-it", "allenai/OLMo-2-0425-1B-Instruct"
+# As published; those of recipes ship with the package.
 SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
 HUB = {
-    "google/gemma-3-1b-it": {
-        "architectures": ["Gemma3ForCausalLM"],
-        "attn_logit_softcapping": None,
-        "cache_implementation": "hybrid",
-        "eos_token_id": [1, 106],
-        "final_logit_softcapping": None,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 1152,
-        "intermediate_size": 6912,
-        "max_position_embeddings": 32768,
-        "model_type": "gemma3_text",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 1,
-        "query_pre_attn_scalar": 256,
-        "rope_local_base_freq": 10000,
-        "rope_theta": 1000000,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "vocab_size": 262144,
-    },
     "HuggingFaceTB/SmolLM3-3B": {
         "architectures": ["SmolLM3ForCausalLM"],
         "eos_token_id": 128012,
@@ -55,21 +34,6 @@ HUB = {
         "use_sliding_window": False,
         "vocab_size": 128256,
     },
-    "allenai/OLMo-2-0425-1B": {
-        "architectures": ["Olmo2ForCausalLM"],
-        "eos_token_id": 100257,
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 4096,
-        "model_type": "olmo2",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 16,
-        "num_key_value_heads": 16,
-        "rope_theta": 500000,
-        "tie_word_embeddings": False,
-        "vocab_size": 100352,
-    },
     "mistralai/Mistral-7B-v0.1": {
         "architectures": ["MistralForCausalLM"],
         "eos_token_id": 2,
@@ -89,6 +53,10 @@ HUB = {
 }
 
 
+for _name in (GEMMA, OLMO):
+    HUB[_name] = json.loads((hf.resolve_config(_name) / "config.json").read_text())
+
+
 def _read(folder, config):
     (folder / "config.json").write_text(json.dumps(SHARED | config))
     return hf_config.read(folder)
@@ -99,7 +67,7 @@ def _windows(config):
 
 
 def test_gemma_of_the_hub(tmp_path):
-    c = _read(tmp_path, HUB["google/gemma-3-1b-it"])
+    c = _read(tmp_path, HUB[GEMMA])
     assert _windows(c) == ([512] * 5 + [0]) * 4 + [512] * 2
     assert {kind.rope.theta for kind in c.layer_kinds if kind.window} == {1e4}
     assert {kind.rope.theta for kind in c.layer_kinds if not kind.window} == {1e6}
@@ -120,7 +88,7 @@ def test_smollm_of_the_hub(tmp_path):
 
 
 def test_olmo_and_mistral_of_the_hub(tmp_path):
-    c = _read(tmp_path, HUB["allenai/OLMo-2-0425-1B"])
+    c = _read(tmp_path, HUB[OLMO])
     shapes = transformer.abstract_params(c)["blocks"]
     assert shapes["q_norm"].shape == (16, 16, 128)
     assert c.layer_kinds == (transformer.LayerKind(0, rope.RopeConfig(5e5)),) * 16
@@ -133,21 +101,21 @@ def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
     c = _read(tmp_path, mistral | {"max_position_embeddings": 4096})
     assert _windows(c) == [0] * 32
     # The layers of Gemma still differ, in their ropes.
-    gemma = HUB["google/gemma-3-1b-it"] | {"max_position_embeddings": 512}
+    gemma = HUB[GEMMA] | {"max_position_embeddings": 512}
     assert len(set(_read(tmp_path, gemma).layer_kinds)) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("google/gemma-3-1b-it", {"final_logit_softcapping": 30.0}),
-        ("google/gemma-3-1b-it", {"use_bidirectional_attention": True}),
-        ("google/gemma-3-1b-it", {"hidden_activation": "gelu"}),
-        ("google/gemma-3-1b-it", {"query_pre_attn_scalar": "x"}),
-        ("google/gemma-3-1b-it", {"sliding_window": 0}),
+        (GEMMA, {"final_logit_softcapping": 30.0}),
+        (GEMMA, {"use_bidirectional_attention": True}),
+        (GEMMA, {"hidden_activation": "gelu"}),
+        (GEMMA, {"query_pre_attn_scalar": "x"}),
+        (GEMMA, {"sliding_window": 0}),
         ("HuggingFaceTB/SmolLM3-3B", {"no_rope_layers": 3}),
-        ("allenai/OLMo-2-0425-1B", {"clip_qkv": 8.0}),
-        ("allenai/OLMo-2-0425-1B", {"attention_bias": "yes"}),
+        (OLMO, {"clip_qkv": 8.0}),
+        (OLMO, {"attention_bias": "yes"}),
     ],
 )
 def test_what_a_family_does_not_know_is_refused_by_name(tmp_path, name, change):

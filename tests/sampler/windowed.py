@@ -7,22 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfjax.model import log_probs, transformer
+from pfjax.model.families import qwen2
 from pfjax.model.transformer import LayerKind, ModelConfig, Policy
 from pfjax.sampler import decode
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowedConfig(ModelConfig):
-    windows: tuple[int, ...] = ()
+class WindowedConfig(qwen2.Config):
+    of_layers: tuple[int, ...] = ()
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        return tuple(LayerKind(w, self.rope) for w in self.windows)
+        return tuple(LayerKind(w, self.rope) for w in self.of_layers)
 
 
 def config_of(base: ModelConfig, *windows: int, **changes) -> WindowedConfig:
     fields = {x.name: getattr(base, x.name) for x in dataclasses.fields(base)}
-    fields |= {"num_layers": len(windows), "max_positions": 512, "windows": windows}
+    fields |= {"num_layers": len(windows), "max_positions": 512, "of_layers": windows}
     return WindowedConfig(**fields | changes)
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -16,7 +17,8 @@ import safetensors.numpy
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
-from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
+from pfjax.model import attention, hf, log_probs, lora, rope, tokenizer, transformer
+from pfjax.model.transformer import FULL, SLIDING
 from pfjax.report import runs
 from pfjax.trainer import behavior, checkpoint, config_checks, loop, setup
 from tests.conftest import (
@@ -137,6 +139,47 @@ def test_training_reaches_the_exact_target(
     assert total_variation(np.exp(base), target) > 0.15
     assert total_variation(np.exp(trained), target) < 0.02
     assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
+
+
+def _of_family(name, folder, out):
+    """A model of another family with the tokenizer of an enumerable one; its windows are of
+    2 tokens, where prompt and response have up to 5."""
+    families = importlib.import_module(f"pfjax.model.families.{name}")
+    shared = hf.load(folder).config
+    fields = [x.name for x in dataclasses.fields(transformer.ModelConfig)]
+    given = {x: getattr(shared, x) for x in fields}
+    if name in ("gemma3", "mistral", "olmo3"):
+        given |= {"layer_types": (SLIDING, FULL), "sliding_window": 2}
+    if name in ("gemma3", "olmo3"):
+        given["local_rope"] = rope.RopeConfig(theta=100.0)
+    own = {"smollm3": {"no_rope_layers": (1, 0)}}.get(name, {})
+    own |= {"query_pre_attn_scalar": 4.0} if name == "gemma3" else {}
+    config = families.Config(**given, **own)
+    params = transformer.init_params(config, jax.random.key(8))
+    params["head"] = 2.0 * params["head"]
+    hf.save(transformer.Policy(config, params), out)
+    for file in folder.glob("*token*"):
+        shutil.copy(file, out)
+    return str(out)
+
+
+@pytest.mark.long_running
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "olmo3", "qwen3", "smollm3"])
+def test_models_of_every_family_reach_the_exact_target(converging, tmp_path, name):
+    """Qwen 2 does above; Llama is Mistral without windows, OLMo 2 is OLMo 3 without."""
+    config = converging
+    config.model = _of_family(name, pathlib.Path(config.model), tmp_path / name)
+    config.alpha, config.num_steps, config.checkpoint_every = 2.0, 150, 150
+    config.optim.schedule = "cosine"
+    base, length = _distribution(config.model)
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    trained, _ = _distribution(tmp_path / "run/hf")
+    target, _ = length_aware_target(base, length, 2.0)
+    assert total_variation(np.exp(base), target) > 0.1
+    assert total_variation(np.exp(trained), target) < 0.02
+    rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert max(x.get("rollout/logp_gap_max", 0.0) for x in rows) < 1e-4
 
 
 @pytest.mark.long_running

@@ -1,0 +1,65 @@
+"""What a run is, in the few lines at its start."""
+
+from collections import Counter
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from pfjax.infra import sharding
+from pfjax.model import attention, lora
+from pfjax.model.transformer import ModelConfig, abstract_params
+from pfjax.objectives import ObjectiveConfig
+from pfjax.sampler import slots
+from pfjax.trainer.train_fns import TrainFns
+
+
+def run(
+    c: FrozenConfigDict,
+    fns: TrainFns,
+    mesh: Mesh,
+    plan: slots.Plan,
+) -> str:
+    """Describes the run and what follows from the batch numbers, for the log."""
+    m, shape = fns.model, fns.shape
+    prompts, samples = c.prompts_per_step, c.samples_per_prompt
+    return (
+        f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
+        f"mesh {sharding.describe(mesh.shape)}\n"
+        f"{_trained(c, fns)}\n"
+        f"{c.objective}, {_target(c, fns.objective)}: "
+        f"{prompts} prompts x {samples} samples = {prompts * samples} responses per step, "
+        f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
+        f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
+        f"attention: {_attention(m)}; rematerialisation: {c.remat}\n"
+        f"rollouts: {plan}"
+    )
+
+
+def _attention(m: ModelConfig) -> str:
+    """The back ends, and in which layers there is a window."""
+    how = (m.attention, m.head_dim, m.dtype)
+    names = dict.fromkeys(attention.chosen(*how, window) for window in m.windows)
+    layers = Counter(kind.window for kind in m.layer_kinds if kind.window)
+    windows = [f", windows of {w} tokens in {n} layers" for w, n in layers.items()]
+    return " and ".join(names) + "".join(windows)
+
+
+def _target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
+    if c.schedules:
+        return c.schedules.replace(",", ", ")
+    return f"alpha {c.alpha:g}" if objective.has_target else "without a target"
+
+
+def _trained(c: FrozenConfigDict, fns: TrainFns) -> str:
+    """How many parameters are trained, of how many."""
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    number = lambda n: f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n:,}"
+    trained, whole = size(fns.state.params["policy"]), abstract_params(fns.model)
+    if not c.lora.rank:
+        return f"training all {number(trained)} parameters"
+    return (
+        f"training {number(trained)} of {number(size(whole))} parameters (LoRA rank "
+        f"{c.lora.rank} on {', '.join(lora.target_names(fns.model.lora_targets))})"
+        + (f", starting from {c.lora.init_from}" if c.lora.init_from else "")
+    )
