@@ -320,7 +320,7 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("olmo3", "sliding_window", 0),
         ("olmo3", "local_rope", None),
         ("olmo3", "rope.kind", "default"),
-        ("gemma3", "query_pre_attn_scalar", 16.0),
+        ("gemma3", "query_pre_attn_scalar", 16),
         ("gemma3", "sliding_window", 15),
         ("gemma3", "local_rope", None),
         ("gemma3", "rope.theta", 1e4),

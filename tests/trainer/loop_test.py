@@ -153,7 +153,7 @@ def _of_family(name, folder, out):
     if name in ("gemma3", "olmo3"):
         given["local_rope"] = rope.RopeConfig(theta=100.0)
     own = {"smollm3": {"no_rope_layers": (1, 0)}}.get(name, {})
-    own |= {"query_pre_attn_scalar": 4.0} if name == "gemma3" else {}
+    own |= {"query_pre_attn_scalar": 4} if name == "gemma3" else {}
     config = families.Config(**given, **own)
     params = transformer.init_params(config, jax.random.key(8))
     params["head"] = 2.0 * params["head"]
@@ -170,8 +170,8 @@ def test_models_of_every_family_reach_the_exact_target(converging, tmp_path, nam
     """Qwen 2 does above; Llama is Mistral without windows, OLMo 2 is OLMo 3 without."""
     config = converging
     config.model = _of_family(name, pathlib.Path(config.model), tmp_path / name)
-    config.alpha, config.num_steps, config.checkpoint_every = 2.0, 150, 150
-    config.optim.schedule = "cosine"
+    config.alpha, config.num_steps, config.checkpoint_every = 2.0, 200, 200
+    config.optim.clip_norm, config.optim.schedule = 0.05, "cosine"
     base, length = _distribution(config.model)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     trained, _ = _distribution(tmp_path / "run/hf")

@@ -57,7 +57,7 @@ class Config(ModelConfig):
     json_fields = ("rope_local_base_freq", "sliding_window_pattern")
 
     attention_bias: bool = False
-    query_pre_attn_scalar: float = 256.0  # attention divides by its root
+    query_pre_attn_scalar: int = 256  # attention divides by its root
 
     @classmethod
     def is_sliding(cls, json, layer):
