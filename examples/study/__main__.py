@@ -19,9 +19,10 @@ import sys
 
 from absl import app, flags
 
-from examples.study import cells, pictures, search, tables
+from examples.study import cells, ends, pictures, search, tables
 from examples.study.cells import Cell
-from examples.study.methods import MAIN, TRAINED, UNTRAINED, alpha_of
+from examples.study.ends import TRAIN
+from examples.study.methods import MAIN, TRAINED, UNTRAINED, Base, Method, alpha_of
 from examples.worlds import WORLDS
 from pfjax.report import page
 from pfjax.report import runs as report_runs
@@ -72,6 +73,7 @@ def _study(out: pathlib.Path, names: list[str], methods: list[str], more: dict) 
     order = itertools.product(range(_SEEDS.value), names, bases, methods)
     asked = [Cell(w, b, m, s) for s, w, b, m in order if TRAINED[m].is_apt(w)]
     cells.train(out, [(cell, more) for cell in asked])
+    cells.add_training(out, asked)
     worlds = [_world(out, name, bases, methods) for name in names]
     results = [r for w in worlds for r in w.runs]
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -92,10 +94,13 @@ def _study(out: pathlib.Path, names: list[str], methods: list[str], more: dict) 
 def _world(
     out: pathlib.Path, name: str, bases: range, methods: list[str]
 ) -> tables.World:
-    loaded = [cells.load_base(out, name, b) for b in bases]
+    loaded = [
+        [cells.load_base(out, name, b, is_train=is_train) for is_train in (False, True)]
+        for b in bases
+    ]
     known = UNTRAINED | {m: TRAINED[m] for m in methods}
     predictions = {
-        key: [cells.predict(base, method) for base in loaded]
+        key: [_predict(method, *of_base) for of_base in loaded]
         for key, method in known.items()
         if method.prediction and method.is_apt(name)
     }
@@ -107,6 +112,11 @@ def _world(
         if r["base"] in bases and r["method"] in methods and r["seed"] < _SEEDS.value
     ]
     return tables.World(name, alpha_of(name), runs, predictions)
+
+
+def _predict(method: Method, held_out: Base, train: Base) -> dict[str, float]:
+    on_train = ends.predict(train, method).items()
+    return ends.predict(held_out, method) | {f"{TRAIN}{k}": v for k, v in on_train}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ What is there already is kept, so that the same command goes on where it was sto
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,17 +19,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import pfjax
 from examples import exact, worlds
-from examples.study import methods
-from examples.study.methods import TRAINED, Base, Method
-from examples.worlds import exact as of_worlds
+from examples.study import ends, unlisted
+from examples.study.ends import TRAIN
+from examples.study.methods import TRAINED, Base
 from pfjax.infra import dataset_io
-from pfjax.targets import Target
 
-NUM_SAMPLES = 16  # of which different ones are counted
+NUM_EVALUATED = 8  # samples per prompt, as at the evaluations of a run
+NUM_TRAINED_ON = 64  # training prompts that are measured as the held-out ones are
 
 
 class Cell(NamedTuple):
@@ -95,15 +94,22 @@ def make_base(out: pathlib.Path, world: str, base: int, steps: int | None) -> No
 
 @functools.cache
 def load_base(
-    out: pathlib.Path, world: str, base: int, num_validation: int = 0
+    out: pathlib.Path,
+    world: str,
+    base: int,
+    num_validation: int = 0,
+    is_train: bool = False,
 ) -> Base:
     """A base, and the responses to its held-out prompts, or to the last of the training
-    prompts."""
+    prompts; or to the first of these, which all runs train on."""
     policy = pfjax.load(folder_of_base(out, world, base))
     of_world = worlds.WORLDS[world]
     train, held_out = of_world.problems(base)
     asked = train[-num_validation:] if num_validation else held_out
-    return Base(of_world, policy, exact.listed(of_world, policy, asked))
+    asked = train[:NUM_TRAINED_ON] if is_train else asked
+    rows = exact.listed(of_world, policy, asked)
+    draw = functools.partial(unlisted.draw, policy, rows, of_world.max_tokens)
+    return Base(of_world, policy, rows, functools.cache(draw))
 
 
 def make_samples(out: pathlib.Path, world: str, base: int, method: str) -> None:
@@ -169,8 +175,10 @@ def run(
             values |= {"behavior.base": 0.0, "updates_per_rollout": 1}
         policy = pfjax.fine_tune(_config(cell, values), folder)
     (folder / "label.txt").write_text(method.title + "\n")
-    found = measure(policy, base, method) | _on_the_way(folder, base)
-    found |= _with_samples(found, folder, base)
+    found = ends.measure(policy, base, method) | ends.on_the_way(folder, base)
+    last = max((folder / "completions").glob("step_*.jsonl"))
+    found |= ends.with_samples(found, dataset_io.read_jsonl(last), base)
+    found |= _on_training(policy, out, cell)
     cell.result(out).write_text(json.dumps(cell._asdict() | found) + "\n")
 
 
@@ -178,95 +186,48 @@ def _config(cell: Cell, values: dict[str, Any]):
     return pfjax.recipe(f"study:{cell.method}", **values)
 
 
-def measure(policy: pfjax.Policy, base: Base, method: Method) -> dict[str, float]:
-    """What a policy says on the held-out prompts, by listing all responses."""
-    asked = [r.problem for r in base.rows], [r.texts for r in base.rows]
-    log_pi = of_worlds.score(policy, base.policy.tokenizer, *asked)
-    out, alpha = _values(base, log_pi), method.alpha(base.world.name)
-    if method.prediction:
-        wanted = method.prediction(base, alpha)
-        found = [_distances(*x) for x in zip(log_pi, wanted, strict=True)]
-        names = ("total_variation", "kl_policy_target", "kl_target_policy")
-        out |= dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
-    if method.target is not None:
-        target = Target(alpha, is_length_aware=method.target)
-        rows = zip(base.rows, log_pi, strict=True)
-        found = [
-            exact.measure(r.log_p0, x, r.length, target, r.is_correct) for r, x in rows
-        ]
-        out["exponent"] = exact.mean(found).exponent
-    return out
+def add_training(out: pathlib.Path, asked: Sequence[Cell]) -> None:
+    """Measures on training prompts where a run that has ended lacks it, if its policy is
+    still there."""
+    calls = []
+    for cell in asked:
+        found = json.loads(cell.result(out).read_text())
+        is_known = TRAINED[cell.method].prediction is not None
+        is_lacking = not any(key.startswith(TRAIN) for key in found)
+        if is_known and is_lacking and (cell.folder(out) / "hf").exists():
+            name = f"{' '.join(map(str, cell))}, training prompts"
+            calls.append((name, _add_training, (out, cell)))
+    carry_out(calls)
 
 
-def predict(base: Base, method: Method) -> dict[str, float] | None:
-    """The same of what a method should end at; None if that is not known."""
-    if method.prediction is None:
-        return None
-    return _values(base, method.prediction(base, method.alpha(base.world.name)))
+def _add_training(out: pathlib.Path, cell: Cell) -> None:
+    path = cell.result(out)
+    found = json.loads(path.read_text())
+    with _log(cell.folder(out) / "log.txt"):
+        found |= _on_training(pfjax.load(cell.folder(out) / "hf"), out, cell)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found) + "\n")
+    part.replace(path)
 
 
-def _values(base: Base, log_p: Sequence[np.ndarray]) -> dict[str, float]:
-    """Means over prompts of a distribution over responses; what is not listed is
-    incorrect."""
-    rows = [
-        {
-            "accuracy": p @ r.is_correct,
-            "distinct": np.sum(1 - (1 - p) ** NUM_SAMPLES),
-            "distinct_correct": np.sum(1 - (1 - p[r.is_correct]) ** NUM_SAMPLES),
-            "length": p @ r.length / p.sum(),
-            "listed": p.sum(),
-        }
-        for r, p in zip(base.rows, map(np.exp, log_p), strict=True)
-    ]
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def _with_samples(
-    found: dict[str, float], folder: pathlib.Path, base: Base
+def _on_training(
+    policy: pfjax.Policy, out: pathlib.Path, cell: Cell
 ) -> dict[str, float]:
-    """Accuracy and length of all responses: of those that are not listed, estimated from
-    such samples of the last evaluation. A story that is not listed is not valid."""
-    texts = {row.problem.prompt: {*row.texts} for row in base.rows}
-    last = max((folder / "completions").glob("step_*.jsonl"))
-    rest = [
-        row
-        for row in dataset_io.read_jsonl(last)
-        if not (row["terminated"] and row["completion"] in texts[row["prompt"]])
-    ]
-    listed = found["listed"]
-    if not rest:  # what there is of it is too little to matter
+    """What a policy says on prompts that it was trained on, where it is known what it
+    should."""
+    method = TRAINED[cell.method]
+    if method.prediction is None:
         return {}
-    mean = lambda key: (1 - listed) * float(np.mean([row[key] for row in rest]))
-    is_answer = methods.alpha_of(base.world.name) > 1
-    return {
-        "accuracy": found["accuracy"] + is_answer * mean("correct"),
-        "length": found["length"] * listed + mean("tokens"),
-    }
-
-
-def _distances(log_p: np.ndarray, log_q: np.ndarray) -> tuple[float, float, float]:
-    """Total variation, where what is not listed is one cell more, and both KL divergences
-    given that a response is listed, in nats."""
-    p, q = np.exp(log_p), np.exp(log_q)
-    p_all, q_all = p.sum(), q.sum()
-    gap = log_p - log_q - np.log(p_all / q_all)
-    total_variation = 0.5 * (np.abs(p - q).sum() + abs(p_all - q_all))
-    return total_variation, p @ gap / p_all, -(q @ gap) / q_all
-
-
-def _on_the_way(folder: pathlib.Path, base: Base) -> dict[str, float]:
-    """Tokens of all responses, and whether an evaluation was below the base: by more than
-    two standard errors."""
-    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
-    tokens = sum(row.get("num_tokens", 0) for row in rows)
-    accuracy = _values(base, [r.log_p0 for r in base.rows])["accuracy"]
-    fell = False
-    for row in rows:
-        name = next((k for k in row if k.startswith("eval/avg@")), "")
-        name = name.removesuffix("_se")
-        if name and row["step"]:
-            fell |= row[name] + 2 * row[f"{name}_se"] < accuracy
-    return {"tokens": tokens, "fell_below_base": float(fell)}
+    base = load_base(out, cell.world, cell.base, is_train=True)
+    config = dataclasses.replace(
+        policy.config, load_tokenizer=base.policy.config.load_tokenizer
+    )
+    problems = [r.problem for r in base.rows]
+    args = (problems, NUM_EVALUATED, base.world.max_tokens)
+    _, rows = unlisted.graded_samples(policy._replace(config=config), *args)
+    found = ends.measure(policy, base, method)
+    found |= ends.with_samples(found, rows, base)
+    return {f"{TRAIN}{key}": value for key, value in found.items()}
 
 
 @contextlib.contextmanager

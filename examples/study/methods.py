@@ -14,6 +14,7 @@ from scipy import special
 
 import pfjax
 from examples.exact import Listed
+from examples.study.unlisted import Unlisted
 from examples.worlds import exact as of_worlds
 from examples.worlds.world import World
 from pfjax.targets import Target
@@ -22,12 +23,14 @@ CANDIDATES = 16  # of best-of-N
 
 
 class Base(NamedTuple):
-    """A fitted base model of a world, and what it says of all responses to held-out
-    prompts."""
+    """A fitted base model of a world, and what it says of all responses to some prompts."""
 
     world: World
     policy: pfjax.Policy
     rows: list[Listed]
+    # Draws what it says beside the lists, for a power.
+    draw: Callable[[float], list[Unlisted]] | None = None
+    unlisted: list[Unlisted] | None = None  # where a target is to count it
 
 
 def alpha_of(world: str) -> float:
@@ -35,14 +38,23 @@ def alpha_of(world: str) -> float:
     return 0.5 if world.startswith("stories") else 4.0
 
 
-# Log density of every response to each prompt, `[n]` arrays.
+# Log density of every response to each prompt, `[n]` arrays. Where what is not listed is to
+# count, powers are `[n + m]`: then come its samples, divided by how many of each there are.
 Prediction = Callable[[Base, float], list[np.ndarray]]
 
 
 def power(base: Base, alpha: float, is_length_aware: bool = True) -> list[np.ndarray]:
-    """p^alpha, length-aware or of whole sequences."""
+    """p^alpha, length-aware or of whole sequences; of the lists alone by default."""
     target = Target(alpha, is_length_aware=is_length_aware)
-    return [of_worlds.target_on(r.log_p0, r.length, target)[1] for r in base.rows]
+    if base.unlisted is None:
+        return [of_worlds.target_on(r.log_p0, r.length, target)[1] for r in base.rows]
+    out = []
+    for r, more in zip(base.rows, base.unlisted, strict=True):
+        log_p0 = np.append(r.log_p0, more.log_p0)
+        log_q = np.append(np.zeros_like(r.log_p0), more.log_q)
+        length = np.append(r.length, more.length)
+        out.append(of_worlds.target_on(log_p0, length, target, log_q=log_q)[1])
+    return out
 
 
 _whole = functools.partial(power, is_length_aware=False)
@@ -89,6 +101,11 @@ class Method(NamedTuple):
 
     def alpha(self, world: str) -> float:
         return self.own_alpha or alpha_of(world)
+
+    @property
+    def is_power(self) -> bool:
+        """Whether it should end at a power of whole responses."""
+        return self.prediction in (power, _whole)
 
     def is_apt(self, world: str) -> bool:
         """Whether it can do what a world is about."""

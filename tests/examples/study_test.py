@@ -12,30 +12,18 @@ import types
 import numpy as np
 import pytest
 
-from examples.study import cells, methods, search, statistics, tables
-from examples.study.methods import TRAINED, UNTRAINED, Base
+from examples.study import cells, ends, methods, search, statistics, tables
+from examples.study.ends import TRAIN
+from examples.study.methods import TRAINED, UNTRAINED
 from pfjax.infra import dataset_io
 from pfjax.trainer import recipes
 from tests.conftest import ROOT, run_command
-
-
-def _listed(log_p0, length, is_correct):
-    log_p0, length, is_correct = map(np.array, (log_p0, length, is_correct))
-    texts = [str(i) for i in range(len(log_p0))]
-    return types.SimpleNamespace(
-        problem=None, texts=texts, log_p0=log_p0, length=length, is_correct=is_correct
-    )
+from tests.examples import fake_study
 
 
 @pytest.fixture
 def base():
-    """Two prompts, of three responses and of one."""
-    world = types.SimpleNamespace(name="sums")
-    rows = [
-        _listed(np.log([0.5, 0.3, 0.2]), [1, 2, 3], [False, True, True]),
-        _listed(np.log([1.0]), [2], [True]),
-    ]
-    return Base(world, None, rows)
+    return fake_study.base()
 
 
 def test_best_of_n_is_what_drawing_n_times_gives(base):
@@ -59,7 +47,7 @@ def test_powers_sum_to_one_and_a_power_of_one_changes_nothing(base):
 
 
 def test_predictions_are_expectations(base):
-    found = cells.predict(base, UNTRAINED["base"])
+    found = ends.predict(base, UNTRAINED["base"])
     assert found["accuracy"] == pytest.approx((0.5 + 1) / 2)
     assert found["length"] == pytest.approx((0.5 + 0.6 + 0.6 + 2) / 2)
     of_16 = lambda p: 1 - (1 - p) ** 16
@@ -67,18 +55,18 @@ def test_predictions_are_expectations(base):
     assert found["distinct"] == pytest.approx(
         (of_16(0.5) + of_16(0.3) + of_16(0.2) + 1) / 2
     )
-    assert cells.predict(base, TRAINED["grpo"]) is None
+    assert ends.predict(base, TRAINED["grpo"]) is None
 
 
 def test_distances_are_of_lists_and_what_is_not_listed_is_one_cell():
     p, q = np.log([0.5, 0.3]), np.log([0.2, 0.6])
-    found = cells._distances(p, q)
+    found = ends._distances(p, q)
     # Both leave 0.2 unlisted; given that it is listed, 5/8, 3/8 and 1/4, 3/4.
     of_p = 5 / 8 * np.log(5 / 2) + 3 / 8 * np.log(1 / 2)
     of_q = 1 / 4 * np.log(2 / 5) + 3 / 4 * np.log(2)
     assert found == pytest.approx((0.3, of_p, of_q))
     # The same given that it is listed, which the other half as often is.
-    halved = cells._distances(p, p + np.log(0.5))
+    halved = ends._distances(p, p + np.log(0.5))
     assert halved == pytest.approx(((0.4 + 0.4) / 2, 0, 0))
 
 
@@ -113,34 +101,8 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert 0.88 < np.mean(held) < 0.99
 
 
-def _run(method, base, seed, accuracy, **more):
-    values = {"accuracy": accuracy, "distinct_correct": 1.0, "distinct": 2.0}
-    values |= {"length": 10.0, "tokens": 1000, "fell_below_base": 0.0}
-    found = {"world": "sums", "method": method, "base": base, "seed": seed}
-    return found | values | more
-
-
-def _world(**more):
-    value = lambda x: [_run("", b, 0, x + 0.1 * b) for b in range(2)]
-    runs = [
-        _run(m, b, s, at + 0.1 * b + 0.001 * s, total_variation=0.02)
-        for m, at in (("powerflow", 0.8), ("tb_traj", 0.1), ("grpo", 0.85))
-        for b in range(2)
-        for s in range(3)
-    ]
-    known = {"base": 0.5, "target": 0.8, "powerflow": 0.8, "tb_traj": 0.2} | more
-    predictions = {k: value(x) for k, x in known.items()}
-    return tables.World("sums", 4.0, runs[::-1], predictions)
-
-
-def _cells(table):
-    lines = [x for x in table.splitlines() if x.startswith("|")]
-    rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
-
-
 def test_a_world_has_a_row_per_method_exact_ones_first():
-    rows = _cells(tables.of_world(_world()))
+    rows = fake_study.cells_of(tables.of_world(fake_study.world()))
     names = [row[""] for row in rows]
     titles = [TRAINED[m].title for m in ("powerflow", "tb_traj", "grpo")]
     exact = [f"*{UNTRAINED[m].title}*" for m in ("base", "target")]
@@ -154,31 +116,39 @@ def test_a_world_has_a_row_per_method_exact_ones_first():
 
 
 def test_ends_are_compared_with_what_was_predicted():
-    text = tables.of_ends([_world()])
-    there = {row["method"]: row["there"] for row in _cells(text)}
+    text = tables.of_ends([fake_study.world()])
+    there = {row["method"]: row["there"] for row in fake_study.cells_of(text)}
     assert there == {
         TRAINED["powerflow"].title: "yes",
         TRAINED["tb_traj"].title: "**no**",
     }
-    assert "1 of 2 cells" in text
+    assert text.endswith(
+        "1 of 2 cells end within a point, or their interval, of the exact value.\n"
+    )
+    assert (
+        fake_study.cells_of(text)[0]["difference, trained on"] == ""
+    )  # results of a study before there were
 
 
 def test_methods_are_ordered_only_where_their_interval_allows():
-    found = {row["method"]: row for row in _cells(tables.of_all([_world()]))}
+    found = {
+        row["method"]: row
+        for row in fake_study.cells_of(tables.of_all([fake_study.world()]))
+    }
     ours = found[TRAINED["powerflow"].title]
     # A thousandth beyond the target at seed 1, of a way of 0.3.
     assert ours["of the way to the target"].startswith("1.003")
     assert ours[""] == ""
     assert found[TRAINED["grpo"].title][""] == "above"
     assert found[TRAINED["tb_traj"].title][""] == "below"
-    same = _world()
+    same = fake_study.world()
     runs = [r | {"accuracy": 0.8} for r in same.runs if r["method"] == "grpo"]
     runs += [r for r in same.runs if r["method"] == "powerflow"]
     noisy = [r | {"accuracy": 0.8 + 0.05 * (r["seed"] - 1)} for r in runs]
-    rows = _cells(tables.of_all([same._replace(runs=noisy)]))
+    rows = fake_study.cells_of(tables.of_all([same._replace(runs=noisy)]))
     assert {row["method"]: row[""] for row in rows}[TRAINED["grpo"].title] == "no order"
     # A target that is hardly better than its base has no way to it.
-    assert tables.of_all([_world(target=0.52)]) == ""
+    assert tables.of_all([fake_study.world(target=0.52)]) == ""
 
 
 def test_a_run_that_was_once_below_the_base_is_counted(tmp_path, base):
@@ -189,14 +159,14 @@ def test_a_run_that_was_once_below_the_base_is_counted(tmp_path, base):
          "eval/avg@8": 0.74, "eval/avg@8_se": 0.01},
     ]  # fmt: skip
     dataset_io.write_jsonl(tmp_path / "metrics.jsonl", rows)
-    found = cells._on_the_way(tmp_path, base)  # whose accuracy is 0.75
+    found = ends.on_the_way(tmp_path, base)  # whose accuracy is 0.75
     assert found == {"tokens": 50, "fell_below_base": 0.0}
     rows[2]["eval/avg@8"] = 0.72
     dataset_io.write_jsonl(tmp_path / "metrics.jsonl", rows)
-    assert cells._on_the_way(tmp_path, base)["fell_below_base"] == 1.0
+    assert ends.on_the_way(tmp_path, base)["fell_below_base"] == 1.0
 
 
-def test_what_is_not_listed_is_taken_from_samples(tmp_path, base):
+def test_what_is_not_listed_is_taken_from_samples(base):
     for i, row in enumerate(base.rows):
         row.problem = types.SimpleNamespace(prompt=f"p{i}")
     row = {"prompt": "p0", "completion": "1", "terminated": True, "correct": True}
@@ -206,14 +176,11 @@ def test_what_is_not_listed_is_taken_from_samples(tmp_path, base):
         row | {"tokens": 32, "terminated": False},  # cut, so it is not what is listed
         row | {"tokens": 4, "completion": "7", "correct": False},
     ]
-    (tmp_path / "completions").mkdir()
-    dataset_io.write_jsonl(tmp_path / "completions/step_000000.jsonl", rows[:1])
-    dataset_io.write_jsonl(tmp_path / "completions/step_000200.jsonl", rows)
     found = {"accuracy": 0.25, "length": 2.0, "listed": 0.25}
-    got = cells._with_samples(found, tmp_path, base)
+    got = ends.with_samples(found, rows, base)
     assert got == {"accuracy": 0.25 + 0.75 * 2 / 3, "length": 0.5 + 0.75 * 45 / 3}
     world = types.SimpleNamespace(name="stories")
-    got = cells._with_samples(found, tmp_path, base._replace(world=world))
+    got = ends.with_samples(found, rows, base._replace(world=world))
     assert got["accuracy"] == 0.25
 
 
@@ -290,7 +257,13 @@ def test_one_command_writes_tables_pictures_and_a_page(tmp_path, monkeypatch):
     assert TRAINED["powerflow"].title in (tmp_path / "report/index.html").read_text()
     png = (tmp_path / "pictures/detour/accuracy.png").read_bytes()
     assert png[:4] == b"\x89PNG"
+    assert 0 < run[f"{TRAIN}total_variation"] < 1 and 0 < run[f"{TRAIN}exponent"]
+    # A run that was measured on held-out prompts alone.
+    path = tmp_path / "detour/0/powerflow/0/result.json"
+    kept = {k: v for k, v in run.items() if not k.startswith(TRAIN)}
+    path.write_text(json.dumps(kept))
     again = _study(*args, *names)
+    assert "training prompts" in again
     assert (tmp_path / "tables.md").read_text() == text
     assert "## Where runs should end" in again
     # One of the settings of a search.
