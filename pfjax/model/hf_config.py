@@ -4,7 +4,6 @@ A field that is neither read here nor known to be without effect is an error tha
 it: a wrong rope base or an ignored scaling gives fluent and wrong text.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -79,16 +78,14 @@ def read(folder: pathlib.Path) -> ModelConfig:
 def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     """The fields that only a family has, where they are set."""
     found = {}
-    for field in dataclasses.fields(family):
-        value = c.get(field.name)
-        if field.name not in family.own_fields() or value is None:
+    for name in family.own_fields():
+        value, default = c.get(name), getattr(family, name)
+        if value is None:
             continue
-        kind = (int, float) if isinstance(field.default, float) else type(field.default)
         value = tuple(value) if isinstance(value, list) else value
-        is_flag = isinstance(field.default, bool)
-        if not isinstance(value, kind) or isinstance(value, bool) != is_flag:
-            raise ValueError(f"sets {field.name}={c[field.name]!r}: not supported")
-        found[field.name] = value
+        if type(value) is not type(default):
+            raise ValueError(f"sets {name}={c[name]!r}: not a {type(default).__name__}")
+        found[name] = value
     return found
 
 
@@ -103,6 +100,13 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 _FLAGS = ("tie_word_embeddings", "use_sliding_window")
+# Counts that some families have.
+_NUMBERS = (
+    "no_rope_layer_interval",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "sliding_window_pattern",
+)
 # Of these transformers has a default that is another field, or a constant of the family.
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
@@ -122,9 +126,13 @@ def _check_values(c: dict[str, Any]) -> None:
 
     for name in _FIELDS.keys() - {"tie_word_embeddings", "rms_norm_eps"}:
         check(name, int, "a positive whole number", name not in _OPTIONAL)
+    for name in _NUMBERS:
+        check(name, int, "a positive whole number", False)
     check("rms_norm_eps", (int, float), "a positive number", True)
-    check("rope_theta", (int, float), "a positive number", False)
-    check("sliding_window", int, "a positive whole number", False)
+    for name in ("rope_theta", "rope_local_base_freq"):
+        check(name, (int, float), "a positive number", False)
+    if c.get("max_window_layers") != 0:
+        check("max_window_layers", int, "a whole number", False)
     for name in _FLAGS:
         if not isinstance(c.get(name), bool | None):
             raise ValueError(f"sets {name}={c[name]!r}: must be true or false")  # noqa: TRY004

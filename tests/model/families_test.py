@@ -9,11 +9,12 @@ import pytest
 from pfjax.model import hf, hf_config, rope, transformer
 from pfjax.model.families import FAMILIES
 
+SMOLLM = "HuggingFaceTB/SmolLM3-3B"
 GEMMA, OLMO = "google/gemma-3-1b-it", "allenai/OLMo-2-0425-1B-Instruct"
 # As published; those of recipes ship with the package.
 SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
 HUB = {
-    "HuggingFaceTB/SmolLM3-3B": {
+    SMOLLM: {
         "architectures": ["SmolLM3ForCausalLM"],
         "eos_token_id": 128012,
         "hidden_act": "silu",
@@ -77,7 +78,7 @@ def test_gemma_of_the_hub(tmp_path):
 
 
 def test_smollm_of_the_hub(tmp_path):
-    listed = HUB["HuggingFaceTB/SmolLM3-3B"]
+    listed = HUB[SMOLLM]
     c = _read(tmp_path, listed)
     none = [i for i, kind in enumerate(c.layer_kinds) if kind.rope is None]
     assert none == [*range(3, 36, 4)]
@@ -113,7 +114,7 @@ def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
         (GEMMA, {"hidden_activation": "gelu"}),
         (GEMMA, {"query_pre_attn_scalar": "x"}),
         (GEMMA, {"sliding_window": 0}),
-        ("HuggingFaceTB/SmolLM3-3B", {"no_rope_layers": 3}),
+        (SMOLLM, {"no_rope_layers": 3}),
         (OLMO, {"clip_qkv": 8.0}),
         (OLMO, {"attention_bias": "yes"}),
     ],
@@ -121,6 +122,31 @@ def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
 def test_what_a_family_does_not_know_is_refused_by_name(tmp_path, name, change):
     with pytest.raises(ValueError, match=re.escape(next(iter(change)))):
         _read(tmp_path, HUB[name] | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        (GEMMA, "query_pre_attn_scalar"),
+        (GEMMA, "sliding_window"),
+        (GEMMA, "sliding_window_pattern"),
+        (GEMMA, "rope_local_base_freq"),
+        (GEMMA, "layer_types"),
+        (SMOLLM, "no_rope_layers"),
+        (SMOLLM, "no_rope_layer_interval"),
+        (SMOLLM, "max_window_layers"),
+        (SMOLLM, "mlp_bias"),
+        (OLMO, "attention_bias"),
+    ],
+)
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [1], {"a": 1}, [[]]])
+def test_values_that_no_model_can_have_are_refused_by_name(
+    tmp_path, name, field, value
+):
+    if (field, value) == ("rope_local_base_freq", 1.5):
+        return
+    with pytest.raises(ValueError, match=field):
+        _read(tmp_path, HUB[name] | {field: value})
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from pfjax.model import hf, hf_config, log_probs, rope, transformer
+from pfjax.model import hf, hf_config, log_probs, lora, rope, transformer
 from pfjax.model.transformer import FULL, SLIDING
 
 SMALL = {
@@ -382,6 +382,31 @@ def test_saved_folders_load_in_transformers_and_are_stable(made, name, tmp_path)
     hf.save(hf.load(out), tmp_path / "again")
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["gemma3-untied", "olmo3", "smollm3", "qwen3-window"])
+def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
+    import peft
+
+    folder, tokens, positions, plain = made(name)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    how = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **how))
+    model.eval().save_pretrained(tmp_path)
+    # In float64: theirs is off by as much as ours.
+    want = _reference_logits(model.double(), tokens, positions)
+    policy, adapter = hf.load(folder), lora.read_peft(tmp_path)
+    sizes = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha}
+    config = dataclasses.replace(policy.config, **sizes)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = lora.select(transformer.abstract_params(config))
+    where = jax.tree.map(lambda _: here, shapes)
+    params = lora.join(policy.params, lora.load_peft(adapter, config, where))
+    adapted = transformer.Policy(config, params)
+    assert np.abs(want - plain).max() > 0.1
+    for same in (adapted, lora.merge(adapted)):
+        np.testing.assert_allclose(_logits(same, tokens, positions), want, atol=1e-4)
 
 
 def test_scaled_frequencies_reduce_to_the_plain_ones():

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import importlib
 import json
 import pathlib
 import re
@@ -17,8 +16,7 @@ import safetensors.numpy
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
-from pfjax.model import attention, hf, log_probs, lora, rope, tokenizer, transformer
-from pfjax.model.transformer import FULL, SLIDING
+from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
 from pfjax.trainer import behavior, checkpoint, config_checks, loop, setup
 from tests.conftest import (
@@ -30,6 +28,7 @@ from tests.conftest import (
     total_variation,
     use_one_device,
 )
+from tests.model import small_families
 
 PROMPT = "a b"
 
@@ -144,17 +143,7 @@ def test_training_reaches_the_exact_target(
 def _of_family(name, folder, out):
     """A model of another family with the tokenizer of an enumerable one; its windows are of
     2 tokens, where prompt and response have up to 5."""
-    families = importlib.import_module(f"pfjax.model.families.{name}")
-    shared = hf.load(folder).config
-    fields = [x.name for x in dataclasses.fields(transformer.ModelConfig)]
-    given = {x: getattr(shared, x) for x in fields}
-    if name in ("gemma3", "mistral", "olmo3"):
-        given |= {"layer_types": (SLIDING, FULL), "sliding_window": 2}
-    if name in ("gemma3", "olmo3"):
-        given["local_rope"] = rope.RopeConfig(theta=100.0)
-    own = {"smollm3": {"no_rope_layers": (1, 0)}}.get(name, {})
-    own |= {"query_pre_attn_scalar": 4} if name == "gemma3" else {}
-    config = families.Config(**given, **own)
+    config = small_families.config_of(name, hf.load(folder).config, window=2)
     params = transformer.init_params(config, jax.random.key(8))
     params["head"] = 2.0 * params["head"]
     hf.save(transformer.Policy(config, params), out)
@@ -165,9 +154,8 @@ def _of_family(name, folder, out):
 
 @pytest.mark.long_running
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "olmo3", "qwen3", "smollm3"])
+@pytest.mark.parametrize("name", small_families.NAMES)
 def test_models_of_every_family_reach_the_exact_target(converging, tmp_path, name):
-    """Qwen 2 does above; Llama is Mistral without windows, OLMo 2 is OLMo 3 without."""
     config = converging
     config.model = _of_family(name, pathlib.Path(config.model), tmp_path / name)
     config.alpha, config.num_steps, config.checkpoint_every = 2.0, 200, 200

@@ -21,6 +21,12 @@ class Config(llama.Config):
 
     @classmethod
     def read_ropes(cls, json):
+        listed = json.get("no_rope_layers") or []
+        is_list = isinstance(listed, list) and set(map(repr, listed)) <= {"0", "1"}
+        if not is_list or len(listed) not in (0, json["num_hidden_layers"]):
+            raise ValueError(
+                f"sets no_rope_layers={listed!r}: must be 0 or 1 per layer"
+            )
         return {"rope": rope.from_json(json, theta=2e6)}
 
     @classmethod

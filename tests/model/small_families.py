@@ -1,0 +1,25 @@
+"""A small config of each family, whose windows and ropes bite within a few tokens."""
+
+import dataclasses
+import importlib
+
+from pfjax.model import rope
+from pfjax.model.transformer import FULL, SLIDING, ModelConfig
+
+# Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
+NAMES = ("gemma3", "mistral", "olmo3", "qwen3", "smollm3")
+
+
+def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
+    """A config of the sizes of another, of two layers."""
+    fields = [x.name for x in dataclasses.fields(ModelConfig)]
+    given = {x: getattr(like, x) for x in fields}
+    if name in ("gemma3", "mistral", "olmo3"):
+        given |= {"layer_types": (SLIDING, FULL), "sliding_window": window}
+    if name in ("gemma3", "olmo3"):
+        given["local_rope"] = rope.RopeConfig(theta=100.0)
+    if name == "gemma3":
+        given["query_pre_attn_scalar"] = 4
+    if name == "smollm3":
+        given["no_rope_layers"] = (1, 0)
+    return importlib.import_module(f"pfjax.model.families.{name}").Config(**given)

@@ -1,0 +1,29 @@
+"""Rollouts of every family record what scoring finds."""
+
+import jax
+import numpy as np
+import pytest
+
+from pfjax.model import log_probs, transformer
+from pfjax.sampler import engine
+from pfjax.sampler.options import Capacity
+from tests.model import small_families
+
+
+@pytest.mark.parametrize("name", small_families.NAMES)
+def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name):
+    """Past the window, in slots that are refilled."""
+    config = small_families.config_of(name, tiny_config, window=5)
+    params = transformer.init_params(config, jax.random.key(0))
+    params["blocks"] |= {x: 3 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
+    policy = transformer.Policy(config, params)
+    prompts = [[2 + (i * j) % 9 for j in range(n)] for i, n in enumerate((1, 4, 23))]
+    out = engine.rollout(policy, prompts, 4, 24, seed=1, capacity=Capacity(num_slots=5))
+    at = list(np.ndindex(out.lengths.shape))
+    responses = [out.tokens[i][: out.lengths[i]].tolist() for i in at]
+    assert max(map(len, responses)) > 12
+    lengths = [len(prompts[i[0]]) for i in at]
+    sequences = [prompts[i[0]] + y for i, y in zip(at, responses, strict=True)]
+    for i, want in zip(at, log_probs.score(policy, sequences, lengths), strict=True):
+        recorded = out.log_probs[i][: out.lengths[i]]
+        np.testing.assert_allclose(recorded, want, atol=1e-5)
