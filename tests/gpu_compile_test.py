@@ -3,14 +3,16 @@
 A tier of its own, since the compiler is large: bash launch/gpu_compile.sh
 """
 
+import functools
 import math
 import re
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pfjax.infra import hardware
-from pfjax.model import attention
+from pfjax.model import attention, decode_attention
 from pfjax.planner import aot, gpu_target
 from pfjax.trainer import train_fns
 from tests.planner import plans
@@ -94,6 +96,27 @@ def test_rematerialisation_but_for_attention_computes_it_once():
         batch = train_fns.abstract_minibatch(fns, mesh)
         update = fns.train_step.lower(fns.state, {}, *batch).compile()
     assert _attentions(update.as_text()) == 1
+
+
+@pytest.mark.parametrize("kind", ["h100", "rtx4090"])
+@pytest.mark.parametrize("c", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_decoding_within_windows_compiles(kind, c, dtype):
+    """Where the kernel's rows see their caches from different tokens on."""
+    mesh = aot.device_mesh(f"{kind}:1", 1, 1, 1)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+    slots, prompts = array((64,), "int32"), array((8,), "int32")
+    own, of_prompts = array((64, 2, 1024, c), dtype), array((8, 2, 512, c), dtype)
+    caches, queries = ((own,) * 2, (of_prompts,) * 2), array((64, 12, c), dtype)
+    run = functools.partial(
+        decode_attention.decode_attention, samples_per_prefix=16, backend="gpu"
+    )
+    starts = {"own_start": slots, "prompt_start": slots}
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run).lower(queries, *caches, slots, prompts, slots, **starts)
+        text = lowered.compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
 
 
 def test_cudnn_attends_within_windows():

@@ -27,6 +27,8 @@ def decode_attention(
     grid_index: Int[Array, "s"],
     samples_per_prefix: int,
     backend: str,
+    own_start: Int[Array, "s"] | None = None,
+    prompt_start: Int[Array, "s"] | None = None,
 ) -> Float[Array, "s h c"]:
     """Attention of one token per slot over its prompt and its own past, itself included.
 
@@ -41,16 +43,14 @@ def decode_attention(
       grid_index: where each slot stands on the grid (prefix slot times
         `samples_per_prefix` plus column), no two on one. A slot past the grid reads garbage.
       samples_per_prefix: width of the grid.
+      own_start: index into `own` before which a slot sees nothing; 0 if not given.
+      prompt_start: the same of its prompt. A slot may see nothing of it.
     """
     s, h, c = q.shape
     num_kv = own[0].shape[1]
     prefix_slots = prompts[0].shape[0]
-    block = functools.partial(_BLOCKS[backend], scale=c**-0.5)
-    if backend != "xla":
-        heads = (None, "kv_heads", None, None)
-        out = Part(heads, heads[:3], heads[:3])
-        block = sharding.by_device(block, (heads, heads, heads, (None,)), out)
-    rows = q.reshape(s, num_kv, h // num_kv, c)
+    group = h // num_kv
+    rows = q.reshape(s, num_kv, group, c)
     slot = jnp.zeros(prefix_slots * samples_per_prefix, jnp.int32)
     slot = slot.at[grid_index].set(jnp.arange(s, dtype=jnp.int32), mode="drop")
     grid = rows[slot].reshape(prefix_slots, samples_per_prefix, num_kv, -1, c)
@@ -58,13 +58,40 @@ def decode_attention(
     prefix_slot, column = jnp.divmod(grid_index, samples_per_prefix)
     prefix_slot = jnp.minimum(prefix_slot, prefix_slots - 1)
 
+    of_rows = lambda x: jnp.broadcast_to(x[:, None], (len(x), group))
+
     def of_slots(x):
         shape = (prefix_slots, num_kv, samples_per_prefix, -1, *x.shape[3:])
         return x.reshape(shape)[prefix_slot, :, column]
 
-    first = jax.tree.map(of_slots, block(grid, *prompts, prompt_length))
-    out = merge(first, block(rows, *own, own_length))
+    if prompt_start is not None:
+        # Where no slot stands nothing is seen: no block of the cache is read for it.
+        start = jnp.full(slot.shape, jnp.iinfo(jnp.int32).max)
+        start = start.at[grid_index].set(prompt_start, mode="drop")
+        prompt_start = of_rows(start).reshape(prefix_slots, -1)
+    if own_start is not None:
+        own_start = of_rows(own_start)
+    first = _part(backend, grid, prompts, prompt_length, prompt_start)
+    first = jax.tree.map(of_slots, first)
+    out = merge(first, _part(backend, rows, own, own_length, own_start))
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def _part(
+    backend: str,
+    q: Float[Array, "n k m c"],
+    cache: KeyValue,
+    length: Int[Array, "n"],
+    start: Int[Array, "n m"] | None,
+) -> Part:
+    """Attention of query rows over one cache, by the back end."""
+    block = functools.partial(_BLOCKS[backend], scale=q.shape[-1] ** -0.5)
+    args = (q, *cache, length) if start is None else (q, *cache, length, start)
+    if backend != "xla":
+        heads = (None, "kv_heads", None, None)
+        axes = (heads, heads, heads, (None,), (None, None))[: len(args)]
+        block = sharding.by_device(block, axes, Part(heads, heads[:3], heads[:3]))
+    return block(*args)
 
 
 def merge(a: Part, b: Part) -> Array:
@@ -122,15 +149,20 @@ def _plain_block(
     keys: Float[Array, "n k c w"],
     values: Float[Array, "n k w c"],
     length: Int[Array, "n"],
+    start: Int[Array, "n m"] | None = None,
+    *,
     scale: float,
 ) -> Part:
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = scale * dot("nkmc,nkcw->nkmw", q.astype(keys.dtype), keys)
-    is_filled = (jnp.arange(keys.shape[-1])[None] < length[:, None])[:, None, None]
-    logits = jnp.where(is_filled, logits, MASKED)
+    is_seen = (jnp.arange(keys.shape[-1])[None] < length[:, None])[:, None, None]
+    if start is not None:
+        at = jnp.arange(keys.shape[-1])[None, None]
+        is_seen &= (at >= start[..., None])[:, None]
+    logits = jnp.where(is_seen, logits, MASKED)
     top = logits.max(axis=-1)
     # A part without any token counts nothing, whatever is in its cache.
-    weights = jnp.where(is_filled, jnp.exp(logits - top[..., None]), 0)
+    weights = jnp.where(is_seen, jnp.exp(logits - top[..., None]), 0)
     out = dot("nkmw,nkwc->nkmc", weights.astype(values.dtype), values)
     return Part(out, top, weights.sum(axis=-1))
 

@@ -15,13 +15,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from pfjax.batch import Array
-from pfjax.model.decode_kernel import MASKED, Part
+from pfjax.model.decode_kernel import MASKED, UNSEEN, Part
 
 # Triton multiplies matrices of at least 16 rows.
 _MIN_ROWS = 16
 # Of queries, and of keys and values: a program holds a block of queries and two each of
 # keys and values. Compiled for compute capability 8.0, 8.9 and 9.0, in bfloat16 and in
-# float32, that is at most 80 KiB of shared memory (consumer cards have 99), no spills.
+# float32, that is at most 80 KiB of shared memory (consumer cards have 99), and no spills but
+# 60 bytes with starts, of float32 with heads of 64 for 8.9.
 _MAX_ROWS, _BLOCK_BYTES = 64, 2**14
 # Tokens of a full cache that a program is dealt: fewer where sequences are few, until
 # there are some four programs for each multiprocessor of a large card.
@@ -33,12 +34,15 @@ def partial_attention(
     keys: Float[Array, "n k w c"],
     values: Float[Array, "n k w c"],
     length: Int[Array, "n"],
+    start: Int[Array, "n m"] | None = None,
+    *,
     scale: float,
     interpret: bool = False,
 ) -> Part:
     """Attention over the first `length` of W cached tokens; W a multiple of 128.
 
-    What is past the filled part is neither read nor computed.
+    What is past the filled part is neither read nor computed; nor what is before the least
+    `start` of a block of query rows, from which on each sees the cache.
     """
     n, k, m, c = q.shape
     width = keys.shape[2]
@@ -55,11 +59,16 @@ def partial_attention(
     cached = pl.BlockSpec((None, None, width, c), of_sequence)
     sums = pl.BlockSpec((None, None, None, rows), lambda r, s, i, head: (s, i, head, r))
     result = lambda *shape: jax.ShapeDtypeStruct((splits, n, k, m, *shape), jnp.float32)
+    starts, of_starts = [], []
+    if start is not None:
+        of_starts = [pl.BlockSpec((None, rows), lambda r, s, i, head: (i, r))]
+        starts = [start]
     parts = pl.pallas_call(
         functools.partial(_kernel, block=block, num_rows=m, scale=scale),
         grid=(row_blocks, splits, n, k),
         in_specs=[
             pl.BlockSpec((n,), lambda r, s, i, head: (0,)),
+            *of_starts,
             pl.BlockSpec((None, None, rows, c), of_rows),
             cached,
             cached,
@@ -69,7 +78,7 @@ def partial_attention(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(length, q.astype(keys.dtype), keys, values)
+    )(length, *starts, q.astype(keys.dtype), keys, values)
     return _join(Part(*parts))
 
 
@@ -81,26 +90,24 @@ def _join(parts: Part) -> Part:
     return Part(out, top, (shrink * parts.total).sum(axis=0))
 
 
-def _kernel(
-    length_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    out_ref,
-    top_ref,
-    total_ref,
-    block,
-    num_rows,
-    scale,
-):
+def _kernel(length_ref, *refs, block, num_rows, scale):
+    *start_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref = refs
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
     rows, c = q_ref.shape
     row = pl.program_id(0) * rows + jnp.arange(rows)
     is_row = row < num_rows
     length = length_ref[pl.program_id(2)]
-    share = pl.cdiv(pl.cdiv(length, block), pl.num_programs(1))
+    num_blocks, start = pl.cdiv(length, block), None
+    if start_ref:
+        nowhere = jnp.iinfo(jnp.int32).max
+        start = plgpu.load(start_ref[0], mask=is_row, other=nowhere)
+        first = jnp.minimum(start.min() // block, num_blocks)
+        num_blocks -= first
+    share = pl.cdiv(num_blocks, pl.num_programs(1))
     begin = pl.program_id(1) * share
-    end = jnp.minimum(begin + share, pl.cdiv(length, block))
+    end = jnp.minimum(begin + share, num_blocks)
+    if start is not None:
+        begin, end = begin + first, end + first
     q = plgpu.load(q_ref, mask=is_row[:, None], other=0)
 
     def add(j, carry):
@@ -111,7 +118,10 @@ def _kernel(
         k = plgpu.load(k_ref.at[here, :], mask=is_filled[:, None], other=0)
         v = plgpu.load(v_ref.at[here, :], mask=is_filled[:, None], other=0)
         logits = scale * dot(q, k, (((1,), (1,)), ((), ())))
-        logits = jnp.where(is_filled[None], logits, MASKED)
+        is_seen, unseen = is_filled[None], MASKED
+        if start is not None:
+            is_seen, unseen = is_seen & (at[None] >= start[:, None]), UNSEEN
+        logits = jnp.where(is_seen, logits, unseen)
         top = jnp.maximum(top_before, logits.max(axis=1))
         weights = jnp.exp(logits - top[:, None])
         shrink = jnp.exp(top_before - top)

@@ -5,7 +5,7 @@ neither padding nor rematerialisation. The head is applied to responses only.
 """
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from pfjax.model import transformer
 from pfjax.model.transformer import ModelConfig
@@ -22,10 +22,17 @@ def forward_flops(
 ) -> float:
     """FLOPs of a pass over sequences, with logits of `predicted` tokens of each."""
     lengths = lengths.astype(np.float64)
-    pairs = (lengths * (lengths + 1) / 2).sum()
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    pairs = sum(_pairs(lengths, kind.window) for kind in config.layer_kinds)
+    attention = 4 * config.num_heads * config.head_dim * pairs
     head = 2 * config.vocab_size * config.embed_dim * float(predicted.sum())
     return 2 * weights_per_token(config) * lengths.sum() + attention + head
+
+
+def _pairs(lengths: Float[np.ndarray, "s"], window: int) -> float:
+    """Pairs of a token and one that it attends to, in a layer."""
+    # The first tokens attend to all before them, later ones to as many as the window has.
+    first = np.minimum(lengths, window) if window else lengths
+    return (first * (first + 1) / 2 + (lengths - first) * first).sum()
 
 
 def update_flops(

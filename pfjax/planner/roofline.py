@@ -7,7 +7,7 @@ it sends to others, at the peaks that the vendor states.
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -155,7 +155,14 @@ def _decoded_bytes(w: Workload) -> float:
     """Bytes that decoding reads: at each token the weights and what caches hold."""
     plan = w.plan
     busy = w.responses / plan.dp_size * w.response_tokens / w.decode_steps
-    # On average a response is half done. Samples of a prompt share its cache.
+    # Samples of a prompt share its cache.
     prompts = min(plan.prefix_slots, math.ceil(busy / w.samples_per_prompt))
-    tokens = busy * w.response_tokens / 2 + prompts * w.prompt_tokens
+    # On average a response is half done.
+    drawn = np.arange(w.response_tokens) + 0.5
+    tokens = 0.0
+    for window, layers in Counter(plan.windows).items():
+        reach = window or np.inf
+        own = np.minimum(drawn, reach).mean()
+        of_prompt = np.clip(reach - drawn, 0, w.prompt_tokens).mean()
+        tokens += layers * (busy * own + prompts * of_prompt)
     return w.decode_steps * (w.weight_bytes + plan.token_bytes * tokens)

@@ -106,6 +106,7 @@ def draw(
         samples_per_prompt=chains_per_prompt,
         max_new_tokens=max_new_tokens,
         prompt_width=int(lengths.max()),
+        keeps_all=True,
     )
     at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
     settings = decode.Settings(
@@ -169,7 +170,9 @@ def begin(
     is_cached = positions < length[:, None] - 1
     cached = decode.prefill_local(
         state,
-        decode.Prompts(decode.empty_cache(s, num, width), jnp.zeros(num, jnp.int32)),
+        decode.Prompts(
+            decode.empty_cache(s, num, s.plan.prompt_widths), jnp.zeros(num, jnp.int32)
+        ),
         tokens,
         positions,
         is_cached.astype(jnp.int32),
@@ -183,7 +186,7 @@ def begin(
         log_q=jnp.zeros((count, spec.max_new_tokens)),
         length=jnp.zeros(count, jnp.int32),
         is_stopped=jnp.zeros(count, bool),
-        cache=decode.empty_cache(s, count, spec.width),
+        cache=decode.empty_cache(s, count, s.plan.response_widths(spec.width)),
     )
     return Run(spec, state, log_z, tokens, length, prompt_id, cached), empty
 

@@ -24,7 +24,7 @@ from pfjax.infra import sharding
 from pfjax.model import attention, decode_attention, log_probs, transformer
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import ModelConfig, Params
-from pfjax.sampler import filters
+from pfjax.sampler import filters, windows
 from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.sampler.slots import Plan
 
@@ -63,7 +63,7 @@ class Queue(NamedTuple):
 
 
 # Keys and values, one entry per layer. That of the slots holds their prompt's last token
-# and all tokens drawn but the last.
+# and all tokens drawn but the last; of both a layer keeps what its window reaches.
 Cache = list[KeyValue]
 
 
@@ -92,12 +92,13 @@ class Results(NamedTuple):
     is_stopped: Array  # bool [n], whether a stop token was drawn
 
 
-def empty_cache(s: Settings, batch: int, width: int) -> Cache:
+def empty_cache(s: Settings, batch: int, widths: tuple[int, ...]) -> Cache:
+    """Caches of as many tokens as `widths` says of each layer."""
     c, p = s.config, s.plan
-    sizes = (batch, c.num_kv_heads, width, c.head_dim)
-    shapes = decode_attention.cache_shapes(p.backend, *sizes)
+    sizes = [(batch, c.num_kv_heads, width, c.head_dim) for width in widths]
+    shapes = [decode_attention.cache_shapes(p.backend, *x) for x in sizes]
     one = lambda shape: jnp.zeros(shape, p.cache_dtype)
-    return placed([(one(shapes[0]), one(shapes[1])) for _ in range(c.num_layers)])
+    return placed([(one(keys), one(values)) for keys, values in shapes])
 
 
 def placed(caches: Cache) -> Cache:
@@ -125,9 +126,10 @@ def start(
         )
         log_p, is_stopped = jnp.zeros((n, new)), jnp.zeros(n, bool)
         results = Results(zeros(n, new), log_p, zeros(n), is_stopped)
-        cache = empty_cache(s, prefix_slots, s.plan.prompt_width)
+        cache = empty_cache(s, prefix_slots, s.plan.prompt_widths)
         prompts = Prompts(cache, zeros(prefix_slots))
-        return prompts, empty, empty_cache(s, slots, width), results
+        own = empty_cache(s, slots, s.plan.response_widths(width))
+        return prompts, empty, own, results
 
     return sharding.over_batch(local, 0)(queue)
 
@@ -150,12 +152,16 @@ def prefill_local(
       prefix_slot: where each token's keys and values go; -1 drops them.
       length: new lengths of all prefix slots.
     """
-    new, at = [], (prefix_slot, positions)
+    new = []
 
     def attend(q, k, v, layer):
-        own = (s.plan.backend, prompts.cache[layer], (k, v))
+        window, cache = s.plan.windows[layer], prompts.cache[layer]
+        of_layer = (window, cache[1].shape[2], length)
+        at = windows.prompt_index(*of_layer, prefix_slot, positions)
+        own = (s.plan.backend, cache, (k, v))
         new.append(decode_attention.write_prompts(*own, *at))
-        return attention.packed_attention(q, k, v, segment_ids, s.config.attention)
+        how = (segment_ids, s.config.attention)
+        return attention.packed_attention(q, k, v, *how, window=window)
 
     transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
     return Prompts(placed(new), length)
@@ -244,19 +250,26 @@ def forward(
 ) -> tuple[Float[Array, "s v"], Cache]:
     """Runs the last token of every slot; logits of the next."""
     new = []
+    prefix_slot = slots.grid_index // samples_per_prefix
+    prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
 
     def attend(q, k, v, layer):
         # Written before it is read: the loop then updates the cache in place.
         kv, backend = (k[:, 0], v[:, 0]), s.plan.backend
-        own = decode_attention.write(backend, cache[layer], kv, slots.drawn)
+        window, of_prompt = s.plan.windows[layer], prompts.cache[layer]
+        of_slots = (window, slots.drawn, s.plan.keeps_all)
+        at = windows.response_index(*of_slots)
+        own = decode_attention.write(backend, cache[layer], kv, at)
         new.append(own)
-        caches, lengths = (own, prompts.cache[layer]), (slots.drawn + 1, prompts.length)
-        how = (*lengths, slots.grid_index, samples_per_prefix, backend)
-        out = decode_attention.decode_attention(q[:, 0], *caches, *how)
+        own_length, own_start = windows.of_response(*of_slots)
+        of_layer = (window, of_prompt[1].shape[2], prompts.length)
+        length, start = windows.of_prompt(*of_layer, prefix_slot, slots.drawn)
+        how = (own_length, length, slots.grid_index, samples_per_prefix, backend)
+        starts = {"own_start": own_start, "prompt_start": start}
+        caches = (own, of_prompt)
+        out = decode_attention.decode_attention(q[:, 0], *caches, *how, **starts)
         return out[:, None]
 
-    prefix_slot = slots.grid_index // samples_per_prefix
-    prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
     positions = prompts.length[prefix_slot] + slots.drawn
     hidden = transformer.apply_layers(
         s.config, state.weights, slots.last[:, None], positions[:, None], attend

@@ -18,7 +18,6 @@ class Sizes(NamedTuple):
     samples_per_prefix: int  # width of the grid
 
 
-@functools.partial(jax.jit, static_argnames=("s", "before", "after"))
 def resize(
     prompts: Prompts,
     slots: Slots,
@@ -34,27 +33,59 @@ def resize(
     or a prompt of its own for every slot (a width of 1), only after the last sample of the
     queue has begun.
     """
+    widths = s.plan.response_widths(after.width)
+    if after.slots < before.slots:
+        sizes = {"before": before, "after": after, "widths": widths}
+        return _fewer(prompts, slots, cache, s=s, **sizes)
+    # A cache that holds its layer's window stays where it is, and takes no memory twice.
+    pairs = zip(widths, s.plan.response_widths(before.width), strict=True)
+    changed = [i for i, (new, old) in enumerate(pairs) if new != old]
+    of_changed = tuple(widths[i] for i in changed)
+    fitted = _fitted([cache[i] for i in changed], s=s, widths=of_changed)
+    by_layer = dict(zip(changed, fitted, strict=True))
+    return prompts, slots, [by_layer.get(i, x) for i, x in enumerate(cache)]
 
-    def fit(x: Array, axis: int) -> Array:
-        x = lax.slice_in_dim(x, 0, min(after.width, x.shape[axis]), axis=axis)
+
+@functools.partial(jax.jit, static_argnames=("s", "widths"))
+def _fitted(cache: Cache, *, s: Settings, widths: tuple[int, ...]) -> Cache:
+    local = lambda cache: placed(_fit(s, cache, widths))
+    return sharding.over_batch(local, 0)(cache)
+
+
+def _fit(s: Settings, cache: Cache, widths: tuple[int, ...]) -> Cache:
+    """Caches cut or padded to a number of tokens each."""
+
+    def fit(x: Array, width: int, axis: int) -> Array:
+        x = lax.slice_in_dim(x, 0, min(width, x.shape[axis]), axis=axis)
         padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, after.width - x.shape[axis])
+        padding[axis] = (0, width - x.shape[axis])
         return jnp.pad(x, padding)
 
-    is_fewer = after.slots < before.slots
+    key_axis = 3 if s.plan.backend == "xla" else 2
+    pairs = zip(cache, widths, strict=True)
+    return [(fit(k, width, key_axis), fit(v, width, 2)) for (k, v), width in pairs]
 
+
+@functools.partial(jax.jit, static_argnames=("s", "before", "after", "widths"))
+def _fewer(
+    prompts: Prompts,
+    slots: Slots,
+    cache: Cache,
+    *,
+    s: Settings,
+    before: Sizes,
+    after: Sizes,
+    widths: tuple[int, ...],
+) -> tuple[Prompts, Slots, Cache]:
     def local(prompts, slots, cache):
-        if is_fewer:
-            idle_last = jnp.argsort(slots.sample, stable=True)
-            order = idle_last[: after.slots]
-            names = ("sample", "grid_index", "drawn", "last")
-            slots = slots._replace(**{x: getattr(slots, x)[order] for x in names})
-            cache = jax.tree.map(lambda x: x[order], cache)
-        key_axis = 3 if s.plan.backend == "xla" else 2
-        cache = [(fit(k, key_axis), fit(v, 2)) for k, v in cache]
+        idle_last = jnp.argsort(slots.sample, stable=True)
+        order = idle_last[: after.slots]
+        names = ("sample", "grid_index", "drawn", "last")
+        slots = slots._replace(**{x: getattr(slots, x)[order] for x in names})
+        cache = _fit(s, jax.tree.map(lambda x: x[order], cache), widths)
         prefix_slot = slots.grid_index // before.samples_per_prefix
         prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
-        if is_fewer and after.samples_per_prefix == 1:
+        if after.samples_per_prefix == 1:
             prompts = jax.tree.map(lambda x: x[prefix_slot], prompts)
             slots = slots._replace(grid_index=jnp.arange(after.slots, dtype=jnp.int32))
         elif after.samples_per_prefix < before.samples_per_prefix:

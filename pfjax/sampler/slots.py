@@ -14,6 +14,7 @@ from jaxtyping import Int
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, transformer
 from pfjax.model.transformer import ModelConfig, Policy
+from pfjax.sampler import windows
 
 # Fraction of the free memory that a rollout may take; activations need some.
 _FRACTION = 0.85
@@ -31,14 +32,14 @@ class NoRoom(ValueError):
 
 
 def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> int:
-    """Bytes that the keys and values of one token take on one device.
+    """Bytes that the keys and values of one token take in one layer, on one device.
 
     Args:
       tensor: devices that key/value heads are split over, where they divide.
     """
     k = config.num_kv_heads
     k = k // tensor if k % tensor == 0 else k
-    return 2 * config.num_layers * k * config.head_dim * np.dtype(cache_dtype).itemsize
+    return 2 * k * config.head_dim * np.dtype(cache_dtype).itemsize
 
 
 def weight_bytes(config: ModelConfig) -> int:
@@ -74,36 +75,6 @@ def response_widths(max_new_tokens: int, backend: str) -> list[int]:
     octaves = 1 if backend == "xla" else 2
     short = [_NARROWEST << e for e in range(0, 31, octaves)]
     return [*(x for x in short if x < longest), longest]
-
-
-def most_slots(
-    config: ModelConfig,
-    cache_dtype: str,
-    *,
-    num_prompts: int,
-    samples_per_prompt: int,
-    width: int,
-    prompt_width: int,
-    tensor: int = 1,
-    free_bytes: int,
-) -> int:
-    """Slots of one part of the batch: as many as there are samples, if memory lasts.
-
-    Raises:
-      NoRoom: if not even one sample fits.
-    """
-    per_token = bytes_per_token(config, cache_dtype, tensor)
-    for slots in [*ladder(num_prompts * samples_per_prompt, "xla"), 3, 2, 1]:
-        prefix_slots = num_prefix_slots(slots, num_prompts, samples_per_prompt)
-        tokens = slots * width + prefix_slots * prompt_width
-        need = _GROWTH * (tokens * per_token)
-        need += slots * config.vocab_size * _LOGITS_BYTES // tensor
-        if need <= _FRACTION * free_bytes:
-            return slots
-    raise NoRoom(
-        f"one sample of {width} tokens needs {need / 1e9:.2f} GB and "
-        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens or raise mesh.tensor"
-    )
 
 
 def _free_host_bytes() -> int:
@@ -164,12 +135,30 @@ class Plan:
     widths: tuple[int, ...]
     cache_dtype: str
     backend: str
-    token_bytes: int  # of a token's keys and values, on one device
+    token_bytes: int  # of a token's keys and values in one layer, on one device
+    windows: tuple[int, ...]  # of the layers; 0 where no sequence outgrows it
+    # Whether responses are kept beyond the windows: chains go back and draw anew.
+    keeps_all: bool = False
+
+    def response_widths(self, width: int) -> tuple[int, ...]:
+        """Tokens that each layer has room for of responses of `width` tokens."""
+        reach = (0,) * len(self.windows) if self.keeps_all else self.windows
+        return windows.cache_widths(reach, width, self._multiple)
+
+    @property
+    def prompt_widths(self) -> tuple[int, ...]:
+        """Tokens that each layer has room for of prompts."""
+        return windows.cache_widths(self.windows, self.prompt_width, self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        return decode_attention.WIDTH_MULTIPLE[self.backend]
 
     @property
     def cache_bytes(self) -> int:
         """On one device, when the caches are at their widest."""
-        tokens = self.slots * self.widths[-1] + self.prefix_slots * self.prompt_width
+        tokens = self.slots * sum(self.response_widths(self.widths[-1]))
+        tokens += self.prefix_slots * sum(self.prompt_widths)
         return tokens * self.token_bytes
 
     def __str__(self) -> str:
@@ -179,6 +168,48 @@ class Plan:
             f"({self.slots} x {self.widths[-1]} response and {self.prefix_slots} x "
             f"{self.prompt_width} prompt tokens)"
         )
+
+
+def with_most_slots(
+    plan: Plan,
+    config: ModelConfig,
+    *,
+    num_prompts: int,
+    samples_per_prompt: int,
+    tensor: int = 1,
+    free_bytes: int,
+) -> Plan:
+    """A plan with as many slots as there are samples, if memory lasts.
+
+    Args:
+      plan: of any number of slots.
+      num_prompts: of one part of the batch.
+
+    Raises:
+      NoRoom: if not even one sample fits.
+    """
+    for slots in [*ladder(num_prompts * samples_per_prompt, "xla"), 3, 2, 1]:
+        plan = with_slots(plan, slots, num_prompts, samples_per_prompt)
+        need = _GROWTH * plan.cache_bytes
+        need += slots * config.vocab_size * _LOGITS_BYTES // tensor
+        if need <= _FRACTION * free_bytes:
+            return plan
+    raise NoRoom(
+        f"one sample of {plan.widths[-1]} tokens needs {need / 1e9:.2f} GB and "
+        f"{free_bytes / 1e9:.2f} GB are free; lower max_new_tokens or raise mesh.tensor"
+    )
+
+
+def with_slots(
+    plan: Plan, slots: int, num_prompts: int, samples_per_prompt: int
+) -> Plan:
+    """A plan with another number of slots, and what follows from it."""
+    return dataclasses.replace(
+        plan,
+        slots=slots,
+        prefix_slots=num_prefix_slots(slots, num_prompts, samples_per_prompt),
+        ladder=tuple(ladder(slots, plan.backend)),
+    )
 
 
 def prompts_per_part(plan: Plan, num_prompts: int, samples_per_prompt: int) -> int:
@@ -210,6 +241,7 @@ def plan_for(
     num_slots: int | None = None,
     cache_dtype: str | None = None,
     backend: str | None = None,
+    keeps_all: bool = False,
 ) -> Plan:
     """Decides what the arguments leave open; see `engine.rollout`.
 
@@ -217,6 +249,7 @@ def plan_for(
       config: of the policy.
       platform: of the devices: "cpu", "gpu" or "tpu".
       memory: tells the bytes that are free on a device; asked without `num_slots`.
+      keeps_all: see `Plan`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     dp_size = 1 if mesh.empty else sharding.batch_ways(mesh)
@@ -229,27 +262,24 @@ def plan_for(
     prompts = math.ceil(num_prompts / dp_size)
     prompt_width = math.ceil(prompt_width / multiple) * multiple
     widths = response_widths(max_new_tokens, backend)
-    if num_slots is None:
-        slots = most_slots(
-            config,
-            cache_dtype,
-            num_prompts=prompts,
-            samples_per_prompt=samples_per_prompt,
-            width=widths[-1],
-            prompt_width=prompt_width,
-            tensor=tensor,
-            free_bytes=memory() - weight_bytes(config) // tensor,
-        )
-    else:
-        slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
-    return Plan(
+    longest = prompt_width + widths[-1]
+    reach = (kind.window for kind in config.layer_kinds)
+    plan = Plan(
         dp_size=dp_size,
-        slots=slots,
-        prefix_slots=num_prefix_slots(slots, prompts, samples_per_prompt),
+        slots=1,
+        prefix_slots=1,
         prompt_width=prompt_width,
-        ladder=tuple(ladder(slots, backend)),
+        ladder=(1,),
         widths=tuple(widths),
         cache_dtype=cache_dtype,
         backend=backend,
         token_bytes=bytes_per_token(config, cache_dtype, tensor),
+        windows=tuple(w if w < longest else 0 for w in reach),
+        keeps_all=keeps_all,
     )
+    sizes = {"num_prompts": prompts, "samples_per_prompt": samples_per_prompt}
+    if num_slots is not None:
+        slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
+        return with_slots(plan, slots, **sizes)
+    free = memory() - weight_bytes(config) // tensor
+    return with_most_slots(plan, config, tensor=tensor, free_bytes=free, **sizes)

@@ -69,7 +69,7 @@ def bytes_a_token(
     Each step reads the weights once and the caches: all of their width in the plain
     form; in a kernel what is filled, rounded up to blocks (half of one on average).
     The least is the weights, the filled part of each slot's cache, and each prompt
-    once for all of its samples.
+    once for all of its samples. Of models whose layers have no windows.
     """
     steps: collections.Counter = collections.Counter()
     original = decode.decode
@@ -92,7 +92,7 @@ def bytes_a_token(
         del shapes["embed"]  # a row a token is read
     size = np.dtype(config.dtype).itemsize
     weights = size * sum(x.size for x in jax.tree.leaves(shapes))
-    kv = slots.bytes_per_token(config, plan.cache_dtype)
+    kv = config.num_layers * slots.bytes_per_token(config, plan.cache_dtype)
     drawn = rollout.lengths.astype(np.float64)
     lengths = np.array([len(p) for p in prompts])
     filled = (drawn * (drawn + 1) / 2).sum() + (drawn.max(axis=1) * lengths).sum()

@@ -26,34 +26,38 @@ GRID_INDEX = np.array([3, 1, 0, 5, 4, 7], np.int32)  # three of the first prefix
 
 @pytest.fixture
 def data(rng):
+    return _draw(rng, C)
+
+
+def _draw(rng, c):
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    q = draw(S, K * M, C)
-    own = draw(S, K, W, C), draw(S, K, W, C)
+    q = draw(S, K * M, c)
+    own = draw(S, K, W, c), draw(S, K, W, c)
     prompts = (
-        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, C),
-        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, C),
+        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, c),
+        draw(PREFIX_SLOTS, K, PROMPT_WIDTH, c),
     )
     return q, own, prompts
 
 
-def _oracle(q, own, prompts):
-    out = np.zeros_like(q)
+def _oracle(q, own, prompts, own_start=(0,) * S, prompt_start=(0,) * S):
+    out, c = np.zeros_like(q), q.shape[-1]
     for s in range(S):
         prefix_slot = GRID_INDEX[s] // SAMPLES_PER_PREFIX
         keys, values = (
             np.concatenate(
                 [
-                    p[prefix_slot, :, : PROMPT_LENGTH[prefix_slot]],
-                    o[s, :, : OWN_LENGTH[s]],
+                    p[prefix_slot, :, prompt_start[s] : PROMPT_LENGTH[prefix_slot]],
+                    o[s, :, own_start[s] : OWN_LENGTH[s]],
                 ],
                 axis=1,
             )
             for p, o in zip(prompts, own, strict=True)
         )
-        logits = np.einsum("kmc,kwc->kmw", q[s].reshape(K, M, C), keys) * C**-0.5
+        logits = np.einsum("kmc,kwc->kmw", q[s].reshape(K, M, c), keys) * c**-0.5
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        out[s] = np.einsum("kmw,kwc->kmc", weights, values).reshape(-1, C)
+        out[s] = np.einsum("kmw,kwc->kmc", weights, values).reshape(-1, c)
     return out
 
 
@@ -61,20 +65,36 @@ def _caches(backend, keys, values):
     return (np.swapaxes(keys, 2, 3) if backend == "xla" else keys), values
 
 
-def _attend(backend, q, own, prompts):
+def _attend(backend, q, own, prompts, **starts):
     run = functools.partial(
         decode_attention.decode_attention,
         samples_per_prefix=SAMPLES_PER_PREFIX,
         backend=backend,
     )
     caches = _caches(backend, *own), _caches(backend, *prompts)
-    out = jax.jit(run)(q, *caches, OWN_LENGTH, PROMPT_LENGTH, GRID_INDEX)
+    out = jax.jit(run)(q, *caches, OWN_LENGTH, PROMPT_LENGTH, GRID_INDEX, **starts)
     return np.asarray(out)  # waits: callers change the arrays in place
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_dense_attention(data, backend):
     np.testing.assert_allclose(_attend(backend, *data), _oracle(*data), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("c", [64, 128, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_see_their_caches_from_where_they_start(rng, backend, c):
+    data = _draw(rng, c)
+    # Slots 3 to 5 have a prompt of 77 tokens: two see some of it, one nothing.
+    prompt_start = np.array([0, 3, 200, 5, 76, 77], np.int32)
+    own_start = np.array([0, 4, 511, 0, 600, 1000], np.int32)
+    for starts in (
+        {"prompt_start": prompt_start},
+        {"own_start": own_start, "prompt_start": prompt_start},
+    ):
+        got = _attend(backend, *data, **starts)
+        want = _oracle(*data, **starts)
+        np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,12 +159,12 @@ def test_written_keys_and_values_are_read(data, backend):
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
-def _part(backend, q, keys, values, length):
+def _part(backend, q, keys, values, length, *start):
     """What a back end sums over one cache."""
     block = functools.partial(
         decode_attention._BLOCKS[backend], scale=q.shape[-1] ** -0.5
     )
-    part = jax.jit(block)(q, *_caches(backend, keys, values), length)
+    part = jax.jit(block)(q, *_caches(backend, keys, values), length, *start)
     assert {x.dtype for x in part} == {jnp.dtype("float32")}
     return jax.tree.map(np.asarray, part)
 
@@ -186,6 +206,33 @@ def test_an_empty_part_weighs_nothing(rng, backend):
     assert (empty.top <= decode_kernel.MASKED).all()
 
 
+@pytest.mark.parametrize("m, c, width", [(6, 128, 2048), (100, 64, 640)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_see_a_part_from_where_they_start(rng, backend, m, c, width):
+    q, keys, values = _draw_part(rng, m, c, width, "float32")
+    length, least = width - 30, 600
+    start = rng.integers(least, length + 100, m).astype(np.int32)
+    start[:3] = least, length - 1, length  # the last sees nothing
+    if backend != "xla":  # whole blocks that no row sees are not read
+        keys, values = (x.at[:, :, :512].set(np.nan) for x in (keys, values))
+    args = np.array([length], np.int32), start[None]
+    part = _part(backend, q, keys, values, *args)
+    assert np.isfinite(part.out).all()
+    tolerance = {"atol": max(TOLERANCE, 1e-5)}
+    for row, first in enumerate(start):
+        out, top, total = (x[:, :, row : row + 1] for x in part)
+        if first >= length:
+            assert not out.any() and not total.any()
+            assert (top <= decode_kernel.MASKED).all()
+            continue
+        seen = (q[:, :, row : row + 1], keys[:, :, first:], values[:, :, first:])
+        want_out, want_top, want_total = _dense_part(*seen, length - first)
+        want = want_out / want_total[..., None]
+        np.testing.assert_allclose(out / total[..., None], want, **tolerance)
+        np.testing.assert_allclose(top, want_top, **tolerance)
+        np.testing.assert_allclose(np.log(total), np.log(want_total), **tolerance)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="compares interpreters")
 @pytest.mark.parametrize("m, c", [(6, 128), (96, 64)])
 def test_kernel_for_gpus_rounds_no_more_than_that_for_tpus(rng, m, c):
@@ -209,7 +256,8 @@ def test_back_end_of_a_platform():
 
 @pytest.mark.parametrize("c", [64, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_gpu_kernel_lowers_for_cuda(c, dtype):
+@pytest.mark.parametrize("has_starts", [False, True])
+def test_gpu_kernel_lowers_for_cuda(c, dtype, has_starts):
     """On a machine without a GPU: as far as Triton's intermediate language."""
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -237,6 +285,9 @@ def test_gpu_kernel_lowers_for_cuda(c, dtype):
             int32((slots,)),
             int32((prefix_slots,)),
             int32((slots,)),
+            **dict.fromkeys(("own_start", "prompt_start"), int32((slots,)))
+            if has_starts
+            else {},
         )
     text = exported.mlir_module()
     assert text.count("custom_call @__gpu$xla.gpu.triton") == 2  # prompts and own

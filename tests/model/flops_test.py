@@ -8,6 +8,7 @@ import pytest
 
 from pfjax.infra import hardware
 from pfjax.model import flops, log_probs, transformer
+from tests.sampler import windowed
 
 
 def test_one_sequence_by_hand(tiny_config):
@@ -18,6 +19,16 @@ def test_one_sequence_by_hand(tiny_config):
     got = flops.forward_flops(tiny_config, np.array([10]), np.array([6]))
     assert got == 2 * 6144 * 10 + 4 * 2 * 32 * 55 + 2 * 16 * 16 * 6
     assert flops.update_flops(tiny_config, np.array([10]), np.array([4])) == 4 * got
+
+
+def test_a_window_leaves_out_pairs(tiny_config):
+    config = windowed.config_of(tiny_config, 0, 4, 20)
+    lengths = np.array([10, 3, 30])
+    # Within 4 tokens: 1 + 2 + 3 and then 4 each.
+    pairs = (55 + 6 + 465) + (6 + 7 * 4 + 6 + 6 + 27 * 4) + (55 + 6 + 190 + 11 * 20)
+    got = flops.forward_flops(config, lengths, np.zeros(3, int))
+    weights = flops.weights_per_token(config)
+    assert got == 2 * weights * 43 + 4 * 32 * pairs
 
 
 def test_adapters_spare_the_gradient_of_what_is_frozen(tiny_config):

@@ -14,6 +14,7 @@ from pfjax.model import decode_attention, rope, transformer
 from pfjax.planner import aot
 from pfjax.sampler import decode, slots
 from pfjax.trainer import train_fns
+from tests.sampler import windowed
 
 SLOTS, WIDTH, PREFIX_SLOTS, PROMPT_WIDTH, G, PROMPTS = 64, 1024, 8, 512, 16, 16
 CONFIG = transformer.ModelConfig(
@@ -33,13 +34,13 @@ CONFIG = transformer.ModelConfig(
     dtype="bfloat16",
 )
 PLAN = slots.Plan(
-    1, SLOTS, PREFIX_SLOTS, PROMPT_WIDTH, (SLOTS,), (WIDTH,), "bfloat16", "tpu", 0
+    *(1, SLOTS, PREFIX_SLOTS, PROMPT_WIDTH, (SLOTS,), (WIDTH,), "bfloat16", "tpu", 0),
+    windows=(0, 0),
 )
-SETTINGS = decode.Settings(CONFIG, PLAN, G, CONFIG.stop_ids)
 
 
-def _compile(mesh):
-    """The compiled program, and bytes of one layer's keys on a device."""
+def _compile(mesh, config=CONFIG, plan=PLAN):
+    """The compiled program, and bytes of a full layer's keys on a device."""
     parts = sharding.batch_ways(mesh)
     split = ("data", "fsdp")
 
@@ -48,22 +49,24 @@ def _compile(mesh):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     int32 = lambda *shape: array((parts * shape[0], *shape[1:]), jnp.int32, split)
-    kv_axis = sharding.spec(mesh, ("kv_heads",), (CONFIG.num_kv_heads,))[0]
+    kv_axis = sharding.spec(mesh, ("kv_heads",), (config.num_kv_heads,))[0]
 
-    def caches(batch, width):
-        shapes = decode_attention.cache_shapes("tpu", parts * batch, 2, width, 128)
-        one = [array(x, jnp.bfloat16, split, kv_axis) for x in shapes]
-        return [tuple(one)] * CONFIG.num_layers
+    def caches(batch, widths):
+        def one(width):
+            shapes = decode_attention.cache_shapes("tpu", parts * batch, 2, width, 128)
+            return tuple(array(x, jnp.bfloat16, split, kv_axis) for x in shapes)
 
-    params = transformer.abstract_params(CONFIG)
-    where = sharding.tree_shardings(mesh, transformer.logical_axes(CONFIG), params)
+        return [one(width) for width in widths]
+
+    params = transformer.abstract_params(config)
+    where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
     params = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
         params,
         where,
     )
     state = decode.SamplerState(
-        decode.weights(CONFIG, params, run=aot.results),
+        decode.weights(config, params, run=aot.results),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
@@ -72,11 +75,12 @@ def _compile(mesh):
     queue = decode.Queue(
         *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(5)), bools
     )
-    prompts = decode.Prompts(caches(PREFIX_SLOTS, PROMPT_WIDTH), int32(PREFIX_SLOTS))
+    prompts = caches(PREFIX_SLOTS, plan.prompt_widths)
+    prompts = decode.Prompts(prompts, int32(PREFIX_SLOTS))
     of_slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
     log_probs = array((parts * n, WIDTH), jnp.float32, split)
     results = decode.Results(int32(n, WIDTH), log_probs, int32(n), bools)
-    cache = caches(SLOTS, WIDTH)
+    cache = caches(SLOTS, plan.response_widths(WIDTH))
     lowered = decode.decode.lower(
         state,
         prompts,
@@ -84,7 +88,7 @@ def _compile(mesh):
         of_slots,
         cache,
         results,
-        s=SETTINGS,
+        s=decode.Settings(config, plan, G, config.stop_ids),
         samples_per_prefix=G,
     )
     per_device = SLOTS * WIDTH * 128 * 2 * (1 if kv_axis else 2)
@@ -123,6 +127,24 @@ def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes
         for n in shape.split(","):
             size *= int(n or 1)
         assert size <= SLOTS * CONFIG.embed_dim, shape
+
+
+# What a chain keeps of a response, its windows cover in part.
+@pytest.mark.parametrize(
+    "keeps_all", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_windows_compile_for_tpus_in_place(tpu_mesh, keeps_all):
+    config = windowed.config_of(CONFIG, 0, 200)
+    plan = dataclasses.replace(PLAN, windows=(0, 200), keeps_all=keeps_all)
+    mesh = tpu_mesh("v6e:2x2", 4, 1, 1)
+    with jax.set_mesh(mesh):
+        compiled, keys = _compile(mesh, config, plan)
+    own = 2 * keys * (2 if keeps_all else 1 + 256 / WIDTH)
+    memory = compiled.memory_analysis()
+    assert own <= memory.alias_size_in_bytes < 1.1 * own
+    assert memory.temp_size_in_bytes < keys
+    kernels = re.findall(r"custom-call\(.*decode_attention", compiled.as_text())
+    assert len(kernels) == 2 * config.num_layers, len(kernels)
 
 
 def test_weights_are_put_together_a_layer_at_a_time():

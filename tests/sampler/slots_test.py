@@ -5,15 +5,16 @@ import dataclasses
 import pytest
 
 from pfjax.sampler import slots
+from tests.sampler import windowed
 
 
 def test_bytes_by_hand(tiny_config):
-    # Keys and values of 2 layers, 2 heads of 8 numbers of 4 bytes.
-    assert slots.bytes_per_token(tiny_config, "float32") == 2 * 2 * 2 * 8 * 4
-    assert slots.bytes_per_token(tiny_config, "bfloat16") == 2 * 2 * 2 * 8 * 2
+    # Keys and values of 2 heads of 8 numbers of 4 bytes.
+    assert slots.bytes_per_token(tiny_config, "float32") == 2 * 2 * 8 * 4
+    assert slots.bytes_per_token(tiny_config, "bfloat16") == 2 * 2 * 8 * 2
     # Two devices hold a head each; four cannot share two heads and hold both.
-    assert slots.bytes_per_token(tiny_config, "float32", tensor=2) == 2 * 2 * 8 * 4
-    assert slots.bytes_per_token(tiny_config, "float32", tensor=4) == 2 * 2 * 2 * 8 * 4
+    assert slots.bytes_per_token(tiny_config, "float32", tensor=2) == 2 * 8 * 4
+    assert slots.bytes_per_token(tiny_config, "float32", tensor=4) == 2 * 2 * 8 * 4
 
 
 def test_ladder_and_widths():
@@ -28,19 +29,23 @@ def test_ladder_and_widths():
     assert slots.response_widths(20, "gpu") == [128]
 
 
-def _most(config, free, **changes):
-    kwargs = {
-        "num_prompts": 16,
-        "samples_per_prompt": 8,
-        "width": 128,
-        "prompt_width": 32,
-    }
-    return slots.most_slots(config, "float32", free_bytes=free, **kwargs | changes)
+def _most(config, free):
+    """Of 16 prompts, 8 samples each of up to 128 tokens; free beside the weights."""
+    plan = slots.plan_for(
+        config,
+        "cpu",
+        lambda: free + slots.weight_bytes(config),
+        num_prompts=16,
+        samples_per_prompt=8,
+        max_new_tokens=128,
+        prompt_width=32,
+    )
+    return plan.slots
 
 
 def test_slots_are_as_many_as_memory_holds(tiny_config):
     config = dataclasses.replace(tiny_config, vocab_size=1)
-    per_token = slots.bytes_per_token(config, "float32")
+    per_token = 2 * slots.bytes_per_token(config, "float32")
     assert _most(config, 10**9) == 128
     # 24 slots keep 12 prompts; 32 would need 1.5 x (32 x 128 + 16 x 32) tokens.
     need = 1.5 * per_token * (24 * 128 + 12 * 32) + 24 * 12
@@ -51,6 +56,16 @@ def test_slots_are_as_many_as_memory_holds(tiny_config):
     assert _most(large, int(need / 0.85) + 1) < 16
     with pytest.raises(ValueError, match="one sample of 128 tokens needs .* are free"):
         _most(config, 1000)
+
+
+def test_layers_within_a_window_leave_room_for_more(tiny_config):
+    config = windowed.config_of(tiny_config, 16, 0, vocab_size=1)
+    per_token = slots.bytes_per_token(config, "float32")
+    # One layer keeps 16 tokens of each, the other all.
+    tokens = 24 * (128 + 16) + 12 * (32 + 16)
+    need = 1.5 * per_token * tokens + 24 * 12
+    assert _most(config, int(need / 0.85) + 1) == 24
+    assert _most(config, int(need / 0.85) - 9) == 20
 
 
 def test_plan_says_what_it_is(tiny_policy):
