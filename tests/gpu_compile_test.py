@@ -103,7 +103,7 @@ def test_rematerialisation_but_for_attention_computes_it_once():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_decoding_within_windows_compiles(kind, c, dtype):
     """Where the kernel's rows see their caches from different tokens on."""
-    mesh = aot.device_mesh(f"{kind}:1")
+    mesh = aot.device_mesh(f"{kind}:1", 1, 1, 1)
     everywhere = NamedSharding(mesh, PartitionSpec())
     array = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
     slots, prompts = array((64,), "int32"), array((8,), "int32")

@@ -17,6 +17,8 @@ from pfjax.batch import Array
 
 # Finite, so that a fully masked row yields numbers rather than NaN.
 MASKED = -1e30
+# Less than the top of a row that has seen nothing yet, where it weighs 0 as well.
+UNSEEN = 2 * MASKED
 # Tokens read at once: 2 heads x 512 x 128 of bfloat16 are 0.25 MB.
 _BLOCK = 512
 _LANES = 128
@@ -107,15 +109,13 @@ def _kernel(length, *refs, block, scale):
             q, k, v = q_ref[0, head], k_ref[0, head], v_ref[0, head]
             logits = scale * dot(q, k, (((1,), (1,)), ((), ())))
             at = j * block + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-            is_seen = at < length
+            is_seen, unseen = at < length, MASKED
             if start_ref is not None:
-                is_seen &= at >= start_ref[0][:, :1]
-            logits = jnp.where(is_seen, logits, MASKED)
+                is_seen, unseen = is_seen & (at >= start_ref[0][:, :1]), UNSEEN
+            logits = jnp.where(is_seen, logits, unseen)
             before = top_ref[0, head][:, :1]
             top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
             weights = jnp.exp(logits - top)
-            if start_ref is not None:  # a row may see nothing of a block
-                weights = jnp.where(is_seen, weights, 0)
             shrink = jnp.exp(before - top)
             out = dot(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
             out_ref[0, head] = shrink * out_ref[0, head] + out

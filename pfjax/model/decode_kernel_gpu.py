@@ -15,13 +15,14 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
 from pfjax.batch import Array
-from pfjax.model.decode_kernel import MASKED, Part
+from pfjax.model.decode_kernel import MASKED, UNSEEN, Part
 
 # Triton multiplies matrices of at least 16 rows.
 _MIN_ROWS = 16
 # Of queries, and of keys and values: a program holds a block of queries and two each of
 # keys and values. Compiled for compute capability 8.0, 8.9 and 9.0, in bfloat16 and in
-# float32, that is at most 80 KiB of shared memory (consumer cards have 99), no spills.
+# float32, that is at most 80 KiB of shared memory (consumer cards have 99), and no spills but
+# 60 bytes with starts, of float32 with heads of 64 for 8.9.
 _MAX_ROWS, _BLOCK_BYTES = 64, 2**14
 # Tokens of a full cache that a program is dealt: fewer where sequences are few, until
 # there are some four programs for each multiprocessor of a large card.
@@ -113,18 +114,16 @@ def _kernel(length_ref, *refs, block, num_rows, scale):
         out, top_before, total = carry
         at = j * block + jnp.arange(block)
         is_filled = at < length
-        is_seen = is_filled[None]
-        if start is not None:
-            is_seen &= at[None] >= start[:, None]
         here = pl.ds(j * block, block)
         k = plgpu.load(k_ref.at[here, :], mask=is_filled[:, None], other=0)
         v = plgpu.load(v_ref.at[here, :], mask=is_filled[:, None], other=0)
         logits = scale * dot(q, k, (((1,), (1,)), ((), ())))
-        logits = jnp.where(is_seen, logits, MASKED)
+        is_seen, unseen = is_filled[None], MASKED
+        if start is not None:
+            is_seen, unseen = is_seen & (at[None] >= start[:, None]), UNSEEN
+        logits = jnp.where(is_seen, logits, unseen)
         top = jnp.maximum(top_before, logits.max(axis=1))
         weights = jnp.exp(logits - top[:, None])
-        if start is not None:  # a row may see nothing of a block
-            weights = jnp.where(is_seen, weights, 0)
         shrink = jnp.exp(top_before - top)
         new = dot(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
         return shrink[:, None] * out + new, top, shrink * total + weights.sum(axis=1)

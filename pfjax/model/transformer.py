@@ -45,6 +45,13 @@ class LayerKind(NamedTuple):
     rope: RopeConfig | None  # None: attention is not told positions
 
 
+class LayerKind(NamedTuple):
+    """What distinguishes a layer from the others."""
+
+    window: int  # tokens that a layer attends to at most, its own included; 0 for all
+    rope: RopeConfig | None  # None: positions are not told
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What decides the function computed from the parameters, and where it stops.
@@ -89,6 +96,11 @@ class ModelConfig:
     load_tokenizer: Callable[[], Any] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """One per layer."""
+        return (LayerKind(0, self.rope),) * self.num_layers
 
     def has_adapter(self, projection: str) -> bool:
         return self.lora_rank > 0 and projection in self.lora_targets
