@@ -48,7 +48,10 @@ def frequencies(c: RopeConfig, head_dim: int) -> np.ndarray:
     beyond, so it is "default".
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    freq = (1.0 / np.float32(c.theta) ** exponent).astype(np.float32)
+    # The power is rounded once, as in torch: NumPy's in float32 is off by a last bit in one
+    # of five, which moves angles at position 32,768 by 0.004.
+    power = np.float64(c.theta) ** exponent.astype(np.float64)
+    freq = np.float32(1.0) / power.astype(np.float32)
     if c.kind == "linear":
         return freq / np.float32(c.factor)
     if c.kind == "llama3":

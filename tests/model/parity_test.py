@@ -394,8 +394,7 @@ def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     how = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **how))
     model.eval().save_pretrained(tmp_path)
-    # In float64: theirs is off by as much as ours.
-    want = _reference_logits(model.double(), tokens, positions)
+    want = _reference_logits(model, tokens, positions)
     policy, adapter = hf.load(folder), lora.read_peft(tmp_path)
     sizes = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha}
     config = dataclasses.replace(policy.config, **sizes)
@@ -407,6 +406,14 @@ def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     assert np.abs(want - plain).max() > 0.1
     for same in (adapted, lora.merge(adapted)):
         np.testing.assert_allclose(_logits(same, tokens, positions), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6, 5e6])
+def test_frequencies_are_those_of_torch_to_the_last_bit(theta):
+    exponent = torch.arange(0, 128, 2, dtype=torch.int64).float() / 128
+    want = (1.0 / theta**exponent).numpy()
+    got = rope.frequencies(rope.RopeConfig(theta), 128)
+    assert (got != want).sum() <= 1  # a power that torch does not round to the nearest
 
 
 def test_scaled_frequencies_reduce_to_the_plain_ones():
