@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from pfjax.infra import sharding
 from pfjax.model import attention
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 # Tokens per row: three of the smallest blocks of the kernels.
 _LENGTH = 384

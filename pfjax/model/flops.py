@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pfjax.model import transformer
+from pfjax.model.config import ModelConfig
 from pfjax.model.layers import PROJECTIONS
-from pfjax.model.transformer import ModelConfig
 
 
 def weights_per_token(config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax.infra import sharding, storage
 from pfjax.model import gguf, hf_config, transformer, weights
+from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
@@ -265,7 +266,7 @@ def check_replaceable(out_dir: str | os.PathLike) -> None:
 
 
 def _write_configs(
-    folder: pathlib.Path, config: dict, model: transformer.ModelConfig, dtype: str
+    folder: pathlib.Path, config: dict, model: ModelConfig, dtype: str
 ) -> None:
     """Writes `config.json`, and into `generation_config.json` what ends a response."""
     stop_ids = {"eos_token_id": list(model.stop_ids)}

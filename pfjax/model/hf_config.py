@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from pfjax.model import rope, weights
+from pfjax.model.config import FULL, SLIDING, ModelConfig
 from pfjax.model.families import FAMILIES
-from pfjax.model.transformer import FULL, SLIDING, ModelConfig
 
 _FIELDS = {
     "vocab_size": "vocab_size",

@@ -14,6 +14,7 @@ from pfjax import batch as packing
 from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import attention, lora, transformer
+from pfjax.model.config import ModelConfig
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
 CHUNK = 512
@@ -232,7 +233,7 @@ def log_softmax_at(
 
 
 def packed_log_probs(
-    config: transformer.ModelConfig,
+    config: ModelConfig,
     params: transformer.Params,
     batch: PackedBatch,
     remat: str = "none",

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
 from pfjax.model import transformer, weights
+from pfjax.model.config import ModelConfig
 from pfjax.model.layers import PROJECTIONS
-from pfjax.model.transformer import ModelConfig, Params, Policy
+from pfjax.model.transformer import Params, Policy
 
 ALL_LINEAR = "all-linear"  # as peft calls them
 ALL = tuple(PROJECTIONS)

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from pfjax.model import hf
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 _TIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

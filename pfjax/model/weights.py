@@ -16,7 +16,8 @@ import safetensors
 
 from pfjax.infra import sharding
 from pfjax.model import transformer
-from pfjax.model.transformer import EMBED_TENSOR, HEAD_TENSOR, ModelConfig
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import EMBED_TENSOR, HEAD_TENSOR
 
 MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
 from pfjax.model import attention, transformer
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
 from pfjax.trainer import run_config, train_fns

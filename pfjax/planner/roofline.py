@@ -15,7 +15,7 @@ import numpy as np
 
 from pfjax.infra import hardware
 from pfjax.model import flops, log_probs
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 from pfjax.planner import hlo
 from pfjax.sampler import slots
 

@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import attention, decode_attention, log_probs, transformer
+from pfjax.model.config import ModelConfig
 from pfjax.model.decode_attention import KeyValue
-from pfjax.model.transformer import ModelConfig, Params
+from pfjax.model.transformer import Params
 from pfjax.sampler import filters, windows
 from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.sampler.slots import Plan

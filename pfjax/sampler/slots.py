@@ -13,7 +13,8 @@ from jaxtyping import Int
 
 from pfjax.infra import sharding
 from pfjax.model import decode_attention, transformer
-from pfjax.model.transformer import ModelConfig, Policy
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Policy
 from pfjax.sampler import windows
 
 # Fraction of the free memory that a rollout may take; activations need some.

@@ -10,7 +10,7 @@ import numpy as np
 
 from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 from pfjax.sampler import smc
 from pfjax.targets import Target
 from pfjax.tasks import benchmarks

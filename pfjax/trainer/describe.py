@@ -8,7 +8,8 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import sharding
 from pfjax.model import attention, lora
-from pfjax.model.transformer import ModelConfig, abstract_params
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import abstract_params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import slots
 from pfjax.trainer.train_fns import TrainFns

@@ -11,7 +11,8 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
 from pfjax.model import hf, hf_config, tokenizer
-from pfjax.model.transformer import ModelConfig, check_tokens
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import check_tokens
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, check_fields
 from pfjax.tasks.rewards import Reward

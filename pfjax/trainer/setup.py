@@ -22,13 +22,8 @@ from pfjax.model import (
     lora,
     tokenizer,
 )
-from pfjax.model.transformer import (
-    ModelConfig,
-    Params,
-    Policy,
-    abstract_params,
-    logical_axes,
-)
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Params, Policy, abstract_params, logical_axes
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import engine, options, slots
 from pfjax.tasks import data, rewards, target_reward

@@ -19,6 +19,7 @@ from pfjax import losses, objectives
 from pfjax.batch import Array, PackedBatch, TrajectoryStats, response_sum
 from pfjax.infra import sharding
 from pfjax.model import log_probs, lora, transformer
+from pfjax.model.config import ModelConfig
 from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer.log_z import apply_head
 
@@ -38,7 +39,7 @@ def loss_fn(
     num_trajectories: Float[Array, ""],
     mean_length: Float[Array, ""],
     *,
-    model: transformer.ModelConfig,
+    model: ModelConfig,
     objective: ObjectiveConfig,
     stop_ids: tuple[int, ...],
     remat: str,
@@ -208,7 +209,7 @@ def score_step(
     batch: PackedBatch,
     num_microbatches: Int[Array, ""],
     *,
-    model: transformer.ModelConfig,
+    model: ModelConfig,
     stop_ids: tuple[int, ...] = (),
     token_reward: str = "",
 ) -> tuple[Array, Array | None, Array | None]:

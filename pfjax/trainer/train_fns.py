@@ -15,7 +15,8 @@ from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
 from pfjax.model import attention, lora, transformer
-from pfjax.model.transformer import ModelConfig, Params
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
 from pfjax.trainer import optim, step, update_memory

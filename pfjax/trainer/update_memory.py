@@ -7,7 +7,7 @@ import jax
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
 from pfjax.model import attention, flops, log_probs
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 # Fraction of the free memory that is counted on: compiled programs need up to 1.3 times
 # the estimate.

@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from pfjax.batch import Rollout
 from pfjax.model import hf, log_probs, transformer
+from pfjax.model.config import ModelConfig
 from pfjax.sampler import decode, engine, options, slots
 from tests.benchmarks import common
 from tests.sampler import simple_sampler
@@ -62,7 +63,7 @@ def make_prompts(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
 
 
 def bytes_a_token(
-    run, plan: slots.Plan, config: transformer.ModelConfig, prompts: list[list[int]]
+    run, plan: slots.Plan, config: ModelConfig, prompts: list[list[int]]
 ) -> tuple[float, float]:
     """Bytes that decoding reads from memory a token, and the least possible.
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pfjax.model import hf, hf_config, rope, transformer
+from pfjax.model.config import LayerKind
 from pfjax.model.families import FAMILIES
 
 SMOLLM = "HuggingFaceTB/SmolLM3-3B"
@@ -92,7 +93,7 @@ def test_olmo_and_mistral_of_the_hub(tmp_path):
     c = _read(tmp_path, HUB[OLMO])
     shapes = transformer.abstract_params(c)["blocks"]
     assert shapes["q_norm"].shape == (16, 16, 128)
-    assert c.layer_kinds == (transformer.LayerKind(0, rope.RopeConfig(5e5)),) * 16
+    assert c.layer_kinds == (LayerKind(0, rope.RopeConfig(5e5)),) * 16
     c = _read(tmp_path, HUB["mistralai/Mistral-7B-v0.1"])
     assert _windows(c) == [4096] * 32
 

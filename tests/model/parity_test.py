@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pfjax.model import hf, hf_config, log_probs, lora, rope, transformer
-from pfjax.model.transformer import FULL, SLIDING
+from pfjax.model.config import FULL, SLIDING
 
 SMALL = {
     "vocab_size": 64,

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 
 from pfjax.model import rope
-from pfjax.model.transformer import FULL, SLIDING, ModelConfig
+from pfjax.model.config import FULL, SLIDING, ModelConfig
 
 # Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
 NAMES = ("gemma3", "mistral", "olmo3", "qwen3", "smollm3")

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int, Key
 from pfjax.batch import Array, Rollout
 from pfjax.infra import sharding
 from pfjax.model import log_probs, transformer
-from pfjax.model.transformer import ModelConfig, Params, Policy
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Params, Policy
 
 MASKED = -1e30
 

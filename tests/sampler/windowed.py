@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pfjax.model import log_probs, transformer
+from pfjax.model.config import LayerKind, ModelConfig
 from pfjax.model.families import qwen2
-from pfjax.model.transformer import LayerKind, ModelConfig, Policy
+from pfjax.model.transformer import Policy
 from pfjax.sampler import decode
 
 

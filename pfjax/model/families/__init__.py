@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 # `model_type` of config.json -> config of the family.
 FAMILIES: dict[str, type[ModelConfig]] = {

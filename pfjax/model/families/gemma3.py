@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pfjax.model import layers, rope
+from pfjax.model.config import ModelConfig
 from pfjax.model.layers import Norm
-from pfjax.model.transformer import ModelConfig
 
 
 class Block(layers.Block):

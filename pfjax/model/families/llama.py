@@ -7,7 +7,7 @@ References:
 import dataclasses
 
 from pfjax.model import layers
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 
 class Block(layers.Block):

@@ -6,7 +6,7 @@ References:
 
 import dataclasses
 
-from pfjax.model.transformer import ModelConfig
+from pfjax.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ References:
 import dataclasses
 
 from pfjax.model import layers
+from pfjax.model.config import ModelConfig
 from pfjax.model.layers import Norm
-from pfjax.model.transformer import ModelConfig
 
 
 class Block(layers.Block):
