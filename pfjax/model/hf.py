@@ -198,8 +198,9 @@ def save(
     Args:
       out_dir: the folder; an old one of that name is replaced.
       base: a model folder or hub id whose config and tokenizer files are copied, but for
-        the stop tokens, which are the policy's; without it a minimal `config.json` is
-        written, and no tokenizer.
+        the stop tokens, which are the policy's (of one that reads images too, the config
+        of its language model, which is what is written); without it a minimal
+        `config.json` is written, and no tokenizer.
       dtype: type of the tensors; that of the base, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
 
@@ -230,6 +231,7 @@ def save(
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
     config = {} if source is None else json.loads((source / "config.json").read_text())
+    config = hf_config.language_part(config)
     of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
     of_base = config.get("dtype") or of_base
     dtype = dtype or of_base or str(policy.params["embed"].dtype)

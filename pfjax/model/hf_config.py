@@ -53,8 +53,8 @@ def read(folder: pathlib.Path) -> ModelConfig:
       ValueError: for a field whose effect is not implemented, or not known.
     """
     path = folder / "config.json"
-    given = _read_object(path)
     try:
+        given = language_part(_read_object(path))
         family = _family(given)
         c = family.json_defaults | given
         _refuse_unsupported(family, c)
@@ -73,6 +73,19 @@ def read(folder: pathlib.Path) -> ModelConfig:
         sizes["tie_word_embeddings"] = not weights.has_own_head(folder)
     shared |= {ours: sizes[name] for name, ours in _FIELDS.items()}
     return family(stop_ids=_stop_ids(folder, c), **shared, **own)
+
+
+def language_part(c: dict[str, Any]) -> dict[str, Any]:
+    """Of a config of a model that reads images too, that of its language model by itself;
+    any other config as it is."""
+    text = c.get("text_config")
+    if not isinstance(text, dict):
+        return c
+    said = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    of_both = {x: c[x] for x in (*said, "quantization_config") if c.get(x) is not None}
+    of_family = FAMILIES.get(text.get("model_type"))
+    named = {"architectures": [of_family.architecture]} if of_family else {}
+    return text | of_both | named
 
 
 def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:

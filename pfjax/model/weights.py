@@ -24,6 +24,8 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # Rows of two matrices that are compared at once.
 _COMPARED_ROWS = 8192
+# Where the language model lies in checkpoints that read images too -> its place by itself.
+_LANGUAGE_PART = {"language_model.": "", "model.language_model.": "model."}
 # Buffers that some checkpoints carry and nothing reads.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -59,11 +61,26 @@ def _layouts(
     return [(layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
 
 
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: pathlib.Path
+    name: str
+    shape: list[int]
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        # Opened anew: pages of a mapping that stays open would count as this process's
+        # memory until the whole model is read.
+        with safetensors.safe_open(self.file, "numpy") as handle:
+            return handle.get_slice(self.name)[index]
+
+
 def _open_folder(
     folder: pathlib.Path, stem: str = "model", prefix: str = ""
-) -> dict[str, tuple[pathlib.Path, list[int]]]:
-    """HF name, without its prefix -> file and shape, of one file or of an index of many:
-    as transformers, of one file if both are there."""
+) -> dict[str, _Stored]:
+    """Tensors by their HF names, without a prefix, of one file or of an index of many: as
+    transformers, of one file if both are there. Of a checkpoint that reads images too, those
+    of its language model, by the names they have alone."""
     names = [f"{stem}.safetensors"]
     index = folder / f"{names[0]}.index.json"
     if (folder / names[0]).is_file():
@@ -81,9 +98,22 @@ def _open_folder(
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
                     shape = list(handle.get_slice(name).get_shape())
-                    tensors[name.removeprefix(prefix)] = file, shape
+                    tensors[name.removeprefix(prefix)] = _Stored(file, name, shape)
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
+    return _language_part(tensors)
+
+
+def _language_part(tensors: dict[str, _Stored]) -> dict[str, _Stored]:
+    for place, alone in _LANGUAGE_PART.items():
+        if any(name.startswith(place) for name in tensors):
+            part = {
+                alone + name.removeprefix(place): x
+                for name, x in tensors.items()
+                if name.startswith(place)
+            }
+            head = {HEAD_TENSOR: tensors[HEAD_TENSOR]} if HEAD_TENSOR in tensors else {}
+            return part | head
     return tensors
 
 
@@ -95,9 +125,9 @@ def _check(folder: pathlib.Path, tensors: dict, layouts: list[_Layout]) -> None:
     problems = [f"missing {n} {wanted[n]}" for n in wanted if n not in present]
     problems += [f"unexpected {n}" for n in sorted(present - set(wanted))]
     problems += [
-        f"{n} has shape {tensors[n][1]}, expected {shape}"
+        f"{n} has shape {tensors[n].shape}, expected {shape}"
         for n, shape in wanted.items()
-        if n in present and tensors[n][1] != shape
+        if n in present and tensors[n].shape != shape
     ]
     if problems:
         shown = "\n  ".join(problems[:20])
@@ -117,24 +147,19 @@ def has_own_head(folder: pathlib.Path) -> bool:
     tensors = _open_folder(folder)
     if not set(names) <= tensors.keys():
         return False
-    shapes = [tensors[name][1] for name in names]
-    if shapes[0] != shapes[1]:
+    embed, head = (tensors[name] for name in names)
+    if embed.shape != head.shape:
         return True
-    for first in range(0, shapes[0][0], _COMPARED_ROWS):
-        parts, end = [], min(first + _COMPARED_ROWS, shapes[0][0])
-        for name in names:
-            with safetensors.safe_open(tensors[name][0], "numpy") as handle:
-                parts.append(handle.get_slice(name)[first:end])
-        if not np.array_equal(*parts):
-            return True
-    return False
+    starts = range(0, embed.shape[0], _COMPARED_ROWS)
+    rows = (slice(first, first + _COMPARED_ROWS) for first in starts)
+    return not all(np.array_equal(embed.read(x), head.read(x)) for x in rows)
 
 
 def stored_dtype(folder: pathlib.Path) -> str:
     """Type of the weights in the files; float32 for one that is not written here."""
-    file, _ = _open_folder(folder)[EMBED_TENSOR]
-    with safetensors.safe_open(file, "numpy") as handle:
-        kind = handle.get_slice(EMBED_TENSOR).get_dtype()
+    stored = _open_folder(folder)[EMBED_TENSOR]
+    with safetensors.safe_open(stored.file, "numpy") as handle:
+        kind = handle.get_slice(stored.name).get_dtype()
     return next((name for name, x in _DTYPES.items() if x == kind), "float32")
 
 
@@ -173,10 +198,7 @@ def load(
                 cut.append(slice(*(inner * x for x in spans[first])))
             out = np.empty((len(names[layers]), *sizes), dtype)
             for i, name in enumerate(names[layers]):
-                # Opened anew: pages of a mapping that stays open would count as this
-                # process's memory until the whole model is read.
-                with safetensors.safe_open(tensors[name][0], "numpy") as handle:
-                    part = handle.get_slice(prefix + name)[tuple(cut)]
+                part = tensors[name].read(tuple(cut))
                 part = part.reshape([sizes[d] for d in order])
                 out[i] = part.transpose(np.argsort(order))
             return out if is_layer else out[0]

@@ -78,6 +78,29 @@ def test_gemma_of_the_hub(tmp_path):
     assert size == 999_885_952  # as published
 
 
+def test_larger_gemmas_are_read_without_their_images(tmp_path):
+    """The config of google/gemma-3-4b-it, which leaves out what is as usual."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    text |= {"model_type": "gemma3_text", "rope_scaling": scaling}
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eos_token_id": [1, 106],
+        "model_type": "gemma3",
+        "text_config": text | {"sliding_window": 1024},
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    c = hf_config.read(tmp_path)
+    assert sum(np.prod(x.shape) for x in _leaves(c)) == 3_880_263_168
+    assert c.rope == rope.RopeConfig(1e6, "linear", 8.0)
+    assert c.local_rope == rope.RopeConfig(1e4)
+    assert c.stop_ids == (1, 106) and c.max_positions == 131_072
+    assert _windows(c).count(1024) == 29
+
+
 def test_smollm_of_the_hub(tmp_path):
     listed = HUB[SMOLLM]
     c = _read(tmp_path, listed)

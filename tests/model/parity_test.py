@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -382,6 +383,46 @@ def test_saved_folders_load_in_transformers_and_are_stable(made, name, tmp_path)
     hf.save(hf.load(out), tmp_path / "again")
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_one_that_reads_images_too(place, tmp_path):
+    """By both names that its tensors have had; what is saved is the language model."""
+    text = SMALL | CASES["gemma3"][1] | {"eos_token_id": None}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 4, "patch_size": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        eos_token_id=[1, 5],
+        image_token_index=63,
+    )
+    torch.manual_seed(0)
+    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    tensors = {
+        name.replace("model.language_model.", place): x
+        for name, x in reference.state_dict().items()
+        if name != "lm_head.weight"  # the embedding
+    }
+    folder = tmp_path / "whole"
+    config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    tokens = np.random.default_rng(0).integers(0, 60, size=(1, 48))
+    positions = np.arange(48)[None]
+    want = _reference_logits(reference, tokens, positions)
+    policy = hf.load(folder)
+    np.testing.assert_allclose(_logits(policy, tokens, positions), want, atol=1e-4)
+    assert policy.config.stop_ids == (1, 5)
+    hf.save(policy, tmp_path / "saved", base=folder)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(saved).__name__ == "Gemma3ForCausalLM"
+    found = _reference_logits(saved, tokens, positions)
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    assert hf.load(tmp_path / "saved").config == policy.config
 
 
 @pytest.mark.parametrize("name", ["gemma3-untied", "olmo3", "smollm3", "qwen3-window"])

@@ -1,4 +1,4 @@
-"""Gemma 3, its text models: five layers with a window to one without, norms on both sides.
+"""Gemma 3, the language model: five layers with a window to one without, norms on both sides.
 
 References:
   arXiv 2503.19786.
@@ -49,10 +49,16 @@ class Config(ModelConfig):
     activation = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
     norm_init = staticmethod(nnx.initializers.zeros)
     hidden_act = ("hidden_activation", "gelu_pytorch_tanh")
+    # The larger models' configs leave out whatever is as here.
     json_defaults = {
         "head_dim": 256,
+        "max_position_embeddings": 131_072,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
         "sliding_window": 4096,
         "tie_word_embeddings": True,
+        "vocab_size": 262_208,
     }
     json_fields = ("rope_local_base_freq", "sliding_window_pattern")
 
