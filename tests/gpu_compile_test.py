@@ -87,6 +87,18 @@ def test_recipes_compile_for_8_h100s_and_fit(recipe, compiled):
     assert config.remat == "full" and _attentions(texts["update"]) == 2
 
 
+def test_a_model_with_windows_compiles_for_8_h100s_and_fits(compiled):
+    """And with heads of 256, which attend without a kernel over packed rows."""
+    plan, programs = compiled(plans.config_of("gemma3_1b_it"))
+    assert plan["compiled"] and plan["fits"] and plan["error"] is None
+    memory = programs["rollout"].memory_analysis()
+    caches = plan["memory_gib"]["phases"]["rollout"]["caches"] * hardware.GIB
+    assert 0.9 * caches < memory.alias_size_in_bytes <= caches
+    text = programs["rollout"].as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2 * 26
+    assert not _attentions(programs["score"].as_text())
+
+
 def test_rematerialisation_but_for_attention_computes_it_once():
     config = plans.config_of("qwen2_5_math_1_5b", remat="attention")
     mesh = aot.device_mesh("h100:8", **config.mesh)
