@@ -15,7 +15,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name):
     """Past the window, in slots that are refilled."""
     config = small_families.config_of(name, tiny_config, window=5)
     params = transformer.init_params(config, jax.random.key(0))
-    params["blocks"] |= {x: 3 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
+    params["blocks"] |= {x: 1.5 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
     policy = transformer.Policy(config, params)
     prompts = [[2 + (i * j) % 9 for j in range(n)] for i, n in enumerate((1, 4, 23))]
     out = engine.rollout(policy, prompts, 4, 24, seed=1, capacity=Capacity(num_slots=5))

@@ -31,7 +31,7 @@ def config_of(base: ModelConfig, *windows: int, **changes) -> WindowedConfig:
 def policy_of(config: WindowedConfig) -> Policy:
     """Random weights of which attention's are large, so that who is seen matters."""
     params = transformer.init_params(config, jax.random.key(0))
-    params["blocks"] |= {x: 2 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
+    params["blocks"] |= {x: 1.5 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
     return Policy(config, params)
 
 
