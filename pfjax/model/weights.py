@@ -150,8 +150,8 @@ def has_own_head(folder: pathlib.Path) -> bool:
     embed, head = (tensors[name] for name in names)
     if embed.shape != head.shape:
         return True
-    starts = range(0, embed.shape[0], _COMPARED_ROWS)
-    rows = (slice(first, first + _COMPARED_ROWS) for first in starts)
+    num, n = embed.shape[0], _COMPARED_ROWS
+    rows = [slice(first, min(first + n, num)) for first in range(0, num, n)]
     return not all(np.array_equal(embed.read(x), head.read(x)) for x in rows)
 
 
