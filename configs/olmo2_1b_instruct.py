@@ -1,9 +1,9 @@
 r"""OLMo 2 1B Instruct, whose training data is known, sharpened for reasoning at alpha = 2.
 
-Not in the paper; alpha as its other instruction-tuned model has it. Prompt and response
+Not in the paper; alpha is the one it uses for Llama-3.2-3B-Instruct. Prompt and response
 take all of the model's 4,096 positions.
 
-Hardware: not run yet. `pfjax plan` (1,024 tokens per response), peak memory per device and
+Hardware: not run yet. `pfjax plan` (assuming 1,024 tokens per response), peak memory per device and
     least seconds per step: h100:1 (estimated) 47.3 GiB of 72.8 and 49 s; h100:8 (estimated)
     41.9 GiB and 7.1 s; v5e:4x4 (compiled) 10.7 GiB of 15.75 and 24.7 s. Its 16 key/value
     heads make caches large: 64 samples at once on one card.

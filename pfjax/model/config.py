@@ -22,6 +22,14 @@ class LayerKind(NamedTuple):
     rope: RopeConfig | None  # None: attention is not told positions
 
 
+class Wrapper(NamedTuple):
+    """A kind of checkpoint around a language model, by its config.json."""
+
+    model_type: str
+    architecture: str
+    fields: tuple[str, ...]  # of what is around the language model
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What decides the function computed from the parameters, and where it stops.
@@ -36,11 +44,14 @@ class ModelConfig:
     block: ClassVar[type[layers.Block]] = layers.Block
     activation: ClassVar[Callable[[Array], Array]] = staticmethod(jax.nn.silu)
     norm_init: ClassVar[Callable[..., Array]] = staticmethod(nnx.initializers.ones)
-    # Of config.json: what transformers takes where a field is not there; the activation's
-    # field and value; fields that are read beside those of the same names here.
+    # What transformers takes for fields of config.json that are not there.
     json_defaults: ClassVar[dict[str, Any]] = {}
+    # The field of config.json for the activation, and its only value.
     hidden_act: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    # Fields of config.json that are read beside those with fields of their names here.
     json_fields: ClassVar[tuple[str, ...]] = ()
+    # The kind of checkpoint that holds such a model and reads images too.
+    wrapper: ClassVar[Wrapper | None] = None
 
     vocab_size: int  # V, rows of the embedding, padding of the checkpoint included
     embed_dim: int  # D

@@ -5,6 +5,7 @@ it: a wrong rope base or an ignored scaling gives fluent and wrong text.
 """
 
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -56,9 +57,9 @@ def read(folder: pathlib.Path) -> ModelConfig:
     try:
         given = language_part(_read_object(path))
         family = _family(given)
-        c = family.json_defaults | given
+        c = _with_defaults(family, given)
         _refuse_unsupported(family, c)
-        _check_values(c)
+        _check_values(family, c)
         shared = family.read_ropes(c) | _windows(family, c)
         own = _own_fields(family, c)
     except ValueError as error:
@@ -77,15 +78,36 @@ def read(folder: pathlib.Path) -> ModelConfig:
 
 def language_part(c: dict[str, Any]) -> dict[str, Any]:
     """Of a config of a model that reads images too, that of its language model by itself;
-    any other config as it is."""
-    text = c.get("text_config")
-    if not isinstance(text, dict):
+    any other config as it is.
+
+    Raises:
+      ValueError: if the language model is not that of the family.
+    """
+    wrappers = {x.wrapper.model_type: x for x in FAMILIES.values() if x.wrapper}
+    name = c.get("model_type")
+    family = wrappers.get(name) if isinstance(name, str) else None
+    if family is None:
         return c
-    said = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
-    of_both = {x: c[x] for x in (*said, "quantization_config") if c.get(x) is not None}
-    of_family = FAMILIES.get(text.get("model_type"))
-    named = {"architectures": [of_family.architecture]} if of_family else {}
-    return text | of_both | named
+    text, wrapper = c.get("text_config"), family.wrapper
+    if not isinstance(text, dict):
+        raise ValueError(f"sets text_config={text!r}: must be an object")  # noqa: TRY004
+    if (inner := text.get("model_type", family.model_type)) != family.model_type:
+        raise ValueError(f"sets text_config.model_type={inner!r}: not supported")
+    if c.get("architectures", [wrapper.architecture]) != [wrapper.architecture]:
+        raise ValueError(f"sets architectures={c['architectures']!r}: not supported")
+    around = {"text_config", "model_type", "architectures", *wrapper.fields}
+    outer = {k: v for k, v in c.items() if k not in around and v is not None}
+    names = {"model_type": family.model_type, "architectures": [family.architecture]}
+    return text | outer | names
+
+
+# Of these null says something else than what is taken where they are not there.
+_NULLABLE = ("head_dim", "sliding_window")
+
+
+def _with_defaults(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
+    is_left_out = lambda x: x not in c or (c[x] is None and x not in _NULLABLE)
+    return c | {k: v for k, v in family.json_defaults.items() if is_left_out(k)}
 
 
 def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +120,8 @@ def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
         value = tuple(value) if isinstance(value, list) else value
         if type(value) is not type(default):
             raise ValueError(f"sets {name}={c[name]!r}: not a {type(default).__name__}")
+        if type(value) is int and value < 1:
+            raise ValueError(f"sets {name}={value}: must be positive")
         found[name] = value
     return found
 
@@ -113,18 +137,12 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 _FLAGS = ("tie_word_embeddings", "use_sliding_window")
-# Counts that some families have.
-_NUMBERS = (
-    "no_rope_layer_interval",
-    "query_pre_attn_scalar",
-    "sliding_window",
-    "sliding_window_pattern",
-)
-# Of these transformers has a default that is another field, or a constant of the family.
+_NUMBERS = ("original_max_position_embeddings", "sliding_window")
+# Left out, they are another field or a constant of the family.
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
-def _check_values(c: dict[str, Any]) -> None:
+def _check_values(family: type[ModelConfig], c: dict[str, Any]) -> None:
     """Raises ValueError for a value that is missing, or that no model can have."""
 
     def check(name: str, kinds: Any, what: str, is_needed: bool) -> None:
@@ -134,12 +152,13 @@ def _check_values(c: dict[str, Any]) -> None:
         if value is None:
             raise ValueError(f"has no {name}: is it the config of a model?")
         is_kind = isinstance(value, kinds) and not isinstance(value, bool)
-        if not is_kind or not value > 0:
+        if not is_kind or not 0 < value < math.inf:
             raise ValueError(f"sets {name}={value!r}: must be {what}")
 
     for name in _FIELDS.keys() - {"tie_word_embeddings", "rms_norm_eps"}:
         check(name, int, "a positive whole number", name not in _OPTIONAL)
-    for name in _NUMBERS:
+    counts = {name for name, x in family.json_defaults.items() if type(x) is int}
+    for name in (counts - _FIELDS.keys() - {"max_window_layers"}).union(_NUMBERS):
         check(name, int, "a positive whole number", False)
     check("rms_norm_eps", (int, float), "a positive number", True)
     for name in ("rope_theta", "rope_local_base_freq"):
@@ -155,6 +174,10 @@ def _check_values(c: dict[str, Any]) -> None:
         raise ValueError(
             f"sets num_key_value_heads {kv_heads}, which must divide num_attention_heads "
             f"{heads}, and that hidden_size {size} unless head_dim is set"
+        )
+    if (c.get("head_dim") or size // heads) % 2:
+        raise ValueError(
+            f"has heads of an odd width, by head_dim or hidden_size {size}"
         )
 
 
@@ -197,9 +220,12 @@ def _refuse_unsupported(family: type[ModelConfig], c: dict[str, Any]) -> None:
 
 def _windows(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     """Which layers attend to a window, if some do, and its width."""
-    num, window = c["num_hidden_layers"], c.get("sliding_window")
-    types = c.get("layer_types") or _pattern(family, c)
-    if not isinstance(types, list) or len(types) != num or set(types) - {FULL, SLIDING}:
+    pattern, window = _pattern(family, c), c.get("sliding_window")
+    types = c.get("layer_types") or pattern
+    is_list = isinstance(types, list) and len(types) == len(pattern)
+    is_known = is_list and all(x in (FULL, SLIDING) for x in types)
+    # Families without this field do as their pattern says.
+    if not is_known or ("layer_types" not in family.json_fields and types != pattern):
         raise ValueError(f"sets layer_types={types!r}: not supported")
     if SLIDING not in types:
         return {}
@@ -210,9 +236,10 @@ def _windows(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     return {"layer_types": tuple(types), "sliding_window": width}
 
 
-def _kind_of(quantization: dict[str, Any]) -> str:
+def _kind_of(quantization: Any) -> str:
     """Names the format of quantised weights: "bitsandbytes, 4 bits"."""
-    q = quantization
+    if not isinstance(q := quantization, dict):
+        return str(q)
     bits = next((n for n in (4, 8) if q.get(f"load_in_{n}bit")), q.get("bits"))
     method = q.get("quant_method") or ("bitsandbytes" if bits else "unknown format")
     return f"{method}, {bits} bits" if bits else method

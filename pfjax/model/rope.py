@@ -106,6 +106,9 @@ _READ = _SCALING | {
     "mscale", "mscale_all_dim", "original_max_position_embeddings",
     "partial_rotary_factor", "rope_theta", "rope_type", "type",
 }  # fmt: skip
+_NO_BOUNDS = {
+    "mscale", "mscale_all_dim", "partial_rotary_factor", "rope_type", "truncate", "type",
+}  # fmt: skip
 # Kinds of layers that may have a rope each.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -132,22 +135,38 @@ def from_json(json: dict[str, Any], theta: float = 10_000.0) -> RopeConfig:
     is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
     if set(p) - _READ or kind not in KINDS or is_partial:
         raise ValueError(f"{said}: not supported")
+    for name in p.keys() - _NO_BOUNDS:
+        is_bool = isinstance(p[name], bool)
+        if is_bool or not (p[name] is None or 0 < p[name] < math.inf):
+            raise ValueError(f"{said}: {name} must be a positive number")
+    if any((p.get(name) or 0) < 0 for name in ("mscale", "mscale_all_dim")):
+        raise ValueError(f"{said}: mscale must not be negative")
     if kind != "default" and not p.get("factor"):
         raise ValueError(f"{said} but no factor")
-    for field, same in (("rope_theta", p.get("rope_theta")), ("rope_scaling", p)):
-        if json.get("rope_parameters") and json.get(field) not in (None, same):
+    original = "original_max_position_embeddings"
+    inside = {name: p.get(name) for name in ("rope_theta", original)}
+    if json.get("rope_parameters"):
+        inside["rope_scaling"] = p
+    for field, same in inside.items():
+        if same is not None and json.get(field) not in (None, same):
             raise ValueError(
                 f"sets {field}={json[field]} beside rope_parameters={p}, and they "
                 "differ; keep one"
             )
-    name = "original_max_position_embeddings"
-    original = p.get(name) or json.get(name, json["max_position_embeddings"])
+    theta = float(p.get("rope_theta") or json.get("rope_theta") or theta)
+    low, high = p.get("low_freq_factor"), p.get("high_freq_factor")
+    if theta <= 1 or (low and high and low >= high):
+        raise ValueError(
+            f"sets rope_theta={theta}, and rope_scaling (rope_parameters) {p}: the base "
+            "must be above 1, and low_freq_factor below high_freq_factor"
+        )
+    positions = p.get(original) or json.get(original) or json["max_position_embeddings"]
     fields = {k: float(p[k]) for k in _SCALING if p.get(k) and k != "truncate"}
     fields["attention_factor"] = _yarn_attention_factor(p) if kind == "yarn" else 1.0
     return RopeConfig(
-        theta=float(p.get("rope_theta") or json.get("rope_theta") or theta),
+        theta=theta,
         kind=kind,
-        original_positions=int(original) if kind in ("yarn", "llama3") else 0,
+        original_positions=int(positions) if kind in ("yarn", "llama3") else 0,
         truncate=bool(p.get("truncate", True)),
         **fields,
     )
@@ -162,8 +181,9 @@ def from_json_by_type(
     if isinstance(p, dict) and set(p) & set(_LAYER_TYPES):
         full, local = (json | {"rope_parameters": p.get(x) or {}} for x in _LAYER_TYPES)
     else:
-        others = dict.fromkeys(("rope_parameters", "rope_scaling", "rope_theta"))
-        full, local = json, json | others
+        full, local = json, json | {"rope_parameters": None}
+    # What stands beside is of the layers that attend to all.
+    local |= dict.fromkeys(("rope_scaling", "rope_theta"))
     local = from_json(local, local_theta)
     return {"rope": from_json(full, theta), "local_rope": local}
 
@@ -185,6 +205,6 @@ def _yarn_attention_factor(p: dict[str, Any]) -> float:
     """YaRN's temperature, as a factor of cosine and sine: 0.1 m ln(factor) + 1."""
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
-    of = lambda m: 0.1 * m * math.log(max(p["factor"] or 1.0, 1.0)) + 1.0
+    of = lambda m: 0.1 * m * math.log(max(p["factor"], 1.0)) + 1.0
     has_both = p.get("mscale") and p.get("mscale_all_dim")
     return of(p["mscale"]) / of(p["mscale_all_dim"]) if has_both else of(1.0)

@@ -190,9 +190,8 @@ def logical_axes(config: ModelConfig) -> Params:
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Of each parameter, by its own name: that of its tensor in Hugging Face's files, a
-    layer's below `model.layers.<i>.`, and how many of its first dimensions are read, and
-    last there."""
+    """Parameter -> name of its tensor in Hugging Face's files (a layer's, below
+    `model.layers.<i>.`), and how many leading dimensions are inputs, stored last there."""
     state = _abstract(config)[1]
     return {
         path[-1]: (v.get_metadata("tensor"), v.get_metadata("num_read"))

@@ -3,9 +3,8 @@
 A token at position p attends to those at positions > p - W. Keys are rotated before they are
 kept, so that where in a cache they lie says nothing.
 
-Of a response the last W tokens are kept, in a ring: that after t drawn ones at index t mod W.
-Of a prompt the last, as many as there is room for, in their order: the more a sample has
-drawn, the fewer of them it sees.
+Of a response the last W tokens are kept, in a ring: token t at index t mod W. Of a prompt the
+last tokens that fit, in order: the more a sample has drawn, the fewer of them it sees.
 """
 
 import math
@@ -43,8 +42,8 @@ def response_index(
 def of_response(
     window: int, drawn: Int[Array, "s"], keeps_all: bool
 ) -> tuple[Int[Array, "s"], Int[Array, "s"] | None]:
-    """How much of a layer's cache is filled with that token, and from which index on the
-    token sees it (None for all)."""
+    """How much of a layer's cache is filled once the token after `drawn` others is stored,
+    and from which index on that token sees it (None for all)."""
     if not window:
         return drawn + 1, None
     if keeps_all:

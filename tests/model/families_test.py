@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import transformers
 
 from pfjax.model import hf, hf_config, rope, transformer
 from pfjax.model.config import LayerKind
@@ -92,13 +93,28 @@ def test_larger_gemmas_are_read_without_their_images(tmp_path):
         "torch_dtype": "bfloat16",
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
     }
-    (tmp_path / "config.json").write_text(json.dumps(whole))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(whole))
     c = hf_config.read(tmp_path)
     assert sum(np.prod(x.shape) for x in _leaves(c)) == 3_880_263_168
     assert c.rope == rope.RopeConfig(1e6, "linear", 8.0)
     assert c.local_rope == rope.RopeConfig(1e4)
     assert c.stop_ids == (1, 106) and c.max_positions == 131_072
     assert _windows(c).count(1024) == 29
+    # What else has a language model of a known family inside is not it.
+    llava = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    for change, message in (
+        (llava, "model_type 'llava'"),
+        ({"architectures": ["Gemma3ForSequenceClassification"]}, "architectures="),
+        ({"auto_map": {"AutoModel": "x"}}, "auto_map"),
+        ({"unheard_of": 1}, "unheard_of"),
+        ({"text_config": text | {"model_type": "llama"}}, "text_config.model_type="),
+        ({"text_config": text | {"model_type": []}}, "text_config.model_type="),
+        ({"text_config": 3}, "text_config=3"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=message):
+            hf_config.read(tmp_path)
 
 
 def test_smollm_of_the_hub(tmp_path):
@@ -107,9 +123,12 @@ def test_smollm_of_the_hub(tmp_path):
     none = [i for i, kind in enumerate(c.layer_kinds) if kind.rope is None]
     assert none == [*range(3, 36, 4)]
     assert _windows(c) == [0] * 36 and c.tied_embeddings
-    # Without the list its rule says the same.
+    # Without the list its rule says the same, and is what is written.
     rule = {k: v for k, v in listed.items() if k != "no_rope_layers"}
-    assert _read(tmp_path, rule).layer_kinds == c.layer_kinds
+    by_rule = _read(tmp_path, rule)
+    assert by_rule.layer_kinds == c.layer_kinds
+    written = hf_config.to_json(by_rule, "float32")
+    assert transformers.SmolLM3Config(**written).no_rope_layers == [1, 1, 1, 0] * 9
 
 
 def test_olmo_and_mistral_of_the_hub(tmp_path):
@@ -163,7 +182,7 @@ def test_what_a_family_does_not_know_is_refused_by_name(tmp_path, name, change):
         (OLMO, "attention_bias"),
     ],
 )
-@pytest.mark.parametrize("value", ["x", -1, 1.5, [1], {"a": 1}, [[]]])
+@pytest.mark.parametrize("value", ["x", -1, 1.5, [1], {"a": 1}, [[]], [[]] * 26])
 def test_values_that_no_model_can_have_are_refused_by_name(
     tmp_path, name, field, value
 ):
@@ -171,6 +190,76 @@ def test_values_that_no_model_can_have_are_refused_by_name(
         return
     with pytest.raises(ValueError, match=field):
         _read(tmp_path, HUB[name] | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (GEMMA, {"sliding_window_pattern": None}),
+        (GEMMA, {"rope_local_base_freq": None}),
+        (SMOLLM, {"no_rope_layer_interval": None, "no_rope_layers": None}),
+        (SMOLLM, {"max_window_layers": None, "use_sliding_window": True}),
+        (OLMO, {"original_max_position_embeddings": None}),
+    ],
+)
+def test_null_is_as_if_it_were_not_there(tmp_path, name, change):
+    assert _read(tmp_path, HUB[name] | change) == _read(
+        tmp_path, {k: v for k, v in (HUB[name] | change).items() if v is not None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_theta": -1.0}, "rope_theta must be a positive"),
+        ({"rope_theta": 1.0}, "base must be above 1"),
+        ({"rope_theta": True}, "rope_theta must be"),
+        ({"rope_type": "linear", "factor": -8.0}, "factor must be"),
+        ({"rope_type": "linear", "factor": float("inf")}, "factor must be"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 0}, "beta_fast must be"),
+        ({"rope_type": "yarn", "factor": 4.0, "mscale": -1.0}, "mscale must not"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0}
+            | {"high_freq_factor": 4.0},
+            "low_freq_factor below",
+        ),
+        (
+            {"rope_type": "yarn", "factor": 4.0}
+            | {"original_max_position_embeddings": 512},
+            "original_max_position_embeddings=1024 beside",
+        ),
+    ],
+)
+def test_ropes_that_no_model_can_have_are_refused_by_name(
+    tmp_path, parameters, message
+):
+    config = HUB[OLMO] | {"rope_theta": None, "rope_parameters": parameters}
+    config["original_max_position_embeddings"] = 1024
+    with pytest.raises(ValueError, match=message):
+        _read(tmp_path, config)
+
+
+def test_a_base_beside_the_parameters_stands_in_for_one_within(tmp_path):
+    default = {"rope_theta": 2e5, "rope_parameters": {"rope_type": "default"}}
+    assert _read(tmp_path, HUB[OLMO] | default).rope.theta == 2e5
+    # And says nothing of layers with a window.
+    types = {"full_attention": {}, "sliding_attention": {"rope_theta": 5e3}}
+    c = _read(tmp_path, HUB[GEMMA] | {"rope_theta": 2e5, "rope_parameters": types})
+    assert (c.rope.theta, c.local_rope.theta) == (2e5, 5e3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (GEMMA, {"head_dim": 255}, "head_dim"),
+        (OLMO, {"quantization_config": "fp8"}, r"quantised \(fp8"),
+        ("mistralai/Mistral-7B-v0.1", {"layer_types": ["full_attention"] * 32}, "types"),
+        (OLMO, {"model_type": "olmo3", "rope_theta": 1e6, "architectures": None}, "rope_theta"),
+    ],
+)  # fmt: skip
+def test_what_would_be_misread_is_refused(tmp_path, name, change, message):
+    with pytest.raises(ValueError, match=message):
+        _read(tmp_path, HUB[name] | change)
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -139,6 +139,15 @@ CASES = {
         "smollm3",
         {"num_key_value_heads": 2, "no_rope_layer_interval": 2},
     ),
+    "smollm3-window": (
+        "smollm3",
+        {
+            "num_key_value_heads": 2,
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 16,
+        },
+    ),
     "smollm3-untied": (
         "smollm3",
         {
@@ -314,6 +323,7 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("qwen3-window", "layer_types", (FULL, SLIDING)),
         ("smollm3", "no_rope_layers", (1, 1)),
         ("smollm3-untied", "no_rope_layers", (0, 0)),
+        ("smollm3-window", "sliding_window", 15),
         ("smollm3-untied", "attention_bias", False),
         ("smollm3-untied", "mlp_bias", False),
         ("olmo2", "attention_bias", False),

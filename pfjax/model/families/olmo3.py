@@ -14,6 +14,7 @@ from pfjax.model.families import olmo2
 class Config(olmo2.Config):
     model_type, architecture = "olmo3", "Olmo3ForCausalLM"
     json_defaults = {"sliding_window": 4096}
+    json_fields = ("layer_types",)
 
     @classmethod
     def is_sliding(cls, json, layer):
@@ -21,4 +22,9 @@ class Config(olmo2.Config):
 
     @classmethod
     def read_ropes(cls, json):
+        if not json.get("rope_parameters") and json.get("rope_theta", 5e5) != 5e5:
+            raise ValueError(
+                f"sets rope_theta={json['rope_theta']!r}: of layers with a window too, or "
+                "not, by the version of transformers; give rope_parameters for each type"
+            )
         return rope.from_json_by_type(json, theta=5e5, local_theta=5e5)

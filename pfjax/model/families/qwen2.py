@@ -19,14 +19,19 @@ class Block(layers.Block):
 @dataclasses.dataclass(frozen=True)
 class Config(ModelConfig):
     model_type, architecture, block = "qwen2", "Qwen2ForCausalLM", Block
-    json_defaults = {"sliding_window": 4096}
+    json_defaults = {"max_window_layers": 28, "sliding_window": 4096}
     # The biases are always there, whatever `attention_bias` says.
-    json_fields = ("attention_bias", "max_window_layers", "use_sliding_window")
+    json_fields = (
+        "attention_bias",
+        "layer_types",
+        "max_window_layers",
+        "use_sliding_window",
+    )
 
     @classmethod
     def is_sliding(cls, json, layer):
         is_on = json.get("use_sliding_window") and json["sliding_window"] is not None
-        return bool(is_on) and layer >= json.get("max_window_layers", 28)
+        return bool(is_on) and layer >= json["max_window_layers"]
 
     def to_json(self):
         return {"use_sliding_window": bool(self.layer_types)} | super().to_json()

@@ -13,8 +13,8 @@ from pfjax.model.families import llama
 @dataclasses.dataclass(frozen=True)
 class Config(llama.Config):
     model_type, architecture = "smollm3", "SmolLM3ForCausalLM"
-    json_defaults = {"tie_word_embeddings": True}
-    json_fields = ("max_window_layers", "use_sliding_window")
+    json_defaults = {"no_rope_layer_interval": 4, "tie_word_embeddings": True}
+    json_fields = ("layer_types", "max_window_layers", "use_sliding_window")
 
     no_rope_layers: tuple[int, ...] = ()  # 0 for each layer without rope
     no_rope_layer_interval: int = 4  # without that list, every fourth
@@ -32,7 +32,7 @@ class Config(llama.Config):
     @classmethod
     def is_sliding(cls, json, layer):
         is_on = json.get("use_sliding_window") and json.get("sliding_window")
-        rules = json.get("no_rope_layers"), json.get("no_rope_layer_interval", 4)
+        rules = json.get("no_rope_layers"), json["no_rope_layer_interval"]
         return bool(is_on) and not _has_rope(layer, *rules)
 
     @property
@@ -44,7 +44,9 @@ class Config(llama.Config):
         )
 
     def to_json(self):
-        return {"use_sliding_window": bool(self.layer_types)} | super().to_json()
+        # transformers follows the interval where there is no list, not where it is empty.
+        listed = {k: v for k, v in super().to_json().items() if v != ()}
+        return {"use_sliding_window": bool(self.layer_types)} | listed
 
 
 def _has_rope(layer, listed, interval):
