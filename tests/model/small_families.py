@@ -15,7 +15,8 @@ def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
     fields = [x.name for x in dataclasses.fields(ModelConfig)]
     given = {x: getattr(like, x) for x in fields}
     if name in ("gemma3", "mistral", "olmo3"):
-        given |= {"layer_types": (SLIDING, FULL), "sliding_window": window}
+        last = SLIDING if name == "mistral" else FULL
+        given |= {"layer_types": (SLIDING, last), "sliding_window": window}
     if name in ("gemma3", "olmo3"):
         given["local_rope"] = rope.RopeConfig(theta=100.0)
     if name == "gemma3":
