@@ -8,17 +8,19 @@ import jax
 from flax import nnx
 
 from pfjax.batch import Array
-from pfjax.model import layers, rope
+from pfjax.model import delta, layers, rope
 from pfjax.model.rope import RopeConfig
 
 # Of `layer_types` in config.json.
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 class LayerKind(NamedTuple):
-    """What layers of one model may differ in, their parameters being alike."""
+    """What the layers of one model may differ in."""
 
-    window: int  # tokens that each attends to at most, itself included; 0 for all
+    # Tokens that each attends to at most, itself included; 0 for all. None for layers that
+    # keep a state instead, see `delta`.
+    window: int | None
     rope: RopeConfig | None  # None: attention is not told positions
 
 
@@ -46,8 +48,10 @@ class ModelConfig:
     norm_init: ClassVar[Callable[..., Array]] = staticmethod(nnx.initializers.ones)
     # What transformers takes for fields of config.json that are not there.
     json_defaults: ClassVar[dict[str, Any]] = {}
-    # The field of config.json for the activation, and its only value.
-    hidden_act: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    # Fields of config.json that have one value, if any; the activation first.
+    json_constants: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+    # The type of `layer_types` that layers have which are not FULL.
+    other_type: ClassVar[str] = SLIDING
     # Fields of config.json that are read beside those with fields of their names here.
     json_fields: ClassVar[tuple[str, ...]] = ()
     # The kind of checkpoint that holds such a model and reads images too.
@@ -65,12 +69,13 @@ class ModelConfig:
     tied_embeddings: bool
     max_positions: int
     stop_ids: tuple[int, ...]
-    layer_types: tuple[str, ...] = ()  # FULL or SLIDING, of each layer; () for all FULL
+    # FULL, SLIDING or LINEAR, of each layer; () for all FULL.
+    layer_types: tuple[str, ...] = ()
     sliding_window: int = 0  # of those that are SLIDING, see `LayerKind`
     local_rope: RopeConfig | None = None  # theirs, where it is another
     lora_rank: int = 0  # of adapters; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] = tuple(layers.PROJECTIONS)  # that have them
+    lora_targets: tuple[str, ...] = ()  # projections that have them; () for all
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
     # Gives the tokenizer, which takes seconds to import; None where there is none.
@@ -78,8 +83,18 @@ class ModelConfig:
         default=None, compare=False, repr=False
     )
 
-    def has_adapter(self, projection: str) -> bool:
-        return self.lora_rank > 0 and projection in self.lora_targets
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The projections that have adapters."""
+        targets = self.lora_targets or tuple(self.block.projections)
+        return tuple(
+            x for x in self.block.projections if x in targets and self.lora_rank
+        )
+
+    def layers_of_type(self, layer_type: str) -> tuple[int, ...]:
+        """Numbers of the layers of one type of `layer_types`; "" for all."""
+        types = self.layer_types or (FULL,) * self.num_layers
+        return tuple(i for i, x in enumerate(types) if layer_type in ("", x))
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -88,13 +103,31 @@ class ModelConfig:
         kinds = {
             FULL: LayerKind(0, self.rope),
             SLIDING: LayerKind(self.sliding_window, self.local_rope or self.rope),
+            LINEAR: LayerKind(None, self.rope),
         }
         return tuple(kinds[x] for x in types)
 
     @property
     def windows(self) -> tuple[int, ...]:
         """The windows that there are, each once; 0 for none."""
-        return tuple(dict.fromkeys(kind.window for kind in self.layer_kinds))
+        found = dict.fromkeys(kind.window for kind in self.layer_kinds)
+        return tuple(window for window in found if window is not None)
+
+    @property
+    def delta(self) -> delta.Sizes | None:
+        """Sizes of the layers that keep a state, where there are some."""
+        return None
+
+    @property
+    def period(self) -> tuple[str, ...]:
+        """The shortest run of layers after which the parameters that they have repeat: for
+        each the type by which its parameters are told, "" where all layers have the same."""
+        parts = (*self.block.projections.values(), *self.block.norms.values())
+        own = {part.layer_type for part in parts}
+        types = self.layer_types or (FULL,) * self.num_layers
+        types = tuple(x if x in own else "" for x in types)
+        sizes = (n for n in range(1, len(types) + 1) if len(types) % n == 0)
+        return next(types[:n] for n in sizes if types[:n] * (len(types) // n) == types)
 
     def norm(self, x: Array, scale: Array) -> Array:
         """The norm of hidden states, over the dimensions of `scale`."""
@@ -118,8 +151,8 @@ class ModelConfig:
         return {"rope": rope.from_json(json)}
 
     @classmethod
-    def is_sliding(cls, json: dict[str, Any], layer: int) -> bool:
-        """Whether a layer has a window, by a config.json without `layer_types`."""
+    def is_other(cls, json: dict[str, Any], layer: int) -> bool:
+        """Whether a layer is of `other_type`, by a config.json without `layer_types`."""
         return False
 
     def to_json(self) -> dict[str, Any]:

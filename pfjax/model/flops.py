@@ -7,9 +7,8 @@ neither padding nor rematerialisation. The head is applied to responses only.
 import numpy as np
 from jaxtyping import Float, Int
 
-from pfjax.model import transformer
+from pfjax.model import delta, transformer
 from pfjax.model.config import ModelConfig
-from pfjax.model.layers import PROJECTIONS
 
 
 def weights_per_token(config: ModelConfig) -> int:
@@ -23,10 +22,13 @@ def forward_flops(
 ) -> float:
     """FLOPs of a pass over sequences, with logits of `predicted` tokens of each."""
     lengths = lengths.astype(np.float64)
-    pairs = sum(_pairs(lengths, kind.window) for kind in config.layer_kinds)
-    attention = 4 * config.num_heads * config.head_dim * pairs
+    windows = [kind.window for kind in config.layer_kinds]
+    pairs = sum(_pairs(lengths, w) for w in windows if w is not None)
+    mixing = 4 * config.num_heads * config.head_dim * pairs
+    if num := windows.count(None):
+        mixing += num * delta.token_flops(config.delta) * lengths.sum()
     head = 2 * config.vocab_size * config.embed_dim * float(predicted.sum())
-    return 2 * weights_per_token(config) * lengths.sum() + attention + head
+    return 2 * weights_per_token(config) * lengths.sum() + mixing + head
 
 
 def _pairs(lengths: Float[np.ndarray, "s"], window: int) -> float:
@@ -51,6 +53,8 @@ def update_flops(
     if not config.lora_rank:
         return 4 * forward
     blocks = transformer.abstract_params(config)["blocks"]
-    frozen = sum(blocks[x].size for x in PROJECTIONS) * float(lengths.sum())
+    frozen = sum(blocks[x].size for x in config.block.projections) * float(
+        lengths.sum()
+    )
     head = config.vocab_size * config.embed_dim * float((lengths - prompts).sum())
     return 4 * forward - 2 * (frozen + head)

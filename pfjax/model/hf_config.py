@@ -40,7 +40,7 @@ _INERT = re.compile(
     r"|chunk_size_feed_forward"
     r"|diversity_penalty|do_sample|early_stopping|exponential_decay_length_penalty"
     r"|finetuning_task|id2label|initializer_range|is_llama_config|label2id"
-    r"|length_penalty|(encoder_)?no_repeat_ngram_size|prefix|pretraining_tp|problem_type"
+    r"|length_penalty|mamba_ssm_dtype|mtp_.*|(encoder_)?no_repeat_ngram_size|prefix|pretraining_tp|problem_type"
     r"|remove_invalid_values|repetition_penalty|return_dict(_in_generate)?"
     r"|task_specific_params|temperature|tokenizer_class|torchscript"
     r"|transformers_version|use_cache"
@@ -196,19 +196,20 @@ def _refuse_unsupported(family: type[ModelConfig], c: dict[str, Any]) -> None:
             "from, or dequantise them (in transformers, model.dequantize() and "
             "save_pretrained)"
         )
-    field, activation = family.hidden_act
     unsupported = {
         "architectures": (c.get("architectures") or [family.architecture])
         != [family.architecture],
         "auto_map": "auto_map" in c,  # remote code is never run
-        field: c.get(field, activation) != activation,
+        **{k: c.get(k, x) != x for k, x in family.json_constants.items()},
     }
     for field, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"sets {field}={c.get(field)!r}: not supported")
     # Off, or nothing: `pruned_heads` is {} in folders of transformers 4.
     is_off = lambda value: value is None or value is False or value in ([], {})
-    known = _KNOWN | {field, *family.own_fields(), *family.json_fields}
+    known = _KNOWN | {
+        *family.json_constants, *family.own_fields(), *family.json_fields
+    }  # fmt: skip
     is_known = lambda name: name in known or _INERT.fullmatch(name)
     unknown = {k: v for k, v in c.items() if not (is_known(k) or is_off(v))}
     if unknown:
@@ -223,12 +224,14 @@ def _windows(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     pattern, window = _pattern(family, c), c.get("sliding_window")
     types = c.get("layer_types") or pattern
     is_list = isinstance(types, list) and len(types) == len(pattern)
-    is_known = is_list and all(x in (FULL, SLIDING) for x in types)
+    is_known = is_list and all(x in (FULL, family.other_type) for x in types)
     # Families without this field do as their pattern says.
     if not is_known or ("layer_types" not in family.json_fields and types != pattern):
         raise ValueError(f"sets layer_types={types!r}: not supported")
-    if SLIDING not in types:
+    if family.other_type not in types:
         return {}
+    if family.other_type != SLIDING:
+        return {"layer_types": tuple(types)}
     if window is None:
         raise ValueError(f"sets layer_types={types!r}, but no sliding_window")
     # One as wide as the positions hides nothing.
@@ -260,23 +263,22 @@ def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
 def _pattern(family: type[ModelConfig], c: dict[str, Any]) -> list[str]:
     """The `layer_types` of a config that has none."""
     layers = range(c["num_hidden_layers"])
-    return [SLIDING if family.is_sliding(c, i) else FULL for i in layers]
+    return [family.other_type if family.is_other(c, i) else FULL for i in layers]
 
 
 def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
     """A minimal `config.json` that `read` reads back as `c`, without its `dtype`."""
-    field, activation = c.hidden_act
     out = {
         "architectures": [c.architecture],
         "model_type": c.model_type,
         **{name: getattr(c, ours) for name, ours in _FIELDS.items()},
-        field: activation,
+        **c.json_constants,
         "rope_parameters": rope.to_json(c.rope),
         "eos_token_id": list(c.stop_ids),
         "pad_token_id": None,  # some families have one beyond a small vocabulary
         "dtype": dtype,
     }
-    if c.layer_types:
+    if SLIDING in c.layer_types:
         out["sliding_window"] = c.sliding_window or c.max_positions
     if c.local_rope:
         out["rope_parameters"] = rope.to_json_by_type(c.rope, c.local_rope)

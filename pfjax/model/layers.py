@@ -5,6 +5,7 @@ parameter is declared with its dimensions, which decide how it is split over a m
 the name of its tensor in Hugging Face's files.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,14 +14,16 @@ from flax import nnx
 from jax import lax
 
 from pfjax.batch import Array
+from pfjax.model import delta
 
 KeyValue = tuple[Array, Array]
 
 
 class Projection(NamedTuple):
-    read: str  # letters of the dimensions it reads, see `_DIMS`
+    read: str  # letters of the dimensions it reads, see `Block.dims`
     written: str  # and of those it writes
     module: str  # its name in Hugging Face's layer
+    layer_type: str = ""  # of the layers that have it; "" for all
 
 
 PROJECTIONS = {
@@ -33,20 +36,11 @@ PROJECTIONS = {
     "w_down": Projection("f", "d", "mlp.down_proj"),
 }
 
-# Letter of a dimension -> field of the config that sizes it, and its logical axis.
-_DIMS = {
-    "d": ("embed_dim", "embed"),
-    "h": ("num_heads", "heads"),
-    "k": ("num_kv_heads", "kv_heads"),
-    "c": ("head_dim", "head_dim"),
-    "f": ("mlp_dim", "mlp"),
-    "r": ("lora_rank", None),
-}
-
 
 class Norm(NamedTuple):
     dims: str  # letters of the dimensions it is over
     module: str  # its name in Hugging Face's layer
+    layer_type: str = ""  # of the layers that have it; "" for all
 
 
 class Layer(NamedTuple):
@@ -55,6 +49,7 @@ class Layer(NamedTuple):
     rotate: Callable[[Array], Array]  # queries or keys to their positions
     attend: Callable[[Array, Array, Array], Array]  # of queries, keys and values
     thin: Callable[[Array, str], Array]  # an adapter's input, see `transformer.Thin`
+    recur: Callable[[delta.Inputs], Array]  # of layers with a state, see `delta`
 
 
 class Block(nnx.Module):
@@ -64,6 +59,16 @@ class Block(nnx.Module):
     added to the residual stream.
     """
 
+    projections: ClassVar[dict[str, Projection]] = PROJECTIONS
+    # Letter of a dimension -> field of the config that sizes it, and its logical axis.
+    dims: ClassVar[dict[str, tuple[str, str | None]]] = {
+        "d": ("embed_dim", "embed"),
+        "h": ("num_heads", "heads"),
+        "k": ("num_kv_heads", "kv_heads"),
+        "c": ("head_dim", "head_dim"),
+        "f": ("mlp_dim", "mlp"),
+        "r": ("lora_rank", None),
+    }
     norms: ClassVar[dict[str, Norm]] = {
         "attn_norm": Norm("d", "input_layernorm"),
         "mlp_norm": Norm("d", "post_attention_layernorm"),
@@ -74,35 +79,57 @@ class Block(nnx.Module):
         """The projections that have a bias."""
         return ()
 
-    def __init__(self, config: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Any, rngs: nnx.Rngs, layer_type: str = ""):
+        """Parameters of all layers, or only those that layers of one type have."""
         c = self.config = config
+        self.layer_type = layer_type
+        declare = functools.partial(self.declare, rngs)
         zeros = nnx.initializers.zeros
         into = nnx.initializers.normal(c.embed_dim**-0.5)
         # Two additions per layer: keeps the residual stream's scale at the start.
         back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
-
-        def param(letters, init, tensor, num_read=0):
-            shape = (c.num_layers, *(getattr(c, _DIMS[x][0]) for x in letters))
-            axes = ("layers", *(_DIMS[x][1] for x in letters))
-            value = init(rngs.params(), shape, jnp.float32)
-            # Of a matrix HF puts the dimensions that are read last.
-            return nnx.Param(value, axes=axes, tensor=tensor, num_read=num_read)
-
-        for name, (read, written, module) in PROJECTIONS.items():
+        for name, (read, written, module, only) in self.projections.items():
             init = back if written == "d" else into
-            weight = param(read + written, init, f"{module}.weight", len(read))
-            setattr(self, name, weight)
-            if c.has_adapter(name):  # named as peft does
-                a = param(read + "r", into, f"{module}.lora_A.weight", len(read))
-                b = param("r" + written, zeros, f"{module}.lora_B.weight", 1)
-                setattr(self, f"{name}_a", a)
-                setattr(self, f"{name}_b", b)
-        for name, (letters, module) in self.norms.items():
-            setattr(self, name, param(letters, c.norm_init, f"{module}.weight"))
+            matrix = functools.partial(declare, only=only, num_read=len(read))
+            matrix(name, read + written, init, f"{module}.weight")
+            if name in c.adapted:  # named as peft does
+                matrix(f"{name}_a", read + "r", into, f"{module}.lora_A.weight")
+                matrix = functools.partial(matrix, num_read=1)
+                matrix(f"{name}_b", "r" + written, zeros, f"{module}.lora_B.weight")
+        for name, (letters, module, only) in self.norms.items():
+            declare(name, letters, c.norm_init, f"{module}.weight", only)
         for name in self.biased(c):
-            _, written, module = PROJECTIONS[name]
-            bias = param(written, zeros, f"{module}.bias")
-            setattr(self, _bias_of(name), bias)
+            _, written, module, only = self.projections[name]
+            declare(_bias_of(name), written, zeros, f"{module}.bias", only)
+
+    def declare(
+        self,
+        rngs: nnx.Rngs,
+        name: str,
+        letters: str,
+        init: Callable[..., Array],
+        tensor: str,
+        only: str = "",
+        num_read: int | None = 0,
+    ) -> None:
+        """Makes a parameter, stacked over the layers that have it.
+
+        Args:
+          letters: of its dimensions.
+          tensor: its name in Hugging Face's layer.
+          only: type of the layers that have it; "" for all.
+          num_read: leading dimensions that are inputs, which HF stores last; None for
+            one of several dimensions that it stores as they are.
+        """
+        if self.layer_type and only not in ("", self.layer_type):
+            return
+        c = self.config
+        num = len(c.layers_of_type(only))
+        shape = (num, *(getattr(c, self.dims[x][0]) for x in letters))
+        axes = ("layers", *(self.dims[x][1] for x in letters))
+        value = init(rngs.params(), shape, jnp.float32)
+        said = {"axes": axes, "tensor": tensor, "only": only, "num_read": num_read}
+        setattr(self, name, nnx.Param(value, **said))
 
     def __call__(self, x: Array, layer: Layer) -> tuple[Array, KeyValue]:
         """The residual stream after this layer, and its keys and values."""
@@ -129,9 +156,9 @@ class Block(nnx.Module):
 
     def project(self, x: Array, name: str, layer: Layer) -> Array:
         """A projection with its adapter and its bias, where it has them."""
-        c, (read, written, _) = self.config, PROJECTIONS[name]
+        c, (read, written, *_) = self.config, self.projections[name]
         out = self._product(x, name, read, written)
-        if c.has_adapter(name):
+        if name in c.adapted:
             inner = self._product(layer.thin(x, name), f"{name}_a", read, "r")
             adapted = self._product(inner, f"{name}_b", "r", written)
             out = out + adapted * (c.lora_alpha / c.lora_rank)

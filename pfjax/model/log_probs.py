@@ -248,7 +248,7 @@ def packed_log_probs(
       Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
       hidden states.
     """
-    thin = lora.dropout(batch, dropout) if dropout else None
+    thin = lora.dropout(config, batch, dropout) if dropout else None
     how = (remat, batch.length.shape[-1] + 1, thin)  # segments, and padding
     hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)

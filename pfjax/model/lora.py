@@ -23,13 +23,16 @@ from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
 from pfjax.model import transformer, weights
 from pfjax.model.config import ModelConfig
-from pfjax.model.layers import PROJECTIONS
+from pfjax.model.families import FAMILIES
 from pfjax.model.transformer import Params, Policy
 
 ALL_LINEAR = "all-linear"  # as peft calls them
-ALL = tuple(PROJECTIONS)
+# Of all families.
+_PROJECTIONS = {
+    name: x for c in FAMILIES.values() for name, x in c.block.projections.items()
+}
 # What people know from peft -> our projection.
-_TARGETS = {x.module.partition(".")[2]: k for k, x in PROJECTIONS.items()}
+_TARGETS = {x.module.partition(".")[2]: k for k, x in _PROJECTIONS.items()}
 # Of peft's files.
 _FILES = {"stem": "adapter_model", "prefix": "base_model.model."}
 # Fields of adapter_config.json that do not change what the adapters compute, or whose
@@ -45,7 +48,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def projections(targets: str) -> tuple[str, ...]:
-    """The projections that "q_proj,v_proj" names; "all-linear" for all.
+    """The projections that "q_proj,v_proj" names; of "all-linear" (), which means all.
 
     >>> projections("v_proj,q_proj")
     ('wq', 'wv')
@@ -55,7 +58,7 @@ def projections(targets: str) -> tuple[str, ...]:
     """
     names = [name.strip() for name in targets.split(",")]
     if names == [ALL_LINEAR]:
-        return ALL
+        return ()
     for name in names:
         if name not in _TARGETS:
             near = difflib.get_close_matches(name, _TARGETS, n=1)
@@ -67,14 +70,14 @@ def projections(targets: str) -> tuple[str, ...]:
     return tuple(k for name, k in _TARGETS.items() if name in names)
 
 
-def target_names(targets: tuple[str, ...]) -> list[str]:
+def target_names(projections: tuple[str, ...]) -> list[str]:
     """The names that peft has for projections."""
-    return [name for name, k in _TARGETS.items() if k in targets]
+    return [name for name, k in _TARGETS.items() if k in projections]
 
 
 def select(tree: Params) -> Params:
     """The adapters of a tree of parameters (or of shapes)."""
-    names = {f"{name}_{x}" for name in PROJECTIONS for x in "ab"}
+    names = {f"{name}_{x}" for name in _PROJECTIONS for x in "ab"}
     return {"blocks": {k: x for k, x in tree["blocks"].items() if k in names}}
 
 
@@ -96,7 +99,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return {"blocks": out}
 
 
-def dropout(batch: PackedBatch, rate: float) -> transformer.Thin:
+def dropout(config: ModelConfig, batch: PackedBatch, rate: float) -> transformer.Thin:
     """Drops a fraction `rate` of what adapters read, and scales up what stays.
 
     What is dropped depends on the seed of a trajectory and on the place in it, layer and
@@ -117,8 +120,10 @@ def dropout(batch: PackedBatch, rate: float) -> transformer.Thin:
     key = functools.partial(jax.random.key, impl="threefry2x32")
     of_token = each(lambda s, p: jax.random.fold_in(key(s), p))(seeds, batch.positions)
 
+    names = list(config.block.projections)
+
     def thin(y: Array, layer: Array, name: str) -> Array:
-        number = layer * len(ALL) + ALL.index(name)
+        number = layer * len(names) + names.index(name)
         draw = lambda k: jax.random.bernoulli(
             jax.random.fold_in(k, number), 1 - rate, y.shape[2:]
         )
@@ -134,13 +139,13 @@ def merge(policy: Policy) -> Policy:
         return policy
     scale = config.lora_alpha / config.lora_rank
     blocks = dict(params["blocks"])
-    for name in config.lora_targets:
-        read, written, _ = PROJECTIONS[name]
+    for name in config.adapted:
+        read, written, *_ = config.block.projections[name]
         a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
         blocks[name] = blocks[name].astype(jnp.float32) + delta
-    none = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ALL}
+    none = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ()}
     config = dataclasses.replace(config, **none)
     return Policy(config, {**params, "blocks": blocks})
 
@@ -178,14 +183,14 @@ def read_peft(folder: pathlib.Path) -> Adapter:
     of_layer = re.compile(r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
     found = {x: of_layer.fullmatch(x) for x in weights.names(folder, **_FILES)}
     modules = {match[1] for match in found.values() if match}
-    unknown = sorted(modules - {x.module for x in PROJECTIONS.values()})
+    unknown = sorted(modules - {x.module for x in _PROJECTIONS.values()})
     unknown += [name for name, match in found.items() if not match]
     if unknown or not modules or "r" not in c or "lora_alpha" not in c:
         raise ValueError(
             f"{folder} holds more or less than adapters of {', '.join(_TARGETS)}: rank "
             f"{c.get('r')}, alpha {c.get('lora_alpha')}, {unknown[:3] or 'no tensors'}"
         )
-    targets = tuple(k for k, x in PROJECTIONS.items() if x.module in modules)
+    targets = tuple(k for k, x in _PROJECTIONS.items() if x.module in modules)
     base = c.get("base_model_name_or_path") or ""
     return Adapter(folder, int(c["r"]), float(c["lora_alpha"]), targets, base)
 
@@ -215,7 +220,7 @@ def save_peft(
         "lora_alpha": config.lora_alpha,
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": target_names(config.lora_targets),
+        "target_modules": target_names(config.adapted),
         "inference_mode": True,
     }
     with storage.local_folder(out_dir) as out:

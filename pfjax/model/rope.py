@@ -39,6 +39,7 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the range of dimensions outwards
     attention_factor: float = 1.0  # scales cosine and sine; yarn
+    rotated: float = 1.0  # the part of each head that is rotated, its first dimensions
 
 
 def frequencies(c: RopeConfig, head_dim: int) -> np.ndarray:
@@ -87,7 +88,8 @@ def angles(
     if c is None:
         zeros = jnp.zeros((*positions.shape, 1, head_dim // 2))
         return zeros + 1, zeros
-    freq = np.expand_dims(frequencies(c, head_dim), tuple(range(positions.ndim + 1)))
+    rotated = int(head_dim * c.rotated)
+    freq = np.expand_dims(frequencies(c, rotated), tuple(range(positions.ndim + 1)))
     angle = positions[..., None, None] * freq
     scale = np.float32(c.attention_factor)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
@@ -96,9 +98,13 @@ def angles(
 def rotate(
     x: Float[Array, "*b h c"], cos: Float[Array, "*b 1 d"], sin: Float[Array, "*b 1 d"]
 ) -> Float[Array, "*b h c"]:
-    """Rotates pairs (i, i + C/2) of each head, the layout of HF checkpoints."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    """Rotates pairs (i, i + d) of the first 2 d dimensions of each head, the layout of HF
+    checkpoints."""
+    d = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.float32), [d, 2 * d], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(
+        x.dtype
+    )
 
 
 _SCALING = set().union(*KINDS.values())
@@ -196,6 +202,8 @@ def to_json_by_type(rope: RopeConfig, local_rope: RopeConfig) -> dict[str, Any]:
 def to_json(c: RopeConfig) -> dict[str, Any]:
     """The `rope_parameters` that `from_json` reads back as `c`."""
     out: dict[str, Any] = {"rope_theta": c.theta, "rope_type": c.kind}
+    if c.rotated != 1.0:
+        out["partial_rotary_factor"] = c.rotated
     if c.kind in ("yarn", "llama3"):
         out["original_max_position_embeddings"] = c.original_positions
     return out | {name: getattr(c, name) for name in KINDS[c.kind]}

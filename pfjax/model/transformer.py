@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
-from pfjax.model import attention, layers, rope
+from pfjax.model import attention, delta, layers, rope
 from pfjax.model.chunked_attention import SAVED
 from pfjax.model.config import ModelConfig
 from pfjax.model.layers import KeyValue
@@ -26,6 +26,7 @@ Params = dict[str, Any]
 Thin = Callable[[Array, Array, str], Array]
 # (q, k, v, this layer's part of the cache, its window) -> attention output, shaped like q.
 Attend = Callable[[Array, Array, Array, Any, int], Array]
+Recur = Callable[[delta.Inputs], Array]  # the outputs of a layer that keeps a state
 
 # Logical axes of the states of packed rows.
 HIDDEN = ("batch", "tokens", None)
@@ -104,7 +105,7 @@ class Transformer(nnx.Module):
 
         def table(tensor, *axes):
             value = normal(rngs.params(), (c.vocab_size, c.embed_dim), jnp.float32)
-            return nnx.Param(value, axes=axes, tensor=tensor, num_read=0)
+            return nnx.Param(value, axes=axes, tensor=tensor, only="", num_read=0)
 
         self.config = c
         # A tied table is also the head, whose vocabulary must stay split in place.
@@ -112,12 +113,12 @@ class Transformer(nnx.Module):
         self.embed = table(EMBED_TENSOR, *axes)
         self.blocks = c.block(c, rngs)
         scale = c.norm_init(jax.random.key(0), (c.embed_dim,), jnp.float32)
-        named = {"tensor": "model.norm.weight", "num_read": 0}
+        named = {"tensor": "model.norm.weight", "only": "", "num_read": 0}
         self.final_norm = nnx.Param(scale, axes=(None,), **named)
         if not c.tied_embeddings:
             self.head = table(HEAD_TENSOR, "vocab", None)
 
-    def __call__(self, tokens, positions, attend, cache, remat, thin):
+    def __call__(self, tokens, positions, attend, recur, cache, remat, thin):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of
@@ -126,22 +127,37 @@ class Transformer(nnx.Module):
         x = c.scale_embeddings(table[tokens].astype(c.dtype))
         x = sharding.constrain(x, *HIDDEN)
         rotate_for = _rotations(c, positions)
-        graphdef, parameters = nnx.split(self.blocks)
+        period, stacked = c.period, nnx.to_pure_dict(nnx.state(self.blocks))
 
-        def layer(x, inputs):
-            params, cache, index = inputs
+        def layer(x, params, cache, index, layer_type):
             given = layers.Layer(
                 rotate_for(index),
                 _attention_of(c, attend, index, cache),
                 lambda y, name: y if thin is None else thin(y, index, name),
+                recur,
             )
-            x, kv = nnx.merge(graphdef, params)(x, given)
+            x, kv = nnx.merge(_block(c, layer_type), params)(x, given)
             return sharding.constrain(x, *HIDDEN), kv
 
         if remat != "none":
             # Inside of a scan nothing can be merged with what is recomputed.
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-        x, kv = lax.scan(layer, x, (parameters, cache, jnp.arange(c.num_layers)))
+            how = {"prevent_cse": False, "policy": REMAT[remat], "static_argnums": 4}
+            layer = jax.checkpoint(layer, **how)
+
+        def of_period(x, inputs):
+            params, cache, number = inputs
+            if len(period) == 1:
+                return layer(x, params, cache, number, *period)
+            for i, layer_type in enumerate(period):
+                own = of_layer(c, params, i)
+                x, _ = layer(x, own, cache, number * len(period) + i, layer_type)
+            return x, None
+
+        num = c.num_layers // len(period)
+        if len(period) > 1:
+            split = lambda y: y.reshape(num, -1, *y.shape[1:])
+            stacked = jax.tree.map(split, stacked)
+        x, kv = lax.scan(of_period, x, (stacked, cache, jnp.arange(num)))
         return c.norm(x, self.final_norm[...]), kv
 
 
@@ -172,8 +188,25 @@ def _attention_of(c: ModelConfig, attend: Attend, layer: Array, cache: Any) -> A
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract(config: ModelConfig, kind: type = Transformer) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))
+def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+
+
+@functools.lru_cache(maxsize=64)
+def _block(config: ModelConfig, layer_type: str) -> Any:
+    """What makes a block of a layer's parameters."""
+    make = lambda: config.block(config, nnx.Rngs(0), layer_type)
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def of_layer(config: ModelConfig, stacked: Params, layer: int) -> Params:
+    """The parameters of a layer from those of all (or of one period)."""
+    known, found = tensors(config), {}
+    for name, x in stacked.items():
+        held = known[name].layers
+        if layer in held:
+            found[name] = x[held.index(layer)]
+    return found
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -189,14 +222,23 @@ def logical_axes(config: ModelConfig) -> Params:
     return nnx.to_pure_dict(jax.tree.map(axes_of, state, is_leaf=is_variable))
 
 
-def tensors(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Parameter -> name of its tensor in Hugging Face's files (a layer's, below
-    `model.layers.<i>.`), and how many leading dimensions are inputs, stored last there."""
-    state = _abstract(config)[1]
-    return {
-        path[-1]: (v.get_metadata("tensor"), v.get_metadata("num_read"))
-        for path, v in nnx.to_flat_state(state)
-    }
+class Tensor(NamedTuple):
+    """Where a parameter is in Hugging Face's files."""
+
+    name: str  # of a layer's, below `model.layers.<i>.`
+    # Leading dimensions that are inputs, stored last there; None for one stored as it is.
+    num_read: int | None
+    layers: tuple[int, ...]  # that have it
+
+
+def tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Of each parameter."""
+
+    def of(v):
+        name, num_read, only = map(v.get_metadata, ("tensor", "num_read", "only"))
+        return Tensor(name, num_read, config.layers_of_type(only))
+
+    return {path[-1]: of(v) for path, v in nnx.to_flat_state(_abstract(config)[1])}
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -213,19 +255,22 @@ def apply(
     cache: Any = None,
     remat: str = "none",
     thin: Thin | None = None,
-) -> tuple[Float[Array, "b t d"], KeyValue]:
-    """Hidden states after the final norm, and the keys and values of all layers.
+    recur: Recur | None = None,
+) -> tuple[Float[Array, "b t d"], KeyValue | None]:
+    """Hidden states after the final norm, and the keys and values of all layers where all
+    have some.
 
     Args:
       positions: position of each token in its own sequence.
       attend: how a layer attends, see `Attend`.
+      recur: how a layer that keeps a state does.
       cache: a tree of arrays with leading axis L, a slice of which each layer's
         `attend` receives.
       remat: what the backward pass finds stored, a name in `REMAT`.
       thin: drops some of what adapters read, see `lora.dropout`.
     """
     module = nnx.merge(_abstract(config)[0], params)
-    return module(tokens, positions, attend, cache, remat, thin)
+    return module(tokens, positions, attend, recur, cache, remat, thin)
 
 
 def forward_packed(
@@ -237,13 +282,15 @@ def forward_packed(
     remat: str = "none",
     max_segments: int | None = None,
     thin: Thin | None = None,
-) -> tuple[Float[Array, "b t d"], KeyValue]:
-    """`apply` with causal attention inside each segment of packed rows."""
+) -> tuple[Float[Array, "b t d"], KeyValue | None]:
+    """`apply` with causal attention inside each segment of packed rows, and states that
+    begin anew with each."""
     within = (segment_ids, config.attention, max_segments)
     attend = lambda q, k, v, _, window: attention.packed_attention(
         q, k, v, *within, window
     )
-    how = {"remat": remat, "thin": thin}
+    recur = lambda x: delta.packed(config.delta, x, segment_ids)
+    how = {"remat": remat, "thin": thin, "recur": recur}
     return apply(config, params, tokens, positions, attend, **how)
 
 
@@ -266,21 +313,24 @@ def apply_layers(
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     attend: Callable[[Array, Array, Array, int], Array],
+    recur: Callable[[delta.Inputs, int], Array] | None = None,
 ) -> Float[Array, "b t d"]:
     """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
-    is told the number of the layer."""
+    and `recur` are told the number of the layer."""
     x = config.scale_embeddings(params["embed"][tokens])
     x = sharding.constrain(x, "batch", None, None)
     ropes = {kind.rope for kind in config.layer_kinds}
     angles = {x: rope.angles(x, config.head_dim, positions) for x in ropes}
-    graphdef, _ = _abstract(config, config.block)
+    period = config.period
     for i, layer in enumerate(params["layers"]):
         kind = config.layer_kinds[i]
         given = layers.Layer(
             lambda x, kind=kind: rope.rotate(x, *angles[kind.rope]),
             lambda q, k, v, i=i: attend(q, k, v, i),
             lambda y, name: y,
+            lambda x, i=i: recur(x, i),
         )
+        graphdef = _block(config, period[i % len(period)])
         x, _ = nnx.merge(graphdef, layer)(x, given)
         x = sharding.constrain(x, "batch", None, None)
     return config.norm(x, params["final_norm"])

@@ -26,8 +26,9 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COMPARED_ROWS = 8192
 # Where the language model lies in checkpoints that read images too -> its place by itself.
 _LANGUAGE_PART = {"language_model.": "", "model.language_model.": "model."}
-# Buffers that some checkpoints carry and nothing reads.
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$")
+# Buffers that some checkpoints carry and nothing reads, and the layers with which Qwen3.5
+# drafts several tokens at once.
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|^mtp\.")
 
 
 class _Layout(NamedTuple):
@@ -46,13 +47,14 @@ def _layouts(
     known = transformer.tensors(config)
 
     def layout(path, leaf):
-        (name, num_read), is_layer = known[path[-1].key], len(path) > 1
+        (name, num_read, numbers), is_layer = known[path[-1].key], len(path) > 1
         shape = leaf.shape[is_layer:]
         order = tuple(range(len(shape)))
         dims = [(d,) for d in order]
         if is_layer:
-            names = [f"model.layers.{i}.{name}" for i in range(leaf.shape[0])]
-            dims = [order[num_read:], order[:num_read]] if num_read else [order]
+            names = [f"model.layers.{i}.{name}" for i in numbers]
+            if num_read is not None:
+                dims = [order[num_read:], order[:num_read]] if num_read else [order]
         else:
             names = [name]
         sizes = [math.prod(shape[d] for d in group) for group in dims]

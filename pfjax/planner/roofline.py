@@ -161,8 +161,11 @@ def _decoded_bytes(w: Workload) -> float:
     drawn = np.arange(w.response_tokens) + 0.5
     tokens = 0.0
     for window, layers in Counter(plan.windows).items():
+        if window is None:
+            continue
         reach = window or np.inf
         own = np.minimum(drawn, reach).mean()
         of_prompt = np.clip(reach - drawn, 0, w.prompt_tokens).mean()
         tokens += layers * (busy * own + prompts * of_prompt)
-    return w.decode_steps * (w.weight_bytes + plan.token_bytes * tokens)
+    states = 2 * busy * plan.state_bytes  # and writes
+    return w.decode_steps * (w.weight_bytes + plan.token_bytes * tokens + states)

@@ -99,6 +99,11 @@ def draw(
       (the others): as in `mcmc.metropolis_hastings`.
     """
     _check(target, reward, temperature)
+    if policy.config.delta:
+        raise ValueError(
+            f"models of type {policy.config.model_type} keep a state, which cannot go back "
+            "to an earlier token: mh and smc do not sample from them"
+        )
     lengths = slots.check_prompts(policy.config, prompts, max_new_tokens)
     plan = slots.make_plan(
         policy,

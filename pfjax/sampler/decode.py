@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
-from pfjax.model import attention, decode_attention, log_probs, transformer
+from pfjax.model import attention, decode_attention, delta, log_probs, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import Params
@@ -63,9 +63,9 @@ class Queue(NamedTuple):
     is_cut: Array  # bool [N], samples to be ended now
 
 
-# Keys and values, one entry per layer. That of the slots holds their prompt's last token
-# and all tokens drawn but the last; of both a layer keeps what its window reaches.
-Cache = list[KeyValue]
+# Keys and values, or a state, one entry per layer. That of the slots holds their prompt's
+# last token and all tokens drawn but the last; of both a layer keeps what its window reaches.
+Cache = list[KeyValue | delta.State]
 
 
 class Prompts(NamedTuple):
@@ -96,16 +96,22 @@ class Results(NamedTuple):
 def empty_cache(s: Settings, batch: int, widths: tuple[int, ...]) -> Cache:
     """Caches of as many tokens as `widths` says of each layer."""
     c, p = s.config, s.plan
-    sizes = [(batch, c.num_kv_heads, width, c.head_dim) for width in widths]
-    shapes = [decode_attention.cache_shapes(p.backend, *x) for x in sizes]
-    one = lambda shape: jnp.zeros(shape, p.cache_dtype)
-    return placed([(one(keys), one(values)) for keys, values in shapes])
+
+    def of_layer(window: int | None, width: int) -> KeyValue | delta.State:
+        if window is None:
+            return delta.empty_state(c.delta, batch, jnp.dtype(c.dtype))
+        shapes = (batch, c.num_kv_heads, width, c.head_dim)
+        keys, values = decode_attention.cache_shapes(p.backend, *shapes)
+        return jnp.zeros(keys, p.cache_dtype), jnp.zeros(values, p.cache_dtype)
+
+    return placed([of_layer(*x) for x in zip(p.windows, widths, strict=True)])
 
 
 def placed(caches: Cache) -> Cache:
     """Caches split over the mesh as their sequences and heads are."""
-    place = lambda x: sharding.constrain(x, "batch", "kv_heads", None, None)
-    return jax.tree.map(place, caches)
+    heads = ("batch", "kv_heads", None, None)  # inputs of convolutions have none
+    axes = lambda x: heads if x.ndim == 4 else ("batch", None, None)
+    return jax.tree.map(lambda x: sharding.constrain(x, *axes(x)), caches)
 
 
 @functools.partial(jax.jit, static_argnames=("s", "width", "new"))
@@ -164,8 +170,27 @@ def prefill_local(
         how = (segment_ids, s.config.attention)
         return attention.packed_attention(q, k, v, *how, window=window)
 
-    transformer.apply_layers(s.config, state.weights, tokens, positions, attend)
+    def recur(x, layer):
+        out, ends = delta.packed_with_ends(s.config.delta, x, segment_ids, *last)
+        new.append(_where(is_new, ends, prompts.cache[layer]))
+        return out
+
+    # Where the last token of each prompt stands that is new.
+    is_last = (prefix_slot >= 0) & (positions == length[prefix_slot] - 1)
+    row, place = jnp.indices(tokens.shape, jnp.int32)
+    at = jnp.where(is_last, prefix_slot, len(length))
+    put = lambda x, to: to.at[at].set(x, mode="drop")
+    last = [put(x, jnp.zeros_like(length)) for x in (row, place)]
+    is_new = put(True, jnp.zeros(length.shape, bool))
+    how = (tokens, positions, attend, recur)
+    transformer.apply_layers(s.config, state.weights, *how)
     return Prompts(placed(new), length)
+
+
+def _where(condition: Bool[Array, "s"], x: Any, y: Any) -> Any:
+    """Of trees of arrays of equal shapes, by sequence."""
+    of = lambda x: condition.reshape(-1, *(1,) * (x.ndim - 1))
+    return jax.tree.map(lambda x, y: jnp.where(of(x), x, y), x, y)
 
 
 @functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
@@ -271,12 +296,42 @@ def forward(
         out = decode_attention.decode_attention(q[:, 0], *caches, *how, **starts)
         return out[:, None]
 
+    def recur(x, layer):
+        mixed, log_decay, beta, kernel = x
+        of_token = delta.Inputs(mixed[:, 0], log_decay[:, 0], beta[:, 0], kernel)
+        of_prompts = (prompts.cache[layer], prompts.length, prefix_slot)
+        before = _begun_states(begins, cache[layer], *of_prompts)
+        out, after = delta.step(s.config.delta, of_token, before)
+        new.append(after)
+        return out[:, None]
+
+    # Idle slots have no place on the grid.
+    num_places = len(prompts.length) * samples_per_prefix
+    begins = (slots.drawn == 0) & (slots.grid_index < num_places)
     positions = prompts.length[prefix_slot] + slots.drawn
-    hidden = transformer.apply_layers(
-        s.config, state.weights, slots.last[:, None], positions[:, None], attend
-    )
+    how = (slots.last[:, None], positions[:, None], attend, recur)
+    hidden = transformer.apply_layers(s.config, state.weights, *how)
     head = transformer.head_weight(state.weights)
     return log_probs.logits(hidden[:, 0], head), placed(new)
+
+
+def _begun_states(
+    begins: Bool[Array, "s"],
+    own: delta.State,
+    of_prompts: delta.State,
+    length: Int[Array, "prefix_slots"],
+    prefix_slot: Int[Array, "s"],
+) -> delta.State:
+    """States of the slots, of those that begin their prompts'."""
+
+    def copied():
+        # Of a prompt of one token, which is not prefilled, there is none.
+        is_there = length[prefix_slot] > 0
+        taken = jax.tree.map(lambda x: x[prefix_slot], of_prompts)
+        taken = _where(is_there, taken, jax.tree.map(jnp.zeros_like, taken))
+        return _where(begins, taken, own)
+
+    return lax.cond(begins.any(), copied, lambda: own)
 
 
 def _record(
@@ -351,16 +406,21 @@ def weights(
     run = run or (lambda f, *args, **static: f(*args, **static))
     others, blocks = dict(params), params["blocks"]
     del others["blocks"]
-    numbers = range(config.num_layers)
-    layers = [run(_layer, blocks, np.int32(i), config=config) for i in numbers]
+    held = {k: x.layers for k, x in transformer.tensors(config).items() if k in blocks}
+    layers = []
+    for i in range(config.num_layers):
+        at = {k: np.int32(x.index(i)) for k, x in held.items() if i in x}
+        layers.append(run(_layer, {k: blocks[k] for k in at}, at, config=config))
     return {**run(_others, others, config=config), "layers": layers}
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _layer(blocks: Params, i: Int[Array, ""], *, config: ModelConfig) -> Params:
+def _layer(
+    blocks: Params, at: dict[str, Int[Array, ""]], *, config: ModelConfig
+) -> Params:
     axes = transformer.logical_axes(config)["blocks"]
-    of_layer = jax.tree.map(lambda x: x[i].astype(config.dtype), blocks)
-    return _whole(of_layer, {name: of[1:] for name, of in axes.items()})
+    of_layer = {k: x[at[k]].astype(config.dtype) for k, x in blocks.items()}
+    return _whole(of_layer, {name: axes[name][1:] for name in blocks})
 
 
 @functools.partial(jax.jit, static_argnames="config")

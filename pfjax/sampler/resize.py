@@ -9,6 +9,8 @@ from jax import lax
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
+from pfjax.model import delta
+from pfjax.model.layers import KeyValue
 from pfjax.sampler.decode import Cache, Prompts, Settings, Slots, placed
 
 
@@ -61,9 +63,13 @@ def _fit(s: Settings, cache: Cache, widths: tuple[int, ...]) -> Cache:
         padding[axis] = (0, width - x.shape[axis])
         return jnp.pad(x, padding)
 
+    def of_layer(x: KeyValue | delta.State, width: int) -> KeyValue | delta.State:
+        if isinstance(x, delta.State):
+            return x
+        return fit(x[0], width, key_axis), fit(x[1], width, 2)
+
     key_axis = 3 if s.plan.backend == "xla" else 2
-    pairs = zip(cache, widths, strict=True)
-    return [(fit(k, width, key_axis), fit(v, width, 2)) for (k, v), width in pairs]
+    return [of_layer(*x) for x in zip(cache, widths, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("s", "before", "after", "widths"))

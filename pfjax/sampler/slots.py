@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pfjax.infra import sharding
-from pfjax.model import decode_attention, transformer
+from pfjax.model import decode_attention, delta, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 from pfjax.sampler import windows
@@ -41,6 +41,12 @@ def bytes_per_token(config: ModelConfig, cache_dtype: str, tensor: int = 1) -> i
     k = config.num_kv_heads
     k = k // tensor if k % tensor == 0 else k
     return 2 * k * config.head_dim * np.dtype(cache_dtype).itemsize
+
+
+def _state_bytes(config: ModelConfig, tensor: int) -> int:
+    """Bytes of the states that a sequence has in all layers, on one device."""
+    num = sum(kind.window is None for kind in config.layer_kinds)
+    return num and num * delta.state_bytes(config.delta, config.dtype, tensor)
 
 
 def weight_bytes(config: ModelConfig) -> int:
@@ -137,13 +143,17 @@ class Plan:
     cache_dtype: str
     backend: str
     token_bytes: int  # of a token's keys and values in one layer, on one device
-    windows: tuple[int, ...]  # of the layers; 0 where no sequence outgrows it
+    # Of the layers; 0 where no sequence outgrows it, None where a state is kept instead.
+    windows: tuple[int | None, ...]
+    state_bytes: int = 0  # of a sequence, in all such layers, on one device
     # Whether responses are kept beyond the windows: chains go back and draw anew.
     keeps_all: bool = False
 
     def response_widths(self, width: int) -> tuple[int, ...]:
         """Tokens that each layer has room for of responses of `width` tokens."""
-        reach = (0,) * len(self.windows) if self.keeps_all else self.windows
+        reach = self.windows
+        if self.keeps_all:
+            reach = tuple(None if w is None else 0 for w in reach)
         return windows.cache_widths(reach, width, self._multiple)
 
     @property
@@ -160,7 +170,8 @@ class Plan:
         """On one device, when the caches are at their widest."""
         tokens = self.slots * sum(self.response_widths(self.widths[-1]))
         tokens += self.prefix_slots * sum(self.prompt_widths)
-        return tokens * self.token_bytes
+        states = (self.slots + self.prefix_slots) * self.state_bytes
+        return tokens * self.token_bytes + states
 
     def __str__(self) -> str:
         return (
@@ -264,7 +275,7 @@ def plan_for(
     prompt_width = math.ceil(prompt_width / multiple) * multiple
     widths = response_widths(max_new_tokens, backend)
     longest = prompt_width + widths[-1]
-    reach = (kind.window for kind in config.layer_kinds)
+    reach = [kind.window for kind in config.layer_kinds]
     plan = Plan(
         dp_size=dp_size,
         slots=1,
@@ -275,7 +286,8 @@ def plan_for(
         cache_dtype=cache_dtype,
         backend=backend,
         token_bytes=bytes_per_token(config, cache_dtype, tensor),
-        windows=tuple(w if w < longest else 0 for w in reach),
+        windows=tuple(w if w is None or w < longest else 0 for w in reach),
+        state_bytes=_state_bytes(config, tensor),
         keeps_all=keeps_all,
     )
     sizes = {"num_prompts": prompts, "samples_per_prompt": samples_per_prompt}

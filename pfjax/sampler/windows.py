@@ -16,16 +16,18 @@ from pfjax.batch import Array
 
 
 def cache_widths(
-    windows: tuple[int, ...], width: int, multiple: int
+    windows: tuple[int | None, ...], width: int, multiple: int
 ) -> tuple[int, ...]:
     """Tokens that each layer's cache has room for, where sequences have `width` at most.
 
     Args:
-      windows: of the layers; 0 for none.
+      windows: of the layers; 0 for none, None for layers that keep no tokens.
       multiple: which all widths are multiples of.
     """
     kept = lambda window: math.ceil(window / multiple) * multiple
-    return tuple(min(width, kept(w)) if w else width for w in windows)
+    return tuple(
+        0 if w is None else min(width, kept(w)) if w else width for w in windows
+    )
 
 
 def response_index(

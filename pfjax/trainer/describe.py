@@ -61,6 +61,6 @@ def _trained(c: FrozenConfigDict, fns: TrainFns) -> str:
         return f"training all {number(trained)} parameters"
     return (
         f"training {number(trained)} of {number(size(whole))} parameters (LoRA rank "
-        f"{c.lora.rank} on {', '.join(lora.target_names(fns.model.lora_targets))})"
+        f"{c.lora.rank} on {', '.join(lora.target_names(fns.model.adapted))})"
         + (f", starting from {c.lora.init_from}" if c.lora.init_from else "")
     )

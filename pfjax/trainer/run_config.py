@@ -45,8 +45,7 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     if not c.lora.init_from:
         return c
     adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
-    is_all = adapter.targets == lora.ALL
-    names = lora.ALL_LINEAR if is_all else ",".join(lora.target_names(adapter.targets))
+    names = ",".join(lora.target_names(adapter.targets))
     found = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": names}
     for name, value in found.items():
         given, default = c.lora[name], settings.SETTINGS[f"lora.{name}"].default

@@ -278,7 +278,7 @@ def test_every_parameter_has_a_tensor_of_its_own():
             **sizes, **flags, rope=rope.RopeConfig(1e4), norm_eps=1e-6,
             tied_embeddings=False, max_positions=8, stop_ids=(1,), lora_rank=2,
         )  # fmt: skip
-        names = [name for name, _ in transformer.tensors(c).values()]
+        names = [x.name for x in transformer.tensors(c).values()]
         assert len(set(names)) == len(names) == len(_leaves(c))
 
 

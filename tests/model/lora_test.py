@@ -9,6 +9,7 @@ import pytest
 
 from pfjax.batch import PackedBatch
 from pfjax.model import hf, log_probs, lora, transformer
+from pfjax.model.layers import PROJECTIONS
 
 
 @pytest.fixture(params=["all-linear", "q_proj,v_proj,down_proj"])
@@ -81,7 +82,7 @@ def test_peft_loads_the_adapters_and_agrees(adapted, tiny_policy, tmp_path):
     np.testing.assert_allclose(_logits(adapted), want, atol=1e-4)
     said, names = loaded.peft_config["default"], lora.target_names
     assert said.lora_dropout == 0.1
-    assert said.target_modules == set(names(adapted.config.lora_targets))
+    assert said.target_modules == set(names(adapted.config.adapted))
     # Only where they were asked for.
     assert len(lora.select(adapted.params)["blocks"]) == 2 * len(said.target_modules)
 
@@ -118,7 +119,7 @@ def test_adapters_that_peft_made_are_loaded_and_agree(
     adapter = lora.read_peft(folder)
     assert adapter.rank == config.get("r", 8)
     assert adapter.alpha == config.get("lora_alpha", 8.0)
-    assert adapter.targets == (tuple(targets.split()) if targets else lora.ALL)
+    assert adapter.targets == tuple(targets.split() if targets else PROJECTIONS)
     assert adapter.base == str(tmp_path / "base")
     model = dataclasses.replace(
         tiny_policy.config,
@@ -171,20 +172,21 @@ def test_adapters_that_change_the_base_are_refused(tmp_path):
 
 
 def test_targets_have_the_names_that_peft_has():
-    assert lora.projections("all-linear") == lora.ALL
+    assert lora.projections("all-linear") == ()
     assert lora.projections("down_proj, q_proj,q_proj") == ("wq", "w_down")
     assert lora.target_names(("wq", "w_down")) == ["q_proj", "down_proj"]
     with pytest.raises(ValueError, match="'qproj' is no .*; did you mean 'q_proj'"):
         lora.projections("qproj,v_proj")
 
 
-def test_dropout_drops_its_fraction_and_keeps_the_mean():
+def test_dropout_drops_its_fraction_and_keeps_the_mean(tiny_config):
     batch = PackedBatch(*[None] * 8)._replace(
         positions=np.tile(np.arange(25), (2, 2)),
         segment_ids=np.tile(np.repeat([1, 2], 25), (2, 1)),
         dropout_seed=np.array([[1, 2], [3, 1]], np.uint32),
     )
-    thin, ones = lora.dropout(batch, 0.2), jax.numpy.ones((2, 50, 4, 8), "bfloat16")
+    thin = lora.dropout(tiny_config, batch, 0.2)
+    ones = jax.numpy.ones((2, 50, 4, 8), "bfloat16")
     thinned = lambda layer, name: np.asarray(thin(ones, np.array(layer), name), float)
     x = thinned(1, "wo")
     assert sorted(np.unique(x)) == [0.0, 1.25]

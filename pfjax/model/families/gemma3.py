@@ -51,7 +51,7 @@ class Config(ModelConfig):
     model_type, architecture, block = "gemma3_text", "Gemma3ForCausalLM", Block
     activation = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
     norm_init = staticmethod(nnx.initializers.zeros)
-    hidden_act = ("hidden_activation", "gelu_pytorch_tanh")
+    json_constants = {"hidden_activation": "gelu_pytorch_tanh"}
     # The larger models' configs leave out whatever is as here.
     json_defaults = {
         "head_dim": 256,
@@ -82,7 +82,7 @@ class Config(ModelConfig):
     query_pre_attn_scalar: int = 256  # attention divides by its root
 
     @classmethod
-    def is_sliding(cls, json, layer):
+    def is_other(cls, json, layer):
         return (layer + 1) % json["sliding_window_pattern"] != 0
 
     @classmethod

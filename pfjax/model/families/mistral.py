@@ -15,7 +15,7 @@ class Config(ModelConfig):
     json_defaults = {"sliding_window": 4096}
 
     @classmethod
-    def is_sliding(cls, json, layer):
+    def is_other(cls, json, layer):
         return json["sliding_window"] is not None
 
     def to_json(self):

@@ -17,7 +17,7 @@ class Config(olmo2.Config):
     json_fields = ("layer_types",)
 
     @classmethod
-    def is_sliding(cls, json, layer):
+    def is_other(cls, json, layer):
         return (layer + 1) % 4 != 0
 
     @classmethod

@@ -29,7 +29,7 @@ class Config(ModelConfig):
     )
 
     @classmethod
-    def is_sliding(cls, json, layer):
+    def is_other(cls, json, layer):
         is_on = json.get("use_sliding_window") and json["sliding_window"] is not None
         return bool(is_on) and layer >= json["max_window_layers"]
 

@@ -30,7 +30,7 @@ class Config(llama.Config):
         return {"rope": rope.from_json(json, theta=2e6)}
 
     @classmethod
-    def is_sliding(cls, json, layer):
+    def is_other(cls, json, layer):
         is_on = json.get("use_sliding_window") and json.get("sliding_window")
         rules = json.get("no_rope_layers"), json["no_rope_layer_interval"]
         return bool(is_on) and not _has_rope(layer, *rules)
