@@ -59,14 +59,14 @@ class State(NamedTuple):
     memory: Float[Array, "s h k v"]  # S, float32
 
 
-def empty_state(z: Sizes, num: int, dtype: jnp.dtype) -> State:
+def empty_state(z: Sizes, num: int, dtype: str) -> State:
     """Before the first token; `dtype` is that of the computation."""
     conv = jnp.zeros((num, z.conv_dim, z.kernel - 1), dtype)
     shape = (num, z.value_heads, z.key_dim, z.value_dim)
     return State(conv, jnp.zeros(shape, jnp.float32))
 
 
-def state_bytes(z: Sizes, dtype: jnp.dtype, tensor: int = 1) -> int:
+def state_bytes(z: Sizes, dtype: str, tensor: int = 1) -> int:
     """Bytes of the state of a sequence in one layer, on one device.
 
     Args:
@@ -90,14 +90,14 @@ def step(z: Sizes, x: Inputs, state: State) -> tuple[Float[Array, "s h v"], Stat
     """The next token of each slot."""
     window = jnp.concatenate([state.conv, x.mixed[..., None]], axis=-1)
     mixed = (window.astype(jnp.float32) * x.kernel.astype(jnp.float32)[None]).sum(-1)
-    q, k, v = _heads(z, jax.nn.silu(mixed).astype(x.mixed.dtype))
+    q, k, v = _heads(z, jax.nn.silu(mixed))
     memory = state.memory * jnp.exp(x.log_decay)[..., None, None]
     # Sums rather than products of matrices, which would be rounded.
     answer = (memory * k[..., None]).sum(axis=-2)
     change = x.beta[..., None] * (v - answer)
     memory = memory + k[..., None] * change[..., None, :]
     out = (memory * q[..., None]).sum(axis=-2)
-    return out.astype(x.mixed.dtype), State(window[..., 1:], memory)
+    return out, State(window[..., 1:], memory)
 
 
 def packed(
@@ -190,7 +190,7 @@ def _packed(z: Sizes, x: Inputs, segment_ids: Int[Array, "b t"]):
     by_chunk = jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0), by_chunk)
     _, (out, changes, befores) = lax.scan(of_chunk, first, by_chunk)
     out = out.transpose(1, 0, 3, 2, 4).reshape(rows, num * CHUNK, -1, z.value_dim)
-    out = whole(out[:, :length].astype(x.mixed.dtype), "heads", None)
+    out = whole(out[:, :length], "heads", None)
     return out, (k, jnp.moveaxis(changes, 0, 1), befores, decays)
 
 
@@ -213,7 +213,7 @@ def _convolve(
     kernel: Float[Array, "n w"],
     segment_ids: Int[Array, "b t"],
 ) -> Float[Array, "b t n"]:
-    """The causal convolution within each sequence, and its activation."""
+    """The causal convolution within each sequence, and its activation, in float32."""
     width = kernel.shape[1]
     total = jnp.zeros(x.shape, jnp.float32)
     for back in range(width):
@@ -221,7 +221,7 @@ def _convolve(
         is_same = _shifted(segment_ids, back, -1) == segment_ids
         seen = jnp.where(is_same[..., None], _shifted(x, back, 0), 0)
         total += weight * seen.astype(jnp.float32)
-    return jax.nn.silu(total).astype(x.dtype)
+    return jax.nn.silu(total)
 
 
 def _shifted(x: Array, back: int, padding: int) -> Array:
@@ -233,9 +233,12 @@ def _shifted(x: Array, back: int, padding: int) -> Array:
 def _heads(
     z: Sizes, mixed: Float[Array, "*b n"]
 ) -> tuple[Float[Array, "*b h k"], Float[Array, "*b h k"], Float[Array, "*b h v"]]:
-    """Queries and keys of length one, queries scaled, and values, in float32."""
+    """Queries and keys of length one, queries scaled, and values."""
     keys = z.key_heads * z.key_dim
-    parts = jnp.split(mixed.astype(jnp.float32), [keys, 2 * keys], axis=-1)
+    # Whole on devices that share the heads: an equal share of all channels is no share of
+    # queries, keys or values, and parts of them would be sent around.
+    whole = lambda y: sharding.constrain(y, "batch", *(None,) * (y.ndim - 1))
+    parts = map(whole, jnp.split(whole(mixed), [keys, 2 * keys], axis=-1))
     sizes = ((z.key_heads, z.key_dim),) * 2 + ((z.value_heads, z.value_dim),)
     q, k, v = (
         x.reshape(*mixed.shape[:-1], *size)

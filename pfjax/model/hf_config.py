@@ -73,7 +73,11 @@ def read(folder: pathlib.Path) -> ModelConfig:
     if sizes["tie_word_embeddings"] and any(folder.glob("*.safetensors")):
         sizes["tie_word_embeddings"] = not weights.has_own_head(folder)
     shared |= {ours: sizes[name] for name, ours in _FIELDS.items()}
-    return family(stop_ids=_stop_ids(folder, c), **shared, **own)
+    stop_ids = _stop_ids(folder, c)
+    try:
+        return family(stop_ids=stop_ids, **shared, **own)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def language_part(c: dict[str, Any]) -> dict[str, Any]:

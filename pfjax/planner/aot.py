@@ -128,10 +128,11 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     of_program = {}
 
-    def once(f, *args, **static):  # all layers are alike
-        if f not in of_program:
-            of_program[f] = results(f, *args, **static)
-        return of_program[f]
+    def once(f, params, *args, **static):  # layers of the same parameters are alike
+        kind = (f, *params)
+        if kind not in of_program:
+            of_program[kind] = results(f, params, *args, **static)
+        return of_program[kind]
 
     weights = decode.weights(model, params, run=once)
     state = decode.SamplerState(weights, key, temperature)

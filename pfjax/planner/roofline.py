@@ -167,5 +167,6 @@ def _decoded_bytes(w: Workload) -> float:
         own = np.minimum(drawn, reach).mean()
         of_prompt = np.clip(reach - drawn, 0, w.prompt_tokens).mean()
         tokens += layers * (busy * own + prompts * of_prompt)
-    states = 2 * busy * plan.state_bytes  # and writes
+    # Those of slots and of prompts are read, and those of slots written.
+    states = 3 * busy * plan.state_bytes
     return w.decode_steps * (w.weight_bytes + plan.token_bytes * tokens + states)

@@ -99,7 +99,7 @@ def empty_cache(s: Settings, batch: int, widths: tuple[int, ...]) -> Cache:
 
     def of_layer(window: int | None, width: int) -> KeyValue | delta.State:
         if window is None:
-            return delta.empty_state(c.delta, batch, jnp.dtype(c.dtype))
+            return delta.empty_state(c.delta, batch, c.dtype)
         shapes = (batch, c.num_kv_heads, width, c.head_dim)
         keys, values = decode_attention.cache_shapes(p.backend, *shapes)
         return jnp.zeros(keys, p.cache_dtype), jnp.zeros(values, p.cache_dtype)
@@ -323,15 +323,11 @@ def _begun_states(
     prefix_slot: Int[Array, "s"],
 ) -> delta.State:
     """States of the slots, of those that begin their prompts'."""
-
-    def copied():
-        # Of a prompt of one token, which is not prefilled, there is none.
-        is_there = length[prefix_slot] > 0
-        taken = jax.tree.map(lambda x: x[prefix_slot], of_prompts)
-        taken = _where(is_there, taken, jax.tree.map(jnp.zeros_like, taken))
-        return _where(begins, taken, own)
-
-    return lax.cond(begins.any(), copied, lambda: own)
+    of_prompts = jax.tree.map(lambda x: x[prefix_slot], of_prompts)
+    # A prompt of one token is not prefilled.
+    is_there = length[prefix_slot] > 0
+    of_prompts = _where(is_there, of_prompts, jax.tree.map(jnp.zeros_like, own))
+    return _where(begins, of_prompts, own)
 
 
 def _record(

@@ -13,6 +13,7 @@ from pfjax.model.families import FAMILIES
 
 SMOLLM = "HuggingFaceTB/SmolLM3-3B"
 GEMMA, OLMO = "google/gemma-3-1b-it", "allenai/OLMo-2-0425-1B-Instruct"
+QWEN = "Qwen/Qwen3.5-0.8B"
 # As published; those of recipes ship with the package.
 SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
 HUB = {
@@ -56,7 +57,7 @@ HUB = {
 }
 
 
-for _name in (GEMMA, OLMO):
+for _name in (GEMMA, OLMO, QWEN):
     HUB[_name] = json.loads((hf.resolve_config(_name) / "config.json").read_text())
 
 
@@ -129,6 +130,35 @@ def test_smollm_of_the_hub(tmp_path):
     assert by_rule.layer_kinds == c.layer_kinds
     written = hf_config.to_json(by_rule, "float32")
     assert transformers.SmolLM3Config(**written).no_rope_layers == [1, 1, 1, 0] * 9
+
+
+def test_qwen_with_states_of_the_hub(tmp_path):
+    c = _read(tmp_path, HUB[QWEN])
+    assert c.period == ("linear_attention",) * 3 + ("full_attention",)
+    assert _windows(c) == [None, None, None, 0] * 6
+    assert c.rope == rope.RopeConfig(1e7, rotated=0.25) and c.stop_ids == (248044,)
+    shapes = transformer.abstract_params(c)["blocks"]
+    assert shapes["wq"].shape == (6, 1024, 8, 512)
+    assert shapes["w_mixed"].shape == (18, 1024, 6144)
+    assert shapes["w_up"].shape == (24, 1024, 3584)
+    assert sum(np.prod(x.shape) for x in _leaves(c)) == 752_393_024
+    text = HUB[QWEN]["text_config"]
+    for change, message in (
+        ({"attn_output_gate": False}, "attn_output_gate=False"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type='sigmoid'"),
+        ({"layer_types": ["sliding_attention"] * 24}, "layer_types="),
+        ({"linear_num_key_heads": 0}, "linear_num_key_heads=0"),
+        ({"linear_num_key_heads": 5}, "linear_num_key_heads=5"),
+        ({"full_attention_interval": 0}, "full_attention_interval=0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0}}, "rotary_factor=0"),
+        ({"rope_parameters": {"partial_rotary_factor": True}}, "rotary_factor=True"),
+        ({"rope_parameters": {"partial_rotary_factor": "x"}}, "rotary_factor='x'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "rotary_factor=0.1"),
+        ({"rope_parameters": {"partial_rotary_factor": 2}}, "rotary_factor=2"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            _read(tmp_path, HUB[QWEN] | {"text_config": text | change})
 
 
 def test_olmo_and_mistral_of_the_hub(tmp_path):

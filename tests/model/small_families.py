@@ -4,10 +4,10 @@ import dataclasses
 import importlib
 
 from pfjax.model import rope
-from pfjax.model.config import FULL, SLIDING, ModelConfig
+from pfjax.model.config import FULL, LINEAR, SLIDING, ModelConfig
 
 # Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
-NAMES = ("gemma3", "mistral", "olmo3", "qwen3", "smollm3")
+NAMES = ("gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "smollm3")
 
 
 def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
@@ -17,6 +17,10 @@ def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
     if name in ("gemma3", "mistral", "olmo3"):
         last = SLIDING if name == "mistral" else FULL
         given |= {"layer_types": (SLIDING, last), "sliding_window": window}
+    if name == "qwen3_5":
+        given |= {"layer_types": (LINEAR, FULL), "linear_num_key_heads": 2}
+        given |= {"linear_num_value_heads": 4, "linear_key_head_dim": 4}
+        given |= {"linear_value_head_dim": 6}
     if name in ("gemma3", "olmo3"):
         given["local_rope"] = rope.RopeConfig(theta=100.0)
     if name == "gemma3":

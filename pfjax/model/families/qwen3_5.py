@@ -93,7 +93,7 @@ class Block(layers.Block):
         beta = jax.nn.sigmoid(beta).astype(jnp.float32)
         out = layer.recur(delta.Inputs(mixed, log_decay, beta, of("kernel")[:, 0]))
         out = layers.rms_norm(out, of("out_norm"), self.config.norm_eps)
-        out = out.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+        out = out * jax.nn.silu(z.astype(jnp.float32))
         return self.project(out.astype(x.dtype), "w_out", layer)
 
 
@@ -132,6 +132,13 @@ class Config(ModelConfig):
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
 
+    def __post_init__(self):
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"sets linear_num_key_heads={self.linear_num_key_heads}, which must divide "
+                f"linear_num_value_heads {self.linear_num_value_heads}"
+            )
+
     @property
     def delta(self):
         return delta.Sizes(
@@ -160,7 +167,8 @@ class Config(ModelConfig):
             own = ("mrope_interleaved", "mrope_section", "partial_rotary_factor")
             plain = {name: x for name, x in p.items() if name not in own}
         part = 0.25 if part is None else part
-        is_part = isinstance(part, int | float) and 0 < part <= 1
+        is_number = isinstance(part, int | float) and not isinstance(part, bool)
+        is_part = is_number and 0 < part <= 1
         if (
             not is_part
             or int(json["head_dim"] * part) % 2
