@@ -73,7 +73,11 @@ def read(folder: pathlib.Path) -> ModelConfig:
     if sizes["tie_word_embeddings"] and any(folder.glob("*.safetensors")):
         sizes["tie_word_embeddings"] = not weights.has_own_head(folder)
     shared |= {ours: sizes[name] for name, ours in _FIELDS.items()}
-    return family(stop_ids=_stop_ids(folder, c), **shared, **own)
+    stop_ids = _stop_ids(folder, c)
+    try:
+        return family(stop_ids=stop_ids, **shared, **own)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def language_part(c: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +110,9 @@ _NULLABLE = ("head_dim", "sliding_window")
 
 
 def _with_defaults(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
+    for name, ours in family.json_aliases.items():
+        if name in c and c.get(ours) in (None, c[name]):
+            c = {k: v for k, v in c.items() if k != name} | {ours: c[name]}
     is_left_out = lambda x: x not in c or (c[x] is None and x not in _NULLABLE)
     return c | {k: v for k, v in family.json_defaults.items() if is_left_out(k)}
 

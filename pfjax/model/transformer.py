@@ -225,7 +225,7 @@ def logical_axes(config: ModelConfig) -> Params:
 class Tensor(NamedTuple):
     """Where a parameter is in Hugging Face's files."""
 
-    name: str  # of a layer's, below `model.layers.<i>.`
+    name: str  # of a layer's, below `model.layers.<i>.`; "*" is the number of an expert
     # Leading dimensions that are inputs, stored last there; None for one stored as it is.
     num_read: int | None
     layers: tuple[int, ...]  # that have it

@@ -135,6 +135,30 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_theta": 1e6},
+        },
+    ),
+    "qwen3-moe-bias": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
     "smollm3": (
         "smollm3",
         {"num_key_value_heads": 2, "no_rope_layer_interval": 2},
@@ -279,6 +303,8 @@ def test_float32_logits_equal_those_of_transformers(made, name):
     [
         "qwen2",
         "qwen3",
+        "qwen3-moe",
+        "qwen3-moe-bias",
         "llama-llama3",
         "mistral",
         "smollm3",
@@ -321,6 +347,12 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("qwen2-window", "sliding_window", 17),
         ("qwen2-window", "layer_types", (SLIDING, SLIDING)),
         ("qwen3-window", "layer_types", (FULL, SLIDING)),
+        ("qwen3-moe", "norm_topk_prob", False),
+        ("qwen3-moe", "num_experts_per_tok", 2),
+        ("qwen3-moe-bias", "norm_topk_prob", True),
+        ("qwen3-moe-bias", "num_experts_per_tok", 3),
+        ("qwen3-moe-bias", "attention_bias", False),
+        ("qwen3-moe-bias", "norm_eps", 1e-6),
         ("smollm3", "no_rope_layers", (1, 1)),
         ("smollm3-untied", "no_rope_layers", (0, 0)),
         ("smollm3-window", "sliding_window", 15),
@@ -435,7 +467,9 @@ def test_the_language_model_of_one_that_reads_images_too(place, tmp_path):
     assert hf.load(tmp_path / "saved").config == policy.config
 
 
-@pytest.mark.parametrize("name", ["gemma3-untied", "olmo3", "smollm3", "qwen3-window"])
+@pytest.mark.parametrize(
+    "name", ["gemma3-untied", "olmo3", "smollm3", "qwen3-window", "qwen3-moe"]
+)
 def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     import peft
 
