@@ -25,6 +25,7 @@ class Routing(NamedTuple):
     """How a token chooses its experts."""
 
     num_experts: int
+    width: int  # F, of each
     per_token: int  # experts that each token passes through
     is_normalised: bool  # whether their weights sum to one
 

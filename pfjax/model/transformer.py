@@ -241,6 +241,11 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
     return {path[-1]: of(v) for path, v in nnx.to_flat_state(_abstract(config)[1])}
 
 
+def of_experts(config: ModelConfig) -> tuple[str, ...]:
+    """The parameters of layers of which each expert has its own."""
+    return tuple(name for name, x in tensors(config).items() if "*" in x.name)
+
+
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Random parameters in float32."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))

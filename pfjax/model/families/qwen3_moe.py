@@ -72,5 +72,8 @@ class Config(ModelConfig):
     @property
     def experts(self):
         return experts.Routing(
-            self.num_experts, self.num_experts_per_tok, self.norm_topk_prob
+            self.num_experts,
+            self.moe_intermediate_size,
+            self.num_experts_per_tok,
+            self.norm_topk_prob,
         )
