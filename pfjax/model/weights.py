@@ -74,11 +74,18 @@ class _Stored(NamedTuple):
     name: str
     shape: list[int]
 
-    def read(self, index: Any = ...) -> np.ndarray:
-        # Opened anew: pages of a mapping that stays open would count as this process's
-        # memory until the whole model is read.
-        with safetensors.safe_open(self.file, "numpy") as handle:
-            return handle.get_slice(self.name)[index]
+    def read(self, index: Any = ..., opened: Any = None) -> np.ndarray:
+        handle = (opened or _open)(self.file)
+        return handle.get_slice(self.name)[index]
+
+
+def _open(file: pathlib.Path) -> Any:
+    """What reads a file, which is closed once nothing refers to it.
+
+    Pages of a mapping that stays open count as this process's memory: it must not be kept
+    until the whole model is read.
+    """
+    return safetensors.safe_open(file, "numpy")
 
 
 def _open_folder(
@@ -193,7 +200,8 @@ def load(
         order = [d for group in dims for d in group]
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            wanted, within = names[index[: names.ndim]], index[names.ndim :]
+            wanted = np.asarray(names[index[: names.ndim]])
+            within = index[names.ndim :]
             full = leaf.shape[names.ndim :]
             spans = [s.indices(n)[:2] for s, n in zip(within, full, strict=True)]
             sizes = [end - begin for begin, end in spans]
@@ -203,10 +211,13 @@ def load(
                 inner = math.prod(full[d] for d in others)
                 cut.append(slice(*(inner * x for x in spans[first])))
             out = np.empty((*wanted.shape, *sizes), dtype)
-            for i, name in np.ndenumerate(wanted):
-                part = tensors[name].read(tuple(cut))
-                part = part.reshape([sizes[d] for d in order])
-                out[i] = part.transpose(np.argsort(order))
+            for layer in np.ndindex(wanted.shape[:1]):
+                # Once for all experts of a layer: to open a file costs milliseconds.
+                opened = functools.lru_cache(maxsize=2)(_open)
+                for at, name in np.ndenumerate(wanted[layer]):
+                    part = tensors[name].read(tuple(cut), opened)
+                    part = part.reshape([sizes[d] for d in order])
+                    out[layer + at] = part.transpose(np.argsort(order))
             return out
 
         return jax.make_array_from_callback(leaf.shape, at, read)
