@@ -39,6 +39,9 @@ class Weights(NamedTuple):
     down: Float[Array, "e f d"]
 
 
+# Of the blocks of the kernel for gradients of matrices.
+_ROWS, _COLUMNS = 128, 512
+
 _AXES = {
     "router": (None, None),
     "gate": ("experts", "embed", None),
@@ -115,11 +118,51 @@ def mix(
     # What lies behind the last group is undefined, and so is its gradient.
     is_here = (jnp.arange(n * k) < sizes.sum())[:, None]
     rows = jnp.where(is_here, _take(k, x, order, inverse), 0)
-    gate = activation(lax.ragged_dot(rows, weights.gate, sizes))
-    inner = gate * lax.ragged_dot(rows, weights.up, sizes)
-    out = jnp.where(is_here, lax.ragged_dot(inner, weights.down, sizes), 0)
+    gate = activation(_product(rows, weights.gate, sizes))
+    inner = gate * _product(rows, weights.up, sizes)
+    out = jnp.where(is_here, _product(inner, weights.down, sizes), 0)
     out = _take(1, out, inverse, order).reshape(n, k, -1).astype(jnp.float32)
     return (probs[..., None] * out).sum(axis=1)
+
+
+@jax.custom_vjp
+def _product(
+    rows: Float[Array, "m i"], matrices: Float[Array, "e i o"], sizes: Int[Array, "e"]
+) -> Float[Array, "m o"]:
+    """Each group of rows times its matrix."""
+    return lax.ragged_dot(rows, matrices, sizes)
+
+
+def _product_forward(rows, matrices, sizes):
+    return _product(rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _product_backward(saved, g):
+    rows, matrices, sizes = saved
+    of_matrices = _gradient_kernel if sharding.platform()[0] == "tpu" else _gradient
+    of_rows = lax.ragged_dot(g, matrices.swapaxes(1, 2), sizes)
+    return of_rows, of_matrices(rows, g, sizes), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _gradient(
+    rows: Float[Array, "m i"], g: Float[Array, "m o"], sizes: Int[Array, "e"]
+) -> Float[Array, "e i o"]:
+    """The product of each group of rows and its gradients."""
+    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(rows, g, sizes, over_rows)
+
+
+def _gradient_kernel(rows, g, sizes, interpret=False):
+    """The same on TPUs, where XLA multiplies the rows of all groups for each of them."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    pad = lambda x: jnp.pad(x, ((0, -len(x) % _ROWS), (0, 0)))
+    tiles = (_ROWS, min(rows.shape[1], _COLUMNS), min(g.shape[1], _COLUMNS))
+    how = {"preferred_element_type": g.dtype, "tiling": tiles, "interpret": interpret}
+    return tgmm(pad(rows).T, pad(g), sizes, **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -214,10 +214,10 @@ def load(
             for layer in np.ndindex(wanted.shape[:1]):
                 # Once for all experts of a layer: to open a file costs milliseconds.
                 opened = functools.lru_cache(maxsize=2)(_open)
-                for at, name in np.ndenumerate(wanted[layer]):
+                for i, name in np.ndenumerate(wanted[layer]):
                     part = tensors[name].read(tuple(cut), opened)
                     part = part.reshape([sizes[d] for d in order])
-                    out[layer + at] = part.transpose(np.argsort(order))
+                    out[layer + i] = part.transpose(np.argsort(order))
             return out
 
         return jax.make_array_from_callback(leaf.shape, at, read)

@@ -69,6 +69,20 @@ def test_tokens_that_all_choose_the_same_experts_disturb_no_other(rng):
     np.testing.assert_array_equal(run(crowded)[:, :4], run(x)[:, :4])
 
 
+@pytest.mark.parametrize("sizes", [[70, 0, 30, 33], [0, 128, 5, 0], [0] * 4])
+def test_the_kernel_finds_the_gradients_of_matrices(rng, sizes):
+    """Of groups that are empty too, and whatever lies behind the last one."""
+    m, sizes = 133, np.array(sizes, np.int32)
+    rows, g = (rng.normal(size=(m, n)).astype(np.float32) for n in (256, 128))
+    g[sizes.sum() :] = np.nan
+    got = experts._gradient_kernel(rows, g, sizes, interpret=True)
+    ends = np.cumsum(sizes)
+    groups = zip(ends - sizes, ends, strict=True)
+    want = np.stack([rows[a:b].T @ g[a:b] for a, b in groups])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    np.testing.assert_allclose(experts._gradient(rows, g, sizes), want, atol=1e-4)
+
+
 def test_experts_are_chosen_in_float32(rng):
     """In bfloat16 some of them would be equally likely."""
     x = rng.normal(size=(64, 16)).astype(jnp.bfloat16)
