@@ -10,6 +10,7 @@ import pytest
 from pfjax.infra import sharding
 from pfjax.model import experts, log_probs, transformer
 from tests.model import small_families
+from tests.planner import plans
 
 ROUTING = experts.Routing(num_experts=8, width=6, per_token=3, is_normalised=True)
 
@@ -130,6 +131,28 @@ def test_no_device_has_all_experts(rng):
         text = grad.lower(x, jax.tree.map(put, weights, where)).compile().as_text()
     assert "[2,16,6]" in text and "[2,6,16]" in text
     assert "[8,16,6]" not in text and "[8,6,16]" not in text
+
+
+@pytest.mark.slow
+def test_tpus_multiply_rows_with_their_own_experts_only(tpu_mesh):
+    """Also for the gradient: nowhere are there as many rows for each expert."""
+    mesh = tpu_mesh("v5e:2x2", data=1, fsdp=1, tensor=4)
+    d, e, f = 256, 16, 128
+    routing = experts.Routing(e, f, 2, True)
+    shapes = experts.Weights((d, e), (e, d, f), (e, d, f), (e, f, d))
+    axes = ("experts", "embed", "mlp")
+    axes = experts.Weights(("embed", "experts"), axes, axes, axes)
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    weights = experts.Weights(*(shape(*s) for s in shapes))
+    where = sharding.tree_shardings(mesh, axes, weights)
+    with jax.set_mesh(mesh):
+        loss = lambda x, w: jnp.sum(ours(routing, x, w).astype(jnp.float32) ** 2)
+        grad = jax.jit(jax.grad(loss, (0, 1)), in_shardings=(None, where))
+        compiled = grad.lower(shape(1, 1024, d), weights).compile()
+    rows, local = 2 * 1024, e // 4
+    seen = plans.arrays(compiled.as_text())
+    assert any({rows, f} <= set(x) for x in seen)
+    assert not [x for x in seen if {local, rows} <= set(x) and {d, f} & set(x)]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
