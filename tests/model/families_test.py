@@ -213,7 +213,6 @@ def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
         (MOE, {"shared_expert_intermediate_size": 512}),
         (MOE, {"num_local_experts": 64}),
         (MOE, {"num_experts_per_tok": 129}),
-        (MOE, {"use_sliding_window": True, "sliding_window": 4096}),
         (OLMO, {"attention_bias": "yes"}),
     ],
 )
@@ -311,6 +310,7 @@ def test_a_base_beside_the_parameters_stands_in_for_one_within(tmp_path):
     ("name", "change", "message"),
     [
         (GEMMA, {"head_dim": 255}, "head_dim"),
+        (MOE, {"use_sliding_window": True}, "sets use_sliding_window=True: not supported"),
         (OLMO, {"quantization_config": "fp8"}, r"quantised \(fp8"),
         ("mistralai/Mistral-7B-v0.1", {"layer_types": ["full_attention"] * 32}, "types"),
         (OLMO, {"model_type": "olmo3", "rope_theta": 1e6, "architectures": None}, "rope_theta"),
