@@ -41,7 +41,7 @@ _attention = _policies.save_only_these_names(SAVED)
 _dots = _policies.dots_with_no_batch_dims_saveable
 # What the backward pass finds stored of a layer, beside its input; the rest it computes
 # again. "attention" spares the part that grows with the row, for 2 D a token and layer;
-# "dots" all products with weights, for some 10 D.
+# "dots" all products with weights but experts', for some 10 D.
 REMAT = {
     "full": _policies.nothing_saveable,
     "attention": _attention,

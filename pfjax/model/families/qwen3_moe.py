@@ -12,6 +12,14 @@ from pfjax.model import experts
 from pfjax.model.config import ModelConfig
 from pfjax.model.families import qwen3
 
+# Parameter -> letters of its dimensions, and its tensor.
+_EXPERTS = {
+    "w_router": ("de", "mlp.gate.weight"),
+    "w_expert_gate": ("edf", "mlp.experts.*.gate_proj.weight"),
+    "w_expert_up": ("edf", "mlp.experts.*.up_proj.weight"),
+    "w_expert_down": ("efd", "mlp.experts.*.down_proj.weight"),
+}
+
 
 class Block(qwen3.Block):
     projections = {
@@ -26,21 +34,15 @@ class Block(qwen3.Block):
 
     def __init__(self, config, rngs, layer_type=""):
         super().__init__(config, rngs, layer_type)
-        c = config
-        into = nnx.initializers.normal(c.embed_dim**-0.5)
-        back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
-        for name, letters, init, tensor in (
-            ("w_router", "de", into, "gate.weight"),
-            ("w_expert_gate", "edf", into, "experts.*.gate_proj.weight"),
-            ("w_expert_up", "edf", into, "experts.*.up_proj.weight"),
-            ("w_expert_down", "efd", back, "experts.*.down_proj.weight"),
-        ):
-            self.declare(rngs, name, letters, init, f"mlp.{tensor}", num_read=1)
+        c, normal = config, nnx.initializers.normal
+        for name, (letters, tensor) in _EXPERTS.items():
+            is_back = letters == "efd"  # as in `layers.Block`
+            fan = 2 * c.num_layers * c.embed_dim if is_back else c.embed_dim
+            self.declare(rngs, name, letters, normal(fan**-0.5), tensor, num_read=1)
 
     def mlp(self, x, layer):
-        names = ("w_router", "w_expert_gate", "w_expert_up", "w_expert_down")
-        weights = (getattr(self, name)[...].astype(x.dtype) for name in names)
         c = self.config
+        weights = (getattr(self, name)[...].astype(x.dtype) for name in _EXPERTS)
         return experts.apply(c.experts, x, experts.Weights(*weights), c.activation)
 
 
