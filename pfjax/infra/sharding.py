@@ -25,6 +25,8 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    # Not over "fsdp": a device has the same tokens as the others along "tensor" only.
+    "experts": ("tensor",),
     # The head's vocabulary takes every device that holds weights: then no chunk
     # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
     "vocab": ("fsdp", "context", "tensor"),

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from pfjax.batch import Array
-from pfjax.model import delta, layers, rope
+from pfjax.model import delta, experts, layers, rope
 from pfjax.model.rope import RopeConfig
 
 # Of `layer_types` in config.json.
@@ -48,6 +48,8 @@ class ModelConfig:
     norm_init: ClassVar[Callable[..., Array]] = staticmethod(nnx.initializers.ones)
     # What transformers takes for fields of config.json that are not there.
     json_defaults: ClassVar[dict[str, Any]] = {}
+    # Other names of its fields -> those that are read here.
+    json_aliases: ClassVar[dict[str, str]] = {}
     # Fields of config.json that have one value, if any; the activation first.
     json_constants: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
     # The type of `layer_types` that layers have which are not FULL.
@@ -116,6 +118,11 @@ class ModelConfig:
     @property
     def delta(self) -> delta.Sizes | None:
         """Sizes of the layers that keep a state, where there are some."""
+        return None
+
+    @property
+    def experts(self) -> experts.Routing | None:
+        """How tokens choose experts, where layers have some."""
         return None
 
     @property

@@ -13,8 +13,23 @@ from pfjax.model.config import ModelConfig
 
 def weights_per_token(config: ModelConfig) -> int:
     """Weights of the layers that each token is multiplied with, adapters included."""
+    return sum(_weights(config).values())
+
+
+def all_weights(config: ModelConfig) -> int:
+    """The same, of all experts."""
+    return sum(_weights(config, of_all_experts=True).values())
+
+
+def _weights(config: ModelConfig, of_all_experts: bool = False) -> dict[str, int]:
+    """Of each parameter of the layers."""
     blocks = transformer.abstract_params(config)["blocks"]
-    return sum(x.size for name, x in blocks.items() if name.startswith("w"))
+    sizes = {name: x.size for name, x in blocks.items() if name.startswith("w")}
+    if config.experts and not of_all_experts:
+        num, used = config.experts.num_experts, config.experts.per_token
+        of_experts = transformer.of_experts(config)
+        sizes |= {name: sizes[name] // num * used for name in of_experts}
+    return sizes
 
 
 def forward_flops(
@@ -52,9 +67,8 @@ def update_flops(
     forward = forward_flops(config, lengths, lengths - prompts)
     if not config.lora_rank:
         return 4 * forward
-    blocks = transformer.abstract_params(config)["blocks"]
-    frozen = sum(blocks[x].size for x in config.block.projections) * float(
-        lengths.sum()
-    )
+    adapters = {f"{name}_{x}" for name in config.adapted for x in "ab"}
+    frozen = sum(n for name, n in _weights(config).items() if name not in adapters)
+    frozen *= float(lengths.sum())
     head = config.vocab_size * config.embed_dim * float((lengths - prompts).sum())
     return 4 * forward - 2 * (frozen + head)

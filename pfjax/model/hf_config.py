@@ -110,6 +110,9 @@ _NULLABLE = ("head_dim", "sliding_window")
 
 
 def _with_defaults(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
+    for name, ours in family.json_aliases.items():
+        if name in c and c.get(ours) in (None, c[name]):
+            c = {k: v for k, v in c.items() if k != name} | {ours: c[name]}
     is_left_out = lambda x: x not in c or (c[x] is None and x not in _NULLABLE)
     return c | {k: v for k, v in family.json_defaults.items() if is_left_out(k)}
 

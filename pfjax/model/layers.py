@@ -119,7 +119,8 @@ class Block(nnx.Module):
           tensor: its name in Hugging Face's layer.
           only: type of the layers that have it; "" for all.
           num_read: leading dimensions that are inputs, which HF stores last; None for
-            one of several dimensions that it stores as they are.
+            one of several dimensions that it stores as they are. Not counted is a first
+            one of experts, for whose number the tensor's name has a "*".
         """
         if self.layer_type and only not in ("", self.layer_type):
             return

@@ -41,7 +41,7 @@ _attention = _policies.save_only_these_names(SAVED)
 _dots = _policies.dots_with_no_batch_dims_saveable
 # What the backward pass finds stored of a layer, beside its input; the rest it computes
 # again. "attention" spares the part that grows with the row, for 2 D a token and layer;
-# "dots" all products with weights, for some 10 D.
+# "dots" all products with weights but experts', for some 10 D.
 REMAT = {
     "full": _policies.nothing_saveable,
     "attention": _attention,
@@ -225,7 +225,7 @@ def logical_axes(config: ModelConfig) -> Params:
 class Tensor(NamedTuple):
     """Where a parameter is in Hugging Face's files."""
 
-    name: str  # of a layer's, below `model.layers.<i>.`
+    name: str  # of a layer's, below `model.layers.<i>.`; "*" is the number of an expert
     # Leading dimensions that are inputs, stored last there; None for one stored as it is.
     num_read: int | None
     layers: tuple[int, ...]  # that have it
@@ -239,6 +239,11 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
         return Tensor(name, num_read, config.layers_of_type(only))
 
     return {path[-1]: of(v) for path, v in nnx.to_flat_state(_abstract(config)[1])}
+
+
+def of_experts(config: ModelConfig) -> tuple[str, ...]:
+    """The parameters of layers of which each expert has its own."""
+    return tuple(name for name, x in tensors(config).items() if "*" in x.name)
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:

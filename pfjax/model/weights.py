@@ -32,12 +32,14 @@ _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^mtp\.")
 
 
 class _Layout(NamedTuple):
-    """How the files hold a parameter: a tensor per layer, or one."""
+    """How the files hold a parameter: one tensor, one per layer, or one per layer and
+    expert."""
 
-    names: list[str]
+    names: (
+        np.ndarray
+    )  # as many dimensions as our first ones that they are stacked along
     shape: list[int]  # of each tensor
-    dims: list[tuple[int, ...]]  # of ours in each of its dimensions, without "layers"
-    is_layer: bool
+    dims: list[tuple[int, ...]]  # of ours in each of its dimensions, without those
 
 
 def _layouts(
@@ -48,17 +50,19 @@ def _layouts(
 
     def layout(path, leaf):
         (name, num_read, numbers), is_layer = known[path[-1].key], len(path) > 1
-        shape = leaf.shape[is_layer:]
+        names = np.array(name)
+        if is_layer:
+            names = np.array([f"model.layers.{i}.{name}" for i in numbers])
+        if "*" in name:
+            of_expert = lambda x: [x.replace("*", str(e)) for e in range(leaf.shape[1])]
+            names = np.array([of_expert(x) for x in names])
+        shape = leaf.shape[names.ndim :]
         order = tuple(range(len(shape)))
         dims = [(d,) for d in order]
-        if is_layer:
-            names = [f"model.layers.{i}.{name}" for i in numbers]
-            if num_read is not None:
-                dims = [order[num_read:], order[:num_read]] if num_read else [order]
-        else:
-            names = [name]
+        if is_layer and num_read is not None:
+            dims = [order[num_read:], order[:num_read]] if num_read else [order]
         sizes = [math.prod(shape[d] for d in group) for group in dims]
-        return _Layout(names, sizes, dims, is_layer)
+        return _Layout(names, sizes, dims)
 
     return [(layout(*x), x[1]) for x in jax.tree.leaves_with_path(params)]
 
@@ -70,11 +74,18 @@ class _Stored(NamedTuple):
     name: str
     shape: list[int]
 
-    def read(self, index: Any = ...) -> np.ndarray:
-        # Opened anew: pages of a mapping that stays open would count as this process's
-        # memory until the whole model is read.
-        with safetensors.safe_open(self.file, "numpy") as handle:
-            return handle.get_slice(self.name)[index]
+    def read(self, index: Any = ..., opened: Any = None) -> np.ndarray:
+        handle = (opened or _open)(self.file)
+        return handle.get_slice(self.name)[index]
+
+
+def _open(file: pathlib.Path) -> Any:
+    """What reads a file, which is closed once nothing refers to it.
+
+    Pages of a mapping that stays open count as this process's memory: it must not be kept
+    until the whole model is read.
+    """
+    return safetensors.safe_open(file, "numpy")
 
 
 def _open_folder(
@@ -120,7 +131,7 @@ def _language_part(tensors: dict[str, _Stored]) -> dict[str, _Stored]:
 
 
 def _check(folder: pathlib.Path, tensors: dict, layouts: list[_Layout]) -> None:
-    wanted = {name: x.shape for x in layouts for name in x.names}
+    wanted = {name: x.shape for x in layouts for name in x.names.flat}
     present = {name for name in tensors if not _IGNORED.search(name)}
     if HEAD_TENSOR not in wanted:
         present.discard(HEAD_TENSOR)  # a copy of the embedding, see `has_own_head`
@@ -185,12 +196,13 @@ def load(
     _check(folder, tensors, [layout for layout, _ in layouts])
 
     def place(layout, leaf, at):
-        names, _, dims, is_layer = layout
+        names, _, dims = layout
         order = [d for group in dims for d in group]
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            layers, *within = index if is_layer else (slice(None), *index)
-            full = leaf.shape[is_layer:]
+            wanted = np.asarray(names[index[: names.ndim]])
+            within = index[names.ndim :]
+            full = leaf.shape[names.ndim :]
             spans = [s.indices(n)[:2] for s, n in zip(within, full, strict=True)]
             sizes = [end - begin for begin, end in spans]
             cut = []
@@ -198,12 +210,15 @@ def load(
                 # Of several dimensions in one, only the first may be split.
                 inner = math.prod(full[d] for d in others)
                 cut.append(slice(*(inner * x for x in spans[first])))
-            out = np.empty((len(names[layers]), *sizes), dtype)
-            for i, name in enumerate(names[layers]):
-                part = tensors[name].read(tuple(cut))
-                part = part.reshape([sizes[d] for d in order])
-                out[i] = part.transpose(np.argsort(order))
-            return out if is_layer else out[0]
+            out = np.empty((*wanted.shape, *sizes), dtype)
+            for layer in np.ndindex(wanted.shape[:1]):
+                # Once for all experts of a layer: to open a file costs milliseconds.
+                opened = functools.lru_cache(maxsize=2)(_open)
+                for i, name in np.ndenumerate(wanted[layer]):
+                    part = tensors[name].read(tuple(cut), opened)
+                    part = part.reshape([sizes[d] for d in order])
+                    out[layer + i] = part.transpose(np.argsort(order))
+            return out
 
         return jax.make_array_from_callback(leaf.shape, at, read)
 
@@ -221,7 +236,8 @@ def write_tensors(
     stem: str = "model",
     prefix: str = "",
 ) -> None:
-    """Writes `<stem>.safetensors`, or many and an index; one tensor is on the host at once.
+    """Writes `<stem>.safetensors`, or many and an index; one tensor, or those of the experts
+    of one layer, are on the host at once.
 
     Every process takes part in the gathering, the first one writes.
     """
@@ -277,15 +293,23 @@ def _write_file(path: os.PathLike, tensors: dict[str, Lazy], dtype: np.dtype) ->
 def _hf_tensors(
     config: ModelConfig, params: transformer.Params, dtype: jnp.dtype, prefix: str = ""
 ) -> dict[str, Lazy]:
-    def fetch(leaf, layout, i):
-        value = leaf[i] if layout.is_layer else leaf
-        value = value.transpose([d for dims in layout.dims for d in dims]).astype(dtype)
+    layouts = _layouts(config, params)
+
+    # Those of one layer's experts, which may be on many devices, are fetched together.
+    @functools.lru_cache(maxsize=1)
+    def fetch(number, layer):
+        layout, leaf = layouts[number]
+        value = leaf[layer] if layer else leaf
+        first = layout.names.ndim - len(layer)
+        order = [first + d for dims in layout.dims for d in dims]
+        value = value.transpose([*range(first), *order]).astype(dtype)
         if not getattr(value, "is_fully_addressable", True):
             value = sharding.fetch(value)
         return np.asarray(value)
 
+    values = lambda number, at: fetch(number, at[:1])[at[1:]]
     return {
-        prefix + name: (layout.shape, functools.partial(fetch, leaf, layout, i))
-        for layout, leaf in _layouts(config, params)
-        for i, name in enumerate(layout.names)
+        prefix + str(name): (layout.shape, functools.partial(values, number, at))
+        for number, (layout, _) in enumerate(layouts)
+        for at, name in np.ndenumerate(layout.names)
     }

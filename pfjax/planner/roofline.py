@@ -67,7 +67,7 @@ class Workload:
     @property
     def layer_bytes(self) -> float:
         """Bytes of the weights of all layers in bfloat16, split over "tensor" alone."""
-        return 2 * flops.weights_per_token(self.model) / self.mesh["tensor"]
+        return 2 * flops.all_weights(self.model) / self.mesh["tensor"]
 
 
 class Sent(NamedTuple):

@@ -120,14 +120,25 @@ def optimizer_of(
 
 
 def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConfig:
-    """The base with the adapters that are trained beside it, if any."""
+    """The base with the adapters that are trained beside it, if any.
+
+    Raises:
+      ValueError: if they are asked for on projections that it has not.
+    """
     if not config.lora.rank:
         return base_model
+    targets, own = lora.projections(config.lora.targets), base_model.block.projections
+    if absent := tuple(x for x in targets if x not in own):
+        has = lambda names: ",".join(lora.target_names(tuple(names)))
+        raise ValueError(
+            f"--config.lora.targets={config.lora.targets}: models of the family "
+            f"{base_model.model_type} have no {has(absent)}; give some of {has(own)}"
+        )
     return dataclasses.replace(
         base_model,
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha,
-        lora_targets=lora.projections(config.lora.targets),
+        lora_targets=targets,
     )
 
 

@@ -39,10 +39,14 @@ def pass_bytes(
     tensor, parts = mesh["tensor"], mesh["fsdp"] * mesh["context"]
     heads = model.num_heads * model.head_dim / tensor
     kv = key_value_width(model, mesh)
-    inner = model.mlp_dim / tensor
+    inner, rows = model.mlp_dim / tensor, 0
+    if model.experts:
+        # Those that one device has may be chosen by all tokens.
+        inner = model.experts.per_token * model.experts.width
+        rows = model.experts.per_token * model.embed_dim
     # Keys and values of the whole row are here while a layer attends.
     whole = mesh["context"] * kv
-    layer = 4 * model.embed_dim + 4 * heads + kv + whole + 4 * inner
+    layer = 4 * model.embed_dim + 4 * heads + kv + whole + 4 * inner + 4 * rows
     chunk = min(log_probs.CHUNK, tokens) * parts
     logits = 4 * chunk * model.vocab_size / (parts * tensor)
     logits += 2 * chunk * model.embed_dim
@@ -53,11 +57,11 @@ def pass_bytes(
     kept = {
         "full": model.embed_dim,
         "attention": model.embed_dim + heads,
-        "dots": 3 * model.embed_dim + 2 * heads + kv + 2 * inner,
-        "none": 8 * model.embed_dim + 4 * heads + 2 * kv + 5 * inner,
+        "dots": 3 * model.embed_dim + 2 * heads + kv + (0 if rows else 2 * inner),
+        "none": 8 * model.embed_dim + 4 * heads + 2 * kv + 5 * inner + 4 * rows,
     }[remat]
     # A layer's values and their gradients; its weights and those of the next.
-    weights = 2 * flops.weights_per_token(model) / tensor
+    weights = 2 * flops.all_weights(model) / tensor
     layer = 4 * tokens * layer + 4 * weights / model.num_layers
     gradients = 2 * param_bytes  # their sum, and those of one micro-batch
     kept = 2 * tokens * model.num_layers * kept

@@ -1,5 +1,6 @@
 """What configs on the hub say of layers, and that one file makes a family."""
 
+import dataclasses
 import json
 import re
 
@@ -7,16 +8,49 @@ import numpy as np
 import pytest
 import transformers
 
-from pfjax.model import hf, hf_config, rope, transformer
+from pfjax.model import experts, hf, hf_config, rope, transformer
 from pfjax.model.config import LayerKind
 from pfjax.model.families import FAMILIES
 
+MOE = "Qwen/Qwen3-30B-A3B"
 SMOLLM = "HuggingFaceTB/SmolLM3-3B"
 GEMMA, OLMO = "google/gemma-3-1b-it", "allenai/OLMo-2-0425-1B-Instruct"
 QWEN = "Qwen/Qwen3.5-0.8B"
 # As published; those of recipes ship with the package.
 SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
 HUB = {
+    MOE: {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
     SMOLLM: {
         "architectures": ["SmolLM3ForCausalLM"],
         "eos_token_id": 128012,
@@ -78,6 +112,21 @@ def test_gemma_of_the_hub(tmp_path):
     assert c.tied_embeddings and c.stop_ids == (1, 106)
     size = sum(np.prod(x.shape) for x in _leaves(c))
     assert size == 999_885_952  # as published
+
+
+def test_qwen_with_experts_of_the_hub(tmp_path):
+    c = _read(tmp_path, HUB[MOE])
+    assert sum(np.prod(x.shape) for x in _leaves(c)) == 30_532_122_624  # as published
+    assert c.experts == experts.Routing(128, 768, 8, is_normalised=True)
+    assert c.rope == rope.RopeConfig(1e6) and set(_windows(c)) == {0}
+    shapes = transformer.abstract_params(c)["blocks"]
+    assert shapes["w_expert_down"].shape == (48, 128, 768, 2048)
+    # Adapters are of attention.
+    adapted = dataclasses.replace(c, lora_rank=2).adapted
+    assert adapted == ("wq", "wk", "wv", "wo")
+    # As transformers 5 writes it.
+    renamed = {k: v for k, v in HUB[MOE].items() if k != "num_experts"}
+    assert _read(tmp_path, renamed | {"num_local_experts": 128}) == c
 
 
 def test_larger_gemmas_are_read_without_their_images(tmp_path):
@@ -189,6 +238,11 @@ def test_a_window_as_wide_as_the_positions_hides_nothing(tmp_path):
         (GEMMA, {"sliding_window": 0}),
         (SMOLLM, {"no_rope_layers": 3}),
         (OLMO, {"clip_qkv": 8.0}),
+        (MOE, {"mlp_only_layers": [0]}),
+        (MOE, {"decoder_sparse_step": 2}),
+        (MOE, {"shared_expert_intermediate_size": 512}),
+        (MOE, {"num_local_experts": 64}),
+        (MOE, {"num_experts_per_tok": 129}),
         (OLMO, {"attention_bias": "yes"}),
     ],
 )
@@ -210,6 +264,10 @@ def test_what_a_family_does_not_know_is_refused_by_name(tmp_path, name, change):
         (SMOLLM, "max_window_layers"),
         (SMOLLM, "mlp_bias"),
         (OLMO, "attention_bias"),
+        (MOE, "moe_intermediate_size"),
+        (MOE, "norm_topk_prob"),
+        (MOE, "num_experts"),
+        (MOE, "num_experts_per_tok"),
     ],
 )
 @pytest.mark.parametrize("value", ["x", -1, 1.5, [1], {"a": 1}, [[]], [[]] * 26])
@@ -282,6 +340,7 @@ def test_a_base_beside_the_parameters_stands_in_for_one_within(tmp_path):
     ("name", "change", "message"),
     [
         (GEMMA, {"head_dim": 255}, "head_dim"),
+        (MOE, {"use_sliding_window": True}, "sets use_sliding_window=True: not supported"),
         (OLMO, {"quantization_config": "fp8"}, r"quantised \(fp8"),
         ("mistralai/Mistral-7B-v0.1", {"layer_types": ["full_attention"] * 32}, "types"),
         (OLMO, {"model_type": "olmo3", "rope_theta": 1e6, "architectures": None}, "rope_theta"),

@@ -8,6 +8,7 @@ import pytest
 
 from pfjax.infra import hardware
 from pfjax.model import flops, log_probs, transformer
+from tests.model import small_families
 from tests.sampler import windowed
 
 
@@ -19,6 +20,25 @@ def test_one_sequence_by_hand(tiny_config):
     got = flops.forward_flops(tiny_config, np.array([10]), np.array([6]))
     assert got == 2 * 6144 * 10 + 4 * 2 * 32 * 55 + 2 * 16 * 16 * 6
     assert flops.update_flops(tiny_config, np.array([10]), np.array([4])) == 4 * got
+
+
+def test_a_token_is_multiplied_with_its_experts_only(tiny_config):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    # Of attention 16 (32 + 16 + 16) + 32 x 16, of the router 16 x 4, and 2 of 4 experts
+    # of 3 x 16 x 16.
+    attention, router, expert = 1536, 64, 768
+    num = 2 * (attention + router + 2 * expert)
+    assert flops.weights_per_token(config) == num
+    assert flops.all_weights(config) == num + 2 * 2 * expert
+    ten, four = np.array([10]), np.array([4])
+    head = 16 * 16 * 6
+    got = flops.forward_flops(config, ten, ten - four)
+    assert got == 2 * num * 10 + 4 * 2 * 32 * 55 + 2 * head
+    adapted = dataclasses.replace(config, lora_rank=2)
+    adapters = flops.weights_per_token(adapted) - num
+    assert adapters == 2 * 2 * ((16 + 32) + 2 * (16 + 16) + (32 + 16))
+    want = 4 * got + 4 * 2 * adapters * 10 - 2 * (num * 10 + head)
+    assert flops.update_flops(adapted, ten, four) == want
 
 
 def test_a_window_leaves_out_pairs(tiny_config):

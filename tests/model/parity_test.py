@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from pfjax.model import hf, hf_config, log_probs, lora, rope, transformer
+from pfjax.model import experts, hf, hf_config, log_probs, lora, rope, transformer
 from pfjax.model.config import FULL, SLIDING
 
 SMALL = {
@@ -133,6 +133,30 @@ CASES = {
             "use_sliding_window": True,
             "sliding_window": 15,
             "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_theta": 1e6},
+        },
+    ),
+    "qwen3-moe-bias": (
+        "qwen3_moe",
+        {
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "moe_intermediate_size": 40,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-3,
         },
     ),
     "smollm3": (
@@ -357,6 +381,39 @@ def test_bfloat16_logits_are_within_rounding(made, name):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-bias"])
+def test_bfloat16_logits_are_within_rounding_where_experts_are_the_same(
+    made, monkeypatch, name
+):
+    """Some choices are so close that rounding decides them, in any implementation."""
+    folder, tokens, positions, _ = made(name)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16
+    ).float()
+    want = _reference_logits(reference, tokens, positions)
+    with torch.no_grad():
+        given = {"position_ids": torch.tensor(positions), "output_router_logits": True}
+        mask = torch.ones(tokens.shape, dtype=torch.long)
+        routers = reference(torch.tensor(tokens), mask, **given).router_logits
+    policy, found = hf.load(folder, dtype="bfloat16"), []
+    route = experts.route
+
+    def recorded(*args):
+        probs, chosen = route(*args)
+        jax.debug.callback(lambda x: found.append(np.sort(x)), chosen, ordered=True)
+        return probs, chosen
+
+    monkeypatch.setattr(experts, "route", recorded)
+    got = _logits(policy, tokens, positions)
+    k = policy.config.num_experts_per_tok
+    chosen = [np.sort(x.topk(k).indices.numpy()) for x in routers]
+    assert len(chosen) == len(found) == policy.config.num_layers
+    is_same = (np.stack(found) == np.stack(chosen)).all(axis=(0, 2))
+    assert is_same.mean() > 0.9
+    error = np.linalg.norm((got - want)[:, is_same])
+    assert error / np.linalg.norm(want[:, is_same]) < 2e-2
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
@@ -380,6 +437,12 @@ def test_bfloat16_logits_are_within_rounding(made, name):
         ("qwen2-window", "sliding_window", 17),
         ("qwen2-window", "layer_types", (SLIDING, SLIDING)),
         ("qwen3-window", "layer_types", (FULL, SLIDING)),
+        ("qwen3-moe", "norm_topk_prob", False),
+        ("qwen3-moe", "num_experts_per_tok", 2),
+        ("qwen3-moe-bias", "norm_topk_prob", True),
+        ("qwen3-moe-bias", "num_experts_per_tok", 3),
+        ("qwen3-moe-bias", "attention_bias", False),
+        ("qwen3-moe-bias", "norm_eps", 1e-6),
         ("smollm3", "no_rope_layers", (1, 1)),
         ("smollm3-untied", "no_rope_layers", (0, 0)),
         ("smollm3-window", "sliding_window", 15),
@@ -530,7 +593,8 @@ def test_the_language_model_of_one_that_reads_images_too(make, place, alone, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3-untied", "olmo3", "smollm3", "qwen3-window", "qwen3_5"]
+    "name",
+    ["gemma3-untied", "olmo3", "smollm3", "qwen3-window", "qwen3_5", "qwen3-moe"],
 )
 def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     import peft
@@ -538,7 +602,10 @@ def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     folder, tokens, positions, plain = made(name)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
-    how = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
+    # Of a model with experts peft would adapt them too.
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets = attention if name == "qwen3-moe" else "all-linear"
+    how = {"r": 2, "target_modules": targets, "init_lora_weights": False}
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **how))
     model.eval().save_pretrained(tmp_path)
     want = _reference_logits(model, tokens, positions)

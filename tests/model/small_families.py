@@ -7,7 +7,9 @@ from pfjax.model import rope
 from pfjax.model.config import FULL, LINEAR, SLIDING, ModelConfig
 
 # Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
-NAMES = ("gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "smollm3")
+NAMES = (
+    "gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "qwen3_moe", "smollm3",
+)  # fmt: skip
 
 
 def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
@@ -25,6 +27,9 @@ def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:
         given["local_rope"] = rope.RopeConfig(theta=100.0)
     if name == "gemma3":
         given["query_pre_attn_scalar"] = 4
+    if name == "qwen3_moe":
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2}
+        given |= sizes | {"moe_intermediate_size": 16, "norm_topk_prob": True}
     if name == "smollm3":
         given["no_rope_layers"] = (1, 0)
     return importlib.import_module(f"pfjax.model.families.{name}").Config(**given)

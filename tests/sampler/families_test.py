@@ -1,9 +1,12 @@
 """Rollouts of every family record what scoring finds."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
+from pfjax.infra import sharding
 from pfjax.model import log_probs, transformer
 from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
@@ -27,3 +30,18 @@ def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name):
     for i, want in zip(at, log_probs.score(policy, sequences, lengths), strict=True):
         recorded = out.log_probs[i][: out.lengths[i]]
         np.testing.assert_allclose(recorded, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 4), (1, 1, 4)])
+def test_rollouts_with_experts_on_several_devices_are_the_same(tiny_config, sizes):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    params = transformer.init_params(config, jax.random.key(0))
+    prompts, run = [[2, 3], [4] * 9], functools.partial(engine.rollout, seed=1)
+    want = run(transformer.Policy(config, params), prompts, 4, 12)
+    mesh = sharding.make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
+    where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
+    with jax.set_mesh(mesh):
+        policy = transformer.Policy(config, jax.device_put(params, where))
+        got = run(policy, prompts, 4, 12)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)

@@ -11,8 +11,9 @@ from pfjax.model import lora
 from pfjax.sampler import decode, engine
 from pfjax.sampler.options import Capacity
 from pfjax.tasks import grading
-from pfjax.trainer import setup
+from pfjax.trainer import setup, train_fns
 from tests.conftest import count_compiles
+from tests.model import small_families
 from tests.trainer.loop_test import small_config
 
 
@@ -88,3 +89,18 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
     )
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
     assert same_scores == pytest.approx(scores)
+
+
+def test_adapters_of_what_the_model_has_not_are_refused_by_name(
+    enumerable_folder, tmp_path, tiny_config
+):
+    c = small_config(enumerable_folder, tmp_path)
+    c.lora.rank, c.lora.targets = 2, "q_proj,down_proj"
+    model = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    with pytest.raises(
+        ValueError, match="have no down_proj; give some of q_proj,k_proj"
+    ):
+        train_fns.policy_model(FrozenConfigDict(c), model)
+    c.lora.targets = "q_proj,o_proj"
+    adapted = train_fns.policy_model(FrozenConfigDict(c), model).adapted
+    assert adapted == ("wq", "wo")

@@ -26,6 +26,7 @@ from pfjax.trainer import step
 from pfjax.trainer.log_z import init_head
 from pfjax.trainer.minibatch import dropout_seeds
 from tests.conftest import count_compiles
+from tests.model import small_families
 
 # Not Adam: its first update is the sign of the gradient, which turns the rounding of
 # an entry near 0 into a difference of twice the learning rate.
@@ -284,6 +285,21 @@ SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2)]
 )
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     _check_mesh(rng, tiny_policy, sizes, POWERFLOW)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 2, 2),
+        pytest.param((1, 1, 4), marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), marks=pytest.mark.slow),
+        pytest.param((1, 2, 2, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    params = transformer.init_params(config, jax.random.key(0))
+    _check_mesh(rng, transformer.Policy(config, params), sizes, POWERFLOW)
 
 
 def test_tokens_are_counted_over_a_mesh_split_along_every_axis(rng, tiny_policy):

@@ -1,0 +1,186 @@
+"""Mixtures of experts: each token passes through the MLPs of a few of many.
+
+Tokens are sorted by expert and multiplied group by group, however many each expert gets:
+there is no capacity, and none is dropped. Experts are split over devices as RULES says;
+each device computes what its own add to the tokens of its batch, and these are summed.
+
+References:
+  Shazeer et al., arXiv 1701.06538; Gale et al., arXiv 2211.15841 (products by group).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from pfjax.batch import Array
+from pfjax.infra import sharding
+
+
+class Routing(NamedTuple):
+    """How a token chooses its experts."""
+
+    num_experts: int
+    width: int  # F, of each
+    per_token: int  # experts that each token passes through
+    is_normalised: bool  # whether their weights sum to one
+
+
+class Weights(NamedTuple):
+    """The matrices of one layer, or of the experts that a device has."""
+
+    router: Float[Array, "d e"]
+    gate: Float[Array, "e d f"]
+    up: Float[Array, "e d f"]
+    down: Float[Array, "e f d"]
+
+
+# Of the blocks of the kernel for gradients of matrices.
+_ROWS, _COLUMNS = 128, 512
+
+_AXES = {
+    "router": (None, None),
+    "gate": ("experts", "embed", None),
+    "up": ("experts", "embed", None),
+    "down": ("experts", None, "embed"),
+}
+
+
+def apply(
+    routing: Routing,
+    x: Float[Array, "b t d"],
+    weights: Weights,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "b t d"]:
+    """The weighted sum of what a token's experts make of it."""
+    over = sharding.axes_of("experts")
+    # Gathered by hand, so that their gradients are summed where they are kept.
+    gathered = sharding.axes_of("embed")
+
+    def of_device(x, *weights):
+        w = Weights(*weights)
+        if gathered:
+            whole = lambda x, dim: lax.all_gather(x, gathered, axis=dim, tiled=True)
+            w = w._replace(gate=whole(w.gate, 1), up=whole(w.up, 1))
+            w = w._replace(down=whole(w.down, 2))
+        flat = x.reshape(-1, x.shape[-1])
+        probs, chosen = route(routing, flat, w.router)
+        if over:
+            chosen = chosen - lax.axis_index(over) * w.gate.shape[0]
+        out = mix(flat, probs, chosen, w, activation)
+        out = lax.psum(out, over) if over else out
+        return out.astype(x.dtype).reshape(x.shape)
+
+    hidden = ("batch", "tokens", None)
+    in_axes = (hidden, *(_AXES[name] for name in Weights._fields))
+    return sharding.by_device(of_device, in_axes, hidden)(x, *weights)
+
+
+def route(
+    routing: Routing, x: Float[Array, "n d"], router: Float[Array, "d e"]
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """The experts of each token and their weights in its sum, in float32.
+
+    In bfloat16 many experts would be equally likely, and which are chosen would depend on
+    how the products were summed.
+    """
+    float32 = {"preferred_element_type": jnp.float32, "precision": "highest"}
+    logits = jnp.einsum("nd,de->ne", x, router, **float32)
+    probs, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), routing.per_token)
+    if routing.is_normalised:
+        probs = probs / probs.sum(axis=-1, keepdims=True)
+    return probs, chosen
+
+
+def mix(
+    x: Float[Array, "n d"],
+    probs: Float[Array, "n k"],
+    chosen: Int[Array, "n k"],
+    weights: Weights,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "n d"]:
+    """The weighted sum over the experts that are here, in float32.
+
+    Args:
+      chosen: numbers of experts; those that are not among the `weights` add nothing.
+    """
+    n, k = chosen.shape
+    num = weights.gate.shape[0]
+    flat = chosen.reshape(-1)
+    flat = jnp.where((flat >= 0) & (flat < num), flat, num)  # others come last
+    order = jnp.argsort(flat)
+    inverse = jnp.argsort(order)
+    sizes = (flat[:, None] == jnp.arange(num)[None]).sum(axis=0, dtype=jnp.int32)
+    # What lies behind the last group is undefined, and so is its gradient.
+    is_here = (jnp.arange(n * k) < sizes.sum())[:, None]
+    rows = jnp.where(is_here, _take(k, x, order, inverse), 0)
+    gate = activation(_product(rows, weights.gate, sizes))
+    inner = gate * _product(rows, weights.up, sizes)
+    out = jnp.where(is_here, _product(inner, weights.down, sizes), 0)
+    out = _take(1, out, inverse, order).reshape(n, k, -1).astype(jnp.float32)
+    return (probs[..., None] * out).sum(axis=1)
+
+
+@jax.custom_vjp
+def _product(
+    rows: Float[Array, "m i"], matrices: Float[Array, "e i o"], sizes: Int[Array, "e"]
+) -> Float[Array, "m o"]:
+    """Each group of rows times its matrix."""
+    return lax.ragged_dot(rows, matrices, sizes)
+
+
+def _product_forward(rows, matrices, sizes):
+    return _product(rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _product_backward(saved, g):
+    rows, matrices, sizes = saved
+    of_matrices = _gradient_kernel if sharding.platform()[0] == "tpu" else _gradient
+    of_rows = lax.ragged_dot(g, matrices.swapaxes(1, 2), sizes)
+    return of_rows, of_matrices(rows, g, sizes), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _gradient(
+    rows: Float[Array, "m i"], g: Float[Array, "m o"], sizes: Int[Array, "e"]
+) -> Float[Array, "e i o"]:
+    """The product of each group of rows and its gradients."""
+    over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return lax.ragged_dot_general(rows, g, sizes, over_rows)
+
+
+def _gradient_kernel(rows, g, sizes, interpret=False):
+    """The same on TPUs, where XLA multiplies the rows of all groups for each of them."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    pad = lambda x: jnp.pad(x, ((0, -len(x) % _ROWS), (0, 0)))
+    tiles = (_ROWS, min(rows.shape[1], _COLUMNS), min(g.shape[1], _COLUMNS))
+    how = {"preferred_element_type": g.dtype, "tiling": tiles, "interpret": interpret}
+    return tgmm(pad(rows).T, pad(g), sizes, **how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(k: int, x: Array, order: Array, inverse: Array) -> Array:
+    """Rows of `x`, each repeated `k` times, in another order.
+
+    Its gradient is taken in the inverse order: as a scatter it would be slow, and on some
+    devices not the same each time.
+    """
+    return x[order // k]
+
+
+def _take_forward(k, x, order, inverse):
+    return _take(k, x, order, inverse), inverse
+
+
+def _take_backward(k, inverse, g):
+    return g[inverse].reshape(-1, k, g.shape[-1]).sum(axis=1), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
