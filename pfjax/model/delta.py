@@ -78,6 +78,16 @@ def state_bytes(z: Sizes, dtype: str, tensor: int = 1) -> int:
     return conv + memory // ways
 
 
+def pass_floats(z: Sizes) -> int:
+    """Numbers in float32 that are held per token at the peak of a forward pass of a layer.
+
+    Fitted to programs compiled for TPUs: channels around the convolution, and of each head
+    matrices of a chunk (as wide as 128 lanes) and vectors.
+    """
+    of_head = 8 * max(CHUNK, 128) + 8 * (z.key_dim + z.value_dim)
+    return 8 * z.conv_dim + z.value_heads * of_head
+
+
 def token_flops(z: Sizes) -> int:
     """FLOPs of the recurrence for one token in one layer, in chunks of `CHUNK`."""
     # Products of keys and of queries with keys, the system's two solutions (half of the

@@ -6,7 +6,7 @@ import jax
 
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, flops, log_probs
+from pfjax.model import attention, delta, flops, log_probs
 from pfjax.model.config import ModelConfig
 
 # Fraction of the free memory that is counted on: compiled programs need up to 1.3 times
@@ -47,6 +47,8 @@ def pass_bytes(
     # Keys and values of the whole row are here while a layer attends.
     whole = mesh["context"] * kv
     layer = 4 * model.embed_dim + 4 * heads + kv + whole + 4 * inner + 4 * rows
+    states = 2 * delta.pass_floats(model.delta) if model.delta else 0
+    layer += states
     chunk = min(log_probs.CHUNK, tokens) * parts
     logits = 4 * chunk * model.vocab_size / (parts * tensor)
     logits += 2 * chunk * model.embed_dim
@@ -58,7 +60,12 @@ def pass_bytes(
         "full": model.embed_dim,
         "attention": model.embed_dim + heads,
         "dots": 3 * model.embed_dim + 2 * heads + kv + (0 if rows else 2 * inner),
-        "none": 8 * model.embed_dim + 4 * heads + 2 * kv + 5 * inner + 4 * rows,
+        "none": 8 * model.embed_dim
+        + 4 * heads
+        + 2 * kv
+        + 5 * inner
+        + 4 * rows
+        + states,
     }[remat]
     # A layer's values and their gradients; its weights and those of the next.
     weights = 2 * flops.all_weights(model) / tensor

@@ -14,10 +14,9 @@ from pfjax.sampler.options import Capacity
 from pfjax.targets import Target
 from tests.model import small_families
 
-# One that is not prefilled at all, and one of several chunks.
-PROMPTS = [
-    [2 + (i + j) % 9 for j in range(n)] for i, n in enumerate((1, 2, 8, 20, 150))
-]
+# One of several chunks; one that is not prefilled at all, and takes the place of another.
+LENGTHS = (2, 150, 8, 20, 1, 5)
+PROMPTS = [[2 + (i + j) % 9 for j in range(n)] for i, n in enumerate(LENGTHS)]
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def narrow_caches(monkeypatch):
 
 
 def _draw(policy, new=50, **capacity):
-    capacity = Capacity(**{"num_slots": 8} | capacity)
+    capacity = Capacity(**{"num_slots": 3} | capacity)
     return engine.rollout(policy, PROMPTS, 4, new, seed=1, capacity=capacity)
 
 
@@ -71,7 +70,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(policy):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_slots": 3},
+        {"num_slots": 8},
         pytest.param({"num_slots": 1}, marks=pytest.mark.slow),
         pytest.param({"num_slots": 20}, marks=pytest.mark.slow),
         {"prompt_width": 300},
