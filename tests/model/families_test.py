@@ -16,7 +16,8 @@ MOE = "Qwen/Qwen3-30B-A3B"
 SMOLLM = "HuggingFaceTB/SmolLM3-3B"
 GEMMA, OLMO = "google/gemma-3-1b-it", "allenai/OLMo-2-0425-1B-Instruct"
 QWEN = "Qwen/Qwen3.5-0.8B"
-# As published; those of recipes ship with the package.
+# As published (of Qwen3.5, as other projects quote it); those of recipes ship with the
+# package.
 SHARED = {"rms_norm_eps": 1e-6, "rope_scaling": None, "attention_bias": False}
 HUB = {
     MOE: {
