@@ -122,10 +122,10 @@ class Block(nnx.Module):
             one of several dimensions that it stores as they are. Not counted is a first
             one of experts, for whose number the tensor's name has a "*".
         """
-        if self.layer_type and only not in ("", self.layer_type):
-            return
         c = self.config
         num = len(c.layers_of_type(only))
+        if num == 0 or (self.layer_type and only not in ("", self.layer_type)):
+            return
         shape = (num, *(getattr(c, self.dims[x][0]) for x in letters))
         axes = ("layers", *(self.dims[x][1] for x in letters))
         value = init(rngs.params(), shape, jnp.float32)

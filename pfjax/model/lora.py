@@ -140,6 +140,8 @@ def merge(policy: Policy) -> Policy:
     scale = config.lora_alpha / config.lora_rank
     blocks = dict(params["blocks"])
     for name in config.adapted:
+        if name not in blocks:  # no layer is of its type
+            continue
         read, written, *_ = config.block.projections[name]
         a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
         shapes = f"l{read}r,lr{written}->l{read}{written}"

@@ -176,8 +176,8 @@ def _rotations(c: ModelConfig, positions: Array) -> Callable[[Array], Any]:
 
 def _attention_of(c: ModelConfig, attend: Attend, layer: Array, cache: Any) -> Any:
     """How a layer attends; its number is known only when the program runs."""
-    if len(c.windows) == 1:
-        return lambda q, k, v: attend(q, k, v, cache, c.windows[0])
+    if len(c.windows) <= 1:
+        return lambda q, k, v: attend(q, k, v, cache, *c.windows)
     # Kernels are compiled for their window: one each, and the one of the layer runs.
     ways = [
         lambda q, k, v, cache, window=window: attend(q, k, v, cache, window)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import log_probs, transformer
+from pfjax.model import hf, log_probs, lora, transformer
 from pfjax.sampler import engine, mcmc, slots, smc
 from pfjax.sampler.options import Capacity
 from pfjax.targets import Target
@@ -109,6 +109,19 @@ def test_what_a_token_costs_grows_in_layers_that_attend_alone(policy):
     tokens = 16 * (1024 - 64) * attending
     assert long.cache_bytes - short.cache_bytes == tokens * short.token_bytes
     assert 2 * attending == policy.config.num_layers
+
+
+@pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
+def test_layers_of_one_type_alone(policy, tmp_path, kind):
+    """What no layer has is not there: it is neither saved, loaded, adapted nor drawn by."""
+    types = {"layer_types": (kind,) * 2, "num_layers": 2}
+    sizes = {"lora_rank": 2, "lora_alpha": 2.0} | types
+    config = dataclasses.replace(policy.config, **sizes)
+    params = transformer.init_params(config, jax.random.key(0))
+    hf.save(lora.merge(transformer.Policy(config, params)), tmp_path)
+    loaded = hf.load(tmp_path)
+    assert loaded.config.layer_types == (types["layer_types"] if "lin" in kind else ())
+    _assert_recorded_truly(loaded, _draw(loaded, 8))
 
 
 @pytest.mark.parametrize(
