@@ -90,9 +90,10 @@ def pass_floats(z: Sizes) -> int:
 
 def token_flops(z: Sizes) -> int:
     """FLOPs of the recurrence for one token in one layer, in chunks of `CHUNK`."""
-    # Products of keys and of queries with keys, the system's two solutions (half of the
-    # matrix is zero), within the chunk, and three with the state.
-    within = CHUNK * (2.5 * z.key_dim + 1.5 * z.value_dim)
+    # Products of keys and of queries with keys, the inverse of the system and its product
+    # with what is known, within the chunk, and three with the state.
+    inverse = 2 * (CHUNK.bit_length() - 1) * CHUNK
+    within = CHUNK * (3 * z.key_dim + 2 * z.value_dim + inverse)
     return int(2 * z.value_heads * (within + 3 * z.key_dim * z.value_dim))
 
 
@@ -179,9 +180,9 @@ def _packed(z: Sizes, x: Inputs, segment_ids: Int[Array, "b t"]):
     # What each token changes: what it would into an empty state, less what the state
     # before the chunk already answers.
     known = jnp.concatenate([v * beta, k * beta * since_start], axis=-1)
-    solved = lax.linalg.triangular_solve(
-        keys, known, left_side=True, lower=True, unit_diagonal=True
-    )
+    before = jnp.tri(CHUNK, k=-1, dtype=bool)[None, None, None]
+    inverse = _inverse(jnp.where(before, keys, 0.0))
+    solved = dot("bnhij,bnhjx->bnhix", inverse, known)
     alone, reading = jnp.split(solved, [z.value_dim], axis=-1)
     attention = dot("bnhik,bnhjk->bnhij", q, k) * decays.between
     to_end = decays.between[..., -1, :, None]
@@ -202,6 +203,47 @@ def _packed(z: Sizes, x: Inputs, segment_ids: Int[Array, "b t"]):
     out = out.transpose(1, 0, 3, 2, 4).reshape(rows, num * CHUNK, -1, z.value_dim)
     out = whole(out[:, :length], "heads", None)
     return out, (k, jnp.moveaxis(changes, 0, 1), befores, decays)
+
+
+@jax.custom_vjp
+def _inverse(n: Float[Array, "*b c c"]) -> Float[Array, "*b c c"]:
+    """The inverse of 1 + n, n being strictly lower triangular.
+
+    Of blocks twice as large it follows from those of their two halves, so that no entry is
+    a difference of large powers of n. By products alone: XLA's solver on a CPU waits for
+    threads that the solvers of other devices hold, and hangs.
+    """
+    size = n.shape[-1]
+    i = jnp.arange(size)
+    found = jnp.broadcast_to(jnp.eye(size), n.shape)
+    half = 1
+    while half < size:
+        # Rows of a second half, columns of the first half of the same block.
+        block, is_second = i // (2 * half), i // half % 2 == 1
+        is_between = (block[:, None] == block[None]) & (
+            is_second[:, None] & ~is_second[None]
+        )
+        between = jnp.where(is_between[(None,) * (n.ndim - 2)], n, 0.0)
+        found = found - _product(_product(found, between), found)
+        half *= 2
+    return found
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=_PRECISION)
+
+
+def _inverse_forward(n):
+    found = _inverse(n)
+    return found, found
+
+
+def _inverse_backward(found, g):
+    transposed = found.swapaxes(-1, -2)
+    return (-_product(_product(transposed, g), transposed),)
+
+
+_inverse.defvjp(_inverse_forward, _inverse_backward)
 
 
 def _decays(g: Float[Array, "b n h c"], segment: Int[Array, "b n c"]) -> _Decays:

@@ -1,7 +1,6 @@
 """Rollouts of models whose layers keep a state instead of keys and values."""
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -81,13 +80,10 @@ def test_slots_and_widths_change_no_draw(policy, changes):
 
 
 @pytest.mark.parametrize(
-    "axes", [(1, 1, 2), pytest.param((4, 2, 1), marks=pytest.mark.slow)]
+    "axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
 )
 def test_a_mesh_changes_no_draw(policy, axes):
-    # Two devices share heads, and not eight: their sums in a loop of this size made XLA's
-    # CPU runtime hang in one run of four, with two never.
-    devices = jax.devices()[: math.prod(axes)]
-    want, mesh = _draw(policy, 20), sharding.make_mesh(*axes, devices)
+    want, mesh = _draw(policy, 20), sharding.make_mesh(*axes)
     axes = transformer.logical_axes(policy.config)
     where = sharding.tree_shardings(mesh, axes, policy.params)
     spread = policy._replace(params=jax.device_put(policy.params, where))
