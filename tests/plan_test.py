@@ -479,6 +479,7 @@ def test_mistakes_are_one_message(given, message):
         "llama3_2_3b_instruct",
         "gemma3_1b_it",
         "olmo2_1b_instruct",
+        "qwen3_5_0_8b",
     ],
 )
 def test_shapes_of_recipes_are_at_hand(name):
@@ -492,6 +493,7 @@ def test_shapes_of_recipes_are_at_hand(name):
         "llama3_2_3b_instruct": 3.21e9,
         "gemma3_1b_it": 1.00e9,
         "olmo2_1b_instruct": 1.485e9,
+        "qwen3_5_0_8b": 0.75e9,
     }
     assert size == pytest.approx(known[name], rel=0.005)
     assert dataclasses.is_dataclass(base)
