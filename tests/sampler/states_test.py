@@ -12,6 +12,7 @@ from pfjax.sampler import engine, mcmc, slots, smc
 from pfjax.sampler.options import Capacity
 from pfjax.targets import Target
 from tests.model import small_families
+from tests.sampler import windowed
 
 # One of several chunks; one that is not prefilled at all, and takes the place of another.
 LENGTHS = (2, 150, 8, 20, 1, 5)
@@ -51,14 +52,6 @@ def _assert_recorded_truly(policy, out):
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 
 
-def _assert_same_draws(a, b):
-    np.testing.assert_array_equal(a.lengths, b.lengths)
-    for at in np.ndindex(a.lengths.shape):
-        n = a.lengths[at]
-        np.testing.assert_array_equal(a.tokens[at][:n], b.tokens[at][:n])
-        np.testing.assert_allclose(a.log_probs[at][:n], b.log_probs[at][:n], atol=1e-5)
-
-
 def test_recorded_log_probs_are_those_of_the_scorer(policy):
     """In slots that are refilled and taken away, by prompts whose places are reused."""
     out = _draw(policy)
@@ -76,7 +69,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(policy):
     ],
 )
 def test_slots_and_widths_change_no_draw(policy, changes):
-    _assert_same_draws(_draw(policy, **changes), _draw(policy))
+    windowed.assert_same_draws(_draw(policy, **changes), _draw(policy))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +82,7 @@ def test_a_mesh_changes_no_draw(policy, axes):
     spread = policy._replace(params=jax.device_put(policy.params, where))
     with jax.set_mesh(mesh):
         got = _draw(spread, 20)
-    _assert_same_draws(got, want)
+    windowed.assert_same_draws(got, want)
 
 
 def test_what_a_token_costs_grows_in_layers_that_attend_alone(policy):

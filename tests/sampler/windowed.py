@@ -74,3 +74,12 @@ def score(policy: Policy, prompts, responses) -> list[np.ndarray]:
         row[len(p) - 1 : len(p) + len(y) - 1]
         for row, p, y in zip(log_p, prompts, responses, strict=True)
     ]
+
+
+def assert_same_draws(a, b):
+    """Of two rollouts."""
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+    for at in np.ndindex(a.lengths.shape):
+        n = a.lengths[at]
+        np.testing.assert_array_equal(a.tokens[at][:n], b.tokens[at][:n])
+        np.testing.assert_allclose(a.log_probs[at][:n], b.log_probs[at][:n], atol=1e-5)

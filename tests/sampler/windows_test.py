@@ -37,14 +37,6 @@ def _assert_recorded_truly(policy, prompts, out):
         np.testing.assert_allclose(recorded, log_p, atol=1e-5)
 
 
-def _assert_same_draws(a, b):
-    np.testing.assert_array_equal(a.lengths, b.lengths)
-    for at in np.ndindex(a.lengths.shape):
-        n = a.lengths[at]
-        np.testing.assert_array_equal(a.tokens[at][:n], b.tokens[at][:n])
-        np.testing.assert_allclose(a.log_probs[at][:n], b.log_probs[at][:n], atol=1e-5)
-
-
 @pytest.fixture
 def widths_seen(monkeypatch):
     """(slots, widths of the layers' caches) of each program that decodes."""
@@ -98,7 +90,7 @@ def test_kernels_draw_the_same(tiny_config, monkeypatch, backend):
     )
     want = draw("xla")
     _assert_recorded_truly(policy, prompts, want)
-    _assert_same_draws(draw(backend), want)
+    windowed.assert_same_draws(draw(backend), want)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +105,7 @@ def test_slots_and_widths_change_no_draw(policy, changes):
     args = (policy, PROMPTS, 6, 40)
     want = engine.rollout(*args, seed=2)
     got = engine.rollout(*args, seed=2, capacity=Capacity(**changes))
-    _assert_same_draws(got, want)
+    windowed.assert_same_draws(got, want)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +120,7 @@ def test_a_mesh_changes_no_draw(policy, axes):
     spread = policy._replace(params=jax.device_put(policy.params, where))
     with jax.set_mesh(mesh):
         got = engine.rollout(spread, *args, capacity=capacity)
-    _assert_same_draws(got, want)
+    windowed.assert_same_draws(got, want)
 
 
 def test_chains_that_go_back_see_what_they_saw(policy):
