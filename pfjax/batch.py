@@ -40,6 +40,7 @@ class PackedBatch(NamedTuple):
     reward: Any = None  # as the loss takes it: normalised in groups, or as it is
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
     dropout_seed: Any = None  # what of the adapters' inputs is dropped; None: nothing
+    choices: Any = None  # recorded experts of a token, of all layers; None: chosen anew
 
 
 # Dimensions, type and padding of each field: zeros, shapes and shardings come from here.
@@ -59,6 +60,7 @@ PACKED = PackedBatch(
     reward=("mbn", "float32", 0),
     log_stop_base=("mbt", "float32", 0),
     dropout_seed=("mbn", "uint32", 0),
+    choices=("mbtc", "uint8", 255),  # `experts.UNKNOWN`
 )
 SCORES = PackedBatch._fields[8:]
 
@@ -70,10 +72,11 @@ class PackShape(NamedTuple):
     microbatch_size: int  # B
     pack_length: int  # T
     max_segments: int  # N
+    num_choices: int = 0  # C, of experts
 
     def of(self, dims: str) -> tuple[int, ...]:
         """Sizes of dimensions by their letters."""
-        return tuple(self["mbtn".index(x)] for x in dims)
+        return tuple(self["mbtnc".index(x)] for x in dims)
 
 
 class Placement(NamedTuple):
@@ -96,6 +99,8 @@ class Rollout(NamedTuple):
     slot_steps: int  # slots times steps; tokens / slot_steps is the useful fraction
     num_own: int | None = None  # of G, first: drawn by the policy; None: all; may be 0
     num_base: int = 0  # those after: drawn by the frozen base
+    # uint8 [P, G, R, C]: the experts, of all layers, of the token that each was drawn from.
+    choices: np.ndarray | None = None
     # Of `pfjax.rollout` alone. Texts [P][G] are without special tokens, and None where there
     # is no tokenizer; prompts [P] are token ids.
     texts: list[list[str]] | None = None

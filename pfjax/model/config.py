@@ -80,6 +80,8 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ()  # projections that have them; () for all
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
+    # Whether responses are scored with the experts that the sampler chose.
+    replays_experts: bool = False
     # Gives the tokenizer, which takes seconds to import; None where there is none.
     load_tokenizer: Callable[[], Any] | None = dataclasses.field(
         default=None, compare=False, repr=False
@@ -124,6 +126,12 @@ class ModelConfig:
     def experts(self) -> experts.Routing | None:
         """How tokens choose experts, where layers have some."""
         return None
+
+    @property
+    def num_choices(self) -> int:
+        """Numbers of experts that are recorded of a token: of all layers."""
+        is_asked = self.experts is not None and self.replays_experts
+        return self.num_layers * self.experts.per_token if is_asked else 0
 
     @property
     def period(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
@@ -30,6 +30,10 @@ class Routing(NamedTuple):
     is_normalised: bool  # whether their weights sum to one
 
 
+# Of a token whose experts were not recorded. Numbers of experts are recorded as uint8.
+UNKNOWN = 255
+
+
 class Weights(NamedTuple):
     """The matrices of one layer, or of the experts that a device has."""
 
@@ -42,8 +46,8 @@ class Weights(NamedTuple):
 # Of the blocks of the kernel for gradients of matrices.
 _ROWS, _COLUMNS = 128, 512
 
+_HIDDEN = ("batch", "tokens", None)
 _AXES = {
-    "router": (None, None),
     "gate": ("experts", "embed", None),
     "up": ("experts", "embed", None),
     "down": ("experts", None, "embed"),
@@ -55,45 +59,74 @@ def apply(
     x: Float[Array, "b t d"],
     weights: Weights,
     activation: Callable[[Array], Array],
+    choose: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b t d"]:
-    """The weighted sum of what a token's experts make of it."""
+    """The weighted sum of what a token's experts make of it.
+
+    Args:
+      choose: the experts `[B, T, k]` of each token from the probabilities `[B, T, E]` of
+        all; `likeliest` if not given.
+    """
+    probs, chosen = route(routing, x, weights.router, choose)
     over = sharding.axes_of("experts")
     # Gathered by hand, so that their gradients are summed where they are kept.
     gathered = sharding.axes_of("embed")
 
-    def of_device(x, *weights):
-        w = Weights(*weights)
+    def of_device(x, probs, chosen, *matrices):
+        w = Weights(weights.router, *matrices)
         if gathered:
             whole = lambda x, dim: lax.all_gather(x, gathered, axis=dim, tiled=True)
             w = w._replace(gate=whole(w.gate, 1), up=whole(w.up, 1))
             w = w._replace(down=whole(w.down, 2))
-        flat = x.reshape(-1, x.shape[-1])
-        probs, chosen = route(routing, flat, w.router)
+        flat, probs, chosen = (y.reshape(-1, y.shape[-1]) for y in (x, probs, chosen))
         if over:
             chosen = chosen - lax.axis_index(over) * w.gate.shape[0]
         out = mix(flat, probs, chosen, w, activation)
         out = lax.psum(out, over) if over else out
         return out.astype(x.dtype).reshape(x.shape)
 
-    hidden = ("batch", "tokens", None)
-    in_axes = (hidden, *(_AXES[name] for name in Weights._fields))
-    return sharding.by_device(of_device, in_axes, hidden)(x, *weights)
+    run = sharding.by_device(of_device, (*[_HIDDEN] * 3, *_AXES.values()), _HIDDEN)
+    return run(x, probs, chosen, *weights[1:])
 
 
 def route(
-    routing: Routing, x: Float[Array, "n d"], router: Float[Array, "d e"]
-) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    routing: Routing,
+    x: Float[Array, "b t d"],
+    router: Float[Array, "d e"],
+    choose: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "b t k"], Int[Array, "b t k"]]:
     """The experts of each token and their weights in its sum, in float32.
 
     In bfloat16 many experts would be equally likely, and which are chosen would depend on
     how the products were summed.
     """
     float32 = {"preferred_element_type": jnp.float32, "precision": "highest"}
-    logits = jnp.einsum("nd,de->ne", x, router, **float32)
-    probs, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), routing.per_token)
+    logits = jnp.einsum("btd,de->bte", x, router, **float32)
+    probs = jax.nn.softmax(logits, axis=-1)
+    chosen = choose(probs) if choose else likeliest(routing, probs)
+    probs = jnp.take_along_axis(probs, chosen, axis=-1)
     if routing.is_normalised:
         probs = probs / probs.sum(axis=-1, keepdims=True)
     return probs, chosen
+
+
+def likeliest(routing: Routing, probs: Float[Array, "b t e"]) -> Int[Array, "b t k"]:
+    """The experts that a token passes through."""
+    best = lambda x: lax.top_k(x, routing.per_token)[1]
+    return sharding.by_device(best, (_HIDDEN,), _HIDDEN)(lax.stop_gradient(probs))
+
+
+def replayed(
+    routing: Routing, recorded: UInt8[Array, "b t k"]
+) -> Callable[[Array], Array]:
+    """Chooses what is recorded, and the likeliest where that is `UNKNOWN`."""
+
+    def choose(probs):
+        is_known = recorded != UNKNOWN
+        chosen = recorded.astype(jnp.int32)
+        return jnp.where(is_known, chosen, likeliest(routing, probs))
+
+    return choose
 
 
 def mix(

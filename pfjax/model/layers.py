@@ -50,6 +50,7 @@ class Layer(NamedTuple):
     attend: Callable[[Array, Array, Array], Array]  # of queries, keys and values
     thin: Callable[[Array, str], Array]  # an adapter's input, see `transformer.Thin`
     recur: Callable[[delta.Inputs], Array]  # of layers with a state, see `delta`
+    choose: Callable[[Array], Array] | None = None  # experts, see `experts.apply`
 
 
 class Block(nnx.Module):

@@ -250,6 +250,7 @@ def packed_log_probs(
     """
     thin = lora.dropout(config, batch, dropout) if dropout else None
     how = (remat, batch.length.shape[-1] + 1, thin)  # segments, and padding
+    how = (*how, batch.choices)
     hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)
     return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden

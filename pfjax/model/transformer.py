@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
-from pfjax.model import attention, delta, layers, rope
+from pfjax.model import attention, delta, experts, layers, rope
 from pfjax.model.chunked_attention import SAVED
 from pfjax.model.config import ModelConfig
 from pfjax.model.layers import KeyValue
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
         if not c.tied_embeddings:
             self.head = table(HEAD_TENSOR, "vocab", None)
 
-    def __call__(self, tokens, positions, attend, recur, cache, remat, thin):
+    def __call__(self, tokens, positions, attend, recur, cache, remat, thin, choices):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of
@@ -129,12 +129,13 @@ class Transformer(nnx.Module):
         rotate_for = _rotations(c, positions)
         period, stacked = c.period, nnx.to_pure_dict(nnx.state(self.blocks))
 
-        def layer(x, params, cache, index, layer_type):
+        def layer(x, params, cache, index, layer_type, choices):
             given = layers.Layer(
                 rotate_for(index),
                 _attention_of(c, attend, index, cache),
                 lambda y, name: y if thin is None else thin(y, index, name),
                 recur,
+                None if choices is None else experts.replayed(c.experts, choices),
             )
             x, kv = nnx.merge(_block(c, layer_type), params)(x, given)
             return sharding.constrain(x, *HIDDEN), kv
@@ -145,19 +146,22 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, **how)
 
         def of_period(x, inputs):
-            params, cache, number = inputs
+            params, cache, number, choices = inputs
             if len(period) == 1:
-                return layer(x, params, cache, number, *period)
+                return layer(x, params, cache, number, *period, choices)
             for i, layer_type in enumerate(period):
                 own = of_layer(c, params, i)
-                x, _ = layer(x, own, cache, number * len(period) + i, layer_type)
+                number_of = number * len(period) + i
+                chosen = None if choices is None else choices[i]
+                x, _ = layer(x, own, cache, number_of, layer_type, chosen)
             return x, None
 
         num = c.num_layers // len(period)
         if len(period) > 1:
             split = lambda y: y.reshape(num, -1, *y.shape[1:])
-            stacked = jax.tree.map(split, stacked)
-        x, kv = lax.scan(of_period, x, (stacked, cache, jnp.arange(num)))
+            stacked, choices = jax.tree.map(split, (stacked, choices))
+        inputs = (stacked, cache, jnp.arange(num), choices)
+        x, kv = lax.scan(of_period, x, inputs)
         return c.norm(x, self.final_norm[...]), kv
 
 
@@ -261,6 +265,7 @@ def apply(
     remat: str = "none",
     thin: Thin | None = None,
     recur: Recur | None = None,
+    choices: UInt8[Array, "l b t k"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
     """Hidden states after the final norm, and the keys and values of all layers where all
     have some.
@@ -273,9 +278,10 @@ def apply(
         `attend` receives.
       remat: what the backward pass finds stored, a name in `REMAT`.
       thin: drops some of what adapters read, see `lora.dropout`.
+      choices: the experts of each token, see `experts.replayed`.
     """
     module = nnx.merge(_abstract(config)[0], params)
-    return module(tokens, positions, attend, recur, cache, remat, thin)
+    return module(tokens, positions, attend, recur, cache, remat, thin, choices)
 
 
 def forward_packed(
@@ -287,15 +293,19 @@ def forward_packed(
     remat: str = "none",
     max_segments: int | None = None,
     thin: Thin | None = None,
+    choices: UInt8[Array, "b t c"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
     """`apply` with causal attention inside each segment of packed rows, and states that
-    begin anew with each."""
+    begin anew with each; `choices` are of all layers, one after the other."""
+    if choices is not None:
+        by_layer = choices.reshape(*tokens.shape, config.num_layers, -1)
+        choices = jnp.moveaxis(by_layer, 2, 0)
     within = (segment_ids, config.attention, max_segments)
     attend = lambda q, k, v, _, window: attention.packed_attention(
         q, k, v, *within, window
     )
     recur = lambda x: delta.packed(config.delta, x, segment_ids)
-    how = {"remat": remat, "thin": thin, "recur": recur}
+    how = {"remat": remat, "thin": thin, "recur": recur, "choices": choices}
     return apply(config, params, tokens, positions, attend, **how)
 
 
@@ -319,9 +329,10 @@ def apply_layers(
     positions: Int[Array, "b t"],
     attend: Callable[[Array, Array, Array, int], Array],
     recur: Callable[[delta.Inputs, int], Array] | None = None,
+    choose: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b t d"]:
     """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
-    and `recur` are told the number of the layer."""
+    and `recur` are told the number of the layer; `choose` chooses experts."""
     x = config.scale_embeddings(params["embed"][tokens])
     x = sharding.constrain(x, "batch", None, None)
     ropes = {kind.rope for kind in config.layer_kinds}
@@ -334,6 +345,7 @@ def apply_layers(
             lambda q, k, v, i=i: attend(q, k, v, i),
             lambda y, name: y,
             lambda x, i=i: recur(x, i),
+            choose,
         )
         graphdef = _block(config, period[i % len(period)])
         x, _ = nnx.merge(graphdef, layer)(x, given)

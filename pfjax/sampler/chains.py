@@ -217,7 +217,7 @@ def one_token(
         begun=jnp.zeros(1, jnp.int32),
         slot_steps=jnp.zeros(1, jnp.int32),
     )
-    logits, cache = decode.forward(s, run.state, run.cached, running, y.cache, g)
+    logits, cache, _ = decode.forward(s, run.state, run.cached, running, y.cache, g)
     log_p = jax.nn.log_softmax(logits)
     log_q = jax.nn.log_softmax(logits / run.state.temperature)
 

@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float, Int
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
-from pfjax.model import attention, decode_attention, delta, log_probs, transformer
+from pfjax.model import (
+    attention,
+    decode_attention,
+    delta,
+    experts,
+    log_probs,
+    transformer,
+)
 from pfjax.model.config import ModelConfig
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import Params
@@ -91,6 +98,7 @@ class Results(NamedTuple):
     log_probs: Float[Array, "n r"]
     length: Int[Array, "n"]  # 0 until the sample has ended
     is_stopped: Array  # bool [n], whether a stop token was drawn
+    choices: Array | None = None  # uint8 [n, r, c], see `Rollout`
 
 
 def empty_cache(s: Settings, batch: int, widths: tuple[int, ...]) -> Cache:
@@ -132,7 +140,10 @@ def start(
             slot_steps=zeros(1),
         )
         log_p, is_stopped = jnp.zeros((n, new)), jnp.zeros(n, bool)
-        results = Results(zeros(n, new), log_p, zeros(n), is_stopped)
+        choices = None
+        if s.config.num_choices:
+            choices = jnp.zeros((n, new, s.config.num_choices), jnp.uint8)
+        results = Results(zeros(n, new), log_p, zeros(n), is_stopped, choices)
         cache = empty_cache(s, prefix_slots, s.plan.prompt_widths)
         prompts = Prompts(cache, zeros(prefix_slots))
         own = empty_cache(s, slots, s.plan.response_widths(width))
@@ -231,8 +242,10 @@ def decode(
         def body(carry):
             i, slots, cache, results = carry
             slots = _begin(queue, slots, samples_per_prefix)
-            logits, cache = forward(s, state, prompts, slots, cache, samples_per_prefix)
-            slots, results = _record(s, state, queue, slots, results, logits)
+            own = (slots, cache, samples_per_prefix)
+            logits, cache, choices = forward(s, state, prompts, *own)
+            seen = (slots, results, logits, choices)
+            slots, results = _record(s, state, queue, *seen)
             return i + 1, slots, cache, results
 
         is_cut = jnp.append(queue.is_cut, False)[slots.sample]
@@ -273,9 +286,10 @@ def forward(
     slots: Slots,
     cache: Cache,
     samples_per_prefix: int,
-) -> tuple[Float[Array, "s v"], Cache]:
-    """Runs the last token of every slot; logits of the next."""
-    new = []
+) -> tuple[Float[Array, "s v"], Cache, Array | None]:
+    """Runs the last token of every slot; logits of the next, and the experts that were
+    chosen, where they are to be replayed."""
+    new, chosen = [], []
     prefix_slot = slots.grid_index // samples_per_prefix
     prefix_slot = jnp.minimum(prefix_slot, len(prompts.length) - 1)
 
@@ -305,14 +319,21 @@ def forward(
         new.append(after)
         return out[:, None]
 
+    def choose(probs):
+        chosen.append(experts.likeliest(s.config.experts, probs))
+        return chosen[-1]
+
     # Idle slots have no place on the grid.
     num_places = len(prompts.length) * samples_per_prefix
     begins = (slots.drawn == 0) & (slots.grid_index < num_places)
     positions = prompts.length[prefix_slot] + slots.drawn
-    how = (slots.last[:, None], positions[:, None], attend, recur)
+    how = (slots.last[:, None], positions[:, None], attend, recur, choose)
     hidden = transformer.apply_layers(s.config, state.weights, *how)
-    head = transformer.head_weight(state.weights)
-    return log_probs.logits(hidden[:, 0], head), placed(new)
+    logits = log_probs.logits(hidden[:, 0], transformer.head_weight(state.weights))
+    choices = None
+    if s.config.num_choices:
+        choices = jnp.concatenate(chosen, axis=-1)[:, 0].astype(jnp.uint8)
+    return logits, placed(new), choices
 
 
 def _begun_states(
@@ -337,6 +358,7 @@ def _record(
     slots: Slots,
     results: Results,
     logits: Float[Array, "s v"],
+    choices: Array | None,
 ) -> tuple[Slots, Results]:
     """Draws the next token of every slot; those that end their sample go idle."""
     n = results.length.shape[0]
@@ -352,6 +374,9 @@ def _record(
         log_probs=results.log_probs.at[at].set(log_p, mode="drop"),
         length=results.length.at[ended].set(drawn, mode="drop"),
         is_stopped=results.is_stopped.at[ended].set(stops, mode="drop"),
+        choices=jax.tree.map(
+            lambda x, new: x.at[at].set(new, mode="drop"), results.choices, choices
+        ),
     )
     slots = slots._replace(
         sample=jnp.where(ends, n, slots.sample),

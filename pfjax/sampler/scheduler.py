@@ -10,6 +10,7 @@ one.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from pfjax.batch import Rollout, pack_prompts
@@ -142,7 +143,8 @@ class Scheduler:
             budget = self.stop.max_total_tokens
             self.limit = limits.common_length(known, self.limit, budget)
         elif self.on_finish is not None:
-            self._report(self._ended(results))
+            # Choices, the most by far, are fetched once, at the end.
+            self._report(self._ended(results._replace(choices=None)))
 
     def _admit(self) -> None:
         """Deals the next prompts, each to the part that has the least to do, when enough
@@ -254,10 +256,11 @@ class Scheduler:
     def _ended(self, results: decode.Results) -> decode.Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""
         split = lambda x: x.reshape(*self.cut.shape, *x.shape[1:])
-        tokens, log_probs, length, is_stopped = map(split, sharding.fetch(results))
-        is_cut = self.cut > 0
-        length = np.where(is_cut, self.cut, length)
-        return decode.Results(tokens, log_probs, length, is_stopped | is_cut)
+        ended, is_cut = jax.tree.map(split, sharding.fetch(results)), self.cut > 0
+        return ended._replace(
+            length=np.where(is_cut, self.cut, ended.length),
+            is_stopped=ended.is_stopped | is_cut,
+        )
 
     def _report(self, ended: decode.Results) -> None:
         """Passes on the responses that have ended since the last time."""
@@ -306,4 +309,5 @@ class Scheduler:
             log_probs=by_prompt(ended.log_probs),
             finished=by_prompt(ended.is_stopped),
             slot_steps=int(sharding.fetch(of_slots.slot_steps).sum()),
+            choices=jax.tree.map(by_prompt, ended.choices),
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pfjax.batch import Rollout
+from pfjax.model import experts
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.trainer import schedules
@@ -134,4 +135,9 @@ def _join(a: Rollout, b: Rollout) -> Rollout:
     of_both = lambda x, y: np.concatenate([x, y], axis=1)
     arrays = ("tokens", "lengths", "log_probs", "finished")
     joined = {x: of_both(getattr(a, x), getattr(b, x)) for x in arrays}
-    return a._replace(**joined, slot_steps=a.slot_steps + b.slot_steps)
+    choices = a.choices
+    if choices is not None:  # which are read of the policy's own samples only
+        shape = (*b.lengths.shape, *choices.shape[2:])
+        choices = of_both(choices, np.full(shape, experts.UNKNOWN, np.uint8))
+    slot_steps = a.slot_steps + b.slot_steps
+    return a._replace(**joined, slot_steps=slot_steps, choices=choices)

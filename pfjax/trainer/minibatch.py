@@ -6,7 +6,7 @@ import numpy as np
 
 from pfjax import batch as packing
 from pfjax import losses, objectives
-from pfjax.batch import Array, Minibatch, PackedBatch, Placement, RolloutBatch
+from pfjax.batch import Array, Minibatch, PackedBatch, Placement, Rollout, RolloutBatch
 from pfjax.infra import sharding
 from pfjax.model import attention, log_probs
 from pfjax.model.transformer import Params
@@ -40,7 +40,8 @@ def prepare_minibatch(
     host, placement, used = _pack(fns, data, indices, samples)
     mesh, num_microbatches = jax.sharding.get_mesh(), jnp.int32(used)
     batch = sharding.put_batch(mesh, host, dim=1)
-    log_p_base, log_stop_base, _ = fns.score_base(base, batch, num_microbatches)
+    of_base = (base, batch._replace(choices=None), num_microbatches)
+    log_p_base, log_stop_base, _ = fns.score_base(*of_base)
     reward, log_p = data.reward[indices], None
     kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
     token_term = rewards.token_term(fns.objective.reward_source)
@@ -107,10 +108,31 @@ def _pack(
         psi=data.psi[indices],
         prompt_index=prompt_index,
     )
+    if fns.shape.num_choices:
+        host = host._replace(choices=_choices(fns, data.rollout, indices, placement))
     c = fns.base_model
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         host = packing.trim_segments(host, placement)
     return host, placement, used
+
+
+def _choices(
+    fns: TrainFns, rollout: Rollout, indices: np.ndarray, placement: Placement
+) -> np.ndarray:
+    """The experts of tokens that the policy's own responses were drawn from, packed."""
+    dims, dtype, unknown = packing.PACKED.choices
+    out = np.full(fns.shape.of(dims), unknown, dtype)
+    if not rollout.is_own.any():
+        return out
+    of_row = out.reshape(-1, *out.shape[2:])
+    recorded = rollout.choices.reshape(-1, *rollout.choices.shape[2:])
+    # A response's first token is drawn from its prompt's last.
+    first = placement.start + placement.prompt_length - 1
+    places = zip(indices, placement.row, first, placement.length, strict=True)
+    for i, row, at, length in places:
+        if rollout.is_own[i]:
+            of_row[row, at : at + length] = recorded[i, :length]
+    return out
 
 
 def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> Array:

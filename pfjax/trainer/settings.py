@@ -287,6 +287,11 @@ _DECIDING: dict[str, Setting] = {
         "attention back end over packed rows, see pfjax/model/attention.py",
         _ATTENTION,
     ),
+    "replay_experts": Setting(
+        False,
+        "score the policy's samples with the experts that the sampler chose, in models that "
+        "have experts: rounding makes both choose others for some tokens",
+    ),
     "remat": Setting(
         "full",
         "rematerialisation in the backward pass: all of a layer (full), all but attention "

@@ -58,7 +58,13 @@ def train_fns(
       base_model: of the frozen base, where that is another.
       own_objective: see `objective.of_config`.
     """
+    if config.replay_experts and start.experts is None:
+        raise ValueError(
+            f"--config.replay_experts: models of the family {start.model_type} have no "
+            "experts"
+        )
     same = {"dtype": config.dtype, "attention": config.attention}
+    same["replays_experts"] = config.replay_experts
     start = dataclasses.replace(start, **same)
     base_model = dataclasses.replace(base_model or start, **same)
     model = policy_model(config, start)
@@ -175,7 +181,8 @@ def _pack_shape(
         resident_bytes=sharding.part_bytes((state, {} if c.offload_ref else base)),
     )
     segments = batch.segments_per_row(length, max_length)
-    return PackShape(number(rows * ways), rows * ways, length, segments)
+    sizes = (number(rows * ways), rows * ways, length, segments)
+    return PackShape(*sizes, model.num_choices)
 
 
 def abstract_minibatch(
@@ -190,12 +197,13 @@ def abstract_minibatch(
         "reward": bool(fns.objective.reward_source),
         "log_stop_base": fns.objective.kind.has_prefixes,
         "dropout_seed": fns.has_dropout,
+        "choices": fns.shape.num_choices > 0,
     }
     fields = {}
     for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in batch.SCORES or name in ("reward", "dropout_seed"):
+        if name not in batch.SCORES or name in ("reward", "dropout_seed", "choices"):
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)

@@ -89,7 +89,8 @@ def test_experts_are_chosen_in_float32(rng):
     x = rng.normal(size=(64, 16)).astype(jnp.bfloat16)
     router = 0.02 * rng.normal(size=(16, 32))
     routing = ROUTING._replace(num_experts=32, is_normalised=False)
-    probs, chosen = experts.route(routing, x, router.astype(jnp.bfloat16))
+    routed = experts.route(routing, x[None], router.astype(jnp.bfloat16))
+    probs, chosen = (y[0] for y in routed)
     exact = x.astype(np.float64) @ router.astype(jnp.bfloat16).astype(np.float64)
     order = np.argsort(-exact, axis=-1)[:, :3]
     np.testing.assert_array_equal(chosen, order)

@@ -1,5 +1,6 @@
 """Rollouts of every family record what scoring finds."""
 
+import dataclasses
 import functools
 
 import jax
@@ -35,6 +36,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name):
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 4), (1, 1, 4)])
 def test_rollouts_with_experts_on_several_devices_are_the_same(tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    config = dataclasses.replace(config, replays_experts=True)
     params = transformer.init_params(config, jax.random.key(0))
     prompts, run = [[2, 3], [4] * 9], functools.partial(engine.rollout, seed=1)
     want = run(transformer.Policy(config, params), prompts, 4, 12)
@@ -45,3 +47,6 @@ def test_rollouts_with_experts_on_several_devices_are_the_same(tiny_config, size
         got = run(policy, prompts, 4, 12)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
+    for at in np.ndindex(got.lengths.shape):
+        drawn = slice(0, got.lengths[at])
+        np.testing.assert_array_equal(got.choices[at][drawn], want.choices[at][drawn])

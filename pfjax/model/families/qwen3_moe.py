@@ -43,7 +43,8 @@ class Block(qwen3.Block):
     def mlp(self, x, layer):
         c = self.config
         weights = (getattr(self, name)[...].astype(x.dtype) for name in _EXPERTS)
-        return experts.apply(c.experts, x, experts.Weights(*weights), c.activation)
+        weights = experts.Weights(*weights)
+        return experts.apply(c.experts, x, weights, c.activation, layer.choose)
 
 
 @dataclasses.dataclass(frozen=True)
