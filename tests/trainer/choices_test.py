@@ -57,10 +57,11 @@ def test_choices_are_those_of_the_tokens_that_responses_are_drawn_from(
         responses = [rollout.tokens[i][: rollout.lengths[i]] for i in at]
         zeros = np.zeros(len(at), np.float32)
         data = RolloutBatch(prompts, rollout, responses, [""] * len(at), zeros, zeros)
-        made = prepare_minibatch(
-            trainer.fns, data, np.arange(len(at)), policy.params, trainer.base(),
-            seed=(0, 1), is_first=True, is_scored=True,
+        prepare = lambda rollout: prepare_minibatch(
+            trainer.fns, data._replace(rollout=rollout), np.arange(len(at)),
+            policy.params, trainer.base(), seed=(0, 1), is_first=True, is_scored=True,
         )  # fmt: skip
+        made = prepare(rollout)
         score = lambda choices: trainer.fns.score_policy(
             policy.params, made.batch._replace(choices=choices), made.num_microbatches
         )[0]
@@ -71,6 +72,10 @@ def test_choices_are_those_of_the_tokens_that_responses_are_drawn_from(
         # In float32 the scorer chooses the same itself, and others elsewhere.
         np.testing.assert_allclose(made.log_p, score(None), atol=1e-5)
         moved = score(jnp.roll(choices, 1, axis=2))
+        of_others = prepare(rollout._replace(choices=rollout.choices * 0))
+    # The base, which is the policy here, is asked as it is.
+    assert np.abs(of_others.log_p - made.log_p).max() > 1e-2
+    np.testing.assert_array_equal(of_others.batch.log_p_base, made.batch.log_p_base)
     gaps = packing.unpack_responses(np.abs(moved - made.log_p), made.placement)
     gaps = np.array([gap.max() for gap in gaps])
     assert (gaps[rollout.is_own] > 1e-3).mean() > 0.8
