@@ -480,6 +480,8 @@ def test_mistakes_are_one_message(given, message):
         "gemma3_1b_it",
         "olmo2_1b_instruct",
         "qwen3_5_0_8b",
+        "qwen3_5_2b",
+        "qwen3_30b_a3b",
     ],
 )
 def test_shapes_of_recipes_are_at_hand(name):
@@ -494,6 +496,8 @@ def test_shapes_of_recipes_are_at_hand(name):
         "gemma3_1b_it": 1.00e9,
         "olmo2_1b_instruct": 1.485e9,
         "qwen3_5_0_8b": 0.75e9,
+        "qwen3_5_2b": 1.88e9,
+        "qwen3_30b_a3b": 30.53e9,
     }
     assert size == pytest.approx(known[name], rel=0.005)
     assert dataclasses.is_dataclass(base)

@@ -28,7 +28,9 @@ def test_all_recipes_are_there():
         "qwen2_5_1_5b",
         "qwen2_5_math_1_5b",
         "qwen2_5_math_7b",
+        "qwen3_30b_a3b",
         "qwen3_5_0_8b",
+        "qwen3_5_2b",
     ]
 
 
@@ -57,6 +59,9 @@ def _small_model(folder, family):
         own = {"layer_types": types, "head_dim": 8, "linear_num_key_heads": 2}
         own |= {"linear_num_value_heads": 4, "linear_key_head_dim": 4}
         own |= {"linear_value_head_dim": 4}
+    if family == "qwen3_moe":
+        own |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+        own |= {"head_dim": 8, "norm_topk_prob": True}
     config = transformers.AutoConfig.for_model(
         family,
         vocab_size=32,
@@ -85,12 +90,13 @@ def _small_model(folder, family):
 def test_recipe_trains(name, tmp_path):
     config = importlib.import_module(f"configs.{name}").get_config()
     expected = {"l": 2.0, "g": 2.0, "o": 2.0, "q": 4.0, "c": 0.5}[name[0]]
-    of_chat_models = name.endswith("gsm8k") or name.startswith("qwen3_5")
+    of_chat_models = name.endswith("gsm8k") or name.startswith("qwen3")
     assert config.alpha == (2.0 if of_chat_models else expected)
     assert (config.format_penalty == 0) == (name[0] == "c")
     families = {"l": "llama", "g": "gemma3_text", "o": "olmo2"}
     family = families.get(name[0], "qwen2")
     family = "qwen3_5_text" if name.startswith("qwen3_5") else family
+    family = "qwen3_moe" if name == "qwen3_30b_a3b" else family
     config.model = str(_small_model(tmp_path, family))
     (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "1+2", "answer": "3"}))
     config.data.train = str(tmp_path / "p.jsonl")

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, UInt8
 
 from pfjax.batch import Array
 from pfjax.infra import sharding
+from pfjax.model import grouped_matmul_gpu
 
 
 class Routing(NamedTuple):
@@ -163,7 +164,7 @@ def _product(
     rows: Float[Array, "m i"], matrices: Float[Array, "e i o"], sizes: Int[Array, "e"]
 ) -> Float[Array, "m o"]:
     """Each group of rows times its matrix."""
-    return lax.ragged_dot(rows, matrices, sizes)
+    return _grouped(rows, matrices, sizes)
 
 
 def _product_forward(rows, matrices, sizes):
@@ -172,18 +173,30 @@ def _product_forward(rows, matrices, sizes):
 
 def _product_backward(saved, g):
     rows, matrices, sizes = saved
-    of_matrices = _gradient_kernel if sharding.platform()[0] == "tpu" else _gradient
-    of_rows = lax.ragged_dot(g, matrices.swapaxes(1, 2), sizes)
-    return of_rows, of_matrices(rows, g, sizes), None
+    of_rows = _grouped(g, matrices.swapaxes(1, 2), sizes)
+    return of_rows, _gradient(rows, g, sizes), None
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _grouped(
+    rows: Float[Array, "m i"], matrices: Float[Array, "e i o"], sizes: Int[Array, "e"]
+) -> Float[Array, "m o"]:
+    if sharding.platform()[0] == "gpu" and grouped_matmul_gpu.fits(*matrices.shape[1:]):
+        return grouped_matmul_gpu.product(rows, matrices, sizes)
+    return lax.ragged_dot(rows, matrices, sizes)
 
 
 def _gradient(
     rows: Float[Array, "m i"], g: Float[Array, "m o"], sizes: Int[Array, "e"]
 ) -> Float[Array, "e i o"]:
     """The product of each group of rows and its gradients."""
+    platform, _ = sharding.platform()
+    if platform == "tpu":
+        return _gradient_kernel(rows, g, sizes)
+    if platform == "gpu" and grouped_matmul_gpu.fits(rows.shape[1], g.shape[1]):
+        return grouped_matmul_gpu.gradient(rows, g, sizes)
     over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     return lax.ragged_dot_general(rows, g, sizes, over_rows)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import experts, log_probs, transformer
+from pfjax.model import experts, grouped_matmul_gpu, log_probs, transformer
 from tests.model import small_families
 from tests.planner import plans
 
@@ -82,6 +82,29 @@ def test_the_kernel_finds_the_gradients_of_matrices(rng, sizes):
     want = np.stack([rows[a:b].T @ g[a:b] for a, b in groups])
     np.testing.assert_allclose(got, want, atol=1e-4)
     np.testing.assert_allclose(experts._gradient(rows, g, sizes), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "sizes", [[70, 0, 30, 33], [0, 128, 5, 0], [0] * 4, [1, 1, 1, 1]]
+)
+def test_the_kernels_for_gpus_multiply_groups_of_rows(rng, sizes, dtype):
+    """Groups that end within tiles, empty ones, and whatever lies behind the last one."""
+    m, (i, o), sizes = 133, (48, 160), np.array(sizes, np.int32)
+    rows, g = (jnp.array(rng.normal(size=(m, n)), dtype) for n in (i, o))
+    rows, g = (x.at[sizes.sum() :].set(np.nan) for x in (rows, g))
+    matrices = jnp.array(rng.normal(size=(len(sizes), i, o)), dtype)
+    out = grouped_matmul_gpu.product(rows, matrices, sizes, interpret=True)
+    gradient = grouped_matmul_gpu.gradient(rows, g, sizes, interpret=True)
+    assert out.shape == (m, o) and out.dtype == gradient.dtype == dtype
+    exact = lambda x: np.asarray(x, np.float64)
+    close = {"rtol": 1e-2, "atol": 1e-2} if dtype == "bfloat16" else {"atol": 1e-4}
+    for e, end in enumerate(np.cumsum(sizes)):
+        own = slice(end - sizes[e], end)
+        want = exact(rows[own]) @ exact(matrices[e])
+        np.testing.assert_allclose(exact(out[own]), want, **close)
+        want = exact(rows[own]).T @ exact(g[own])
+        np.testing.assert_allclose(exact(gradient[e]), want, **close)
 
 
 def test_experts_are_chosen_in_float32(rng):
