@@ -99,6 +99,31 @@ def test_a_model_with_windows_compiles_for_8_h100s_and_fits(compiled):
     assert not _attentions(programs["score"].as_text())
 
 
+def test_a_model_with_states_compiles_for_8_h100s_and_fits(compiled):
+    plan, programs = compiled(plans.config_of("qwen3_5_0_8b"))
+    assert plan["compiled"] and plan["fits"] and plan["error"] is None
+    # Keys and values of prompts and responses in the layers that have some; states are
+    # changed where they lie too.
+    memory = programs["rollout"].memory_analysis()
+    caches = plan["memory_gib"]["phases"]["rollout"]["caches"] * hardware.GIB
+    assert 0.9 * caches < memory.alias_size_in_bytes <= caches
+    assert not plans.collectives(plan, "rollout")
+
+
+def test_a_model_with_experts_compiles_for_8_h100s_and_fits(compiled):
+    """Without its kernels the passes over packed rows take 40 GiB, as every token is
+    multiplied with all experts of a device."""
+    config = plans.config_of("qwen3_30b_a3b")
+    plan, programs = compiled(config)
+    assert plan["compiled"] and plan["fits"] and plan["error"] is None
+    base, temporaries = plans.base_of(config), aot.temporaries
+    assert temporaries(programs["score"]) < 12 * hardware.GIB
+    assert temporaries(programs["update"]) < 22 * hardware.GIB
+    # Three products in each layer of the list that decoding goes through, beside attention.
+    kernels = programs["rollout"].as_text().count('"__gpu$xla.gpu.triton"')
+    assert kernels == (2 + 3) * base.num_layers
+
+
 def test_rematerialisation_but_for_attention_computes_it_once():
     config = plans.config_of("qwen2_5_math_1_5b", remat="attention")
     mesh = aot.device_mesh("h100:8", **config.mesh)
