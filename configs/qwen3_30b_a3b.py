@@ -5,11 +5,11 @@ one it uses for Llama-3.2-3B-Instruct. Responses begin without thinking: with it
 the 3,072 tokens that they have here.
 
 Hardware: not run yet. `pfjax plan` (assuming 1,024 tokens per response), peak memory per device and
-    least seconds per step, compiled: h100:8 49.6 GiB of 72.8 and 24 s; v5p:2x2x2 59.0 GiB of
+    least seconds per step, compiled: h100:8 49.6 GiB of 72.8 and 25 s; v5p:2x2x2 59.0 GiB of
     95.7 and 27 s. v5e:4x4 with --config.mesh.tensor=8 fits (14.4 GiB of 15.75) and is of little
-    use: 12 responses at once, 946 s; with --config.rollout_tensor=16 --config.offload_ref too,
-    376 s (estimated). h100:1 does not fit: the weights alone are 57 GiB, twice; h200:1 with
-    --config.mesh.tensor=1 --config.offload_ref does (estimated, 95 GiB and 142 s).
+    use: 12 responses at once, 946 s; with --config.rollout_tensor=16 too, 576 s (estimated).
+    h100:1 does not fit: the weights alone are 57 GiB, twice; h200:1 with
+    --config.mesh.tensor=1 does (estimated, 121 GiB of 128.6 and 594 s).
 Result: not run.
 Command: pfjax train --config=qwen3_30b_a3b --workdir=runs/qwen3_30b_a3b
 """

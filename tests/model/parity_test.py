@@ -184,6 +184,25 @@ CASES = {
             "rope_parameters": {"rope_theta": 5e6, **YARN},
         },
     ),
+    "seed_oss": (
+        "seed_oss",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "attention_out_bias": True,
+            "rope_parameters": {"rope_theta": 1e7},
+        },
+    ),
+    "seed_oss-tied": (
+        "seed_oss",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "attention_bias": False,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
     "olmo2": (
         "olmo2",
         {
@@ -307,7 +326,7 @@ def made(tmp_path_factory):
 def _make(folder, model_type, changes):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **(SMALL | changes))
-    reference = transformers.AutoModelForCausalLM.from_config(config)
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in reference.parameters():  # norms and biases matter too
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -365,6 +384,7 @@ def test_float32_logits_equal_those_of_transformers(made, name):
         "llama-llama3",
         "mistral",
         "smollm3",
+        "seed_oss",
         "olmo2",
         "olmo3",
         "gemma3",
@@ -438,6 +458,10 @@ def test_bfloat16_logits_are_within_rounding_with_the_same_experts(made, name):
         ("smollm3-window", "sliding_window", 15),
         ("smollm3-untied", "attention_bias", False),
         ("smollm3-untied", "mlp_bias", False),
+        ("seed_oss", "attention_bias", False),
+        ("seed_oss", "attention_out_bias", False),
+        ("seed_oss", "rope.theta", 1e4),
+        ("seed_oss-tied", "mlp_bias", False),
         ("olmo2", "attention_bias", False),
         ("olmo2-tied", "norm_eps", 1e-6),
         ("olmo3", "sliding_window", 0),

@@ -8,7 +8,7 @@ from pfjax.model.config import FULL, LINEAR, SLIDING, ModelConfig
 
 # Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
 NAMES = (
-    "gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "qwen3_moe", "smollm3",
+    "gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "qwen3_moe", "seed_oss", "smollm3",
 )  # fmt: skip
 
 
