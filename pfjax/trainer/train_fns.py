@@ -14,7 +14,7 @@ from pfjax import batch
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, lora, transformer
+from pfjax.model import attention, experts, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
@@ -58,11 +58,8 @@ def train_fns(
       base_model: of the frozen base, where that is another.
       own_objective: see `objective.of_config`.
     """
-    if config.replay_experts and start.experts is None:
-        raise ValueError(
-            f"--config.replay_experts: models of the family {start.model_type} have no "
-            "experts"
-        )
+    if config.replay_experts:
+        _check_choices(start)
     same = {"dtype": config.dtype, "attention": config.attention}
     same["replays_experts"] = config.replay_experts
     start = dataclasses.replace(start, **same)
@@ -101,6 +98,16 @@ def train_fns(
             train_step, out_shardings=(of_state, whole, whole, whole), donate_argnums=0
         ),
     )
+
+
+def _check_choices(model: ModelConfig) -> None:
+    """Raises ValueError for a model whose choices of experts cannot be recorded."""
+    most = model.experts.num_experts if model.experts else 0
+    said = f"models of the family {model.model_type} have no experts"
+    if most > experts.UNKNOWN:
+        said = f"{most} experts in a layer, at most {experts.UNKNOWN} can be recorded"
+    if not 0 < most <= experts.UNKNOWN:
+        raise ValueError(f"--config.replay_experts: {said}")
 
 
 def optimizer_of(

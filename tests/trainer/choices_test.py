@@ -14,7 +14,7 @@ from pfjax.batch import RolloutBatch
 from pfjax.infra import dataset_io, sharding
 from pfjax.model import experts, hf, transformer
 from pfjax.sampler import engine
-from pfjax.trainer import loop, setup
+from pfjax.trainer import loop, setup, train_fns
 from pfjax.trainer.minibatch import prepare_minibatch
 from tests.conftest import use_one_device
 from tests.model import small_families
@@ -101,3 +101,10 @@ def test_models_without_experts_have_none_to_replay(enumerable_folder, tmp_path)
     c.replay_experts = True
     with pytest.raises(ValueError, match="replay_experts: .* qwen2 have no experts"):
         loop.train_and_evaluate(c, str(tmp_path / "run"))
+
+
+def test_choices_among_more_experts_than_a_byte_can_name_are_refused(tiny_config):
+    config = small_families.config_of("qwen3_moe", tiny_config, 0)
+    train_fns._check_choices(dataclasses.replace(config, num_experts=255))
+    with pytest.raises(ValueError, match="256 experts in a layer, at most 255"):
+        train_fns._check_choices(dataclasses.replace(config, num_experts=256))
