@@ -1,7 +1,7 @@
 r"""What the creative recipes share; choose one of them.
 
-The base is the instruct model and there is no format term. The paper trains on 300
-prompts for poems, stories and jokes that are not published: bring a file of prompts.
+The base is the instruct model and there is no format term. The paper's 300 prompts for
+poems, stories and jokes are not published: bring a file of prompts.
 """
 
 import ml_collections

@@ -3,9 +3,9 @@ r"""Gemma 3 1B, instruction-tuned, sharpened for reasoning at alpha = 2.
 Not in the paper; alpha is the one it uses for Llama-3.2-3B-Instruct.
 
 Hardware: not run yet. `pfjax plan` (assuming 1,024 tokens per response), peak memory per device and
-    least seconds per step, all compiled: h100:1 39.4 GiB of 72.8 and 15.4 s; h100:8 7.6 GiB and
-    3.5 s; v5e:4x4 5.5 GiB of 15.75 and 11.6 s; v5p:2x2x2 10.7 GiB of 95.7 and 5.5 s. Windows keep the caches of 1,024 responses to 25 GB on one
-    card, where full attention would take 85.
+    shortest possible step, all compiled: h100:1 39.4 GiB of 72.8 and 15.4 s; h100:8 7.6 GiB and
+    3.5 s; v5e:4x4 5.5 GiB of 15.75 and 11.6 s; v5p:2x2x2 10.7 GiB of 95.7 and 5.5 s. Sliding windows keep the caches of 1,024 responses to 25 GB
+    on one card; full attention would take 85.
 Result: not run.
 Weights: gated on the Hugging Face hub; accept the licence there first.
 Command: pfjax train --config=gemma3_1b_it --workdir=runs/gemma3_1b_it

@@ -1,18 +1,18 @@
 r"""Qwen2.5-0.5B, sharpened on 1,024 questions of GSM8K at alpha = 2 or 4.
 
 Hardware: `pfjax plan --response_tokens=270` (the base's mean, as published), a step of 512
-    responses, peak memory per device and least seconds:
+    responses, peak memory per device and shortest time:
     h100:1 (estimated), 6.0 GiB of 72.8 and 0.8 s; all weights, 13.3 GiB and 1.0 s;
     rtx4090:1 (estimated), 6.0 GiB of 21.75 and 4.6 s; all weights, 13.3 GiB and 5.7 s;
     v5e:2x2 (memory compiled), 3.4 GiB of 15.75 and 1.4 s; all weights, estimated, 5.7 GiB and
     1.6 s.
     320 steps on h100:1 take at least 4 minutes, all weights 5; at a tenth of the peaks, and
     with evaluations and compilation, an hour (estimate).
-Result: not run. Others without labels, pass@1 / pass@4 in per cent, 500 test questions x 32
+Result: not run. Published methods without labels, pass@1 / pass@4 in per cent, 500 test questions x 32
     samples (sangsq/RL-power-sampling; their prompt and grader): base 16.7 / 41.5; temperature
     1/4 34.0 / 59.0; whole-sequence policy gradient 27.1 / 47.2, collapsed to a median of 88
     tokens; the same with a growing cap 38.6 / 59.3; MCMC at alpha 2, 38.9 / 65.8 at 6.2 times
-    the tokens. The goal: at least 40 / 65, length held, the exponent within 10 % of alpha.
+    the tokens. The goal: at least 40 / 65, with length held and the exponent within 10 % of alpha.
 Command: pfjax train --config=qwen2_5_0_5b_gsm8k --workdir=runs/gsm8k
     (alpha 4: --config=qwen2_5_0_5b_gsm8k:4;
     all weights: --config.lora.rank=0 --config.optim.learning_rate=1e-5)

@@ -1,7 +1,7 @@
 r"""What the reasoning recipes share; choose one of them, or set `model` and `alpha`.
 
 Settings are the paper's (arXiv 2603.18363) where it gives them, else those of the
-trainer it was reported with; a value known from neither is marked "chosen".
+trainer it reports using; a value known from neither is marked "chosen".
 """
 
 import ml_collections
