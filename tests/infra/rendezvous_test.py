@@ -111,11 +111,20 @@ def test_all_are_told_who_is_missing(port):
     assert "in 2 s: number 1, 3, 4, 5, 6, 7, 8, 9, ... (from 0)" in first
 
 
+def _listens(port):
+    try:
+        socket.create_connection(("localhost", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def test_one_that_ends_while_it_waits_is_missing_and_strangers_are_passed_over(port):
     first = concurrent.futures.ThreadPoolExecutor(1).submit(
         _meet, port, 0, num=3, seconds=3.0
     )
-    time.sleep(0.5)
+    while not _listens(port):
+        time.sleep(0.01)
     for words in (b"pfjax 1 of 3\n", b"GET / HTTP/1.1\r\n\r\n", b""):
         with socket.create_connection(("localhost", port)) as caller:
             caller.sendall(words)
@@ -126,12 +135,13 @@ def test_one_that_ends_while_it_waits_is_missing_and_strangers_are_passed_over(p
 
 
 def test_numbers_that_do_not_fit_are_told_at_once(port):
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    waiting = pool.submit(_meet, port, 0, 1, num=3)
-    time.sleep(0.5)
-    assert _meet(port, 1, num=3) == ["two processes were started as number 1"]
-    assert _meet(port, 1, num=2) == [
-        "process 1 was started as one of 2, the first as one of 3"
-    ]
-    assert _meet(port, 2, num=3) == [None]
-    assert waiting.result() == [None, None]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = pool.submit(_meet, port, 0, num=3)
+        ones = {pool.submit(_meet, port, 1, num=3) for _ in range(2)}
+        told, waits = concurrent.futures.wait(ones, return_when="FIRST_COMPLETED")
+        assert told.pop().result() == ["two processes were started as number 1"]
+        assert _meet(port, 1, num=2) == [
+            "process 1 was started as one of 2, the first as one of 3"
+        ]
+        assert _meet(port, 2, num=3) == [None]
+        assert first.result() == waits.pop().result() == [None]
