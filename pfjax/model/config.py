@@ -77,7 +77,7 @@ class ModelConfig:
     local_rope: RopeConfig | None = None  # theirs, where it is another
     lora_rank: int = 0  # of adapters; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
-    lora_targets: tuple[str, ...] = ()  # projections that have them; () for all
+    lora_targets: tuple[str, ...] = ()  # projections; () for all but those of experts
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
     # Whether responses are scored with the experts that the sampler chose.
@@ -90,10 +90,10 @@ class ModelConfig:
     @property
     def adapted(self) -> tuple[str, ...]:
         """The projections that have adapters."""
-        targets = self.lora_targets or tuple(self.block.projections)
-        return tuple(
-            x for x in self.block.projections if x in targets and self.lora_rank
-        )
+        own = self.block.projections if self.lora_rank else {}
+        # To peft the experts are no linear layers.
+        targets = self.lora_targets or [k for k, x in own.items() if not x.stacked]
+        return tuple(name for name in own if name in targets)
 
     def layers_of_type(self, layer_type: str) -> tuple[int, ...]:
         """Numbers of the layers of one type of `layer_types`; "" for all."""

@@ -42,6 +42,13 @@ class Weights(NamedTuple):
     gate: Float[Array, "e d f"]
     up: Float[Array, "e d f"]
     down: Float[Array, "e f d"]
+    # Of adapters, where there are some: to each matrix the product of two is added.
+    gate_a: Float[Array, "e d r"] | None = None
+    gate_b: Float[Array, "e r f"] | None = None
+    up_a: Float[Array, "e d r"] | None = None
+    up_b: Float[Array, "e r f"] | None = None
+    down_a: Float[Array, "e f r"] | None = None
+    down_b: Float[Array, "e r d"] | None = None
 
 
 # Of the blocks of the kernel for gradients of matrices.
@@ -52,6 +59,12 @@ _AXES = {
     "gate": ("experts", "embed", None),
     "up": ("experts", "embed", None),
     "down": ("experts", None, "embed"),
+    "gate_a": ("experts", "embed", None),
+    "gate_b": ("experts", None, None),
+    "up_a": ("experts", "embed", None),
+    "up_b": ("experts", None, None),
+    "down_a": ("experts", None, None),
+    "down_b": ("experts", None, "embed"),
 }
 
 
@@ -72,13 +85,16 @@ def apply(
     over = sharding.axes_of("experts")
     # Gathered by hand, so that their gradients are summed where they are kept.
     gathered = sharding.axes_of("embed")
+    axes = {k: x for k, x in _AXES.items() if getattr(weights, k) is not None}
+
+    def whole(x, axes):
+        if not gathered or "embed" not in axes:
+            return x
+        return lax.all_gather(x, gathered, axis=axes.index("embed"), tiled=True)
 
     def of_device(x, probs, chosen, *matrices):
-        w = Weights(weights.router, *matrices)
-        if gathered:
-            whole = lambda x, dim: lax.all_gather(x, gathered, axis=dim, tiled=True)
-            w = w._replace(gate=whole(w.gate, 1), up=whole(w.up, 1))
-            w = w._replace(down=whole(w.down, 2))
+        matrices = map(whole, matrices, axes.values())
+        w = weights._replace(**dict(zip(axes, matrices, strict=True)))
         flat, probs, chosen = (y.reshape(-1, y.shape[-1]) for y in (x, probs, chosen))
         if over:
             chosen = chosen - lax.axis_index(over) * w.gate.shape[0]
@@ -86,8 +102,8 @@ def apply(
         out = lax.psum(out, over) if over else out
         return out.astype(x.dtype).reshape(x.shape)
 
-    run = sharding.by_device(of_device, (*[_HIDDEN] * 3, *_AXES.values()), _HIDDEN)
-    return run(x, probs, chosen, *weights[1:])
+    run = sharding.by_device(of_device, (*[_HIDDEN] * 3, *axes.values()), _HIDDEN)
+    return run(x, probs, chosen, *(getattr(weights, name) for name in axes))
 
 
 def route(
@@ -152,11 +168,25 @@ def mix(
     # What lies behind the last group is undefined, and so is its gradient.
     is_here = (jnp.arange(n * k) < sizes.sum())[:, None]
     rows = jnp.where(is_here, _take(k, x, order, inverse), 0)
-    gate = activation(_product(rows, weights.gate, sizes))
-    inner = gate * _product(rows, weights.up, sizes)
-    out = jnp.where(is_here, _product(inner, weights.down, sizes), 0)
+    times = functools.partial(_adapted_product, weights=weights, sizes=sizes)
+    inner = activation(times(rows, "gate")) * times(rows, "up")
+    out = jnp.where(is_here, times(inner, "down"), 0)
     out = _take(1, out, inverse, order).reshape(n, k, -1).astype(jnp.float32)
     return (probs[..., None] * out).sum(axis=1)
+
+
+def _adapted_product(
+    rows: Float[Array, "m i"], name: str, weights: Weights, sizes: Int[Array, "e"]
+) -> Float[Array, "m o"]:
+    """Each group of rows times its matrix, and its adapter's output where it has one."""
+    out = _product(rows, getattr(weights, name), sizes)
+    a, b = (getattr(weights, f"{name}_{x}") for x in "ab")
+    if a is None:
+        return out
+    # To a rank that kernels take: otherwise all rows are multiplied with every expert's.
+    more = (0, -a.shape[2] % grouped_matmul_gpu.LEAST)
+    a, b = jnp.pad(a, ((0, 0), (0, 0), more)), jnp.pad(b, ((0, 0), more, (0, 0)))
+    return out + _product(_product(rows, a, sizes), b, sizes)
 
 
 @jax.custom_vjp

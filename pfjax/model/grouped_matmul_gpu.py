@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from pfjax.batch import Array
 
 # Triton multiplies matrices of at least 16 rows and columns.
-_LEAST = 16
+LEAST = 16
 # A program's part of a product, and how much of the sum it loads at once.
 _ROWS, _COLUMNS, _DEPTH = 64, 128, 64
 _DOT = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
@@ -26,7 +26,7 @@ _PARAMS = plgpu.CompilerParams(num_warps=4, num_stages=2)
 
 def fits(*sizes: int) -> bool:
     """Whether the kernels take matrices of these sizes."""
-    return all(size % _LEAST == 0 for size in sizes)
+    return all(size % LEAST == 0 for size in sizes)
 
 
 def product(
@@ -40,7 +40,7 @@ def product(
     A program has a tile of rows of one group: groups end within tiles, whose rest is idle.
     """
     (m, depth), (num, _, width) = rows.shape, matrices.shape
-    height = min(max(pl.next_power_of_2(pl.cdiv(m, num)), _LEAST), _ROWS)
+    height = min(max(pl.next_power_of_2(pl.cdiv(m, num)), LEAST), _ROWS)
     columns, step = _block(width, _COLUMNS), _block(depth, _DEPTH)
     ends, tiles = jnp.cumsum(sizes), pl.cdiv(sizes, height)
     tile = jnp.arange(pl.cdiv(m, height) + num, dtype=jnp.int32)
@@ -99,7 +99,7 @@ def gradient(
     """The product of each group of rows and its gradients; 0 of an empty group."""
     height, width = rows.shape[1], g.shape[1]
     lines, columns = _block(height, _ROWS), _block(width, _COLUMNS)
-    step = min(max(pl.next_power_of_2(pl.cdiv(len(rows), len(sizes))), _LEAST), _DEPTH)
+    step = min(max(pl.next_power_of_2(pl.cdiv(len(rows), len(sizes))), LEAST), _DEPTH)
     ends = jnp.cumsum(sizes).astype(jnp.int32)
 
     def kernel(start_ref, end_ref, rows_ref, g_ref, out_ref):

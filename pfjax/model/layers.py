@@ -22,8 +22,15 @@ KeyValue = tuple[Array, Array]
 class Projection(NamedTuple):
     read: str  # letters of the dimensions it reads, see `Block.dims`
     written: str  # and of those it writes
-    module: str  # its name in Hugging Face's layer
+    # Its name in Hugging Face's layer; "*" is the number of an expert, each of which has
+    # its own.
+    module: str
     layer_type: str = ""  # of the layers that have it; "" for all
+
+    @property
+    def stacked(self) -> str:
+        """Letter of the dimension that its matrices are stacked along: experts, or ""."""
+        return "e" if "*" in self.module else ""
 
 
 PROJECTIONS = {
@@ -89,14 +96,15 @@ class Block(nnx.Module):
         into = nnx.initializers.normal(c.embed_dim**-0.5)
         # Two additions per layer: keeps the residual stream's scale at the start.
         back = nnx.initializers.normal((2 * c.num_layers * c.embed_dim) ** -0.5)
-        for name, (read, written, module, only) in self.projections.items():
+        for name, x in self.projections.items():
+            e, (read, written, module, only) = x.stacked, x
             init = back if written == "d" else into
             matrix = functools.partial(declare, only=only, num_read=len(read))
-            matrix(name, read + written, init, f"{module}.weight")
+            matrix(name, e + read + written, init, f"{module}.weight")
             if name in c.adapted:  # named as peft does
-                matrix(f"{name}_a", read + "r", into, f"{module}.lora_A.weight")
+                matrix(f"{name}_a", e + read + "r", into, f"{module}.lora_A.weight")
                 matrix = functools.partial(matrix, num_read=1)
-                matrix(f"{name}_b", "r" + written, zeros, f"{module}.lora_B.weight")
+                matrix(f"{name}_b", e + "r" + written, zeros, f"{module}.lora_B.weight")
         for name, (letters, module, only) in self.norms.items():
             declare(name, letters, c.norm_init, f"{module}.weight", only)
         for name in self.biased(c):

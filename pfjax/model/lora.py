@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -27,12 +28,12 @@ from pfjax.model.families import FAMILIES
 from pfjax.model.transformer import Params, Policy
 
 ALL_LINEAR = "all-linear"  # as peft calls them
-# Of all families.
-_PROJECTIONS = {
-    name: x for c in FAMILIES.values() for name, x in c.block.projections.items()
+# Of all families: where Hugging Face's layers have a projection -> its name here.
+_MODULES = {
+    x.module: name for c in FAMILIES.values() for name, x in c.block.projections.items()
 }
 # What people know from peft -> our projection.
-_TARGETS = {x.module.partition(".")[2]: k for k, x in _PROJECTIONS.items()}
+_TARGETS = {module.rpartition(".")[2]: k for module, k in _MODULES.items()}
 # Of peft's files.
 _FILES = {"stem": "adapter_model", "prefix": "base_model.model."}
 # Fields of adapter_config.json that do not change what the adapters compute, or whose
@@ -77,7 +78,7 @@ def target_names(projections: tuple[str, ...]) -> list[str]:
 
 def select(tree: Params) -> Params:
     """The adapters of a tree of parameters (or of shapes)."""
-    names = {f"{name}_{x}" for name in _PROJECTIONS for x in "ab"}
+    names = {f"{name}_{x}" for name in _TARGETS.values() for x in "ab"}
     return {"blocks": {k: x for k, x in tree["blocks"].items() if k in names}}
 
 
@@ -93,7 +94,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     shapes = select(transformer.abstract_params(config))["blocks"]
     for name, x in sorted(shapes.items()):
         key, used = jax.random.split(key)
-        fan_in = x.size // (x.shape[0] * config.lora_rank)
+        num_stacked = 1 + len(config.block.projections[name[:-2]].stacked)
+        fan_in = math.prod(x.shape[num_stacked:-1])
         draw = jax.random.normal(used, x.shape) * fan_in**-0.5
         out[name] = draw if name.endswith("_a") else jnp.zeros(x.shape)
     return {"blocks": out}
@@ -142,9 +144,10 @@ def merge(policy: Policy) -> Policy:
     for name in config.adapted:
         if name not in blocks:  # no layer is of its type
             continue
-        read, written, *_ = config.block.projections[name]
+        projection = config.block.projections[name]
+        l, (read, written, *_) = f"l{projection.stacked}", projection
         a, b = (blocks.pop(f"{name}_{x}") for x in "ab")
-        shapes = f"l{read}r,lr{written}->l{read}{written}"
+        shapes = f"{l}{read}r,{l}r{written}->{l}{read}{written}"
         delta = scale * jnp.einsum(shapes, a, b, precision="highest")
         blocks[name] = blocks[name].astype(jnp.float32) + delta
     none = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ()}
@@ -184,15 +187,17 @@ def read_peft(folder: pathlib.Path) -> Adapter:
     # Of the tensors, as the config's may be a pattern.
     of_layer = re.compile(r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
     found = {x: of_layer.fullmatch(x) for x in weights.names(folder, **_FILES)}
-    modules = {match[1] for match in found.values() if match}
-    unknown = sorted(modules - {x.module for x in _PROJECTIONS.values()})
+    of_expert = re.compile(r"\.\d+\.")
+    modules = {of_expert.sub(".*.", match[1]) for match in found.values() if match}
+    unknown = sorted(modules - _MODULES.keys())
     unknown += [name for name, match in found.items() if not match]
     if unknown or not modules or "r" not in c or "lora_alpha" not in c:
         raise ValueError(
             f"{folder} holds more or less than adapters of {', '.join(_TARGETS)}: rank "
             f"{c.get('r')}, alpha {c.get('lora_alpha')}, {unknown[:3] or 'no tensors'}"
         )
-    targets = tuple(k for k, x in _PROJECTIONS.items() if x.module in modules)
+    found = {_MODULES[x] for x in modules}
+    targets = tuple(k for k in _TARGETS.values() if k in found)
     base = c.get("base_model_name_or_path") or ""
     return Adapter(folder, int(c["r"]), float(c["lora_alpha"]), targets, base)
 

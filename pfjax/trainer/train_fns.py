@@ -136,7 +136,8 @@ def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConf
     """The base with the adapters that are trained beside it, if any.
 
     Raises:
-      ValueError: if they are asked for on projections that it has not.
+      ValueError: if they are asked for on projections that it has not, or as no file of
+        peft's could hold them.
     """
     if not config.lora.rank:
         return base_model
@@ -147,12 +148,29 @@ def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConf
             f"--config.lora.targets={config.lora.targets}: models of the family "
             f"{base_model.model_type} have no {has(absent)}; give some of {has(own)}"
         )
+    if of_experts := [x for x in targets if own[x].stacked]:
+        _check_experts_adapters(config, of_experts)
     return dataclasses.replace(
         base_model,
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_targets=targets,
     )
+
+
+def _check_experts_adapters(config: FrozenConfigDict, targets: list[str]) -> None:
+    """Raises ValueError for adapters of experts that peft does not load, or only warns of."""
+    if config.lora.dropout:
+        raise ValueError(
+            f"--config.lora.dropout={config.lora.dropout}: peft has none in adapters of "
+            "experts; leave it out, or gate_proj, up_proj and down_proj in "
+            "--config.lora.targets"
+        )
+    if targets not in (["w_down"], ["w_gate", "w_up", "w_down"]):
+        raise ValueError(
+            f"--config.lora.targets={config.lora.targets}: of experts peft loads adapters "
+            "of gate_proj,up_proj,down_proj together, or of down_proj alone"
+        )
 
 
 def trained_params(model: ModelConfig, mesh: AnyMesh) -> Params:

@@ -12,20 +12,11 @@ from pfjax.model import experts
 from pfjax.model.config import ModelConfig
 from pfjax.model.families import qwen3
 
-# Parameter -> letters of its dimensions, and its tensor.
-_EXPERTS = {
-    "w_router": ("de", "mlp.gate.weight"),
-    "w_expert_gate": ("edf", "mlp.experts.*.gate_proj.weight"),
-    "w_expert_up": ("edf", "mlp.experts.*.up_proj.weight"),
-    "w_expert_down": ("efd", "mlp.experts.*.down_proj.weight"),
-}
-
 
 class Block(qwen3.Block):
     projections = {
-        name: x
+        name: x._replace(module=x.module.replace("mlp.", "mlp.experts.*."))
         for name, x in qwen3.Block.projections.items()
-        if not x.module.startswith("mlp.")
     }
     dims = qwen3.Block.dims | {
         "e": ("num_experts", "experts"),
@@ -34,16 +25,18 @@ class Block(qwen3.Block):
 
     def __init__(self, config, rngs, layer_type=""):
         super().__init__(config, rngs, layer_type)
-        c, normal = config, nnx.initializers.normal
-        for name, (letters, tensor) in _EXPERTS.items():
-            is_back = letters == "efd"  # as in `layers.Block`
-            fan = 2 * c.num_layers * c.embed_dim if is_back else c.embed_dim
-            self.declare(rngs, name, letters, normal(fan**-0.5), tensor, num_read=1)
+        init = nnx.initializers.normal(config.embed_dim**-0.5)
+        self.declare(rngs, "w_router", "de", init, "mlp.gate.weight", num_read=1)
 
     def mlp(self, x, layer):
         c = self.config
-        weights = (getattr(self, name)[...].astype(x.dtype) for name in _EXPERTS)
-        weights = experts.Weights(*weights)
+
+        def weight(name):
+            w = getattr(self, f"w_{name}")[...].astype(x.dtype)
+            return w * (c.lora_alpha / c.lora_rank) if name.endswith("_b") else w
+
+        names = (k for k in experts.Weights._fields if hasattr(self, f"w_{k}"))
+        weights = experts.Weights(**{k: weight(k) for k in names})
         return experts.apply(c.experts, x, weights, c.activation, layer.choose)
 
 
