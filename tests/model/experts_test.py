@@ -15,16 +15,24 @@ from tests.planner import plans
 ROUTING = experts.Routing(num_experts=8, width=6, per_token=3, is_normalised=True)
 
 
-def _weights(rng, d=16):
-    e, f = ROUTING.num_experts, ROUTING.width
+def _weights(rng, d=16, rank=0):
+    e, f, r = ROUTING.num_experts, ROUTING.width, rank
     shapes = {"router": (d, e), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d)}
-    return experts.Weights(
-        **{k: 0.3 * rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
-    )
+    if rank:
+        shapes |= {"gate_a": (e, d, r), "up_a": (e, d, r), "down_a": (e, f, r)}
+        shapes |= {"gate_b": (e, r, f), "up_b": (e, r, f), "down_b": (e, r, d)}
+    scale = lambda name: 0.1 if "_" in name else 0.3
+    draw = lambda name, shape: (scale(name) * rng.normal(size=shape)).astype(np.float32)
+    return experts.Weights(**{k: draw(k, shape) for k, shape in shapes.items()})
 
 
 def _alone(routing, x, weights):
     """Every expert on every token, weighted by a matrix that is mostly zeros."""
+    if weights.gate_a is not None:
+        pair = lambda name: (getattr(weights, f"{name}_{x}") for x in "ab")
+        added = lambda name: jnp.einsum("eir,ero->eio", *pair(name))
+        whole = lambda name: getattr(weights, name) + added(name)
+        weights = weights._replace(**{x: whole(x) for x in ("gate", "up", "down")})
     probs = jax.nn.softmax(x @ weights.router)
     least = jnp.sort(probs)[..., -routing.per_token, None]
     probs = jnp.where(probs >= least, probs, 0.0)
@@ -52,9 +60,11 @@ def _assert_close(a, b):
 ours = functools.partial(experts.apply, activation=jax.nn.silu)
 
 
-@pytest.mark.parametrize("is_normalised", [True, False])
-def test_experts_add_what_each_adds_alone(rng, is_normalised):
-    routing, weights = ROUTING._replace(is_normalised=is_normalised), _weights(rng)
+@pytest.mark.parametrize(("is_normalised", "rank"), [(True, 3), (False, 0)])
+def test_experts_add_what_each_adds_alone(rng, is_normalised, rank):
+    """With adapters, whose rank is no width that kernels take, and without."""
+    routing = ROUTING._replace(is_normalised=is_normalised)
+    weights = _weights(rng, rank=rank)
     x = rng.normal(size=(2, 9, 16)).astype(np.float32)
     got = _with_gradients(ours, routing, x, weights)
     _assert_close(got, _with_gradients(_alone, routing, x, weights))
@@ -130,11 +140,14 @@ MESHES = [(1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2), (2, 2, 2, 1)]
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_experts_on_several_devices_add_the_same(rng, sizes):
-    weights, x = _weights(rng), rng.normal(size=(4, 6, 16)).astype(np.float32)
+    weights, x = _weights(rng, rank=2), rng.normal(size=(4, 6, 16)).astype(np.float32)
     want = _with_gradients(ours, ROUTING, x, weights)
     mesh = _mesh(sizes)
     axes = {"router": ("embed", "experts"), "down": ("experts", "mlp", "embed")}
     axes |= dict.fromkeys(("gate", "up"), ("experts", "embed", "mlp"))
+    axes |= dict.fromkeys(("gate_a", "up_a"), ("experts", "embed", None))
+    axes |= dict.fromkeys(("gate_b", "up_b"), ("experts", None, "mlp"))
+    axes |= {"down_a": ("experts", "mlp", None), "down_b": ("experts", None, "embed")}
     where = sharding.tree_shardings(mesh, experts.Weights(**axes), weights)
     spread = jax.device_put(weights, where)
     with jax.set_mesh(mesh):
@@ -164,11 +177,13 @@ def test_no_device_has_all_experts(rng):
 def test_tpus_multiply_rows_with_their_own_experts_only(tpu_mesh):
     """Also for the gradient: nowhere are there as many rows for each expert."""
     mesh = tpu_mesh("v5e:2x2", data=1, fsdp=1, tensor=4)
-    d, e, f = 256, 16, 128
+    d, e, f, r = 256, 16, 128, 24
     routing = experts.Routing(e, f, 2, True)
     shapes = experts.Weights((d, e), (e, d, f), (e, d, f), (e, f, d))
+    into, back = [(e, d, r), (e, r, f)], [(e, f, r), (e, r, d)]
+    shapes = experts.Weights(*shapes[:4], *into, *into, *back)
     axes = ("experts", "embed", "mlp")
-    axes = experts.Weights(("embed", "experts"), axes, axes, axes)
+    axes = experts.Weights(("embed", "experts"), *[axes] * 9)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     weights = experts.Weights(*(shape(*s) for s in shapes))
     where = sharding.tree_shardings(mesh, axes, weights)
@@ -179,7 +194,7 @@ def test_tpus_multiply_rows_with_their_own_experts_only(tpu_mesh):
     rows, local = 2 * 1024, e // 4
     seen = plans.arrays(compiled.as_text())
     assert any({rows, f} <= set(x) for x in seen)
-    assert not [x for x in seen if {local, rows} <= set(x) and {d, f} & set(x)]
+    assert not [x for x in seen if {local, rows} <= set(x) and {d, f, r, 32} & set(x)]
 
 
 @pytest.mark.parametrize("sizes", MESHES)

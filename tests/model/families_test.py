@@ -121,8 +121,8 @@ def test_qwen_with_experts_of_the_hub(tmp_path):
     assert c.experts == experts.Routing(128, 768, 8, is_normalised=True)
     assert c.rope == rope.RopeConfig(1e6) and set(_windows(c)) == {0}
     shapes = transformer.abstract_params(c)["blocks"]
-    assert shapes["w_expert_down"].shape == (48, 128, 768, 2048)
-    # Adapters are of attention.
+    assert shapes["w_down"].shape == (48, 128, 768, 2048)
+    # Adapters are of attention, if experts are not named.
     adapted = dataclasses.replace(c, lora_rank=2).adapted
     assert adapted == ("wq", "wk", "wv", "wo")
     # As transformers 5 writes it.

@@ -39,6 +39,14 @@ def test_a_token_is_multiplied_with_its_experts_only(tiny_config):
     assert adapters == 2 * 2 * ((16 + 32) + 2 * (16 + 16) + (32 + 16))
     want = 4 * got + 4 * 2 * adapters * 10 - 2 * (num * 10 + head)
     assert flops.update_flops(adapted, ten, four) == want
+    # Of 2 of 4 experts, that read and write 16 each.
+    of_experts = dataclasses.replace(adapted, lora_targets=("w_gate", "w_up", "w_down"))
+    assert flops.weights_per_token(of_experts) == num + 2 * 2 * 3 * 2 * (16 + 16)
+    spared = 2 * (num * 10 + head)
+    adapters = flops.weights_per_token(of_experts) - num
+    want = 4 * got + 4 * 2 * adapters * 10 - spared
+    assert flops.update_flops(of_experts, ten, four) == want
+    assert flops.all_weights(of_experts) == num + 2 * 2 * expert + 2 * adapters
 
 
 def test_a_window_leaves_out_pairs(tiny_config):

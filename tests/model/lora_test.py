@@ -10,30 +10,13 @@ import pytest
 from pfjax.batch import PackedBatch
 from pfjax.model import hf, log_probs, lora, transformer
 from pfjax.model.layers import PROJECTIONS
+from tests.model import small_families
 
 
 @pytest.fixture(params=["all-linear", "q_proj,v_proj,down_proj"])
 def adapted(tiny_policy, request):
     """The tiny policy with adapters that have moved (B is not zero)."""
-    return _adapted(tiny_policy, request.param)
-
-
-def _adapted(tiny_policy, targets):
-    config = dataclasses.replace(
-        tiny_policy.config,
-        lora_rank=3,
-        lora_alpha=6.0,
-        lora_targets=lora.projections(targets),
-    )
-    adapters = lora.init_params(config, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [
-        x + 0.2 * jax.random.normal(k, x.shape)
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    adapters = jax.tree.unflatten(tree, moved)
-    return transformer.Policy(config, lora.join(tiny_policy.params, adapters))
+    return small_families.adapted(tiny_policy, request.param)
 
 
 TOKENS = np.array([[3, 5, 7, 2, 9, 11, 4, 8]])
@@ -85,6 +68,49 @@ def test_peft_loads_the_adapters_and_agrees(adapted, tiny_policy, tmp_path):
     assert said.target_modules == set(names(adapted.config.adapted))
     # Only where they were asked for.
     assert len(lora.select(adapted.params)["blocks"]) == 2 * len(said.target_modules)
+
+
+@pytest.mark.parametrize("targets", [small_families.ALL, "q_proj,down_proj"])
+def test_adapters_of_experts_mean_the_same_merged_to_peft_and_read_again(
+    tiny_config, tmp_path, targets
+):
+    import peft
+    import torch
+    import transformers
+
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    params = transformer.init_params(config, jax.random.key(0))
+    base, here = transformer.Policy(config, params), jax.devices()[0]
+    adapted = small_families.adapted(base, targets)
+    logits, merged = _logits(adapted), lora.merge(adapted)
+    assert merged.config == config and np.abs(logits - _logits(base)).max() > 1
+    log_softmax = lambda x: np.asarray(jax.nn.log_softmax(x))
+    want = log_softmax(logits)
+    np.testing.assert_allclose(log_softmax(_logits(merged)), want, atol=1e-5)
+    hf.save(base, tmp_path / "base")
+    lora.save_peft(adapted, tmp_path / "adapter", str(tmp_path / "base"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    with torch.no_grad():
+        found = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    read, own = lora.read_peft(tmp_path / "adapter"), lora.select(adapted.params)
+    assert read.targets == adapted.config.adapted == lora.projections(targets)
+    where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(here), own)
+    again = lora.load_peft(read, adapted.config, where)
+    jax.tree.map(np.testing.assert_array_equal, again, own)
+
+
+def test_adapters_start_as_wide_as_what_one_expert_reads(tiny_config):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    targets = lora.projections("gate_proj,up_proj,down_proj")
+    sizes = {"num_experts": 64, "lora_rank": 4, "lora_targets": targets}
+    made = lora.init_params(dataclasses.replace(config, **sizes), jax.random.key(0))
+    made = made["blocks"]
+    assert made["w_gate_a"].shape == (2, 64, 16, 4)
+    assert made["w_down_b"].shape == (2, 64, 4, 16) and not made["w_down_b"].any()
+    for name in ("w_gate_a", "w_up_a", "w_down_a"):
+        assert np.std(made[name]) == pytest.approx(16**-0.5, rel=0.05)
 
 
 def _by_peft(tmp_path, policy, **config):

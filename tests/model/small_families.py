@@ -3,13 +3,37 @@
 import dataclasses
 import importlib
 
-from pfjax.model import rope
+import jax
+
+from pfjax.model import lora, rope, transformer
 from pfjax.model.config import FULL, LINEAR, SLIDING, ModelConfig
 
 # Qwen 2 is that of most tests; Llama is Mistral without windows, OLMo 2 is OLMo 3 so.
 NAMES = (
     "gemma3", "mistral", "olmo3", "qwen3", "qwen3_5", "qwen3_moe", "seed_oss", "smollm3",
 )  # fmt: skip
+
+
+ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def adapted(policy: transformer.Policy, targets: str) -> transformer.Policy:
+    """A policy with adapters that have moved (B is not zero)."""
+    config = dataclasses.replace(
+        policy.config,
+        lora_rank=3,
+        lora_alpha=6.0,
+        lora_targets=lora.projections(targets),
+    )
+    adapters = lora.init_params(config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        x + 0.2 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    adapters = jax.tree.unflatten(tree, moved)
+    return transformer.Policy(config, lora.join(policy.params, adapters))
 
 
 def config_of(name: str, like: ModelConfig, window: int) -> ModelConfig:

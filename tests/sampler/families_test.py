@@ -14,13 +14,17 @@ from pfjax.sampler.options import Capacity
 from tests.model import small_families
 
 
-@pytest.mark.parametrize("name", small_families.NAMES)
-def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name):
-    """Past the window, in slots that are refilled."""
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [*((name, "") for name in small_families.NAMES), ("qwen3_moe", small_families.ALL)],
+)
+def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name, targets):
+    """Past the window, in slots that are refilled; with adapters of experts too."""
     config = small_families.config_of(name, tiny_config, window=5)
     params = transformer.init_params(config, jax.random.key(0))
     params["blocks"] |= {x: 1.5 * params["blocks"][x] for x in ("wq", "wk", "wv", "wo")}
     policy = transformer.Policy(config, params)
+    policy = small_families.adapted(policy, targets) if targets else policy
     prompts = [[2 + (i * j) % 9 for j in range(n)] for i, n in enumerate((1, 4, 23))]
     out = engine.rollout(policy, prompts, 4, 24, seed=1, capacity=Capacity(num_slots=5))
     at = list(np.ndindex(out.lengths.shape))
@@ -38,8 +42,10 @@ def test_rollouts_with_experts_on_several_devices_are_the_same(tiny_config, size
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     config = dataclasses.replace(config, replays_experts=True)
     params = transformer.init_params(config, jax.random.key(0))
+    policy = transformer.Policy(config, params)
+    config, params = policy = small_families.adapted(policy, small_families.ALL)
     prompts, run = [[2, 3], [4] * 9], functools.partial(engine.rollout, seed=1)
-    want = run(transformer.Policy(config, params), prompts, 4, 12)
+    want = run(policy, prompts, 4, 12)
     mesh = sharding.make_mesh(*sizes, jax.devices()[: np.prod(sizes)])
     where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
     with jax.set_mesh(mesh):

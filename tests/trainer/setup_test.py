@@ -95,12 +95,31 @@ def test_adapters_of_what_the_model_has_not_are_refused_by_name(
     enumerable_folder, tmp_path, tiny_config
 ):
     c = small_config(enumerable_folder, tmp_path)
-    c.lora.rank, c.lora.targets = 2, "q_proj,down_proj"
+    c.lora.rank, c.lora.targets = 2, "q_proj,in_proj_z"
     model = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    policy_model = lambda: train_fns.policy_model(FrozenConfigDict(c), model)
     with pytest.raises(
-        ValueError, match="have no down_proj; give some of q_proj,k_proj"
+        ValueError, match="have no in_proj_z; give some of q_proj,k_proj"
     ):
-        train_fns.policy_model(FrozenConfigDict(c), model)
+        policy_model()
     c.lora.targets = "q_proj,o_proj"
-    adapted = train_fns.policy_model(FrozenConfigDict(c), model).adapted
-    assert adapted == ("wq", "wo")
+    assert policy_model().adapted == ("wq", "wo")
+
+
+def test_adapters_of_experts_are_those_that_peft_loads(
+    enumerable_folder, tmp_path, tiny_config
+):
+    c = small_config(enumerable_folder, tmp_path)
+    model = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    policy_model = lambda: train_fns.policy_model(FrozenConfigDict(c), model)
+    c.lora.rank, c.lora.targets = 2, "gate_proj,up_proj"
+    with pytest.raises(ValueError, match="gate_proj,up_proj: of experts .* together"):
+        policy_model()
+    for c.lora.targets in ("v_proj,gate_proj,up_proj,down_proj", "down_proj"):
+        targets = policy_model().adapted
+        assert lora.target_names(targets) == c.lora.targets.split(",")
+    c.lora.dropout = 0.1
+    with pytest.raises(ValueError, match="lora.dropout=0.1: .*experts"):
+        policy_model()
+    c.lora.targets = "all-linear"
+    assert policy_model().adapted == ("wq", "wk", "wv", "wo")

@@ -299,7 +299,10 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
 def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     params = transformer.init_params(config, jax.random.key(0))
-    _check_mesh(rng, transformer.Policy(config, params), sizes, POWERFLOW)
+    policy = small_families.adapted(
+        transformer.Policy(config, params), small_families.ALL
+    )
+    _check_mesh(rng, policy, sizes, POWERFLOW)
 
 
 def test_tokens_are_counted_over_a_mesh_split_along_every_axis(rng, tiny_policy):
