@@ -15,8 +15,8 @@ from tests.planner import plans
 ROUTING = experts.Routing(num_experts=8, width=6, per_token=3, is_normalised=True)
 
 
-def _weights(rng, d=16, rank=0):
-    e, f, r = ROUTING.num_experts, ROUTING.width, rank
+def _weights(rng, d=16, f=ROUTING.width, rank=0):
+    e, r = ROUTING.num_experts, rank
     shapes = {"router": (d, e), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d)}
     if rank:
         shapes |= {"gate_a": (e, d, r), "up_a": (e, d, r), "down_a": (e, f, r)}
@@ -118,6 +118,19 @@ def test_the_kernels_for_gpus_multiply_groups_of_rows(rng, sizes, dtype):
         np.testing.assert_allclose(exact(out[own]), want, **close)
         want = exact(rows[own]).T @ exact(g[own])
         np.testing.assert_allclose(exact(gradient[e]), want, **close)
+
+
+def test_the_kernels_for_gpus_take_adapters_of_any_rank(rng, monkeypatch):
+    weights = _weights(rng, f=32, rank=5)
+    x = rng.normal(size=(2, 9, 16)).astype(np.float32)
+    want = _with_gradients(_alone, ROUTING, x, weights)
+    monkeypatch.setattr(sharding, "platform", lambda: ("gpu", ""))
+    monkeypatch.delattr(jax.lax, "ragged_dot")
+    for name in ("product", "gradient"):
+        kernel = getattr(grouped_matmul_gpu, name)
+        run = functools.partial(kernel, interpret=True)
+        monkeypatch.setattr(grouped_matmul_gpu, name, run)
+    _assert_close(_with_gradients(ours, ROUTING, x, weights), want)
 
 
 def test_experts_are_chosen_in_float32(rng):
