@@ -30,7 +30,7 @@ def config(enumerable_folder, tmp_path):
         num_experts=8,
         num_experts_per_tok=3,
     )
-    params = transformer.init_params(small, jax.random.key(8))
+    params = transformer.init_params(small, jax.random.key(0))
     folder = tmp_path / "experts"
     hf.save(transformer.Policy(small, params), folder)
     for file in enumerable_folder.glob("*token*"):
