@@ -235,6 +235,9 @@ def _gradient_kernel(rows, g, sizes, interpret=False):
     """The same on TPUs, where XLA multiplies the rows of all groups for each of them."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
+    # Stacks of matrices of a few columns would be padded to 128 of them.
+    if g.shape[1] < min(rows.shape[1], _ROWS):
+        return _gradient_kernel(g, rows, sizes, interpret).swapaxes(1, 2)
     pad = lambda x: jnp.pad(x, ((0, -len(x) % _ROWS), (0, 0)))
     tiles = (_ROWS, min(rows.shape[1], _COLUMNS), min(g.shape[1], _COLUMNS))
     how = {"preferred_element_type": g.dtype, "tiling": tiles, "interpret": interpret}

@@ -67,6 +67,8 @@ def pass_bytes(
         + 4 * rows
         + states,
     }[remat]
+    if any(model.block.projections[x].stacked for x in model.adapted):
+        layer += 2 * rows  # gradients that adapters of experts send back
     # A layer's values and their gradients; its weights and those of the next.
     weights = 2 * flops.all_weights(model) / tensor
     layer = 4 * tokens * layer + 4 * weights / model.num_layers

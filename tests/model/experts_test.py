@@ -80,11 +80,12 @@ def test_tokens_that_all_choose_the_same_experts_disturb_no_other(rng):
     np.testing.assert_array_equal(run(crowded)[:, :4], run(x)[:, :4])
 
 
+@pytest.mark.parametrize("width", [128, 16])
 @pytest.mark.parametrize("sizes", [[70, 0, 30, 33], [0, 128, 5, 0], [0] * 4])
-def test_the_kernel_finds_the_gradients_of_matrices(rng, sizes):
+def test_the_kernel_finds_the_gradients_of_matrices(rng, sizes, width):
     """Of groups that are empty too, and whatever lies behind the last one."""
     m, sizes = 133, np.array(sizes, np.int32)
-    rows, g = (rng.normal(size=(m, n)).astype(np.float32) for n in (256, 128))
+    rows, g = (rng.normal(size=(m, n)).astype(np.float32) for n in (256, width))
     g[sizes.sum() :] = np.nan
     got = experts._gradient_kernel(rows, g, sizes, interpret=True)
     ends = np.cumsum(sizes)
