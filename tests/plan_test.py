@@ -255,6 +255,18 @@ def test_what_is_resident_leaves_rows_less_room():
     assert rows[0] == 8 and rows[-1] == 1 and len(set(rows)) >= 3
 
 
+def test_adapters_of_experts_are_counted_in_updates():
+    """By 7.8 GiB, as two layers compiled for v5p:2x2x2 need for 65,536 tokens."""
+    base = plans.base_of(plans.config_of("qwen3_30b_a3b"))
+    mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 4}
+    need = []
+    for targets in ((), ("w_gate", "w_up", "w_down")):
+        sizes = {"num_layers": 2, "lora_rank": 16, "lora_targets": targets}
+        model = dataclasses.replace(base, **sizes)
+        need.append(update_memory.pass_bytes(model, mesh, 65_536, "full"))
+    assert 7 < (need[1] - need[0]) / hardware.GIB < 9
+
+
 def _rows(config, topology):
     mesh = aot.abstract_mesh(topology, **config.mesh)
     fns = train_fns.train_fns(config, plans.base_of(config), 1024, mesh)
