@@ -39,8 +39,10 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
     context: int = 1,
+    rollout: int = 0,
 ) -> Mesh:
-    """A `data x fsdp x context x tensor` mesh over all devices; see `mesh_sizes`.
+    """A `data x fsdp x context x tensor` mesh over all devices but the last `rollout`, which
+    draw responses and nothing else; see `mesh_sizes`.
 
     Where a multiple of the nodes holds whole copies of the weights, a copy lies within
     one node: what it is split over stays on fast links.
@@ -49,6 +51,8 @@ def make_mesh(
       ValueError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if rollout:
+        devices = _all_but(devices, rollout)
     nodes = num_nodes(devices)
     sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes, context)
     # Two of the four devices of a side, say, may be an axis.
@@ -61,6 +65,26 @@ def make_mesh(
     else:
         grid = mesh_utils.create_device_mesh(sizes, devices, **split)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _all_but(devices: Sequence[jax.Device], rollout: int) -> Sequence[jax.Device]:
+    said = f"--config.mesh.rollout={rollout}"
+    if rollout >= len(devices):
+        raise ValueError(f"{said} leaves none of {len(devices)} devices to learn")
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{said}: devices can be set apart for rollouts within one process, and there are "
+            f"{jax.process_count()}; max_staleness works on all of their devices too"
+        )
+    return devices[:-rollout]
+
+
+def rollout_mesh(
+    rollout: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of the devices that `make_mesh` has left out."""
+    devices = jax.devices() if devices is None else devices
+    return make_mesh(data=1, tensor=tensor, devices=devices[-rollout:])
 
 
 def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:

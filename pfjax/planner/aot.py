@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from pfjax.batch import SCORES
 from pfjax.infra import hardware, sharding
-from pfjax.model import lora
+from pfjax.model import lora, transformer
 from pfjax.model.transformer import Params
 from pfjax.planner import gpu_target
 from pfjax.planner.roofline import Workload
@@ -83,9 +83,10 @@ def tpu_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
     return sharding.make_mesh(*sizes, **named, devices=found.devices)
 
 
-def abstract_mesh(topology: str, **sizes: int) -> AbstractMesh:
+def abstract_mesh(topology: str, rollout: int = 0, **sizes: int) -> AbstractMesh:
     """A mesh of any topology, to derive shapes and shardings from."""
     chip, devices = parse(topology)
+    devices -= rollout
     platform = "tpu" if _is_tpu(topology) else "gpu"
     return AbstractMesh(
         sharding.mesh_sizes(
@@ -95,6 +96,17 @@ def abstract_mesh(topology: str, **sizes: int) -> AbstractMesh:
         axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
         abstract_device=AbstractDevice(chip.kinds[0], num_cores=1, platform=platform),
     )
+
+
+def actor_mesh(
+    topology: str, rollout: int, tensor: int, is_abstract: bool
+) -> AbstractMesh | Mesh:
+    """The mesh of the devices of a topology that are set apart for rollouts."""
+    if is_abstract:
+        mesh = abstract_mesh(topology, data=1)
+        return mesh.update(axis_sizes=(1, rollout // tensor, 1, tensor))
+    devices = sorted(device_mesh(topology, data=1).devices.flat, key=lambda d: d.id)
+    return sharding.rollout_mesh(rollout, tensor, devices)
 
 
 def compile_phases(
@@ -109,6 +121,10 @@ def compile_phases(
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}
     policy = lora.join(frozen, fns.state.params["policy"])
+    if work.is_apart:  # they are sent there
+        axes, shapes = transformer.logical_axes(work.model), policy
+        where = sharding.rollout_shardings(rollout_mesh, axes, shapes)
+        policy = train_fns.placed(shapes, where, work.model.dtype)
     with gpu_target.told_to_cudnn(jax.sharding.get_mesh()):
         with jax.set_mesh(rollout_mesh):
             decode_loop = _lower_decode(policy, work)
@@ -136,9 +152,9 @@ def _lower_decode(params: Params, work: Workload) -> Any:
 
     weights = decode.weights(model, params, run=once)
     state = decode.SamplerState(weights, key, temperature)
-    prompts = slots.prompts_per_part(plan, work.num_prompts, g)
+    prompts = slots.prompts_per_part(plan, work.room, g)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
-    numbers = [*[array(prompts)] * 3, *[array(1)] * 5]
+    numbers = [*[array(prompts)] * 4, *[array(1)] * 5]
     queue = decode.Queue(*numbers, array(prompts * g, bool))
     sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
     prefixes, *others = results(decode.start, queue, s=settings, **sizes)

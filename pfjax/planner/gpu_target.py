@@ -48,7 +48,7 @@ def is_installed() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in plugins)
 
 
-def mesh(kind: str, devices: int, *sizes: int, **named: int) -> Mesh:
+def mesh(kind: str, devices: int, *sizes: int, rollout: int = 0, **named: int) -> Mesh:
     """A mesh of GPUs, of a kind of `hardware.CHIPS`, to lower and compile for."""
     from jax.experimental import topologies
 
@@ -60,9 +60,10 @@ def mesh(kind: str, devices: int, *sizes: int, **named: int) -> Mesh:
         topology=f"1x{nodes}x{devices // nodes}",
     )
     # These devices do not say which node they are of; they are in the order of nodes.
-    found_sizes = sharding.mesh_sizes(*sizes, **named, devices=devices, nodes=nodes)
+    number = {"devices": devices - rollout, "nodes": nodes}
+    found_sizes = sharding.mesh_sizes(*sizes, **named, **number)
     of_axis = dict(zip(sharding.MESH_AXES, found_sizes, strict=True))
-    return sharding.make_mesh(**of_axis, devices=found.devices)
+    return sharding.make_mesh(**of_axis, devices=found.devices, rollout=rollout)
 
 
 def description(kind: str) -> str:

@@ -14,11 +14,11 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, transformer
+from pfjax.model import attention, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
-from pfjax.trainer import run_config, train_fns
+from pfjax.trainer import actor, run_config, train_fns, update_memory
 
 _MICROBATCH_SIZES = (1, 2, 4, 8, 16)
 _CONTEXTS = (2, 4, 8, 16)  # devices that share rows which are too long for one
@@ -49,6 +49,9 @@ def make_plan(
         make_mesh, use_mesh = aot.device_mesh, jax.set_mesh
     mesh = make_mesh(topology, **config.mesh)
     rollout_mesh = sharding.regrouped(mesh, config.rollout_tensor)
+    if config.mesh.rollout:
+        own = (config.mesh.rollout, rollout_mesh.shape["tensor"])
+        rollout_mesh = aot.actor_mesh(topology, *own, is_abstract=not can_compile)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = {
         "parameters": sharding.part_bytes(fns.state.params),
@@ -56,7 +59,11 @@ def make_plan(
         "base": sharding.part_bytes(fns.base),
     }
     waiting = state.pop("base") if config.offload_ref else 0
-    free = int(hardware.usable_memory(chip)) - sum(state.values())
+    free = int(hardware.usable_memory(chip))
+    if not config.mesh.rollout:
+        free -= sum(state.values())
+        if config.max_staleness:
+            free -= update_memory.of_update(fns, mesh, config.remat)
     try:
         with use_mesh(rollout_mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
@@ -73,9 +80,11 @@ def make_plan(
         small = run_config.with_values(config, {"rollout_slots": 1})
         plan = make_plan(small, base_model, topology, response_tokens, False)
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
-    phases["rollout"] |= {"weights": work.weight_bytes, "caches": work.plan.cache_bytes}
+    # Devices of their own hold those that they draw by and those of the next step.
+    weights = work.weight_bytes * (2 if work.is_apart else 1)
+    phases["rollout"] |= {"weights": weights, "caches": work.plan.cache_bytes}
     phases["score"]["base from the host"] = waiting
-    memory = _memory(state, phases, chip)
+    memory = _memory(state, phases, chip, work)
     step = _step(work, sent, chip)
     return {
         "model": config.model,
@@ -106,17 +115,23 @@ def _workload(
         "samples_per_prompt": config.samples_per_prompt,
         "max_new_tokens": config.max_new_tokens,
     }
+    room = (1 + config.max_staleness) * config.prompts_per_step
     plan = slots.plan_for(
         model,
         sharding.platform()[0],
         lambda: free,
         prompt_width=config.data.max_prompt_tokens,
         num_slots=config.rollout_slots or None,
-        **sizes,
+        most_slots=config.prompts_per_step * config.samples_per_prompt,
+        **sizes | {"num_prompts": room},
     )
     # A rollout reads a copy of the weights that is whole but for "tensor".
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
     where = sharding.rollout_shardings(rollout_mesh, axes, shapes)
+    read = train_fns.placed(shapes, where, model.dtype)
+    sent_bytes = 0
+    if config.mesh.rollout:
+        sent_bytes = sharding.part_bytes(lora.select(read) if model.lora_rank else read)
     return roofline.Workload(
         model=model,
         mesh=dict(mesh.shape),
@@ -129,9 +144,13 @@ def _workload(
         * config.pack_length
         // mesh.shape["context"],
         remat=config.remat,
-        weight_bytes=sharding.part_bytes(train_fns.placed(shapes, where, model.dtype)),
+        weight_bytes=sharding.part_bytes(read),
         param_bytes=sharding.part_bytes(fns.state.params),
         state_bytes=sharding.part_bytes(fns.state),
+        room=room,
+        is_apart=config.mesh.rollout > 0,
+        carries=config.max_staleness > (actor.AHEAD if config.mesh.rollout else 0),
+        sent_bytes=sent_bytes,
         **sizes,
     )
 
@@ -171,10 +190,18 @@ def _caveats(fns: train_fns.TrainFns, work: roofline.Workload) -> list[str]:
     return [note]
 
 
-def _memory(state: dict, phases: dict, chip: hardware.Chip) -> dict[str, Any]:
+def _memory(
+    state: dict, phases: dict, chip: hardware.Chip, work: roofline.Workload
+) -> dict[str, Any]:
     """GiB that stay, that each phase adds, and their sum at the peak of the step."""
     gib = lambda sizes: {name: x / hardware.GIB for name, x in sizes.items()}
-    peak = sum(state.values()) + max(sum(x.values()) for x in phases.values())
+    of_phase = {phase: sum(x.values()) for phase, x in phases.items()}
+    drawn, learned = of_phase["rollout"], max(of_phase["score"], of_phase["update"])
+    peak = sum(state.values()) + max(drawn, learned)
+    if work.is_apart:
+        peak = max(drawn, sum(state.values()) + learned)
+    elif work.carries:
+        peak = max(peak, sum(state.values()) + learned + phases["rollout"]["caches"])
     by_phase = {phase: gib(x) for phase, x in phases.items()}
     sums = gib({"total": peak, "available": hardware.usable_memory(chip)})
     return {"state": gib(state), "phases": by_phase, **sums}
@@ -186,7 +213,10 @@ def _step(
     """The assumed lengths, the least seconds of a step, and what it sends."""
     phases = roofline.bounds(work, sent, chip)
     slowest = max(phases, key=lambda phase: phases[phase]["seconds"])
-    seconds = sum(x["seconds"] for x in phases.values())
+    of_phase = {phase: x["seconds"] for phase, x in phases.items()}
+    seconds = sum(of_phase.values())
+    if work.is_apart:
+        seconds = max(of_phase["rollout"], seconds - of_phase["rollout"])
     parts, prompts = work.plan.dp_size, work.num_prompts
     idle = 1 - prompts / parts / math.ceil(prompts / parts)
     note = (
@@ -195,6 +225,11 @@ def _step(
         "does not"
     )
     rows = [(phase, x) for phase, rows in sent.items() for x in rows]
+    if work.is_apart:
+        weights = roofline.Sent(
+            "copy", "to rollouts", work.sent_bytes / 1e9, "(weights)"
+        )
+        rows.append(("send", weights))
     return {
         "responses": work.responses,
         "prompt_tokens": work.prompt_tokens,

@@ -38,6 +38,10 @@ class Workload:
     weight_bytes: int  # of the copy that a rollout reads
     param_bytes: int  # of the trained parameters, in float32
     state_bytes: int  # of these and the optimizer's
+    room: int  # prompts that rollouts hold at once
+    is_apart: bool = False  # whether rollouts have devices of their own
+    carries: bool = False  # whether responses that are not done go on in the next step
+    sent_bytes: int = 0  # of weights, to each device that draws, where it is apart
 
     def mesh_of(self, phase: str) -> Mapping[str, int]:
         return self.rollout_mesh if phase == "rollout" else self.mesh
@@ -60,6 +64,8 @@ class Workload:
         """Tokens that the busiest part of the batch decodes one after the other."""
         prompts = math.ceil(self.num_prompts / self.plan.dp_size)
         tokens = prompts * self.samples_per_prompt * self.response_tokens
+        if self.carries:
+            return tokens / self.plan.slots
         # The longest response is decoded alone at the end.
         longest = min(3 * self.response_tokens, self.max_new_tokens)
         return max(tokens / self.plan.slots, float(longest))
@@ -104,7 +110,6 @@ def bounds(
     w: Workload, sent: Mapping[str, list[Sent]], chip: hardware.Chip
 ) -> dict[str, dict[str, Any]]:
     """PFLOPs of all devices and the least seconds of each phase, given what it sends."""
-    devices = math.prod(w.mesh.values())
     prompts = np.full(w.responses, w.prompt_tokens)
     predicted = np.full(w.responses, w.response_tokens)
     forward = flops.forward_flops(w.model, prompts + predicted, predicted)
@@ -120,7 +125,7 @@ def bounds(
         ("update", update, 3 * moved + 2 * w.state_bytes),
     ):
         seconds = {
-            "compute": num_flops / devices / chip.flops,
+            "compute": num_flops / math.prod(w.mesh_of(phase).values()) / chip.flops,
             "memory": num_bytes / chip.bandwidth,
             "links": sum(
                 _seconds_on_links(x, w.mesh_of(phase), chip) for x in sent[phase]

@@ -57,8 +57,11 @@ class SamplerState(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """The samples in the order they are begun; prompt q owns q*g to (q+1)*g - 1, g of its G."""
+    """The samples to draw; prompt q owns q*g to (q+1)*g - 1, g of its G."""
 
+    order: Int[
+        Array, "q"
+    ]  # the prompts as they are begun; after the last the first again
     prompt_id: Int[Array, "q"]  # in the random numbers
     last_token: Int[Array, "q"]  # of the prompt
     prefix_slot: Int[Array, "q"]
@@ -261,9 +264,10 @@ def _begin(queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
     """Idle slots take the next ready samples."""
     n, g = queue.is_cut.shape[0], queue.per_prompt
     is_idle = slots.sample >= n
-    sample = slots.begun + jnp.cumsum(is_idle) - 1
-    takes = is_idle & (sample < queue.ready)
-    sample = jnp.where(takes, sample, slots.sample)
+    number = slots.begun + jnp.cumsum(is_idle) - 1
+    takes = is_idle & (number < queue.ready)
+    prompt = queue.order[number // g % queue.order.shape[0]]
+    sample = jnp.where(takes, prompt * g + number % g, slots.sample)
     of_prompt = lambda x: x[jnp.minimum(sample // g, x.shape[0] - 1)]
     # On a grid narrower than the samples per prompt nothing is left to begin.
     grid_index = of_prompt(queue.prefix_slot) * samples_per_prefix + sample % g

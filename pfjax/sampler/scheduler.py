@@ -7,7 +7,7 @@ the caches when the longest sample needs it, and takes slots away when no sample
 one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -35,8 +35,9 @@ class Finished(NamedTuple):
 class Scheduler:
     """One rollout: its device buffers, and what the host knows of them.
 
-    D parts in all. Sample j of the prompt that a part was dealt as its i-th is number
-    i * g + j of that part's queue, g samples of each being drawn.
+    D parts in all. Sample j of a prompt is number e * g + j of its part's queue, e being the
+    prompt's entry there and g how many samples of each are drawn. Entries are taken in order;
+    a `Stream` gives them back.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Scheduler:
         stop: StopConditions,
         on_finish: Callable[[list[Finished]], None] | None,
         samples: range,
+        room: int | None = None,  # for so many prompts at once; None: all
     ):
         plan, most = settings.plan, settings.samples_per_prompt
-        d = plan.dp_size
-        per_part = slots.prompts_per_part(plan, len(prompts), most)
+        d, room = plan.dp_size, len(prompts) if room is None else room
+        per_part = slots.prompts_per_part(plan, room, most)
         self.plan, self.settings, self.state = plan, settings, state
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self.stop, self.on_finish, self.samples = stop, on_finish, samples
@@ -60,6 +62,9 @@ class Scheduler:
         self.ids = np.array([*ids], np.int32)
         self.num_dealt = 0  # of the prompts, in their order
         self.dealt: list[list[int]] = [[] for _ in range(d)]  # to each part
+        self.entry: dict[int, tuple[int, int]] = {}  # part and entry of a prompt
+        self.vacant = [[*range(per_part)] for _ in range(d)]  # entries of each part
+        self.order = np.zeros((d, per_part), np.int32)  # entries as they are begun
         self.prompt_id = np.zeros((d, per_part), np.int32)
         self.last_token = np.zeros((d, per_part), np.int32)
         self.prefix_slot = np.zeros((d, per_part), np.int32)
@@ -68,6 +73,7 @@ class Scheduler:
         # Room for all G, so that any number of them runs the same programs.
         self.cut = np.zeros((d, per_part * most), np.int32)  # length; 0 for not cut
         self.known = np.zeros_like(self.cut)  # tokens seen of each sample
+        self.length = np.zeros_like(self.cut)  # of those seen to have ended
         self.is_reported = np.zeros(self.cut.shape, bool)
         # A look costs about a millisecond; a sample that has ended idles half of this.
         self.steps = min(max(max_new_tokens // 64, 8), 64)
@@ -108,6 +114,7 @@ class Scheduler:
         d, g = self.prefix_slot.shape[0], len(self.samples)
         return decode.Queue(
             # Copies: they change while devices read them.
+            order=self.order.flatten(),
             prompt_id=self.prompt_id.flatten(),
             last_token=self.last_token.flatten(),
             prefix_slot=self.prefix_slot.flatten(),
@@ -132,9 +139,9 @@ class Scheduler:
         small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
         sample, drawn, self.begun, length = sharding.fetch(small)
         by_part = (x.reshape(self.plan.dp_size, -1) for x in (sample, drawn, length))
-        self.sample, self.drawn, length = by_part
+        self.sample, self.drawn, self.length = by_part
         part, slot = np.nonzero(self._is_busy())
-        before, self.known = self.known, np.maximum(self.known, length)
+        before, self.known = self.known, np.maximum(self.known, self.length)
         self.known[part, self.sample[part, slot]] = self.drawn[part, slot]
         if self.stop.stop_strings:
             self._cut_at_strings(before, results)
@@ -176,12 +183,13 @@ class Scheduler:
 
     def _free_prefix_slots(self, part: int) -> list[int]:
         """Those that a part may fill: no more than it has room for prompts."""
-        g, num = len(self.samples), len(self.dealt[part])
-        is_open = np.arange(num) >= self.begun[part] // g
-        is_open[self.sample[part][self._is_busy()[part]] // g] = True
-        taken = set(self.prefix_slot[part, :num][is_open].tolist())
+        g, order = len(self.samples), self.order[part]
+        waiting = np.arange(self.begun[part] // g, len(self.dealt[part])) % len(order)
+        drawn_from = self.sample[part][self._is_busy()[part]] // g
+        in_use = np.concatenate([order[waiting], drawn_from])
+        taken = set(self.prefix_slot[part, in_use].tolist())
         free = [x for x in range(self.plan.prefix_slots) if x not in taken]
-        return free[: self.prompt_id.shape[1] - num]
+        return free[: len(self.vacant[part])]
 
     def _prefill(self, chosen: list[list[tuple[int, int]]]) -> None:
         """Fills prefix slots: for each part of the batch, numbers of prompts and of slots."""
@@ -193,7 +201,9 @@ class Scheduler:
             rows = pack_prompts(prompts, width)
             packed.append((*rows, places[rows[-1]]))
             for (q, prefix_slot), prompt in zip(pairs, prompts, strict=True):
-                at = part, len(self.dealt[part])
+                at = self.entry[q] = part, self.vacant[part].pop(0)
+                turn = len(self.dealt[part]) % self.order.shape[1]
+                self.order[part, turn] = at[1]
                 self.prompt_id[at] = self.ids[q]
                 self.last_token[at] = self.prompts[q][-1]
                 self.prefix_slot[at] = prefix_slot
@@ -284,7 +294,6 @@ class Scheduler:
 
     def _collect(self) -> Rollout:
         _, of_slots, _, results = self.on_device
-        g = len(self.samples)
         ended = self._ended(results)
         # The budget's length cuts some on the devices, and some that ended past it.
         length = np.where(ended.length > 0, ended.length, self.limit)
@@ -296,18 +305,24 @@ class Scheduler:
         if self.on_finish is not None:
             self._report(ended)
 
+        slot_steps = int(sharding.fetch(of_slots.slot_steps).sum())
+        return self._as_rollout(ended, range(len(self.prompts)), slot_steps)
+
+    def _as_rollout(
+        self, ended: decode.Results, numbers: Sequence[int], slot_steps: int
+    ) -> Rollout:
+        """The samples of these prompts."""
+        g = len(self.samples)
+
         def by_prompt(x: np.ndarray) -> np.ndarray:
-            num = [len(of_part) * g for of_part in self.dealt]
-            parts = [
-                y[:n].reshape(-1, g, *x.shape[2:]) for y, n in zip(x, num, strict=True)
-            ]
-            return np.concatenate(parts)[np.argsort(np.concatenate(self.dealt))]
+            at = (self.entry[q] for q in numbers)
+            return np.stack([x[part, e * g : (e + 1) * g] for part, e in at])
 
         return Rollout(
             tokens=by_prompt(ended.tokens),
             lengths=by_prompt(ended.length),
             log_probs=by_prompt(ended.log_probs),
             finished=by_prompt(ended.is_stopped),
-            slot_steps=int(sharding.fetch(of_slots.slot_steps).sum()),
+            slot_steps=slot_steps,
             choices=jax.tree.map(by_prompt, ended.choices),
         )

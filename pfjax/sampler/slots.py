@@ -190,17 +190,20 @@ def with_most_slots(
     samples_per_prompt: int,
     tensor: int = 1,
     free_bytes: int,
+    most: int | None = None,
 ) -> Plan:
     """A plan with as many slots as there are samples, if memory lasts.
 
     Args:
       plan: of any number of slots.
       num_prompts: of one part of the batch.
+      most: slots, where they are fewer than samples.
 
     Raises:
       NoRoom: if not even one sample fits.
     """
-    for slots in [*ladder(num_prompts * samples_per_prompt, "xla"), 3, 2, 1]:
+    most = most or num_prompts * samples_per_prompt
+    for slots in [*ladder(most, "xla"), 3, 2, 1]:
         plan = with_slots(plan, slots, num_prompts, samples_per_prompt)
         need = _GROWTH * plan.cache_bytes
         need += slots * config.vocab_size * _LOGITS_BYTES // tensor
@@ -251,6 +254,7 @@ def plan_for(
     max_new_tokens: int,
     prompt_width: int,
     num_slots: int | None = None,
+    most_slots: int | None = None,
     cache_dtype: str | None = None,
     backend: str | None = None,
     keeps_all: bool = False,
@@ -261,6 +265,7 @@ def plan_for(
       config: of the policy.
       platform: of the devices: "cpu", "gpu" or "tpu".
       memory: tells the bytes that are free on a device; asked without `num_slots`.
+      most_slots: of those that memory has room for; as many as there are samples if not given.
       keeps_all: see `Plan`.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -295,4 +300,6 @@ def plan_for(
         slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
         return with_slots(plan, slots, **sizes)
     free = memory() - weight_bytes(config) // tensor
-    return with_most_slots(plan, config, tensor=tensor, free_bytes=free, **sizes)
+    sizes |= {"tensor": tensor, "free_bytes": free}
+    most = most_slots and math.ceil(most_slots / dp_size)
+    return with_most_slots(plan, config, **sizes, most=most)

@@ -283,7 +283,12 @@ def next_prompts(
       random numbers, so that a prompt met twice in one step draws twice; and the new
       cursor.
     """
+    ids = list(range(cursor, cursor + num))
+    return indices_of(prompts, ids, seed), ids, cursor + num
+
+
+def indices_of(prompts: PromptSet, ids: list[int], seed: int) -> list[int]:
+    """Indices into the set of the prompts at places of that order."""
     n = len(prompts.tokens)
     order = functools.cache(lambda x: np.random.default_rng((seed, x)).permutation(n))
-    ids = list(range(cursor, cursor + num))
-    return [int(order(i // n)[i % n]) for i in ids], ids, cursor + num
+    return [int(order(i // n)[i % n]) for i in ids]

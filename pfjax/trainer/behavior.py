@@ -82,7 +82,7 @@ def rollout(
     """
     has_earlier = earlier is not None and all(earlier)
     counts = behavior.counts(step, samples_per_prompt, has_earlier)
-    own, others, given, replayed = counts
+    own, others, *_ = counts
     how |= {"step": step, "prompt_ids": prompt_ids, "seed": seed}
     how |= {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     parts = []
@@ -93,15 +93,37 @@ def rollout(
         more = {"temperature": behavior.base_temperature}
         more |= {"samples": range(own, own + others)}
         parts.append(engine.rollout(base(), prompts, **more, **how))
-    known = [behavior.given[tuple(p)] for p in prompts] if given else None
+    known = [behavior.given[tuple(p)] for p in prompts] if counts[2] else None
     seeds = [(seed, step, i) for i in prompt_ids]
-    for responses, number in ((known, given), (earlier, replayed)):
+    how = (seeds, max_new_tokens, policy.config.stop_ids)
+    return join(parts, counts, (known, earlier), *how)
+
+
+def join(
+    drawn: list[Rollout],
+    counts: tuple[int, int, int, int],
+    others: tuple[list[list[np.ndarray]] | None, ...],
+    seeds: list[tuple[int, ...]],
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+) -> Rollout:
+    """The responses of a step, whoever they are of.
+
+    Args:
+      drawn: by the policy, then by the base, if these draw any.
+      counts: see `Behavior.counts`.
+      others: responses to each prompt, of a file and of earlier steps, to choose from.
+      seeds: of each prompt, for the choice.
+    """
+    own, of_base, *numbers = counts
+    parts = list(drawn)
+    for responses, number in zip(others, numbers, strict=True):
         if number:
             pairs = zip(responses, seeds, strict=True)
             chosen = [_choose(of, number, seed) for of, seed in pairs]
-            parts.append(_as_rollout(chosen, max_new_tokens, policy.config.stop_ids))
+            parts.append(_as_rollout(chosen, max_new_tokens, stop_ids))
     joined = functools.reduce(_join, parts)
-    return joined._replace(num_own=own, num_base=others)
+    return joined._replace(num_own=own, num_base=of_base)
 
 
 def _choose(
@@ -139,5 +161,15 @@ def _join(a: Rollout, b: Rollout) -> Rollout:
     if choices is not None:  # which are read of the policy's own samples only
         shape = (*b.lengths.shape, *choices.shape[2:])
         choices = of_both(choices, np.full(shape, experts.UNKNOWN, np.uint8))
-    slot_steps = a.slot_steps + b.slot_steps
-    return a._replace(**joined, slot_steps=slot_steps, choices=choices)
+    weights_step, num_drawn = a.weights_step, a.num_drawn
+    if weights_step is not None:  # of the policy's, which come first
+        none = np.full(b.tokens.shape, -1, np.int32)
+        weights_step = of_both(weights_step, none)
+        num_drawn += b.num_drawn or 0
+    return a._replace(
+        **joined,
+        slot_steps=a.slot_steps + b.slot_steps,
+        choices=choices,
+        weights_step=weights_step,
+        num_drawn=num_drawn,
+    )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import operator
 from typing import Any
 
@@ -54,6 +55,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
     objective = of_config(c, own_objective)
     _check_schedules(c, objective)
     _check_behavior(c, objective)
+    _check_staleness(c, objective)
     check_reward(c, objective)
     _check_policy_gradient(c, objective)
     _check_likelihood(c, objective)
@@ -126,6 +128,33 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
             f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
             "--config.behavior.file"
         )
+
+
+def _check_staleness(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for responses that are older than may be."""
+    if c.mesh.rollout and not c.max_staleness:
+        raise ValueError(
+            f"--config.mesh.rollout={c.mesh.rollout}: devices that draw while others learn "
+            "draw by older weights: set --config.max_staleness=1, or more"
+        )
+    if not c.max_staleness:
+        return
+    said = f"--config.max_staleness={c.max_staleness}"
+    if not objective.is_balance:
+        raise ValueError(
+            f"{said}: the gradient of {c.objective} is that of samples of the policy as it is; "
+            "objectives that may learn from older ones are those of balance, such as powerflow"
+        )
+    scheduled = [x for x in schedules.parse(c.schedules) if x.startswith("behavior.")]
+    if c.behavior.replay or scheduled:
+        name = (scheduled or ["behavior.replay"])[0]
+        raise ValueError(
+            f"{said}: {name} changes how many responses the policy draws from step to step, "
+            "which must stay the same then; leave one of them out"
+        )
+    others = c.behavior.base + (c.behavior.from_file if c.behavior.file else 0)
+    if math.isclose(others, 1):
+        raise ValueError(f"{said} has no effect: the policy itself draws no response")
 
 
 def _check_on_policy(c: FrozenConfigDict, by_step: dict[str, Any]) -> None:

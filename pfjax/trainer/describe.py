@@ -33,8 +33,17 @@ def run(
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
         f"attention: {_attention(m)}; rematerialisation: {c.remat}\n"
-        f"rollouts: {plan}"
+        f"rollouts: {plan}" + _staleness(c)
     )
+
+
+def _staleness(c: FrozenConfigDict) -> str:
+    if not c.max_staleness:
+        return ""
+    where = "those that learn"
+    if n := c.mesh.rollout:
+        where = f"{n} device(s) of their own, while the others learn"
+    return f"\nresponses are drawn on {where}; weights may be {c.max_staleness} update(s) old"
 
 
 def _attention(m: ModelConfig) -> str:

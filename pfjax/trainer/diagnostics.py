@@ -18,6 +18,7 @@ from pfjax.objectives import ObjectiveConfig, tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
 from pfjax.trainer import profiling
+from pfjax.trainer.actor import Drawn
 from pfjax.trainer.train_fns import TrainFns
 
 
@@ -28,6 +29,7 @@ def step_metrics(
     log_p: list[jax.Array],
     data: RolloutBatch,
     clock: profiling.Clock,
+    step: int,
 ) -> dict[str, float]:
     """All metrics of one step but those that the updates return.
 
@@ -35,6 +37,7 @@ def step_metrics(
       fns, data, clock: of the run, of the step, and what timed it; it stops here.
       minibatches, stats, log_p: one per update; `[M, B, N]` as it saw them, and `[M, B, T]`
         from before it.
+      step: of training.
     """
     objective = fns.objective
     r = _in_order(minibatches, stats, objective.log_z_source != "none")
@@ -50,7 +53,7 @@ def step_metrics(
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
         **exponent_metrics(r, objective.target, data.rollout.is_base),
-        **rollout_metrics(data.rollout, scored),
+        **rollout_metrics(data.rollout, scored, step - 1),
         "num_tokens": lengths.sum(),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
     }
@@ -70,6 +73,22 @@ def step_metrics(
     return {k: float(v) for k, v in out.items()}
 
 
+def staleness_metrics(drawn: Drawn, step: int) -> dict[str, float]:
+    """Ages of the tokens that a step trains on, in updates, and the time of who drew them."""
+    rollout = drawn.rollout
+    if rollout.weights_step is None:
+        return {}
+    is_drawn = np.arange(rollout.tokens.shape[-1]) < rollout.lengths[..., None]
+    is_drawn &= rollout.is_own.reshape(rollout.lengths.shape)[..., None]
+    age = (step - 1 - rollout.weights_step)[is_drawn]
+    return {
+        "rollout/staleness_mean": float(age.mean()),
+        "rollout/staleness_max": float(age.max()),
+        "time/actor": drawn.seconds,
+        "time/actor_idle": drawn.idle_seconds,
+    }
+
+
 def own_metrics(
     r: TrajectoryStats, objective: ObjectiveConfig, data: RolloutBatch
 ) -> dict:
@@ -87,7 +106,8 @@ def own_metrics(
         "completions/repeats_across_prompts": repeats,
         **repetition_metrics(responses),
     }
-    if objective.temperature != 1:  # these are means over samples of the policy
+    # These are means over samples of the policy.
+    if objective.temperature != 1 or data.rollout.weights_step is not None:
         del out["tb/elbo"], out["tb/ess"]
     return out
 
@@ -283,15 +303,21 @@ def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
     return any((tail == tail[0]).all() for tail in tails)
 
 
-def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
+def rollout_metrics(
+    rollout: Rollout, scored: list[np.ndarray], updates: int = 0
+) -> dict:
     """Differences of the sampler's token log-probs from the scorer's, in nats, where the
-    policy has sampled; and the fraction of the sampler's work that produced nothing.
+    policy of so many updates has sampled; and the fraction of the sampler's work that produced
+    nothing.
 
     The mean difference estimates the KL divergence of one from the other per token. It is
     of second order in rounding, where the mean distance is of first.
     """
     sampled = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
-    drawn = zip(scored, sampled, rollout.is_own, strict=True)
+    is_own = rollout.is_own
+    if rollout.weights_step is not None:  # all of a response is by the present weights
+        is_own &= (rollout.weights_step == updates).all(axis=-1).ravel()
+    drawn = zip(scored, sampled, is_own, strict=True)
     gaps = [y[: len(x)] - x for x, y, is_own in drawn if is_own]
     out = {}
     if gaps:
@@ -301,5 +327,6 @@ def rollout_metrics(rollout: Rollout, scored: list[np.ndarray]) -> dict:
         out["rollout/logp_gap_max"] = np.abs(gaps).max()
     if rollout.slot_steps:
         lengths = rollout.lengths.reshape(-1)[rollout.is_own | rollout.is_base]
-        out["rollout/waste"] = 1.0 - lengths.sum() / rollout.slot_steps
+        number = lengths.sum() if rollout.num_drawn is None else rollout.num_drawn
+        out["rollout/waste"] = 1.0 - number / rollout.slot_steps
     return out

@@ -8,8 +8,10 @@ import tempfile
 import textwrap
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from pfjax.batch import Rollout
 from pfjax.infra import distributed, storage
 from pfjax.infra.dataset_io import as_jsonl, read_jsonl, write_jsonl
 from pfjax.infra.uploads import GROWING_EVERY, Uploads
@@ -116,6 +118,23 @@ class Writer:
         self._board.flush()
         return file.read_bytes()
 
+    def write_schedule(self, step: int, ids: list[int], rollout: Rollout) -> None:
+        """Writes which weights drew the tokens that a step trained on: a line per prompt, of
+        each of the policy's responses from which token on they were of how many updates."""
+        if self._board is None or rollout.weights_step is None:
+            return
+        own = slice(rollout.num_own)
+        rows = [
+            {
+                "prompt": i,
+                "weights": [_changes(x[:n]) for x, n in zip(*of, strict=True)],
+            }
+            for i, *of in zip(
+                ids, rollout.weights_step[:, own], rollout.lengths[:, own], strict=True
+            )
+        ]
+        write_jsonl(self._workdir / f"schedule/step_{step:06d}.jsonl", rows)
+
     def write_completions(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes the responses of an evaluation, and shows some; before its scores."""
         if self._board is None or not rows:
@@ -128,3 +147,13 @@ class Writer:
         self._board.add_text("completions", "\n\n---\n\n".join(shown), step)
         if self._tracker is not None:
             self._tracker.log_completions(step, rows)
+
+
+def _changes(x: np.ndarray) -> list[list[int]]:
+    """Indices and values where a sequence changes.
+
+    >>> _changes(np.array([3, 3, 5]))
+    [[0, 3], [2, 5]]
+    """
+    at = np.flatnonzero(np.diff(x, prepend=-1))
+    return [[int(i), int(x[i])] for i in at]

@@ -28,6 +28,7 @@ from pfjax.trainer import (
     run_config,
     tracking,
 )
+from pfjax.trainer.actor import Cursor, Drawn
 from pfjax.trainer.callbacks import Callbacks, OnEvaluation, OnStep
 from pfjax.trainer.lease import Lease
 from pfjax.trainer.logging import Writer
@@ -95,27 +96,25 @@ def train_and_evaluate(
 
 
 def train_iteration(
-    trainer: Trainer, state: TrainState, cursor: int, step: int, grader: grading.Grader
-) -> tuple[TrainState, int, dict[str, float]]:
+    trainer: Trainer,
+    state: TrainState,
+    cursor: Cursor,
+    step: int,
+    grader: grading.Grader,
+) -> tuple[TrainState, Cursor, dict[str, float], Drawn]:
     """Does one step: rollout, rewards, minibatches, updates, metrics.
 
-    Returns the new state, the new data cursor, and the step's metrics. Raises
-    FloatingPointError if the loss or a gradient is not finite.
+    Returns the new state, the new data cursor, the step's metrics, and what it trained on.
+    Raises FloatingPointError if the loss or a gradient is not finite.
     """
     clock = Clock()
     fns, policy = trainer.fns_at(step), trainer.policy(state)
-    indices, ids, cursor = trainer.next_prompts(cursor)
     with clock.part("rollout"):
-        prompts = [trainer.prompts[i] for i in indices]
-        earlier = trainer.replay.of(indices)
-        rollout = trainer.rollout(
-            policy, trainer.base_policy, prompts, step, ids, earlier
-        )
-        trainer.replay.add(indices, rollout)
-        votes = trainer.votes(state, prompts, step, ids)
+        drawn = trainer.draw(state, cursor, step)
+    indices, rollout = drawn.indices, drawn.rollout
     failed = trainer.failures()
     with clock.part("reward"):
-        data = trainer.compute_rewards(indices, rollout, grader, step, votes)
+        data = trainer.compute_rewards(indices, rollout, grader, step, drawn.votes)
     # Split by prompts: the samples of one stay in one update.
     by_prompt = np.arange(len(data.texts)).reshape(len(indices), -1)
     groups = enumerate(np.array_split(by_prompt, fns.num_updates))
@@ -161,8 +160,11 @@ def train_iteration(
         values["reward/failed"] = float(trainer.failures() - failed)
     values["lr"] = trainer.learning_rate(step)
     values |= {f"target/{k}": v for k, v in trainer.constants(step).items()}
-    values |= diagnostics.step_metrics(fns, minibatches, stats, log_p, data, clock)
-    return state, cursor, values
+    values |= diagnostics.step_metrics(
+        fns, minibatches, stats, log_p, data, clock, step
+    )
+    values |= diagnostics.staleness_metrics(drawn, step)
+    return state, cursor.after(drawn.ids), values, drawn
 
 
 class _Run:
@@ -193,6 +195,8 @@ class _Run:
         self.rewards = [trainer.reward, trainer.own_psi]
         for reward in self.rewards:
             stack.enter_context(reward)
+        if trainer.actor is not None:
+            stack.enter_context(trainer.actor)
         self.profiler = Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
@@ -217,7 +221,7 @@ class _Run:
             for step in range(start + 1, self.num_steps + 1):
                 stuck = health_checks.watch(step, self.health.step_seconds)
                 with self.profiler.step(step), stuck:
-                    state, cursor, values = train_iteration(
+                    state, cursor, values, drawn = train_iteration(
                         self.trainer, state, cursor, step, self.grader
                     )
                 values["time/compile"], made, found = compilations.take()
@@ -228,6 +232,7 @@ class _Run:
                     self._note_reward(values)
                 self.progress.update(step, values)
                 self.writer.write(step, values)
+                self.writer.write_schedule(step, drawn.ids, drawn.rollout)
                 self.callbacks.on_step(step, values)
                 self._finish_step(state, cursor, step, values)
         self.checkpoints.wait()
@@ -244,9 +249,10 @@ class _Run:
             storage.write_text(self.folder / "match.json", text)
         return found
 
-    def _restore(self, state: TrainState) -> tuple[TrainState, int, int]:
+    def _restore(self, state: TrainState) -> tuple[TrainState, int, Cursor]:
         found = self.checkpoints.restore(self.trainer.fns.state, self.identity)
         state, saved = found or (state, {"step": 0, "prompts": 0})
+        saved = {"skipped": ()} | saved
         if "replay" in saved:
             self.trainer.replay.load(saved["replay"])
         before = saved.get("identity", self.identity)
@@ -257,10 +263,10 @@ class _Run:
                 f"{self.folder} holds {saved['step']} steps already; "
                 f"num_steps={self.num_steps} must not be less"
             )
-        return state, saved["step"], saved["prompts"]
+        return state, saved["step"], Cursor(saved["prompts"], (*saved["skipped"],))
 
     def _finish_step(
-        self, state: TrainState, cursor: int, step: int, values: dict[str, Any]
+        self, state: TrainState, cursor: Cursor, step: int, values: dict[str, Any]
     ) -> None:
         """Checks health, evaluates, saves, and stops when preempted."""
         wrong = self._symptoms()
@@ -279,7 +285,8 @@ class _Run:
             self.writer.write(step, values | self._evaluate(state, step))
             is_preempted, has_failed, _ = self._agree()
         if is_preempted or has_failed or self._is_due(step, self.checkpoint_every):
-            about = {"step": step, "prompts": cursor, "identity": self.identity}
+            about = {"step": step, "prompts": cursor.end, "skipped": cursor.skipped}
+            about["identity"] = self.identity
             metric = metrics.value_of(self.best_metric, self.writer.history[-1])
             replay = self.trainer.replay.arrays()
             self.writer.flush()  # a resumed run finds the rows of the steps before

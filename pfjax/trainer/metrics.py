@@ -25,6 +25,7 @@ _REWARD = "a reward"
 _GOLD = "evaluation prompts with answers"
 _TARGET = "`data.target`"
 _BASE = "`behavior.base`"
+_STALE = "`max_staleness` above 0"
 
 METRICS: dict[str, Metric] = {
     # The balance of a step.
@@ -89,12 +90,13 @@ METRICS: dict[str, Metric] = {
         "what is never sampled",
         r"\mathbb{E}_\pi[\log\tilde p(y) - \log\pi(y)]",
         "toward 0, from either side, for length-aware targets; rises toward log Z otherwise",
-        when="`temperature` 1",
+        when="`temperature` 1 and `max_staleness` 0",
     ),
     "tb/ess": Metric(
         "effective sample size of a prompt's responses as samples of the target, a fraction",
         r"\frac{(\sum_i w_i)^2}{n\sum_i w_i^2},\quad w_i = e^{-\delta_i}",
         "toward 1",
+        when="`temperature` 1 and `max_staleness` 0",
     ),
     "tb/inversion_rate": Metric(
         "fraction of pairs of a prompt's responses that policy and target order differently",
@@ -234,6 +236,16 @@ METRICS: dict[str, Metric] = {
         r"1 - \frac{\text{tokens drawn}}{\text{slots}\times\text{steps}}",
         "below 0.2 with refills; lower `rollout_slots` trades speed for it",
     ),
+    "rollout/staleness_mean": Metric(
+        "updates that the weights which drew a token are behind those it trains, mean over "
+        "tokens",
+        "",
+        "1 with `mesh.rollout` and responses that end in their step; more where they go on",
+        when=_STALE,
+    ),
+    "rollout/staleness_max": Metric(
+        "the most of them", "", "at most `max_staleness`", when=_STALE
+    ),
     # The optimiser.
     "lr": Metric("learning rate of the policy at this step"),
     "grad_norm": Metric(
@@ -253,7 +265,15 @@ METRICS: dict[str, Metric] = {
         "above 0.7; a longer pack_length fills better",
     ),
     "time/step": Metric("seconds of the step"),
-    "time/rollout": Metric("seconds of sampling"),
+    "time/rollout": Metric(
+        "seconds of sampling; with `mesh.rollout` those that learning waits for it"
+    ),
+    "time/actor": Metric(
+        "seconds of sampling, beside learning with `mesh.rollout`", when=_STALE
+    ),
+    "time/actor_idle": Metric(
+        "seconds that sampling waited for weights before that", when=_STALE
+    ),
     "time/reward": Metric("seconds of decoding and grading"),
     "time/base_pass": Metric("seconds of packing and of the base's log-probs"),
     "time/update": Metric("seconds of the gradients and the optimiser"),

@@ -195,6 +195,12 @@ _DECIDING: dict[str, Setting] = {
         at_most=1,
         may_vary=True,
     ),
+    "max_staleness": _not_negative(
+        0,
+        "updates that the weights which drew a token may be behind those it trains: then "
+        "responses that are not done go on in later steps, and with mesh.rollout drawing and "
+        "learning overlap; balance has the same optimum; 0 waits for all responses of a step",
+    ),
     "updates_per_rollout": _positive(
         1, "minibatches per rollout, an update each; 1 is exactly on policy"
     ),
@@ -332,6 +338,11 @@ _FREE: dict[str, Setting] = {
     ),
     "mesh.tensor": Setting(
         1, "devices that share each matrix; -1: what is left", at_least=-1
+    ),
+    "mesh.rollout": _not_negative(
+        0,
+        "devices, the last of them, that draw responses while the others learn; needs "
+        "max_staleness, and one process",
     ),
     "rollout_tensor": _not_negative(
         0,

@@ -14,7 +14,6 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.batch import Rollout
 from pfjax.evaluation import elbo, scores
-from pfjax.infra import sharding
 from pfjax.model import (
     attention_check,
     hf,
@@ -23,9 +22,9 @@ from pfjax.model import (
     tokenizer,
 )
 from pfjax.model.config import ModelConfig
-from pfjax.model.transformer import Params, Policy, abstract_params, logical_axes
+from pfjax.model.transformer import Params, Policy
 from pfjax.objectives import ObjectiveConfig
-from pfjax.sampler import engine, options, slots
+from pfjax.sampler import engine, options
 from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import (
     behavior,
@@ -35,7 +34,9 @@ from pfjax.trainer import (
     match,
     objective,
     schedules,
+    setup_rollouts,
 )
+from pfjax.trainer.actor import Actor, Cursor, Drawn
 from pfjax.trainer.replay import Replay
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
@@ -63,7 +64,8 @@ class Trainer(NamedTuple):
     prompts: list[list[int]]  # to train on
     golds: list[str | None]  # that responses are graded by
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
-    next_prompts: Callable  # cursor -> indices, ids, cursor
+    next_prompts: Callable  # number -> indices, ids, next number
+    actor: Actor | None  # draws where responses may be stale
     rollout: Callable  # policy, base, prompts, step, prompt_ids, earlier -> Rollout
     teacher_rollout: Callable  # policy, prompts -> Rollout
     replay: Replay  # holds responses of earlier steps
@@ -78,6 +80,19 @@ class Trainer(NamedTuple):
 
     def policy(self, state: TrainState) -> Policy:
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
+
+    def draw(self, state: TrainState, cursor: Cursor, step: int) -> Drawn:
+        """What a step trains on."""
+        if self.actor is not None:
+            return self.actor.draw(state.params["policy"], cursor, step)
+        indices, ids, _ = self.next_prompts(cursor.end)
+        prompts = [self.prompts[i] for i in indices]
+        earlier = self.replay.of(indices)
+        policies = (self.policy(state), self.base_policy)
+        rollout = self.rollout(*policies, prompts, step, ids, earlier)
+        self.replay.add(indices, rollout)
+        votes = self.votes(state, prompts, step, ids)
+        return Drawn(ids, indices, rollout, votes)
 
     def votes(
         self, state: TrainState, prompts: list[list[int]], step: int, ids: list[int]
@@ -101,14 +116,7 @@ class Trainer(NamedTuple):
         return self.fns._replace(objective=objective)
 
     def base_policy(self) -> Policy:
-        """The frozen base, with adapters of zeros where the policy has some, so that one
-        program samples from both."""
-        if not self.frozen:
-            return Policy(self.fns.base_model, self.base())
-        adapters = self.fns.state.params["policy"]
-        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), adapters)
-        zeros = jax.jit(zeros, out_shardings=shardings_of(adapters))()
-        return Policy(self.fns.model, lora.join(self.frozen, zeros))
+        return setup_rollouts.base_policy(self.fns, self.frozen, self.base)
 
 
 def setup(
@@ -126,7 +134,8 @@ def setup(
     config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
     fns = train_fns(config, start, longest, mesh, other_base, functions.objective)
-    on_rollout_mesh = _on_mesh(_rollout_mesh(config, mesh, fns.model))
+    rollout_mesh = setup_rollouts.rollout_mesh(config, mesh, fns.model)
+    on_rollout_mesh = setup_rollouts.on_mesh(rollout_mesh)
     target = None
     if config.data.target:
         target = _load_target(config.data.target, fns.objective)
@@ -139,8 +148,9 @@ def setup(
 
     base, on_devices, trained = _load_params(config, source, fns, mesh)
     state = first_state(fns, trained, config.seed, mesh)
+    frozen = base if config.lora.rank else {}
     policy = Policy(fns.model, lora.join(base, trained))
-    plan = on_rollout_mesh(_plan)(config, policy, longest)
+    plan = on_rollout_mesh(setup_rollouts.plan_of)(config, policy, longest)
     bind, graded = functools.partial, [*given.held_out.values()]
     limits = config.reward_seconds, config.reward_workers
     reward = rewards.Reward(terms, *limits, functions.reward, seed=config.seed)
@@ -168,16 +178,26 @@ def setup(
         prompts=train.tokens,
         golds=[p.gold for s in graded for p in s.problems],
         inputs=inputs.fingerprints(given, tok, target, responses, **kept),
-        frozen=base if config.lora.rank else {},
+        frozen=frozen,
         base=on_devices,
         seed=config.seed,
         starts_at_base=not (config.lora.init_from or config.base),
         next_prompts=bind(
             data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
         ),
+        actor=setup_rollouts.actor_of(
+            config,
+            fns,
+            (mesh, rollout_mesh),
+            frozen,
+            on_devices,
+            train,
+            longest,
+            responses,
+        ),
         rollout=bind(
             on_rollout_mesh(behavior.rollout),
-            behavior=_behavior(config, responses),
+            behavior=setup_rollouts.behavior_of(config, responses),
             **how_drawn,
         ),
         # Others than the policy's, which draws the first so many.
@@ -186,7 +206,9 @@ def setup(
             samples=range(samples, 2 * samples),
             **how_drawn,
         ),
-        replay=Replay(config.samples_per_prompt if _has_replay(config) else 0),
+        replay=Replay(
+            config.samples_per_prompt if setup_rollouts.has_replay(config) else 0
+        ),
         reward=reward,
         own_psi=own_psi,
         compute_rewards=bind(rewards.compute_rewards, prompts=train, **how_rewarded),
@@ -199,55 +221,12 @@ def setup(
         constants=_constants(config),
     )
     about = f"{describe.run(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
-    if _has_replay(config):
+    if setup_rollouts.has_replay(config):
         first = -(-len(train.tokens) // config.prompts_per_step) + 1
         about += f"\nreplay: from step {first} on, when prompts come again"
     if clock := config.data.clock:
         about += f"\nthe chat template is told that it is {clock} (data.clock)"
     return trainer, state, about
-
-
-def _rollout_mesh(c: FrozenConfigDict, mesh: Mesh, model: ModelConfig) -> Mesh:
-    """The devices as rollouts group them. Raises ValueError if the model does not divide."""
-    out = sharding.regrouped(mesh, c.rollout_tensor)
-    try:
-        axes, shapes = logical_axes(model), abstract_params(model)
-        sharding.rollout_shardings(out, axes, shapes)
-    except ValueError as error:
-        raise ValueError(
-            f"--config.rollout_tensor={c.rollout_tensor}: {error}"
-        ) from None
-    return out
-
-
-def _on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Has functions run with this mesh as the current one."""
-
-    def of(f: Callable) -> Callable:
-        @functools.wraps(f)
-        def run(*args, **kwargs):
-            with jax.set_mesh(mesh):
-                return f(*args, **kwargs)
-
-        return run
-
-    return of
-
-
-def _behavior(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Behavior:
-    return behavior.Behavior(
-        temperature=c.temperature,
-        base=c.behavior.base,
-        base_temperature=c.behavior.base_temperature,
-        from_file=c.behavior.from_file,
-        replay=c.behavior.replay,
-        given=responses,
-        by_step=schedules.parse(c.schedules),
-    )
-
-
-def _has_replay(c: FrozenConfigDict) -> bool:
-    return bool(c.behavior.replay or "behavior.replay" in schedules.parse(c.schedules))
 
 
 def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:
@@ -295,17 +274,6 @@ def _load_adapters(config: FrozenConfigDict, fns: TrainFns) -> Params:
         return lora.load_peft(adapter, fns.model, where)
     init = functools.partial(lora.init_params, fns.model)
     return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
-
-
-def _plan(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
-    return slots.make_plan(
-        policy,
-        num_prompts=c.prompts_per_step,
-        samples_per_prompt=c.samples_per_prompt,
-        max_new_tokens=c.max_new_tokens,
-        prompt_width=width,
-        num_slots=c.rollout_slots or None,
-    )
 
 
 def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples:

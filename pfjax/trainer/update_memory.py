@@ -1,8 +1,10 @@
 """Estimates what a pass over packed rows needs, and how many rows a device has room for."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from pfjax.infra import hardware, sharding
 from pfjax.infra.sharding import AnyMesh
@@ -75,6 +77,19 @@ def pass_bytes(
     gradients = 2 * param_bytes  # their sum, and those of one micro-batch
     kept = 2 * tokens * model.num_layers * kept
     return int(layer + kept + gradients + 2 * logits + hidden)
+
+
+def of_update(fns: Any, mesh: Mesh, remat: str) -> int:
+    """Bytes that updates may need on one device, beside what stays.
+
+    Args:
+      fns: `train_fns.TrainFns`.
+    """
+    rows = fns.shape.microbatch_size // sharding.batch_ways(mesh)
+    tokens = rows * fns.shape.pack_length // mesh.shape["context"]
+    param_bytes = sharding.part_bytes(fns.state.params)
+    need = pass_bytes(fns.model, mesh.shape, tokens, remat, param_bytes)
+    return int(need / _FRACTION)
 
 
 def key_value_width(model: ModelConfig, mesh: Mapping[str, int]) -> float:

@@ -24,6 +24,7 @@ def _decoded_bytes(config, prompt_tokens):
         weight_bytes=1000,
         param_bytes=0,
         state_bytes=0,
+        room=4,
         **sizes,
     )
     # 32 responses of 32 tokens by 16 slots, and the longest of 96 at the end of them.

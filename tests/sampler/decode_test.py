@@ -73,7 +73,7 @@ def _compile(mesh, config=CONFIG, plan=PLAN):
     n = PROMPTS * G
     bools = array((parts * n,), bool, split)
     queue = decode.Queue(
-        *(int32(PROMPTS) for _ in range(3)), *(int32(1) for _ in range(5)), bools
+        *(int32(PROMPTS) for _ in range(4)), *(int32(1) for _ in range(5)), bools
     )
     prompts = caches(PREFIX_SLOTS, plan.prompt_widths)
     prompts = decode.Prompts(prompts, int32(PREFIX_SLOTS))

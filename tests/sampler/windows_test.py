@@ -157,7 +157,7 @@ def test_caches_keep_the_window_and_their_bytes_are_known(policy, backend, keeps
     plan = _plan(policy.config, **changes, backend=backend, keeps_all=keeps_all)
     settings = decode.Settings(policy.config, plan, 8, (1,))
     one, queue = np.zeros(1, np.int32), np.zeros(5, np.int32)
-    queue = decode.Queue(*[queue] * 3, *[one] * 5, np.zeros(40, bool))
+    queue = decode.Queue(*[queue] * 4, *[one] * 5, np.zeros(40, bool))
     sizes = {"s": settings, "width": plan.widths[-1], "new": 300}
     prompts, _, own, _ = jax.eval_shape(lambda q: decode.start(q, **sizes), queue)
     width_of = lambda cache: [v.shape[2] for _, v in cache]

@@ -14,7 +14,7 @@ from tests.conftest import use_one_device
 def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
     tmp_path, monkeypatch
 ):
-    """A run that has all that a metric may ask for."""
+    """Two runs that have all that a metric may ask for."""
     use_one_device(monkeypatch)
     is_known = hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
     monkeypatch.setitem(hardware.CHIPS, "x", is_known)
@@ -40,6 +40,10 @@ def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
         )
     loop.train_and_evaluate(c, str(tmp_path / "run"))
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
+    with c.unlocked():
+        c.max_staleness, c.behavior.base = 1, 0.0
+    loop.train_and_evaluate(c, str(tmp_path / "stale"))
+    rows += dataset_io.read_jsonl(tmp_path / "stale/metrics.jsonl")
     written = {metrics.described(key) for row in rows for key in row} - {"step"}
     assert written - metrics.METRICS.keys() == set(), "not described"
     assert metrics.METRICS.keys() - written == set(), "not written"

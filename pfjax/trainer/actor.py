@@ -1,0 +1,235 @@
+"""Responses that are drawn while the policy learns, or go on while it does.
+
+Round n draws what step n trains on. On devices of its own, which `mesh.rollout` sets apart, it
+runs beside step n - 1, by the weights that this step starts from. On the learner's devices it
+comes before step n, as without staleness. Either way it ends as soon as enough prompts are
+complete: the responses of others go on in later rounds, under newer weights.
+
+No token is drawn by weights of more than `max_staleness` updates before those it trains. That
+holds as only so many prompts are begun: those begun by weights of v updates, and before, can
+be trained on by step v + 1 + max_staleness.
+
+Which weights draw what follows from the config alone, never from how fast anything is, so that
+a run has the same bits each time. A run that was killed too: no prompt is begun that could not
+be trained on before the next checkpoint, where nothing is in flight then, and all begins anew.
+What a preemption saves between two checkpoints lacks what is in flight; its prompts are begun
+again.
+
+References:
+  Fu et al., arXiv 2505.24298 (the bound on what is begun).
+"""
+
+import concurrent.futures
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pfjax.batch import Rollout
+from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Params
+from pfjax.sampler import decode
+from pfjax.sampler.stream import Stream
+
+# Steps that rounds run ahead on devices of their own. One overlaps the two; more would only
+# make what they draw older.
+AHEAD = 1
+
+
+class Cursor(NamedTuple):
+    """Which prompts of the endless order have been trained on: those before `end` that are
+    not `skipped`."""
+
+    end: int = 0
+    skipped: tuple[int, ...] = ()
+
+    def after(self, ids: list[int]) -> "Cursor":
+        """With these too."""
+        end = max(self.end, *(i + 1 for i in ids))
+        skipped = {*self.skipped, *range(self.end, end)} - {*ids}
+        return Cursor(end, tuple(sorted(skipped)))
+
+
+class Drawn(NamedTuple):
+    """What a step trains on, and how long that took the devices of an actor."""
+
+    ids: list[int]  # of the prompts, their places in the endless order
+    indices: list[int]  # into the set of prompts
+    rollout: Rollout
+    votes: Rollout | None = None  # of the averaged policy, if there is one
+    seconds: float = 0.0
+    idle_seconds: float = 0.0  # since they ended what they drew before
+
+
+class Actor:
+    """What draws the responses of a run; a context manager, which ends what it is at.
+
+    Args:
+      mesh: of the devices that draw.
+      make_streams: new ones, with this mesh the current one: of the policy, and of the base
+        where that draws some of the responses.
+      send, send_base: put what is trained of the policy, and the base, where they are read;
+        see `sender`.
+      join: what was drawn to prompts of these indices and ids with what else the step has.
+      indices_of: of prompts by their places in the endless order.
+      prompts: by these indices.
+      prompts_per_step, num_steps, checkpoint_every, max_staleness: of the run.
+      ahead: steps that rounds run ahead of training; at most `max_staleness`.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        make_streams: Callable[[], list[Stream]],
+        send: Callable[[Params], Params],
+        send_base: Callable[[], Params],
+        join: Callable[[list[Rollout], list[int], list[int], int], Rollout],
+        indices_of: Callable[[list[int]], list[int]],
+        prompts: list[list[int]],
+        *,
+        prompts_per_step: int,
+        num_steps: int,
+        checkpoint_every: int,
+        max_staleness: int,
+        ahead: int,
+    ):
+        self._mesh, self._make_streams, self._join = mesh, make_streams, join
+        self._send, self._send_base = send, send_base
+        self._indices_of, self._prompts = indices_of, prompts
+        self._num, self._num_steps = prompts_per_step, num_steps
+        self._checkpoint_every = checkpoint_every
+        self._max_staleness, self._ahead = max_staleness, ahead
+        self._rounds: dict[int, concurrent.futures.Future[Drawn]] = {}
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "pfjax-actor")
+        self._streams: list[Stream] = []
+        self._end = -1  # step of the next checkpoint
+        self._is_stopped = False
+        self._ended = time.perf_counter()  # the last round
+
+    def __enter__(self) -> "Actor":  # noqa: PYI034
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._is_stopped = True
+        self._worker.shutdown(cancel_futures=True)
+
+    def draw(self, params: Params, cursor: Cursor, step: int) -> Drawn:
+        """The responses that a step trains on.
+
+        Args:
+          params: what is trained of the policy, before the step's update.
+          cursor: of the steps before.
+        """
+        if step > self._end:
+            self._begin(cursor, step)
+        last = min(step + self._ahead, self._end)
+        new = [n for n in range(step, last + 1) if n not in self._rounds]
+        if new:
+            weights = self._send(params)
+            for n in new:
+                args = (self._round, weights, step - 1, n)
+                self._rounds[n] = self._worker.submit(*args)
+        return self._rounds.pop(step).result()
+
+    def _begin(self, cursor: Cursor, step: int) -> None:
+        every = self._checkpoint_every
+        self._end = min(-(-step // every) * every, self._num_steps)
+        self._streams = []  # before others take their memory
+        with jax.set_mesh(self._mesh):
+            self._streams = self._make_streams()
+        self._ids: list[int] = []  # of the stream's prompts
+        self._again, self._next = [*cursor.skipped], cursor.end
+
+    def _round(self, weights: Params, updates: int, step: int) -> Drawn:
+        """What step `step` trains on, drawn on by the weights of so many updates."""
+        begin = time.perf_counter()
+        idle, (stream, *of_base) = begin - self._ended, self._streams
+        stream.set_weights(weights, updates)
+        last = min(updates + 1 + self._max_staleness, self._end)
+        number = (last - (step - 1)) * self._num - len(stream.held)
+        new = [self._next_id() for _ in range(number)]
+        self._ids += new
+        prompts = [self._prompts[i] for i in self._indices_of(new)]
+        for s in self._streams:
+            s.add(prompts, new, is_last=last == self._end)
+        too_old = step - 1 - self._max_staleness
+
+        def is_enough() -> bool:
+            self._check_stopped()
+            complete = stream.complete()
+            if len(complete) < self._num:
+                return False
+            others = set(stream.held) - set(complete)
+            return all(stream.oldest(q) > too_old for q in others)
+
+        with jax.set_mesh(self._mesh):
+            stream.draw_until(is_enough)
+            by_age = sorted(stream.complete(), key=lambda q: (stream.oldest(q), q))
+            chosen = sorted(by_age[: self._num])
+            drawn = [stream.take(chosen), *(self._of_base(s, chosen) for s in of_base)]
+        ids = [self._ids[q] for q in chosen]
+        indices = self._indices_of(ids)
+        rollout = self._join(drawn, indices, ids, step)
+        self._ended = time.perf_counter()
+        seconds = {"seconds": self._ended - begin, "idle_seconds": idle}
+        return Drawn(ids, indices, rollout, **seconds)
+
+    def _of_base(self, stream: Stream, chosen: list[int]) -> Rollout:
+        """What the base says to the same prompts; those to others go on."""
+
+        def is_enough() -> bool:
+            self._check_stopped()
+            return set(chosen) <= set(stream.complete())
+
+        stream.set_weights(self._send_base(), 0)
+        stream.draw_until(is_enough)
+        return stream.take(chosen)
+
+    def _check_stopped(self) -> None:
+        if self._is_stopped:
+            raise concurrent.futures.CancelledError
+
+    def _next_id(self) -> int:
+        if self._again:
+            return self._again.pop(0)
+        self._next += 1
+        return self._next - 1
+
+
+def sender(
+    model: ModelConfig, frozen: Params, learner: Mesh, actor: Mesh
+) -> Callable[[Params], Params]:
+    """What puts the trained parameters of a policy where a stream reads them.
+
+    Layer by layer they are put together on the learner's devices, in the type of the
+    computation, and copied to the actor's, if these are others. With adapters the frozen
+    weights are sent once.
+
+    Args:
+      frozen: of the policy's parameters; empty without adapters.
+      learner: its devices as rollouts group them, with the actor's "tensor".
+    """
+
+    def place(f: Callable[..., Params], *args: Any, **static: Any) -> Params:
+        out = f(*args, **static)
+        if learner == actor:
+            return out
+        spec = lambda x: getattr(x.sharding, "spec", PartitionSpec())
+        where = lambda x: NamedSharding(actor, spec(x))
+        return jax.device_put(out, jax.tree.map(where, out))
+
+    def send(params: Params) -> Params:
+        with jax.set_mesh(learner):
+            return decode.weights(model, params, run=place)
+
+    if not frozen:
+        return send
+    fixed = send(frozen)
+
+    def send_adapters(params: Params) -> Params:
+        pairs = zip(fixed["layers"], send(params)["layers"], strict=True)
+        return {**fixed, "layers": [{**x, **y} for x, y in pairs]}
+
+    return send_adapters

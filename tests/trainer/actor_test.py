@@ -1,0 +1,190 @@
+"""Stale responses: as old as allowed, the same each time, and the optimum stays where it is."""
+
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from pfjax.infra import dataset_io
+from pfjax.sampler import stream
+from pfjax.tasks import rewards
+from pfjax.trainer import actor, loop, preemption
+from pfjax.trainer.actor import Cursor
+from tests.conftest import length_aware_target, power_target, total_variation
+from tests.trainer.loop_test import _distribution, small_config
+
+
+def test_a_cursor_knows_what_has_been_trained_on():
+    cursor = Cursor().after([0, 2]).after([3, 5])
+    assert cursor == (6, (1, 4))
+    assert cursor.after([4, 1]) == (6, ())
+    assert Cursor().after([0, 1]).after([2, 3]) == (4, ())
+
+
+@pytest.fixture
+def config(enumerable_folder, tmp_path):
+    c = small_config(enumerable_folder, tmp_path)
+    c.mesh.data = 2
+    c.rollout_slots = 16  # an eighth of the samples of a step
+    c.num_steps = 6
+    c.max_staleness = 2
+    return c
+
+
+def _run(config, folder):
+    number = config.mesh.data + config.mesh.rollout
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:number]
+        patch.setattr(jax, "devices", lambda *_: devices)
+        loop.train_and_evaluate(config, str(folder))
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+    return rows, [
+        dataset_io.read_jsonl(file) for file in sorted(folder.glob("schedule/*"))
+    ]
+
+
+@pytest.mark.parametrize("base", [0.0, 0.5])
+@pytest.mark.parametrize("apart", [0, 1])
+def test_no_token_is_older_than_allowed_and_each_prompt_is_trained_on_once(
+    config, tmp_path, apart, base
+):
+    config.mesh.rollout, config.checkpoint_every = apart, 6
+    config.behavior.base = base
+    rows, schedule = _run(config, tmp_path / "run")
+    ages = [x["rollout/staleness_max"] for x in rows if x["step"]]
+    assert 1 <= max(ages) <= 2
+    assert min(ages[1:]) >= apart
+    prompts = [row["prompt"] for of_step in schedule for row in of_step]
+    assert sorted(prompts) == list(range(config.prompts_per_step * config.num_steps))
+    responses = [[y for row in of for y in row["weights"]] for of in schedule]
+    assert {len(x) for x in responses} == {8 * 16 * (1 - base)}
+    oldest = [max(n - y[0][1] for y in of) for n, of in enumerate(responses)]
+    assert oldest == ages
+    tb = [x["tb/exponent_base"] for x in rows if x["step"] and base]
+    assert np.isfinite(tb).all()
+
+
+def _same(one, two):
+    a, b = ((x / "hf/model.safetensors").read_bytes() for x in (one, two))
+    return a == b
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
+    """Killed where rounds of later steps were at work, after step 3 of a checkpoint at 2."""
+    config.mesh.rollout = 1
+    _run(config, tmp_path / "whole")
+    do = loop.train_iteration
+
+    def killed(trainer, state, cursor, step, grader):
+        if step == 4:
+            raise KeyboardInterrupt
+        return do(trainer, state, cursor, step, grader)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_iteration", killed)
+        _run(config, tmp_path / "run")
+    assert len(dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")) == 4
+    _run(config, tmp_path / "run")
+    assert _same(tmp_path / "run", tmp_path / "whole")
+    for file in (tmp_path / "whole/schedule").iterdir():
+        assert file.read_text() == (tmp_path / "run/schedule" / file.name).read_text()
+
+
+def test_what_was_in_flight_at_a_preemption_is_begun_again(config, tmp_path):
+    """Saved after step 1, between two checkpoints, with prompts of step 2 begun."""
+    do = loop.train_iteration
+
+    def preempted(trainer, state, cursor, step, grader):
+        signal.raise_signal(signal.SIGTERM)
+        return do(trainer, state, cursor, step, grader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_iteration", preempted)
+        with pytest.raises(preemption.Preempted):
+            _run(config, tmp_path / "run")
+    _, schedule = _run(config, tmp_path / "run")
+    prompts = [row["prompt"] for of_step in schedule for row in of_step]
+    assert sorted(prompts) == list(range(config.prompts_per_step * config.num_steps))
+
+
+@pytest.mark.parametrize("seconds", [(0.6, 0.3), (0.3, 0.6)])
+def test_a_step_takes_no_longer_than_the_longer_of_drawing_and_learning(
+    config, tmp_path, monkeypatch, seconds
+):
+    """Both are slowed down, by a second in all."""
+    config.mesh.rollout, config.num_steps, config.max_staleness = 1, 12, 1
+    config.mesh.data, config.checkpoint_every = 1, 100
+    draw, compute = stream.Stream.draw_until, rewards.compute_rewards
+
+    def slowly(do, seconds):
+        def run(*args, **kwargs):
+            time.sleep(seconds)
+            return do(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(stream.Stream, "draw_until", slowly(draw, seconds[0]))
+    monkeypatch.setattr(rewards, "compute_rewards", slowly(compute, seconds[1]))
+    rows, _ = _run(config, tmp_path / "run")
+    of_steps = lambda name: np.mean([x[f"time/{name}"] for x in rows[-8:]])
+    drawing, whole = of_steps("actor"), of_steps("step")
+    learning = whole - of_steps("rollout")
+    print(drawing, learning, whole)
+    assert whole <= 1.1 * max(drawing, learning)
+
+
+@pytest.fixture
+def converging(config):
+    """As that of loop_test, by whose measure rounds end near the target."""
+    config.mesh.data, config.mesh.rollout = 1, 1
+    config.samples_per_prompt, config.rollout_slots = 128, 0
+    config.microbatch_size, config.pack_length = 64, 64
+    config.optim.learning_rate, config.optim.schedule = 1e-2, "cosine"
+    config.alpha, config.optim.clip_norm = 2.0, 0.05
+    config.num_steps = config.checkpoint_every = config.eval_every = 200
+    return config
+
+
+def _trained(config, folder, monkeypatch, staleness) -> float:
+    """Total variation from the exact target, and of the base from it."""
+    config.max_staleness = staleness
+    monkeypatch.setattr(actor, "AHEAD", staleness)
+    config.mesh.rollout = min(staleness, 1)
+    rows, _ = _run(config, folder)
+    if staleness:
+        assert rows[-1]["rollout/staleness_mean"] == staleness
+    base, length = _distribution(config.model)
+    trained, _ = _distribution(folder / "hf")
+    target, _ = length_aware_target(base, length, config.alpha)
+    if config.objective == "rl_traj":
+        target, _ = power_target(base, config.alpha)
+    assert total_variation(np.exp(base), target) > 0.1
+    return total_variation(np.exp(trained), target)
+
+
+@pytest.mark.slow
+@pytest.mark.long_running
+@pytest.mark.parametrize("staleness", [0, 1, 4, 16])
+def test_the_target_is_reached_however_old_responses_are(
+    converging, tmp_path, monkeypatch, staleness
+):
+    got = _trained(converging, tmp_path / "run", monkeypatch, staleness)
+    print("TV", staleness, got)
+    assert got < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.long_running
+@pytest.mark.parametrize("staleness", [0, 1, 4, 16])
+@pytest.mark.parametrize("objective", ["rl_traj"])
+def test_a_policy_gradient_does_not(
+    converging, tmp_path, monkeypatch, objective, staleness
+):
+    from pfjax.trainer import config_checks
+
+    monkeypatch.setattr(config_checks, "_check_staleness", lambda *a: None)
+    converging.objective = objective
+    got = _trained(converging, tmp_path / "run", monkeypatch, staleness)
+    print("TV", objective, staleness, got)
