@@ -95,6 +95,8 @@ def main() -> None:
 
 def _print(plan: dict, how: str, advice: str | None) -> None:
     mesh = sharding.describe(plan["mesh"])
+    if n := plan["rollout_devices"]:
+        mesh += f", and {n} devices for rollouts alone"
     print("{model} on {topology}: {devices} devices, mesh".format(**plan), mesh)
     print(f"({how})\n\nGiB per device")
     memory = plan["memory_gib"]

@@ -133,17 +133,17 @@ def is_saving(workdir):
     return any((pathlib.Path(workdir) / "checkpoints").glob("*tmp*"))
 
 
-def kill_and_resume(workdir, rng, kills):
+def kill_and_resume(workdir, rng, kills, *args, **how):
     """Kills a run `kills` times at random; returns how often during a save."""
     during_save = 0
     for _ in range(kills):
-        process = start(workdir)
+        process = start(workdir, *args, **how)
         done = max((r["step"] for r in rows(workdir)), default=-1)
         if done >= STEPS - 1:  # start anew: there has to be something to kill
             process.kill()
             process.communicate()
             shutil.rmtree(workdir)
-            process, done = start(workdir), -1
+            process, done = start(workdir, *args, **how), -1
         kind = rng.random()
         if kind < 0.2:  # while it starts
             time.sleep(rng.uniform(0, 3))
@@ -158,7 +158,7 @@ def kill_and_resume(workdir, rng, kills):
         during_save += is_saving(workdir)
         process.kill()
         process.communicate()
-    run(workdir)
+    run(workdir, *args, **how)
     return during_save
 
 
@@ -185,6 +185,18 @@ def test_runs_killed_twenty_times_some_during_a_save_end_as_if_never_stopped(
         during_save += kill_and_resume(tmp_path / f"run{i}", rng, kills)
         same(tmp_path / f"run{i}", whole)
     assert during_save >= 3
+
+
+@pytest.mark.slow
+def test_runs_killed_with_responses_in_flight_end_as_if_never_stopped(tmp_path):
+    """A device draws beside one that learns, and checkpoints are few."""
+    args = ("--config.max_staleness=2", "--config.mesh.rollout=1")
+    args += ("--config.checkpoint_every=3",)
+    run(tmp_path / "whole", *args, devices=2)
+    kill_and_resume(tmp_path / "run", random.Random(2), 4, *args, devices=2)
+    same(tmp_path / "run", tmp_path / "whole")
+    ages = [r["rollout/staleness_max"] for r in rows(tmp_path / "whole") if r["step"]]
+    assert max(ages) == 2
 
 
 @pytest.mark.slow

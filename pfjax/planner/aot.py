@@ -103,7 +103,7 @@ def actor_mesh(
 ) -> AbstractMesh | Mesh:
     """The mesh of the devices of a topology that are set apart for rollouts."""
     if is_abstract:
-        mesh = abstract_mesh(topology, data=1)
+        mesh = abstract_mesh(topology, data=1, fsdp=-1, tensor=1)
         return mesh.update(axis_sizes=(1, rollout // tensor, 1, tensor))
     devices = sorted(device_mesh(topology, data=1).devices.flat, key=lambda d: d.id)
     return sharding.rollout_mesh(rollout, tensor, devices)

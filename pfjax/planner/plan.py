@@ -92,6 +92,7 @@ def make_plan(
         "devices": devices,
         "compiled": can_compile,
         "mesh": work.mesh,
+        "rollout_devices": config.mesh.rollout,
         "memory_gib": memory,
         "fits": memory["total"] <= memory["available"],
         "error": None,
@@ -230,6 +231,11 @@ def _step(
             "copy", "to rollouts", work.sent_bytes / 1e9, "(weights)"
         )
         rows.append(("send", weights))
+    notes = [note] if prompts % parts else []
+    if work.is_apart:
+        notes.append(
+            "drawing and learning overlap: a step takes as long as the longer of the two"
+        )
     return {
         "responses": work.responses,
         "prompt_tokens": work.prompt_tokens,
@@ -243,7 +249,7 @@ def _step(
         "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
         "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
         "gb_sent": sum(x.gb for _, x in rows),
-        "notes": [note] if prompts % parts else [],
+        "notes": notes,
     }
 
 
@@ -301,7 +307,7 @@ def search(
     Raises:
       ValueError: if no mesh of the devices will do, with what the last one lacks.
     """
-    devices = aot.parse(topology)[1]
+    devices = aot.parse(topology)[1] - config.mesh.rollout
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
     sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
     found, why = [], ""

@@ -145,6 +145,10 @@ def actor_of(
         model, params = base_policy(fns, frozen, base)
         return actor.sender(model, {}, meshes[1], where)(params)
 
+    if c.mesh.rollout and others:
+        # Once, and not from a thread: the learner's devices have their part in it.
+        send_base = functools.partial(lambda weights: weights, send_base())
+
     def join(
         drawn: list[Rollout], indices: list[int], ids: list[int], step: int
     ) -> Rollout:
@@ -158,7 +162,7 @@ def actor_of(
         where,
         make_streams,
         actor.sender(fns.model, frozen, meshes[1], where),
-        functools.cache(send_base) if c.mesh.rollout else send_base,
+        send_base,
         join,
         lambda ids: data.indices_of(train, ids, c.seed),
         train.tokens,

@@ -1,14 +1,18 @@
 """Stale responses: as old as allowed, the same each time, and the optimum stays where it is."""
 
+import dataclasses
+import re
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax.infra import dataset_io
-from pfjax.sampler import stream
+from pfjax.infra import dataset_io, sharding
+from pfjax.model import lora, transformer
+from pfjax.sampler import decode, stream
 from pfjax.tasks import rewards
 from pfjax.trainer import actor, loop, preemption
 from pfjax.trainer.actor import Cursor
@@ -133,6 +137,50 @@ def test_a_step_takes_no_longer_than_the_longer_of_drawing_and_learning(
     learning = whole - of_steps("rollout")
     print(drawing, learning, whole)
     assert whole <= 1.1 * max(drawing, learning)
+
+
+def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
+    config = dataclasses.replace(tiny_policy.config, lora_rank=2, lora_alpha=4.0)
+    devices = jax.devices()
+    learner = sharding.make_mesh(fsdp=2, tensor=2, devices=devices, rollout=4)
+    own = sharding.rollout_mesh(4, 2, devices)
+    assert not {*learner.devices.flat} & {*own.devices.flat}
+    place = lambda config, params: jax.device_put(
+        params,
+        sharding.tree_shardings(
+            learner, transformer.logical_axes(config), transformer.abstract_params(config)
+        ),
+    )
+    frozen = place(tiny_policy.config, tiny_policy.params)
+    adapters = lora.init_params(config, jax.random.key(3))
+    adapters = jax.tree.map(lambda x: x + 0.5, adapters)
+    send = actor.sender(config, frozen, learner, own)
+    first, second = send(jax.tree.map(jnp.zeros_like, adapters)), send(adapters)
+    want = decode.weights(config, lora.join(tiny_policy.params, adapters))
+    jax.tree.map(np.testing.assert_array_equal, second, want)
+    for x in jax.tree.leaves(second):
+        assert x.sharding.device_set == {*own.devices.flat}
+    assert second["layers"][0]["wq"] is first["layers"][0]["wq"]
+    assert "tensor" in second["layers"][0]["wq"].sharding.spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mesh.rollout": 1, "max_staleness": 0}, "set --config.max_staleness=1"),
+        ({"objective": "rl_token"}, "objectives that may learn from older ones"),
+        ({"objective": "grpo"}, "objectives that may learn from older ones"),
+        ({"behavior.replay": 0.5}, "behavior.replay changes how many"),
+        ({"schedules": "behavior.base:0@0,1@9"}, "behavior.base changes how many"),
+        ({"behavior.base": 1.0}, "the policy itself draws no response"),
+        ({"mesh.rollout": 8}, "leaves none of 8 devices to learn"),
+    ],
+)
+def test_mistakes_are_refused_before_a_folder_is_made(config, tmp_path, changes, says):
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
