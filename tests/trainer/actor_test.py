@@ -16,7 +16,7 @@ from pfjax.sampler import decode, stream
 from pfjax.tasks import rewards
 from pfjax.trainer import actor, loop, preemption
 from pfjax.trainer.actor import Cursor
-from tests.conftest import length_aware_target, power_target, total_variation
+from tests.conftest import length_aware_target, total_variation
 from tests.trainer.loop_test import _distribution, small_config
 
 
@@ -148,7 +148,9 @@ def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
     place = lambda config, params: jax.device_put(
         params,
         sharding.tree_shardings(
-            learner, transformer.logical_axes(config), transformer.abstract_params(config)
+            learner,
+            transformer.logical_axes(config),
+            transformer.abstract_params(config),
         ),
     )
     frozen = place(tiny_policy.config, tiny_policy.params)
@@ -196,43 +198,22 @@ def converging(config):
 
 
 def _trained(config, folder, monkeypatch, staleness) -> float:
-    """Total variation from the exact target, and of the base from it."""
+    """Total variation from the exact target, of which the base is far."""
     config.max_staleness = staleness
     monkeypatch.setattr(actor, "AHEAD", staleness)
-    config.mesh.rollout = min(staleness, 1)
     rows, _ = _run(config, folder)
-    if staleness:
-        assert rows[-1]["rollout/staleness_mean"] == staleness
+    assert rows[-1]["rollout/staleness_mean"] == staleness
     base, length = _distribution(config.model)
     trained, _ = _distribution(folder / "hf")
     target, _ = length_aware_target(base, length, config.alpha)
-    if config.objective == "rl_traj":
-        target, _ = power_target(base, config.alpha)
     assert total_variation(np.exp(base), target) > 0.1
     return total_variation(np.exp(trained), target)
 
 
 @pytest.mark.slow
 @pytest.mark.long_running
-@pytest.mark.parametrize("staleness", [0, 1, 4, 16])
+@pytest.mark.parametrize("staleness", [1, 4, 16])
 def test_the_target_is_reached_however_old_responses_are(
     converging, tmp_path, monkeypatch, staleness
 ):
-    got = _trained(converging, tmp_path / "run", monkeypatch, staleness)
-    print("TV", staleness, got)
-    assert got < 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.long_running
-@pytest.mark.parametrize("staleness", [0, 1, 4, 16])
-@pytest.mark.parametrize("objective", ["rl_traj"])
-def test_a_policy_gradient_does_not(
-    converging, tmp_path, monkeypatch, objective, staleness
-):
-    from pfjax.trainer import config_checks
-
-    monkeypatch.setattr(config_checks, "_check_staleness", lambda *a: None)
-    converging.objective = objective
-    got = _trained(converging, tmp_path / "run", monkeypatch, staleness)
-    print("TV", objective, staleness, got)
+    assert _trained(converging, tmp_path / "run", monkeypatch, staleness) < 0.02
