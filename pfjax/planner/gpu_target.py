@@ -63,7 +63,7 @@ def mesh(kind: str, devices: int, *sizes: int, rollout: int = 0, **named: int) -
     number = {"devices": devices - rollout, "nodes": nodes}
     found_sizes = sharding.mesh_sizes(*sizes, **named, **number)
     of_axis = dict(zip(sharding.MESH_AXES, found_sizes, strict=True))
-    return sharding.make_mesh(**of_axis, devices=found.devices, rollout=rollout)
+    return sharding.make_mesh(**of_axis, devices=found.devices[: devices - rollout])
 
 
 def description(kind: str) -> str:

@@ -43,7 +43,7 @@ class Scheduler:
     def __init__(
         self,
         settings: decode.Settings,
-        state: decode.SamplerState,
+        state: decode.SamplerState | None,
         prompts: list[list[int]],
         prompt_ids: list[int] | None,
         max_new_tokens: int,
