@@ -16,6 +16,7 @@ What a preemption saves between two checkpoints lacks what is in flight; its pro
 again.
 
 References:
+  Bartoldson et al., arXiv 2503.18929 (trajectory balance beside its sampler).
   Fu et al., arXiv 2505.24298 (the bound on what is begun).
 """
 
