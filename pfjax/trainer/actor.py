@@ -5,9 +5,9 @@ runs beside step n - 1, by the weights that this step starts from. On the learne
 comes before step n, as without staleness. Either way it ends as soon as enough prompts are
 complete: the responses of others go on in later rounds, under newer weights.
 
-No token is drawn by weights of more than `max_staleness` updates before those it trains. That
-holds as only so many prompts are begun: those begun by weights of v updates, and before, can
-be trained on by step v + 1 + max_staleness.
+No token is drawn by weights of more than `max_staleness` updates before those it trains. So only
+so many prompts are begun: all that were by weights of v updates, and before, can be trained on by
+step v + 1 + max_staleness; and a round waits for responses that could not be later.
 
 Which weights draw what follows from the config alone, never from how fast anything is, so that
 a run has the same bits each time. A run that was killed too: no prompt is begun that could not
@@ -155,20 +155,9 @@ class Actor:
         prompts = [self._prompts[i] for i in self._indices_of(new)]
         for s in self._streams:
             s.add(prompts, new, is_last=last == self._end)
-        too_old = step - 1 - self._max_staleness
-
-        def is_enough() -> bool:
-            self._check_stopped()
-            complete = stream.complete()
-            if len(complete) < self._num:
-                return False
-            others = set(stream.held) - set(complete)
-            return all(stream.oldest(q) > too_old for q in others)
-
         with jax.set_mesh(self._mesh):
-            stream.draw_until(is_enough)
-            by_age = sorted(stream.complete(), key=lambda q: (stream.oldest(q), q))
-            chosen = sorted(by_age[: self._num])
+            stream.draw_until(lambda: self._is_enough(stream, step))
+            chosen = sorted(self._oldest_complete(stream))
             drawn = [stream.take(chosen), *(self._of_base(s, chosen) for s in of_base)]
         ids = [self._ids[q] for q in chosen]
         indices = self._indices_of(ids)
@@ -176,6 +165,21 @@ class Actor:
         self._ended = time.perf_counter()
         seconds = {"seconds": self._ended - begin, "idle_seconds": idle}
         return Drawn(ids, indices, rollout, **seconds)
+
+    def _oldest_complete(self, stream: Stream) -> list[int]:
+        age = lambda q: (stream.oldest(q), q)
+        return sorted(stream.complete(), key=age)[: self._num]
+
+    def _is_enough(self, stream: Stream, step: int) -> bool:
+        """Whether a step's prompts are complete and all others can still be trained on in
+        time: so many per step, those first that have to be."""
+        self._check_stopped()
+        chosen = self._oldest_complete(stream)
+        if len(chosen) < self._num:
+            return False
+        others = set(stream.held) - set(chosen)
+        last = sorted(stream.oldest(q) + 1 + self._max_staleness for q in others)
+        return all(n >= step + 1 + i // self._num for i, n in enumerate(last))
 
     def _of_base(self, stream: Stream, chosen: list[int]) -> Rollout:
         """What the base says to the same prompts; those to others go on."""

@@ -27,6 +27,83 @@ def test_a_cursor_knows_what_has_been_trained_on():
     assert Cursor().after([0, 1]).after([2, 3]) == (4, ())
 
 
+class _Stream:
+    """Stands for a stream of 6 slots, some of whose responses take very long."""
+
+    def __init__(self, rng):
+        self.rng, self.num_added, self.taken = rng, 0, []
+        self.waiting, self.left, self.born = [], {}, {}
+
+    @property
+    def held(self):
+        return [*self.left, *self.waiting]
+
+    def set_weights(self, weights, step):
+        self.step = step
+
+    def add(self, prompts, ids, is_last):
+        self.waiting += range(self.num_added, self.num_added + len(prompts))
+        self.num_added += len(prompts)
+
+    def complete(self):
+        return [q for q, ticks in self.left.items() if ticks <= 0]
+
+    def oldest(self, q):
+        return self.born.get(q, self.step)
+
+    def draw_until(self, is_enough):
+        for _ in range(1000):
+            if is_enough():
+                return
+            busy = [q for q, ticks in self.left.items() if ticks > 0]
+            new, self.waiting = (
+                self.waiting[: 6 - len(busy)],
+                self.waiting[6 - len(busy) :],
+            )
+            for q in new:
+                self.left[q] = self.rng.choice([1, 2, 40])
+                self.born[q] = self.step
+            for q in busy + new:
+                self.left[q] -= 1
+        raise AssertionError("nothing is enough")
+
+    def take(self, prompts):
+        assert all(self.left.pop(q) <= 0 for q in prompts)
+        return [self.born[q] for q in prompts]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "ahead"), [(1, 0), (2, 0), (4, 0), (1, 1), (2, 1), (4, 1), (4, 3)]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_takes_long_nothing_gets_too_old(staleness, ahead, seed):
+    streams = [_Stream(np.random.default_rng(seed))]
+    made = actor.Actor(
+        sharding.make_mesh(devices=jax.devices()[:1]),
+        lambda: streams,
+        lambda params: params,
+        dict,
+        lambda drawn, indices, ids, step: drawn[0],
+        lambda ids: [0 for _ in ids],
+        [[1]],
+        prompts_per_step=4,
+        num_steps=20,
+        checkpoint_every=100,
+        max_staleness=staleness,
+        ahead=ahead,
+    )
+    cursor, seen, oldest = Cursor(), [], []
+    with made:
+        for step in range(1, 21):
+            ids, _, born, *_ = made.draw({}, cursor, step)
+            cursor = cursor.after(ids)
+            seen += ids
+            oldest.append(step - 1 - min(born))
+    assert sorted(seen) == list(range(80))
+    # Those that take long are kept as long as may be.
+    assert max(oldest) == staleness
+
+
 @pytest.fixture
 def config(enumerable_folder, tmp_path):
     c = small_config(enumerable_folder, tmp_path)
