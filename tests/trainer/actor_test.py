@@ -77,6 +77,22 @@ class _Stream:
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_takes_long_nothing_gets_too_old(staleness, ahead, seed):
+    cursor, ids, oldest = _drawn(seed, Cursor(), 1, staleness=staleness, ahead=ahead)
+    assert cursor == (80, ())
+    assert sorted(ids) == list(range(80))
+    # Those that take long are kept as long as may be.
+    assert max(oldest) == staleness
+
+
+def test_what_is_in_flight_at_a_preemption_is_begun_again():
+    cursor, ids, _ = _drawn(0, Cursor(), 1, last=7, staleness=4, ahead=1)
+    assert cursor.skipped
+    cursor, more, _ = _drawn(1, cursor, 8, staleness=4, ahead=1)
+    assert sorted(ids + more) == list(range(80))
+
+
+def _drawn(seed, cursor, first, last=20, *, staleness, ahead):
+    """The cursor, the prompts, and the age of the oldest, after some of 20 steps."""
     streams = [_Stream(np.random.default_rng(seed))]
     made = actor.Actor(
         sharding.make_mesh(devices=jax.devices()[:1]),
@@ -92,16 +108,14 @@ def test_whatever_takes_long_nothing_gets_too_old(staleness, ahead, seed):
         max_staleness=staleness,
         ahead=ahead,
     )
-    cursor, seen, oldest = Cursor(), [], []
+    seen, oldest = [], []
     with made:
-        for step in range(1, 21):
+        for step in range(first, last + 1):
             ids, _, born, *_ = made.draw({}, cursor, step)
             cursor = cursor.after(ids)
             seen += ids
             oldest.append(step - 1 - min(born))
-    assert sorted(seen) == list(range(80))
-    # Those that take long are kept as long as may be.
-    assert max(oldest) == staleness
+    return cursor, seen, oldest
 
 
 @pytest.fixture
