@@ -125,6 +125,37 @@ def test_7b_compiles_and_fits(tpu_mesh, topology, changes, little_effort):
         assert estimate["memory_gib"]["state"][name] == pytest.approx(x)
 
 
+@pytest.mark.parametrize("can_compile", [False, True])
+def test_devices_that_draw_beside_the_learner_are_planned(monkeypatch, can_compile):
+    monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
+    how = {"attention": "plain", "remat": "full", "max_staleness": 1}
+    config = plans.config_of("smoke", **how, **{"mesh.rollout": 6})
+    plan = plans.plan_of(config, "v5e:2x4", can_compile=can_compile)
+    assert plan["fits"] and plan["mesh"]["fsdp"] == 2 and plan["rollout_devices"] == 6
+    seconds = {phase: x["seconds"] for phase, x in plan["phases"].items()}
+    learning = seconds["score"] + seconds["update"]
+    assert plan["seconds"] == max(seconds["rollout"], learning)
+    sent = [x["gb"] for x in plan["collectives"] if x["kind"] == "copy"]
+    memory = plan["memory_gib"]
+    # Those that are drawn by, and those of the next step.
+    weights = memory["phases"]["rollout"]["weights"] * hardware.GIB / 1e9
+    assert sent == [pytest.approx(weights / 2)]
+    # An actor holds neither parameters nor moments.
+    of_phase = {phase: sum(x.values()) for phase, x in memory["phases"].items()}
+    learned = max(of_phase["score"], of_phase["update"])
+    learned += sum(memory["state"].values())
+    assert memory["total"] == max(of_phase["rollout"], learned)
+
+
+def test_a_rollout_whose_responses_go_on_waits_for_none_of_them():
+    seconds = {}
+    for staleness in (0, 2):
+        config = plans.config_of("qwen2_5_math_1_5b", max_staleness=staleness)
+        plan = plans.plan_of(config, "h100:8", can_compile=False)
+        seconds[staleness] = plan["phases"]["rollout"]["seconds"]
+    assert seconds[2] < 0.5 * seconds[0]
+
+
 def test_estimates_follow_the_settings():
     small = {"microbatch_size": 1, "remat": "full"}
     total = {}

@@ -102,10 +102,12 @@ def actor_mesh(
     topology: str, rollout: int, tensor: int, is_abstract: bool
 ) -> AbstractMesh | Mesh:
     """The mesh of the devices of a topology that are set apart for rollouts."""
+    whole = {"data": 1, "fsdp": -1, "tensor": 1}
     if is_abstract:
-        mesh = abstract_mesh(topology, data=1, fsdp=-1, tensor=1)
+        mesh = abstract_mesh(topology, **whole)
         return mesh.update(axis_sizes=(1, rollout // tensor, 1, tensor))
-    devices = sorted(device_mesh(topology, data=1).devices.flat, key=lambda d: d.id)
+    devices = device_mesh(topology, **whole).devices.flat
+    devices = sorted(devices, key=lambda d: d.id)
     return sharding.rollout_mesh(rollout, tensor, devices)
 
 
