@@ -17,7 +17,9 @@ NAMES = (
 ALL = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def adapted(policy: transformer.Policy, targets: str) -> transformer.Policy:
+def adapted(
+    policy: transformer.Policy, targets: str, by: float = 0.2
+) -> transformer.Policy:
     """A policy with adapters that have moved (B is not zero)."""
     config = dataclasses.replace(
         policy.config,
@@ -29,7 +31,7 @@ def adapted(policy: transformer.Policy, targets: str) -> transformer.Policy:
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [
-        x + 0.2 * jax.random.normal(k, x.shape)
+        x + by * jax.random.normal(k, x.shape)
         for x, k in zip(leaves, keys, strict=True)
     ]
     adapters = jax.tree.unflatten(tree, moved)

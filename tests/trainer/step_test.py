@@ -299,9 +299,9 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
 def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     params = transformer.init_params(config, jax.random.key(0))
-    policy = small_families.adapted(
-        transformer.Policy(config, params), small_families.ALL
-    )
+    policy = transformer.Policy(config, params)
+    # A little: the gradient is compared by its absolute difference.
+    policy = small_families.adapted(policy, small_families.ALL, by=0.05)
     _check_mesh(rng, policy, sizes, POWERFLOW)
 
 
