@@ -223,11 +223,12 @@ def test_a_step_takes_no_longer_than_the_longer_of_drawing_and_learning(
     monkeypatch.setattr(stream.Stream, "draw_until", slowly(draw, seconds[0]))
     monkeypatch.setattr(rewards, "compute_rewards", slowly(compute, seconds[1]))
     rows, _ = _run(config, tmp_path / "run")
-    of_steps = lambda name: np.mean([x[f"time/{name}"] for x in rows[-8:]])
-    drawing, whole = of_steps("actor"), of_steps("step")
-    learning = whole - of_steps("rollout")
-    print(drawing, learning, whole)
-    assert whole <= 1.1 * max(drawing, learning)
+    drawing, whole, waited = (
+        np.array([x[f"time/{name}"] for x in rows[-8:]])
+        for name in ("actor", "step", "rollout")
+    )
+    longer = max(np.median(drawing), np.median(whole - waited))
+    assert np.median(whole) <= 1.1 * longer
 
 
 def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
