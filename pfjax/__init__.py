@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Policy": "pfjax.model.transformer",
+    "at_alpha": "pfjax.api",
     "fine_tune": "pfjax.api",
     "load": "pfjax.api",
     "log_probs": "pfjax.api",
@@ -37,6 +38,7 @@ _EXPORTS = {
 }
 __all__ = [
     "Policy",
+    "at_alpha",
     "fine_tune",
     "load",
     "log_probs",
@@ -53,6 +55,7 @@ __all__ = [
 if TYPE_CHECKING:  # what editors and type checkers see
     from pfjax import losses
     from pfjax.api import (
+        at_alpha,
         fine_tune,
         load,
         log_probs,

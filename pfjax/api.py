@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pfjax import batch as packing
 from pfjax.batch import Array, PackedBatch, PackShape, Rollout
-from pfjax.model import hf, tokenizer
+from pfjax.model import hf, lora, tokenizer
 from pfjax.model import log_probs as scorer
 from pfjax.model.transformer import Policy
 from pfjax.objectives import Objective
@@ -67,6 +67,8 @@ def rollout(
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
     seed: int = 0,
+    *,
+    alpha: float | None = None,
     **options: Any,
 ) -> Rollout:
     """Draws responses to prompts.
@@ -83,6 +85,7 @@ def rollout(
       temperature: of sampling; 0 takes the likeliest token. Recorded log-probs are at
         temperature 1 always.
       seed: the same seed draws the same.
+      alpha: of a policy trained for every alpha of a range, at which it answers.
       **options: the other arguments of `pfjax.sampler.engine.rollout`: filters of tokens,
         stop conditions, a callback for each response.
 
@@ -104,6 +107,8 @@ def rollout(
     ((1, 2, 15), '7+5=12,1+2+1=4,')
     """
     tok = policy.tokenizer
+    if alpha is not None:
+        policy = at_alpha(policy, alpha)
     if isinstance(prompts, str):
         said = f"prompts must be a list: give [{prompts!r}]"
         raise ValueError(said)  # noqa: TRY004
@@ -125,6 +130,22 @@ def rollout(
     ]
     texts = [*map(of_prompt, drawn.tokens, drawn.lengths)]
     return drawn._replace(texts=texts)
+
+
+def at_alpha(policy: Policy, alpha: float) -> Policy:
+    """Takes a policy trained for every alpha of a range at one of them.
+
+    Args:
+      policy: of a run with `alpha_range`; `pfjax.load("runs/x/dial")` loads one.
+      alpha: at 1 it is the base.
+
+    Returns:
+      A policy with usual adapters, which all functions of pfjax take.
+
+    Raises:
+      ValueError: for another policy, or an alpha outside of the range.
+    """
+    return lora.at_alpha(policy, alpha)
 
 
 def _encode(tok: Any, prompt: Any) -> list[int]:
@@ -295,7 +316,8 @@ def fine_tune(
 
     Returns:
       The policy after the last step, adapters merged, on the mesh of the run; a folder in
-      Hugging Face format is in `workdir/hf`.
+      Hugging Face format is in `workdir/hf`. With `config.alpha_range` the policy for every
+      alpha (see `at_alpha`), which is in `workdir/dial`; `workdir/hf` is it at `config.alpha`.
 
     Raises:
       ValueError: for a mistake in the config or its files, before training starts.
@@ -308,7 +330,6 @@ def fine_tune(
     Traceback (most recent call last):
     ValueError: --config.alpha=-1.0: must be positive
     """
-    from pfjax.model import lora
     from pfjax.trainer import loop, setup
 
     functions = setup.Functions(reward, format_term, objective)
@@ -318,7 +339,7 @@ def fine_tune(
             config[name] = _python_name(getattr(given, "loss", given))
     on = (on_step, on_evaluation)
     trained = loop.train_and_evaluate(config, os.fspath(workdir), *on, functions)
-    return lora.merge(trained)
+    return trained if trained.config.alpha_range else lora.merge(trained)
 
 
 def _python_name(function: Any) -> str:

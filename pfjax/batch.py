@@ -41,6 +41,7 @@ class PackedBatch(NamedTuple):
     log_stop_base: Any = None  # the base's log-prob of stopping in the place of a token
     dropout_seed: Any = None  # what of the adapters' inputs is dropped; None: nothing
     choices: Any = None  # recorded experts of a token, of all layers; None: chosen anew
+    alpha: Any = None  # power of the base, where each prompt has its own
 
 
 # Dimensions, type and padding of each field: zeros, shapes and shardings come from here.
@@ -61,6 +62,7 @@ PACKED = PackedBatch(
     log_stop_base=("mbt", "float32", 0),
     dropout_seed=("mbn", "uint32", 0),
     choices=("mbtc", "uint8", 255),  # `experts.UNKNOWN`
+    alpha=("mbn", "float32", 0),
 )
 SCORES = PackedBatch._fields[8:]
 
@@ -105,6 +107,7 @@ class Rollout(NamedTuple):
     # and tokens drawn in the slot_steps, of these and of other responses.
     weights_step: np.ndarray | None = None
     num_drawn: int | None = None
+    alpha: np.ndarray | None = None  # float32 [P], where each prompt has its own
     # Of `pfjax.rollout` alone. Texts [P][G] are without special tokens, and None where there
     # is no tokenizer; prompts [P] are token ids.
     texts: list[list[str]] | None = None
@@ -177,6 +180,7 @@ class TrajectoryStats(NamedTuple):
     prompt_index: Any
     loss: Any = None  # this and the residual are filled in last
     residual: Any = None
+    alpha: Any = None  # power of the base, where each prompt has its own
 
 
 def max_microbatches(

@@ -130,6 +130,20 @@ def find_model() -> tuple[os.PathLike, Any]:
     return source, tokenizer.load(source, *how)
 
 
+def check_alpha(source: os.PathLike, is_given: bool) -> None:
+    """Raises ValueError for a policy for every alpha without --alpha, and the reverse."""
+    path, is_dial = flags.FLAGS.model, (source / hf.DIAL).is_file()
+    if is_dial and not is_given:
+        raise ValueError(
+            f"--model={path} is a policy for every alpha: give --alpha=2, say"
+        )
+    if is_given and not is_dial:
+        raise ValueError(
+            f"--alpha is for a policy for every alpha, the folder dial of a run with "
+            f"alpha_range; --model={path} is none"
+        )
+
+
 @contextlib.contextmanager
 def load(source: os.PathLike) -> Iterator["transformer.Policy"]:
     """The model on all devices, whose mesh is set meanwhile."""

@@ -6,6 +6,8 @@ NAME.json, its scores with every setting that moves them. The same command goes 
 was stopped; --regrade grades the responses there again, without the model. All devices are
 used; with --multihost this is one of several processes, the first of which writes.
 
+Of a policy for every alpha, --model=runs/x/dial --alpha=0.5,1,2,4 scores each.
+
 Prompts without answers (poem, story and joke: files with a `prompt` per line) have lengths
 and distinct responses here; `python -m examples.creative DIR` adds diversity and quality.
 """
@@ -13,6 +15,7 @@ and distinct responses here; `python -m examples.creative DIR` adds diversity an
 import contextlib
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags, logging
 from etils import epath, epy
@@ -25,7 +28,7 @@ with epy.lazy_imports():
 
     from pfjax.evaluation import results, scores
     from pfjax.infra import dataset_io, distributed, storage
-    from pfjax.model import hf, tokenizer
+    from pfjax.model import hf, lora, tokenizer, transformer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, data, grading
 
@@ -40,6 +43,9 @@ flags.DEFINE_integer(
 flags.DEFINE_multi_string("stop", [], "text that ends a response; else the style's")
 flags.DEFINE_list("benchmark", None, "sets, comma-separated", required=True)
 flags.DEFINE_string("out", None, "folder of scores and responses", required=True)
+flags.DEFINE_list(
+    "alpha", [], "at which a policy for every alpha answers; a folder of --out for each"
+)
 flags.DEFINE_string("data", "", "folder with files of the sets; else the hub")
 flags.DEFINE_string("prompt_field", "", "column of prompts in files; else found")
 flags.DEFINE_string("answer_field", "", "column of answers in files; else found")
@@ -62,49 +68,70 @@ def main() -> None:
     for name in FLAGS.benchmark:
         problems = benchmarks.read(name, FLAGS.data, FLAGS.seed, fields)
         sets[name] = problems[: FLAGS.limit or None]
-    out = storage.place(FLAGS.out)
+    folders = _folders()
     if len({pathlib.PurePath(name).stem for name in sets}) < len(FLAGS.benchmark):
         raise ValueError(
             f"--benchmark={','.join(FLAGS.benchmark)}: two sets of one name would share "
-            f"files in {out}; give each an --out of its own"
+            f"files in {FLAGS.out}; give each an --out of its own"
         )
-    storage.check_writable(out)
+    storage.check_writable(storage.place(FLAGS.out))
     is_first = distributed.is_first()  # which alone reads and writes --out, and grades
     with grading.Grader() as grader:
         for problems in sets.values():
             grader.check_golds([p.gold for p in problems])
         if not FLAGS.regrade:
-            _sample(sets, out)
+            _sample(sets, folders)
         distributed.leave()
-        for name, problems in sets.items() if is_first else ():
-            files = results.Record(out, name)
-            rows = files.rows(problems)
-            scores.grade(rows, problems, grader, FLAGS.box)
-            k = len(rows) // len(problems)
-            fewer = tuple(2**i for i in range(20) if 2**i < k)
-            values = scores.summarise(rows, k, grader, fewer)
-            about = {"grader": grader.describe() | {"box": FLAGS.box}}
-            files.score(rows, {"graded": about, "scores": values})
-            version = benchmarks.version_of(problems)
-            found = benchmarks.recognise(problems) or "a set of no name here"
-            print(f"{name}: {len(problems)} problems x {k} ({version}, {found})")
-            if missing := [p.gold for p in problems].count(None):
-                print(
-                    f"  {missing} of {len(problems)} problems have no answer: they count "
-                    "in lengths and distinct responses alone"
-                )
-            for key, value in values.items():
-                if not key.endswith("_se"):
-                    error = values.get(f"{key}_se")
-                    error = f" +- {error:.4f}" if error else ""
-                    print(f"  {key:20} {value:9.4f}{error}")
+        for alpha, out in folders.items() if is_first else ():
+            at = "" if alpha is None else f", alpha {alpha:g}"
+            for name, problems in sets.items():
+                _score(results.Record(out, name), name + at, problems, grader)
 
 
-def _sample(sets: dict[str, list], out: epath.Path) -> None:
-    """Draws the responses that the folder lacks."""
-    clock = FLAGS.clock or results.clock_of(out, sets) or tokenizer.now()
+def _folders() -> dict[float | None, epath.Path]:
+    """Where the files of each --alpha go; of None without."""
+    out = storage.place(FLAGS.out)
+    try:
+        alphas = [float(x) for x in FLAGS.alpha]
+    except ValueError:
+        said = f"--alpha={','.join(FLAGS.alpha)}: must be numbers with commas between"
+        raise ValueError(said) from None
+    return {x: out / f"alpha-{x:g}" for x in alphas} or {None: out}
+
+
+def _score(
+    files: "results.Record", name: str, problems: list, grader: "grading.Grader"
+) -> None:
+    """Grades the responses to a set, and prints the scores."""
+    rows = files.rows(problems)
+    scores.grade(rows, problems, grader, FLAGS.box)
+    k = len(rows) // len(problems)
+    fewer = tuple(2**i for i in range(20) if 2**i < k)
+    values = scores.summarise(rows, k, grader, fewer)
+    about = {"grader": grader.describe() | {"box": FLAGS.box}}
+    files.score(rows, {"graded": about, "scores": values})
+    version = benchmarks.version_of(problems)
+    found = benchmarks.recognise(problems) or "a set of no name here"
+    print(f"{name}: {len(problems)} problems x {k} ({version}, {found})")
+    if missing := [p.gold for p in problems].count(None):
+        print(
+            f"  {missing} of {len(problems)} problems have no answer: they count "
+            "in lengths and distinct responses alone"
+        )
+    for key, value in values.items():
+        if not key.endswith("_se"):
+            error = values.get(f"{key}_se")
+            error = f" +- {error:.4f}" if error else ""
+            print(f"  {key:20} {value:9.4f}{error}")
+
+
+def _sample(sets: dict[str, list], folders: dict[float | None, epath.Path]) -> None:
+    """Draws the responses that the folders lack."""
+    before = (results.clock_of(out, sets) for out in folders.values())
+    clock = FLAGS.clock or next(filter(None, before), "") or tokenizer.now()
     FLAGS.clock = distributed.text_from_first(clock)
     source, tok = cli.find_model()
+    cli.check_alpha(source, bool(FLAGS.alpha))
     with cli.load(source) as policy:
         about_model = {
             "model": FLAGS.model,
@@ -118,55 +145,72 @@ def _sample(sets: dict[str, list], out: epath.Path) -> None:
             about_model["chat_template_kwargs"] = FLAGS.chat_template_kwargs
         if tokenizer.asks_for_time(source):
             about_model["clock"] = FLAGS.clock
-        for name, problems in sets.items():
-            style, k = _style(name), FLAGS.samples
-            prompts = [
-                data.encode(
-                    tok,
-                    benchmarks.prompt_of(problem, style),
-                    f"{name}, problem {problem.id}",
-                    policy.config,
-                    is_raw=style.is_raw,
-                )
-                for problem in problems
-            ]
-            width = max(len(p) for p in prompts)
-            room = policy.config.max_positions - width
-            settings = scores.Settings(
-                samples_per_prompt=k,
-                max_new_tokens=FLAGS.max_new_tokens or min(3072, room),
-                temperature=FLAGS.temperature,
-                stop_ids=tokenizer.stop_ids(tok, policy.config),
-                seed=FLAGS.seed,
-                prompt_width=width,
-                token_filters=cli.token_filters(),
-                stop_strings=tuple(FLAGS.stop) or style.stop_strings,
+        for alpha, out in folders.items():
+            if alpha is None:
+                _sample_sets(policy, tok, sets, out, about_model)
+            else:
+                of_alpha = about_model | {"alpha": alpha}
+                at_alpha = lora.at_alpha(policy, alpha)
+                _sample_sets(at_alpha, tok, sets, out, of_alpha)
+
+
+def _sample_sets(
+    policy: "transformer.Policy",
+    tok: Any,
+    sets: dict[str, list],
+    out: epath.Path,
+    about_model: dict[str, Any],
+) -> None:
+    """Draws the responses of a policy that a folder lacks."""
+    for name, problems in sets.items():
+        style, k = _style(name), FLAGS.samples
+        prompts = [
+            data.encode(
+                tok,
+                benchmarks.prompt_of(problem, style),
+                f"{name}, problem {problem.id}",
+                policy.config,
+                is_raw=style.is_raw,
             )
-            files = results.Record(out, name)
-            about = results.describe(name, problems, style, settings)
-            about |= {
-                "first_prompt": tok.decode(prompts[0]),
-                "prompts": dataset_io.fingerprint(prompts),
-            }
-            is_done = np.zeros(len(prompts), bool)
-            if is_first := distributed.is_first():
-                is_done[list(files.begin(about_model | about))] = True
-            done = frozenset(np.flatnonzero(distributed.from_first(is_done)).tolist())
-            before = f", {len(done)} done before" if done else ""
-            if is_first:
-                print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
-            adding = files.adding() if is_first else contextlib.nullcontext()
-            with (
-                adding as add,
-                progress.Progress(len(prompts) * k, len(done) * k) as bar,
-            ):
+            for problem in problems
+        ]
+        width = max(len(p) for p in prompts)
+        room = policy.config.max_positions - width
+        settings = scores.Settings(
+            samples_per_prompt=k,
+            max_new_tokens=FLAGS.max_new_tokens or min(3072, room),
+            temperature=FLAGS.temperature,
+            stop_ids=tokenizer.stop_ids(tok, policy.config),
+            seed=FLAGS.seed,
+            prompt_width=width,
+            token_filters=cli.token_filters(),
+            stop_strings=tuple(FLAGS.stop) or style.stop_strings,
+        )
+        files = results.Record(out, name)
+        about = results.describe(name, problems, style, settings)
+        about |= {
+            "first_prompt": tok.decode(prompts[0]),
+            "prompts": dataset_io.fingerprint(prompts),
+        }
+        is_done = np.zeros(len(prompts), bool)
+        if is_first := distributed.is_first():
+            is_done[list(files.begin(about_model | about))] = True
+        done = frozenset(np.flatnonzero(distributed.from_first(is_done)).tolist())
+        before = f", {len(done)} done before" if done else ""
+        if is_first:
+            print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
+        adding = files.adding() if is_first else contextlib.nullcontext()
+        with (
+            adding as add,
+            progress.Progress(len(prompts) * k, len(done) * k) as bar,
+        ):
 
-                def keep(new: list, add=add, bar=bar) -> None:
-                    if add is not None:
-                        add(new)
-                    bar.add(len(new), sum(r["tokens"] for r in new))
+            def keep(new: list, add=add, bar=bar) -> None:
+                if add is not None:
+                    add(new)
+                bar.add(len(new), sum(r["tokens"] for r in new))
 
-                scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
+            scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
 
 
 def _style(name: str):

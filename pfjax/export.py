@@ -9,6 +9,7 @@ that is private if it is new.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags, logging
 from etils import epath, epy
@@ -20,13 +21,14 @@ with epy.lazy_imports():
     import jax
 
     from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
-    from pfjax.model import hf
+    from pfjax.model import dial, hf
     from pfjax.trainer import checkpoint, export, run_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("step", None, "checkpoint to take; default: the latest")
 flags.DEFINE_bool("best", False, "take the checkpoint of the best metric")
 flags.DEFINE_string("out", "", "folder; default: hf in the run's, or hf-step-N")
+flags.DEFINE_float("alpha", None, "of a run with alpha_range; default: the run's alpha")
 flags.DEFINE_string("push", "", "repository on the hub to send the model to")
 
 
@@ -37,6 +39,8 @@ def main(args: list[str]) -> None:
     distributed.check_alone()
     folder = storage.place(args[0])
     config, step = run_config.read_config(folder), _step(folder)
+    if FLAGS.alpha is not None:
+        config = _at_alpha(config)
     out, adapter = _places(folder, step)
     hf.check_replaceable(out)
     repo = _make_repository(out) if FLAGS.push else ""  # before anything takes long
@@ -51,6 +55,15 @@ def main(args: list[str]) -> None:
         print(f"adapters: {adapter}")
     if repo:
         _push(repo, out, adapter if config.lora.rank else None)
+
+
+def _at_alpha(config: Any) -> Any:
+    """The config of a run for every alpha, of which --alpha is exported."""
+    ends = dial.parse(config.alpha_range)
+    if not ends or not ends[0] <= FLAGS.alpha <= ends[1]:
+        known = "has none" if not ends else "is {:g} to {:g}".format(*ends)
+        raise ValueError(f"--alpha={FLAGS.alpha:g}: the run's alpha_range {known}")
+    return run_config.with_values(config, {"alpha": FLAGS.alpha})
 
 
 def _step(folder: epath.Path) -> int:
@@ -79,6 +92,8 @@ def _places(folder: epath.Path, step: int) -> tuple[epath.Path, epath.Path]:
         return out, out.parent / f"{out.name}-adapter"
     is_plain = FLAGS.step is None and not FLAGS.best and not (folder / "hf").exists()
     suffix = "" if is_plain else f"-step-{step}"
+    if FLAGS.alpha is not None:
+        suffix += f"-alpha-{FLAGS.alpha:g}"
     return folder / f"hf{suffix}", folder / f"adapter{suffix}"
 
 

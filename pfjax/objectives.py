@@ -125,8 +125,14 @@ def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:
     return {"psi": y.psi, "reward": 0.0 if y.reward is None else y.reward}
 
 
+def at_alpha(c: ObjectiveConfig, y: TrajectoryStats | PackedBatch) -> ObjectiveConfig:
+    """The objective of trajectories, with their own alphas where they have some."""
+    return c if y.alpha is None else dataclasses.replace(c, alpha=y.alpha)
+
+
 def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
     """Fills in `residual` and `loss`."""
+    c = at_alpha(c, y)
     sums = (y.log_pf, y.log_p_base, y.num_loss_tokens)
     y = y._replace(residual=c.target.residual(*sums, y.log_z, **tilt(y)))
     return y._replace(loss=c.kind.loss(y, c))

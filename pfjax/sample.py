@@ -10,6 +10,8 @@ at temperature 1 / alpha, which sharpens each token on its own. --method=best_of
 --candidates for each response and keeps the likeliest; with --alpha and --log_z the one of
 highest alpha log p - log_z |y|.
 
+A policy that was trained for every alpha (runs/x/dial) answers at --alpha.
+
 All devices are used; with --multihost this is one of several processes, the first of which
 writes.
 """
@@ -29,7 +31,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.infra import distributed, storage, uploads
-    from pfjax.model import tokenizer
+    from pfjax.model import lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
@@ -57,7 +59,9 @@ flags.DEFINE_enum(
     ["tokens", "low_temperature", "best_of", "mh", "smc"],
     "see above",
 )
-flags.DEFINE_float("alpha", None, "power; for all methods but tokens")
+flags.DEFINE_float(
+    "alpha", None, "power; with tokens, at which a policy for every alpha answers"
+)
 flags.DEFINE_float("log_z", 0.0, "nats per token; mh, smc and best_of")
 flags.DEFINE_string(
     "reward", "", "r(y) by name or FILE.py:FUNCTION, as in training; mh and smc"
@@ -93,6 +97,8 @@ def main() -> None:
     _check_flags()
     cli.join()
     source, tok = cli.find_model()
+    if FLAGS.method == "tokens":
+        cli.check_alpha(source, FLAGS.alpha is not None)
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         storage.check_writable(storage.place(FLAGS.out).parent)
@@ -103,6 +109,8 @@ def main() -> None:
         elif FLAGS.out != "-":
             add = stack.enter_context(uploads.growing(FLAGS.out))
         policy = stack.enter_context(cli.load(source))
+        if FLAGS.method == "tokens" and FLAGS.alpha is not None:
+            policy = lora.at_alpha(policy, FLAGS.alpha)
         room = policy.config.max_positions - max(len(p) for p in prompts)
         limit = FLAGS.max_new_tokens or min(512, room)
 
@@ -157,10 +165,6 @@ def _check_flags() -> None:
     if given:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
     if method == "tokens":
-        if alpha is not None:
-            raise ValueError(
-                "--alpha needs --method=low_temperature, best_of, mh or smc"
-            )
         return
     if method == "best_of":
         _check_best_of()

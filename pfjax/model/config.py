@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from pfjax.batch import Array
-from pfjax.model import delta, experts, layers, rope
+from pfjax.model import delta, dial, experts, layers, rope
 from pfjax.model.rope import RopeConfig
 
 # Of `layer_types` in config.json.
@@ -78,6 +78,8 @@ class ModelConfig:
     lora_rank: int = 0  # of adapters; 0 for none
     lora_alpha: float = 0.0  # their output is scaled by lora_alpha / lora_rank
     lora_targets: tuple[str, ...] = ()  # projections; () for all but those of experts
+    # Ends of the range of alpha that the adapters' scales are functions of, see `dial`.
+    alpha_range: tuple[float, ...] = ()
     dtype: str = "float32"  # of the computation
     attention: str = "auto"  # back end over packed rows, see `attention.BACKENDS`
     # Whether responses are scored with the experts that the sampler chose.
@@ -86,6 +88,11 @@ class ModelConfig:
     load_tokenizer: Callable[[], Any] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
+
+    @property
+    def dial_terms(self) -> int:
+        """Coefficients of each scale of the adapters, if they depend on alpha."""
+        return dial.TERMS if self.alpha_range else 0
 
     @property
     def adapted(self) -> tuple[str, ...]:

@@ -15,12 +15,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax.infra import sharding, storage
-from pfjax.model import gguf, hf_config, transformer, weights
+from pfjax.model import gguf, hf_config, lora, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 
 _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _METRICS = "metrics.jsonl"  # which tells the folder of a run
+# Of a policy for every alpha, see `dial`.
+DIAL, _DIAL_STEM = "dial.json", "dial"
+_DIAL_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "alpha_range")
 ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _FILES = [
     "README.md",
@@ -174,15 +177,54 @@ def load(
     3
     """
     folder = resolve(path_or_hub_id)
+    if (folder / DIAL).is_file():
+        return _load_dial(folder, mesh, dtype)
     config = dataclasses.replace(hf_config.read(folder), dtype=dtype)
-    abstract = transformer.abstract_params(config)
-    if mesh is None:
-        where = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
-    else:
-        axes = transformer.logical_axes(config)
-        where = sharding.tree_shardings(mesh, axes, abstract)
+    abstract, where = _places(config, mesh)
     params = weights.load(folder, config, abstract, where, jnp.dtype(dtype))
     return Policy(config, params)
+
+
+def _places(
+    config: ModelConfig, mesh: Mesh | None
+) -> tuple[transformer.Params, transformer.Params]:
+    """Shapes and shardings of the parameters."""
+    abstract = transformer.abstract_params(config)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        return abstract, jax.tree.map(lambda _: here, abstract)
+    axes = transformer.logical_axes(config)
+    return abstract, sharding.tree_shardings(mesh, axes, abstract)
+
+
+def _load_dial(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Policy:
+    """A policy for every alpha, its base from where it was trained from."""
+    said = json.loads((folder / DIAL).read_text())
+    base = resolve(said["base"])
+    if said["base_fingerprint"] != fingerprint(base):
+        raise ValueError(
+            f"{said['base']} is no longer the model that {folder} was trained from"
+        )
+    fields = {k: tuple(x) if isinstance(x, list) else x for k, x in said.items()}
+    fields = {k: fields[k] for k in _DIAL_FIELDS}
+    policy = load(base, mesh, dtype)
+    stop_ids = hf_config.read(folder).stop_ids
+    config = dataclasses.replace(policy.config, stop_ids=stop_ids, **fields)
+    abstract, where = map(lora.select, _places(config, mesh))
+    how = (abstract, where, jnp.dtype("float32"), _DIAL_STEM)
+    adapters = weights.load(folder, config, *how)
+    return Policy(config, lora.join(policy.params, adapters))
+
+
+def _write_dial(policy: Policy, folder: pathlib.Path, base: str) -> None:
+    """What `_load_dial` reads, beside the base's config and tokenizer."""
+    config, params = policy
+    adapters, dtype = lora.select(params), jnp.dtype("float32")
+    weights.write_tensors(config, adapters, folder, dtype, _DIAL_STEM)
+    said = {"base": base, "base_fingerprint": fingerprint(resolve(base))}
+    said |= {name: getattr(config, name) for name in _DIAL_FIELDS}
+    if jax.process_index() == 0:
+        (folder / DIAL).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def save(
@@ -194,6 +236,9 @@ def save(
     card: str | None = None,
 ) -> None:
     """Writes a folder that `transformers` and `pfjax.load` read, whole or not at all.
+
+    Of a policy for every alpha the adapters alone, for `pfjax.load`, which reads the rest from
+    `base`.
 
     Args:
       out_dir: the folder; an old one of that name is replaced.
@@ -214,10 +259,12 @@ def save(
     ...     sorted(path.name for path in pathlib.Path(folder, "out").iterdir())[:2]
     ['chat_template.jinja', 'config.json']
     """
-    if policy.config.lora_rank:
+    if policy.config.lora_rank and not policy.config.alpha_range:
         raise ValueError(
             "the policy has adapters: save lora.merge(policy), or lora.save_peft"
         )
+    if policy.config.alpha_range and base is None:
+        raise ValueError("a policy for every alpha is saved beside its base: give base")
     check_replaceable(out_dir)
     if storage.is_remote(out_dir):
         place = storage.place(out_dir)
@@ -239,7 +286,10 @@ def save(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = pathlib.Path(beside) / out.name
         folder.mkdir()
-        weights.write_tensors(*policy, folder, jnp.dtype(dtype))
+        if policy.config.alpha_range:
+            _write_dial(policy, folder, os.fspath(base))
+        else:
+            weights.write_tensors(*policy, folder, jnp.dtype(dtype))
         if jax.process_index() == 0:
             if card is not None:
                 (folder / "README.md").write_text(card)

@@ -58,6 +58,7 @@ class Layer(NamedTuple):
     thin: Callable[[Array, str], Array]  # an adapter's input, see `transformer.Thin`
     recur: Callable[[delta.Inputs], Array]  # of layers with a state, see `delta`
     choose: Callable[[Array], Array] | None = None  # experts, see `experts.apply`
+    dial: Array | None = None  # features of each token's alpha, see `dial`
 
 
 class Block(nnx.Module):
@@ -76,6 +77,7 @@ class Block(nnx.Module):
         "c": ("head_dim", "head_dim"),
         "f": ("mlp_dim", "mlp"),
         "r": ("lora_rank", None),
+        "p": ("dial_terms", None),
     }
     norms: ClassVar[dict[str, Norm]] = {
         "attn_norm": Norm("d", "input_layernorm"),
@@ -105,6 +107,9 @@ class Block(nnx.Module):
                 matrix(f"{name}_a", e + read + "r", into, f"{module}.lora_A.weight")
                 matrix = functools.partial(matrix, num_read=1)
                 matrix(f"{name}_b", e + "r" + written, zeros, f"{module}.lora_B.weight")
+                if c.alpha_range:
+                    scales = f"{module}.lora_scale"
+                    declare(f"{name}_s", "pr", into, scales, only, num_read=None)
         for name, (letters, module, only) in self.norms.items():
             declare(name, letters, c.norm_init, f"{module}.weight", only)
         for name in self.biased(c):
@@ -170,6 +175,10 @@ class Block(nnx.Module):
         out = self._product(x, name, read, written)
         if name in c.adapted:
             inner = self._product(layer.thin(x, name), f"{name}_a", read, "r")
+            if c.alpha_range:
+                scales = getattr(self, f"{name}_s")[...].astype(x.dtype)
+                scales = jnp.matmul(layer.dial, scales, precision="highest")
+                inner = inner * scales.astype(x.dtype)
             adapted = self._product(inner, f"{name}_b", "r", written)
             out = out + adapted * (c.lora_alpha / c.lora_rank)
         bias = getattr(self, _bias_of(name), None)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pfjax import batch as packing
 from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
-from pfjax.model import attention, lora, transformer
+from pfjax.model import attention, dial, lora, transformer
 from pfjax.model.config import ModelConfig
 
 # Tokens of a device whose logits exist at once. 512 x 151,936 float32 are 0.3 GB.
@@ -250,7 +250,7 @@ def packed_log_probs(
     """
     thin = lora.dropout(config, batch, dropout) if dropout else None
     how = (remat, batch.length.shape[-1] + 1, thin)  # segments, and padding
-    how = (*how, batch.choices)
+    how = (*how, batch.choices, dial.of_tokens(config.alpha_range, batch))
     hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)
     return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden

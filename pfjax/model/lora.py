@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
-from pfjax.model import transformer, weights
+from pfjax.model import dial, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.families import FAMILIES
 from pfjax.model.transformer import Params, Policy
@@ -78,7 +78,7 @@ def target_names(projections: tuple[str, ...]) -> list[str]:
 
 def select(tree: Params) -> Params:
     """The adapters of a tree of parameters (or of shapes)."""
-    names = {f"{name}_{x}" for name in _TARGETS.values() for x in "ab"}
+    names = {f"{name}_{x}" for name in _TARGETS.values() for x in "abs"}
     return {"blocks": {k: x for k, x in tree["blocks"].items() if k in names}}
 
 
@@ -89,11 +89,15 @@ def join(frozen: Params, trained: Params) -> Params:
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Adapters for a config with a `lora_rank`: A random, B zero, in float32."""
+    """Adapters for a config with a `lora_rank`: A random, B zero, in float32; scales that
+    depend on alpha random too."""
     out = {}
     shapes = select(transformer.abstract_params(config))["blocks"]
     for name, x in sorted(shapes.items()):
         key, used = jax.random.split(key)
+        if name.endswith("_s"):
+            out[name] = jax.random.normal(used, x.shape)
+            continue
         num_stacked = 1 + len(config.block.projections[name[:-2]].stacked)
         fan_in = math.prod(x.shape[num_stacked:-1])
         draw = jax.random.normal(used, x.shape) * fan_in**-0.5
@@ -134,11 +138,44 @@ def dropout(config: ModelConfig, batch: PackedBatch, rate: float) -> transformer
     return thin
 
 
+def at_alpha(policy: Policy, alpha: float) -> Policy:
+    """A policy for every alpha at one: with usual adapters, their scales in B.
+
+    Raises:
+      ValueError: for a policy without a range of alpha, or an alpha that is not in it.
+    """
+    config, params = policy
+    if not config.alpha_range:
+        raise ValueError(
+            "the policy was not trained for every alpha (alpha_range): there is none to choose"
+        )
+    low, high = config.alpha_range
+    if not low <= alpha <= high:
+        raise ValueError(
+            f"alpha={alpha:g}: the policy is for {low:g} to {high:g}, where it was trained"
+        )
+    blocks = dict(params["blocks"])
+    x = dial.features(config.alpha_range, jnp.float32(alpha))
+    for name in config.adapted:
+        if f"{name}_s" not in blocks:  # no layer is of its type
+            continue
+        coefficients, b = blocks.pop(f"{name}_s"), blocks[f"{name}_b"]
+        scales = jnp.einsum("p,lpr->lr", x, coefficients, precision="highest")
+        blocks[f"{name}_b"] = b * scales.reshape(*scales.shape, *(1,) * (b.ndim - 2))
+    config = dataclasses.replace(config, alpha_range=())
+    return Policy(config, {**params, "blocks": blocks})
+
+
 def merge(policy: Policy) -> Policy:
-    """The same policy without adapters: they are added to the weights, in float32."""
+    """The same policy without adapters: they are added to the weights, in float32.
+
+    Raises:
+      ValueError: for a policy for every alpha, of which no weights are those of all.
+    """
     config, params = policy
     if not config.lora_rank:
         return policy
+    _check_at_one(config)
     scale = config.lora_alpha / config.lora_rank
     blocks = dict(params["blocks"])
     for name in config.adapted:
@@ -153,6 +190,14 @@ def merge(policy: Policy) -> Policy:
     none = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": ()}
     config = dataclasses.replace(config, **none)
     return Policy(config, {**params, "blocks": blocks})
+
+
+def _check_at_one(config: ModelConfig) -> None:
+    if config.alpha_range:
+        raise ValueError(
+            "the policy is one for every alpha: take it at one first, "
+            "pfjax.at_alpha(policy, 2.0)"
+        )
 
 
 class Adapter(NamedTuple):
@@ -219,6 +264,7 @@ def save_peft(
     """Writes the adapters as a folder that `peft` loads onto `base`; `dropout` is what
     they were trained with."""
     config = policy.config
+    _check_at_one(config)
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -76,6 +76,8 @@ class Policy(NamedTuple):
         number = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.2f} M"
         types = ", ".join(sorted({str(getattr(x, "dtype", type(x))) for x in leaves}))
         lora = f", LoRA rank {c.lora_rank}" if c.lora_rank else ""
+        if c.alpha_range:
+            lora += " for alpha from {:g} to {:g}".format(*c.alpha_range)
         # While it is traced, and of shapes, no devices are known.
         placed = all(
             isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
@@ -118,7 +120,9 @@ class Transformer(nnx.Module):
         if not c.tied_embeddings:
             self.head = table(HEAD_TENSOR, "vocab", None)
 
-    def __call__(self, tokens, positions, attend, recur, cache, remat, thin, choices):
+    def __call__(
+        self, tokens, positions, attend, recur, cache, remat, thin, choices, dial
+    ):
         c = self.config
         # Looked up in a table split along D, where a tied one is not: of one split along
         # V every device would compute the rows of all. And cast after: the gradients of
@@ -136,6 +140,7 @@ class Transformer(nnx.Module):
                 lambda y, name: y if thin is None else thin(y, index, name),
                 recur,
                 None if choices is None else experts.replayed(c.experts, choices),
+                dial,
             )
             x, kv = nnx.merge(_block(c, layer_type), params)(x, given)
             return sharding.constrain(x, *HIDDEN), kv
@@ -266,6 +271,7 @@ def apply(
     thin: Thin | None = None,
     recur: Recur | None = None,
     choices: UInt8[Array, "l b t k"] | None = None,
+    dial: Float[Array, "b t p"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
     """Hidden states after the final norm, and the keys and values of all layers where all
     have some.
@@ -279,9 +285,23 @@ def apply(
       remat: what the backward pass finds stored, a name in `REMAT`.
       thin: drops some of what adapters read, see `lora.dropout`.
       choices: the experts of each token, see `experts.replayed`.
+      dial: of policies for every alpha, see `dial.features`.
+
+    Raises:
+      ValueError: for such a policy without it.
     """
+    _check_dial(config, dial)
     module = nnx.merge(_abstract(config)[0], params)
-    return module(tokens, positions, attend, recur, cache, remat, thin, choices)
+    return module(tokens, positions, attend, recur, cache, remat, thin, choices, dial)
+
+
+def _check_dial(config: ModelConfig, dial: Any) -> None:
+    if config.alpha_range and dial is None:
+        low, high = config.alpha_range
+        raise ValueError(
+            f"the policy is one for every alpha from {low:g} to {high:g}: say which, or take "
+            "it at one, pfjax.at_alpha(policy, 2.0)"
+        )
 
 
 def forward_packed(
@@ -294,6 +314,7 @@ def forward_packed(
     max_segments: int | None = None,
     thin: Thin | None = None,
     choices: UInt8[Array, "b t c"] | None = None,
+    dial: Float[Array, "b t p"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
     """`apply` with causal attention inside each segment of packed rows, and states that
     begin anew with each; `choices` are of all layers, one after the other."""
@@ -306,7 +327,7 @@ def forward_packed(
     )
     recur = lambda x: delta.packed(config.delta, x, segment_ids)
     how = {"remat": remat, "thin": thin, "recur": recur, "choices": choices}
-    return apply(config, params, tokens, positions, attend, **how)
+    return apply(config, params, tokens, positions, attend, dial=dial, **how)
 
 
 def check_tokens(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:
@@ -330,9 +351,11 @@ def apply_layers(
     attend: Callable[[Array, Array, Array, int], Array],
     recur: Callable[[delta.Inputs, int], Array] | None = None,
     choose: Callable[[Array], Array] | None = None,
+    dial: Float[Array, "b t p"] | None = None,
 ) -> Float[Array, "b t d"]:
     """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
     and `recur` are told the number of the layer; `choose` chooses experts."""
+    _check_dial(config, dial)
     x = config.scale_embeddings(params["embed"][tokens])
     x = sharding.constrain(x, "batch", None, None)
     ropes = {kind.rope for kind in config.layer_kinds}
@@ -346,6 +369,7 @@ def apply_layers(
             lambda y, name: y,
             lambda x, i=i: recur(x, i),
             choose,
+            dial,
         )
         graphdef = _block(config, period[i % len(period)])
         x, _ = nnx.merge(graphdef, layer)(x, given)

@@ -157,7 +157,8 @@ def _lower_decode(params: Params, work: Workload) -> Any:
     prompts = slots.prompts_per_part(plan, work.room, g)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 4, *[array(1)] * 5]
-    queue = decode.Queue(*numbers, array(prompts * g, bool))
+    alpha = array(prompts, jnp.float32) if model.alpha_range else None
+    queue = decode.Queue(*numbers, array(prompts * g, bool), alpha)
     sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
     prefixes, *others = results(decode.start, queue, s=settings, **sizes)
     args = (state, prefixes, queue, *others)

@@ -25,6 +25,7 @@ from pfjax.model import (
     attention,
     decode_attention,
     delta,
+    dial,
     experts,
     log_probs,
     transformer,
@@ -71,6 +72,7 @@ class Queue(NamedTuple):
     limit: Int[Array, "1"]  # tokens per sample at most
     steps: Int[Array, "1"]  # to decode before the host is asked again
     is_cut: Array  # bool [N], samples to be ended now
+    alpha: Array | None = None  # float32 [q], of each prompt's, see `dial`
 
 
 # Keys and values, or a state, one entry per layer. That of the slots holds their prompt's
@@ -164,6 +166,7 @@ def prefill_local(
     segment_ids: Int[Array, "b t"],
     prefix_slot: Int[Array, "b t"],
     length: Int[Array, "prefix_slots"],
+    alpha: Float[Array, "prefix_slots"] | None = None,
     *,
     s: Settings,
 ) -> Prompts:
@@ -172,6 +175,7 @@ def prefill_local(
     Args:
       prefix_slot: where each token's keys and values go; -1 drops them.
       length: new lengths of all prefix slots.
+      alpha: of their prompts, where each has its own.
     """
     new = []
 
@@ -196,7 +200,8 @@ def prefill_local(
     put = lambda x, to: to.at[at].set(x, mode="drop")
     last = [put(x, jnp.zeros_like(length)) for x in (row, place)]
     is_new = put(True, jnp.zeros(length.shape, bool))
-    how = (tokens, positions, attend, recur)
+    features = _features(s, None if alpha is None else alpha[prefix_slot])
+    how = (tokens, positions, attend, recur, None, features)
     transformer.apply_layers(s.config, state.weights, *how)
     return Prompts(placed(new), length)
 
@@ -246,7 +251,9 @@ def decode(
             i, slots, cache, results = carry
             slots = _begin(queue, slots, samples_per_prefix)
             own = (slots, cache, samples_per_prefix)
-            logits, cache, choices = forward(s, state, prompts, *own)
+            logits, cache, choices = forward(
+                s, state, prompts, *own, _alpha(queue, slots)
+            )
             seen = (slots, results, logits, choices)
             slots, results = _record(s, state, queue, *seen)
             return i + 1, slots, cache, results
@@ -283,6 +290,19 @@ def _begin(queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
     )
 
 
+def _features(s: Settings, alpha: Float[Array, "b t"] | None) -> Array | None:
+    """What scales of adapters are functions of, of each token, if they are."""
+    return None if alpha is None else dial.features(s.config.alpha_range, alpha)
+
+
+def _alpha(queue: Queue, slots: Slots) -> Float[Array, "s"] | None:
+    """Of the sample of each slot, where each prompt has its own."""
+    if queue.alpha is None:
+        return None
+    prompt = slots.sample // queue.per_prompt
+    return queue.alpha[jnp.minimum(prompt, queue.alpha.shape[0] - 1)]
+
+
 def forward(
     s: Settings,
     state: SamplerState,
@@ -290,6 +310,7 @@ def forward(
     slots: Slots,
     cache: Cache,
     samples_per_prefix: int,
+    alpha: Float[Array, "s"] | None = None,
 ) -> tuple[Float[Array, "s v"], Cache, Array | None]:
     """Runs the last token of every slot; logits of the next, and the experts that were
     chosen, where they are to be replayed."""
@@ -331,7 +352,8 @@ def forward(
     num_places = len(prompts.length) * samples_per_prefix
     begins = (slots.drawn == 0) & (slots.grid_index < num_places)
     positions = prompts.length[prefix_slot] + slots.drawn
-    how = (slots.last[:, None], positions[:, None], attend, recur, choose)
+    features = _features(s, None if alpha is None else alpha[:, None])
+    how = (slots.last[:, None], positions[:, None], attend, recur, choose, features)
     hidden = transformer.apply_layers(s.config, state.weights, *how)
     logits = log_probs.logits(hidden[:, 0], transformer.head_weight(state.weights))
     choices = None

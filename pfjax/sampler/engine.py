@@ -7,7 +7,7 @@ sample, position) only, so that none of them changes what is drawn.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ def rollout(
     capacity: Capacity = options.ANY_CAPACITY,
     samples: range | None = None,
     on_finish: Callable[[list[Finished]], None] | None = None,
+    alpha: Sequence[float] | None = None,
 ) -> Rollout:
     """Draws responses.
 
@@ -56,6 +57,7 @@ def rollout(
       capacity: see `Capacity`.
       samples: which of the G to draw, all by default: each is drawn as it would be among
         the others, by the same compiled programs.
+      alpha: P of them, for a policy for every alpha (see `dial`).
       on_finish: called with the responses that have ended since the last call, while
         the devices go on (at the end only, with `max_total_tokens`).
 
@@ -78,6 +80,7 @@ def rollout(
         raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
     if not temperature >= 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
+    _check_alpha(policy.config.alpha_range, alpha, len(prompts))
     samples = range(samples_per_prompt) if samples is None else samples
     num_samples = len(prompts) * len(samples)
     if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
@@ -105,9 +108,28 @@ def rollout(
         jax.random.fold_in(jax.random.key(seed), step),
         np.float32(temperature or 1.0),
     )
-    return Scheduler(
-        settings, state, prompts, prompt_ids, max_new_tokens, stop, on_finish, samples
-    ).to_end()
+    how = (max_new_tokens, stop, on_finish, samples)
+    alpha = None if alpha is None else np.array(alpha, np.float32)
+    scheduler = Scheduler(settings, state, prompts, prompt_ids, *how, alpha=alpha)
+    return scheduler.to_end()
+
+
+def _check_alpha(
+    ends: tuple[float, ...], alpha: Sequence[float] | None, num_prompts: int
+) -> None:
+    """Raises ValueError unless each prompt of a policy for every alpha has one, and no other."""
+    if alpha is None and not ends:
+        return
+    if not ends:
+        raise ValueError(
+            "alpha is for a policy trained for every alpha (alpha_range), which this is not"
+        )
+    if alpha is None or len(alpha) != num_prompts or not min(alpha) > 0:
+        raise ValueError(
+            f"the policy is one for every alpha from {ends[0]:g} to {ends[1]:g}: give one for "
+            f"each of the {num_prompts} prompts, got {alpha}; or take the policy at one, "
+            "pfjax.at_alpha(policy, 2.0)"
+        )
 
 
 def all_finished(rollout: Rollout) -> list[Finished]:

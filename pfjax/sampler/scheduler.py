@@ -51,6 +51,7 @@ class Scheduler:
         on_finish: Callable[[list[Finished]], None] | None,
         samples: range,
         room: int | None = None,  # for so many prompts at once; None: all
+        alpha: np.ndarray | None = None,  # of each prompt
     ):
         plan, most = settings.plan, settings.samples_per_prompt
         d, room = plan.dp_size, len(prompts) if room is None else room
@@ -60,6 +61,11 @@ class Scheduler:
         self.stop, self.on_finish, self.samples = stop, on_finish, samples
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         self.ids = np.array([*ids], np.int32)
+        # Of each prompt, and of those in prefix slots, for a policy for every alpha.
+        self.alpha = np.zeros(0, np.float32) if alpha is None else alpha
+        self.has_alpha = bool(settings.config.alpha_range)
+        self.prefix_alpha = np.ones((d, plan.prefix_slots), np.float32)
+        self.queue_alpha = np.ones((d, per_part), np.float32)
         self.num_dealt = 0  # of the prompts, in their order
         self.dealt: list[list[int]] = [[] for _ in range(d)]  # to each part
         self.entry: dict[int, tuple[int, int]] = {}  # part and entry of a prompt
@@ -124,6 +130,7 @@ class Scheduler:
             limit=np.full(d, self.limit, np.int32),
             steps=np.full(d, self.steps, np.int32),
             is_cut=(self.cut > 0).ravel(),
+            alpha=self.queue_alpha.flatten() if self.has_alpha else None,
         )
 
     def _decode(self) -> tuple[decode.Slots, decode.Results]:
@@ -208,6 +215,9 @@ class Scheduler:
                 self.last_token[at] = self.prompts[q][-1]
                 self.prefix_slot[at] = prefix_slot
                 self.prompt_length[part, prefix_slot] = len(prompt)
+                if self.has_alpha:
+                    self.queue_alpha[at] = self.alpha[q]
+                    self.prefix_alpha[part, prefix_slot] = self.alpha[q]
                 self.dealt[part].append(q)
             self.num_dealt += len(pairs)
         num_rows = max(len(tokens) for tokens, *_ in packed)
@@ -225,6 +235,7 @@ class Scheduler:
                 self.on_device[0],
                 *(x[:, i : i + batch].reshape(-1, width) for x in args),
                 self.prompt_length.flatten(),
+                self.prefix_alpha.flatten() if self.has_alpha else None,
                 s=self.settings,
             )
             self.on_device = (prompts, *self.on_device[1:])
@@ -325,4 +336,5 @@ class Scheduler:
             finished=by_prompt(ended.is_stopped),
             slot_steps=slot_steps,
             choices=jax.tree.map(by_prompt, ended.choices),
+            alpha=self.alpha[[*numbers]] if self.has_alpha else None,
         )

@@ -17,6 +17,7 @@ import numpy as np
 
 from pfjax.batch import Array, Rollout
 from pfjax.infra import sharding
+from pfjax.model import dial
 from pfjax.model.transformer import Params
 from pfjax.sampler import decode, options
 from pfjax.sampler.scheduler import Scheduler
@@ -45,7 +46,7 @@ class Stream(Scheduler):
     ):
         how = (max_new_tokens, options.NO_STOP, None, samples, room)
         super().__init__(settings, None, [], None, *how)
-        key = jax.random.fold_in(jax.random.key(seed), _STEP)
+        key, self._seed = jax.random.fold_in(jax.random.key(seed), _STEP), seed
         self._numbers = key, np.float32(temperature)
         self.weights_step = np.zeros((*self.cut.shape, max_new_tokens), np.int32)
         self._slot_steps, self._num_known = np.int64(0), 0
@@ -61,6 +62,9 @@ class Stream(Scheduler):
         """Prompts to answer, and their numbers in the random numbers, after those before."""
         self.prompts += prompts
         self.ids = np.append(self.ids, ids).astype(np.int32)
+        alpha = dial.draw(self.settings.config.alpha_range, self._seed, ids)
+        if alpha is not None:
+            self.alpha = np.append(self.alpha, alpha)
         self._is_closed = is_last
 
     @property

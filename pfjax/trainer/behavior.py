@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pfjax.batch import Rollout
-from pfjax.model import experts
+from pfjax.model import dial, experts
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.trainer import schedules
@@ -85,6 +85,8 @@ def rollout(
     own, others, *_ = counts
     how |= {"step": step, "prompt_ids": prompt_ids, "seed": seed}
     how |= {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
+    alpha = dial.draw(policy.config.alpha_range, seed, prompt_ids)
+    how["alpha"] = alpha
     parts = []
     if own:
         more = {"temperature": behavior.temperature, "samples": range(own)}
@@ -96,7 +98,7 @@ def rollout(
     known = [behavior.given[tuple(p)] for p in prompts] if counts[2] else None
     seeds = [(seed, step, i) for i in prompt_ids]
     how = (seeds, max_new_tokens, policy.config.stop_ids)
-    return join(parts, counts, (known, earlier), *how)
+    return join(parts, counts, (known, earlier), *how)._replace(alpha=alpha)
 
 
 def join(

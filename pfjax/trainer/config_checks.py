@@ -54,6 +54,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
         )
     objective = of_config(c, own_objective)
     _check_schedules(c, objective)
+    _check_alpha_range(c, objective)
     _check_behavior(c, objective)
     _check_staleness(c, objective)
     check_reward(c, objective)
@@ -212,6 +213,47 @@ def _check_schedules(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         why = why if objective.has_target else "which has no target"
         raise ValueError(
             f"--config.schedules={c.schedules}: alpha has no effect on {c.objective}, {why}"
+        )
+
+
+def _check_alpha_range(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError unless one policy can be trained for every alpha of the range."""
+    from pfjax.model import dial
+
+    said = f"--config.alpha_range={c.alpha_range}"
+    try:
+        ends = dial.parse(c.alpha_range)
+    except ValueError as error:
+        raise ValueError(f"--config.alpha_range: {error}") from None
+    if not ends:
+        return
+    if not ends[0] <= c.alpha <= ends[1]:
+        raise ValueError(
+            f"{said}: --config.alpha={c.alpha:g}, which is evaluated and exported, is not in it"
+        )
+    if not c.lora.rank or c.lora.init_from:
+        raise ValueError(
+            f"{said}: alpha enters by new adapters; give their rank with "
+            "--config.lora.rank=16, say, and no lora.init_from"
+        )
+    target = objective.target
+    others = dataclasses.replace(objective, alpha=2 * objective.alpha).target
+    if not objective.has_target or target == others or objective.kind.has_prefixes:
+        raise ValueError(
+            f"{said}: --config.objective={c.objective} has no target that it can train "
+            "toward for each prompt's alpha; powerflow, tb_token and tb_traj have"
+        )
+    psi = c.format_term or (c.format_penalty and target.has_format)
+    if psi or objective.is_tilted:
+        what = "the reward" if objective.is_tilted else "the format term"
+        raise ValueError(
+            f"{said}: at alpha = 1 the policy is the base, which {what} would change; leave "
+            "it out (--config.format_penalty=0)"
+        )
+    if "alpha" in schedules.parse(c.schedules):
+        raise ValueError(
+            f"{said}: each prompt has its own alpha; leave that of "
+            f"--config.schedules={c.schedules} out"
         )
 
 

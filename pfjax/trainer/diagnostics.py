@@ -14,7 +14,7 @@ from pfjax import batch, targets
 from pfjax.batch import Minibatch, Rollout, RolloutBatch, TrajectoryStats
 from pfjax.infra import hardware
 from pfjax.model import flops
-from pfjax.objectives import ObjectiveConfig, tilt
+from pfjax.objectives import ObjectiveConfig, at_alpha, tilt
 from pfjax.targets import Target
 from pfjax.tasks import grading
 from pfjax.trainer import profiling
@@ -52,7 +52,7 @@ def step_metrics(
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
     out = {
         **balance_metrics(r, (objective.clip_low, objective.clip_high)),
-        **exponent_metrics(r, objective.target, data.rollout.is_base),
+        **exponent_metrics(r, objective, data.rollout.is_base),
         **rollout_metrics(data.rollout, scored, step - 1),
         "num_tokens": lengths.sum(),
         "pack/fill": (prompts + lengths).sum() / (rows * fns.shape.pack_length),
@@ -101,7 +101,7 @@ def own_metrics(
     repeats = repeats_across_prompts(texts.reshape(len(data.prompts), -1))
     out = {
         **policy_metrics(r),
-        **match_metrics(r, objective.target),
+        **match_metrics(r, at_alpha(objective, r).target),
         **completion_metrics(r, data.rollout.finished.reshape(-1)[own], has_box),
         "completions/repeats_across_prompts": repeats,
         **repetition_metrics(responses),
@@ -156,25 +156,30 @@ def policy_metrics(r: TrajectoryStats) -> dict:
     }
 
 
-def exponent_metrics(r: TrajectoryStats, target: Target, is_base: np.ndarray) -> dict:
+def exponent_metrics(
+    r: TrajectoryStats, objective: ObjectiveConfig, is_base: np.ndarray
+) -> dict:
     """The power of the base that the policy has, see `exponent`: of all responses of the
     step, and of those that the base has drawn."""
     out = {}
-    out["tb/exponent"], out["tb/exponent_se"] = exponent(r, target)
+    out["tb/exponent"], out["tb/exponent_se"] = exponent(r, objective)
     if is_base.any():
-        theirs = jax.tree.map(lambda x: x[is_base], r)
-        out["tb/exponent_base"], out["tb/exponent_base_se"] = exponent(theirs, target)
+        theirs = exponent(jax.tree.map(lambda x: x[is_base], r), objective)
+        out["tb/exponent_base"], out["tb/exponent_base_se"] = theirs
     return out
 
 
-def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
+def exponent(r: TrajectoryStats, objective: ObjectiveConfig) -> tuple[float, float]:
     """Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
     optimum; and its standard error. The base has 1 where the target is of whole sequences.
+
+    Where each prompt has its own alpha it is the slope on alpha log p_0: 1 at the optimum.
     """
-    n = r.num_loss_tokens
+    n, target = r.num_loss_tokens, at_alpha(objective, r).target
     wanted = target.log_density(r.log_p_base, n, r.log_z, **tilt(r))
     y = r.log_pf - wanted + target.alpha * r.log_p_base
-    x = r.log_p_base - mean_by_prompt(r.log_p_base, r.prompt_index)
+    x = r.log_p_base * (1 if r.alpha is None else r.alpha)
+    x = x - mean_by_prompt(x, r.prompt_index)
     y = y - mean_by_prompt(y, r.prompt_index)
     xx = max(x @ x, np.finfo(np.float32).tiny)
     slope = x @ y / xx

@@ -25,6 +25,8 @@ def write(
 ) -> None:
     """Writes the model to `out`, and adapters, if the policy has any, to `adapter`.
 
+    Of a policy for every alpha both are of `config.alpha`.
+
     Args:
       policy: of the run, on all of its processes.
       config: of the run.
@@ -32,6 +34,8 @@ def write(
       out, adapter: folders; an old one is replaced.
       name: by which others will load the model; else `out`.
     """
+    if policy.config.alpha_range:
+        policy = lora.at_alpha(policy, config.alpha)
     if policy.config.lora_rank:
         lora.save_peft(policy, adapter, config.model, config.lora.dropout)
         policy = _beside_stored_base(policy, config.model)

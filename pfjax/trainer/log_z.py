@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from pfjax.batch import Array, PackedBatch, prompt_mask, segment_sum
+from pfjax.model import dial
 from pfjax.model.transformer import Params
 
 
@@ -20,28 +21,43 @@ class Head(nnx.Module):
     prompt different log Z' and is left out.
     """
 
-    def __init__(self, embed_dim: int, rngs: nnx.Rngs):
-        d = embed_dim
+    def __init__(self, embed_dim: int, num_outputs: int, rngs: nnx.Rngs):
+        d, n = embed_dim, num_outputs
         zeros = nnx.initializers.zeros
         self.layer1 = nnx.Linear(d, d, rngs=rngs)
         self.norm1 = nnx.LayerNorm(d, epsilon=1e-5, rngs=rngs)
         self.layer2 = nnx.Linear(d, d, rngs=rngs)
         self.norm2 = nnx.LayerNorm(d, epsilon=1e-5, rngs=rngs)
-        self.out = nnx.Linear(d, 1, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        self.out = nnx.Linear(d, n, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n"]:
+    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n k"]:
         gelu = lambda y: jax.nn.gelu(y, approximate=False)
         x = self.norm1(gelu(self.layer1(x)))
         x = self.norm2(gelu(self.layer2(x)))
-        return self.out(x)[..., 0]
+        return self.out(x)
 
 
-def init_head(embed_dim: int, key: Array) -> Params:
-    return nnx.to_pure_dict(nnx.state(Head(embed_dim, nnx.Rngs(params=key))))
+def init_head(
+    embed_dim: int, key: Array, alpha_range: tuple[float, ...] = ()
+) -> Params:
+    num_outputs = 1 + dial.TERMS if alpha_range else 1
+    head = Head(embed_dim, num_outputs, nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(head))
+
+
+def features(batch: PackedBatch, alpha_range: tuple[float, ...]) -> Array:
+    """What the outputs of the head are multiplied by, `[*m, B, N, K]`: where each prompt has
+    its own alpha log Z' is a function of it, else the only output."""
+    if alpha_range:
+        return dial.log_z_features(alpha_range, batch.alpha)
+    return jnp.ones((*batch.length.shape, 1))
 
 
 def apply_head(
-    params: Params, hidden: Float[Array, "b t d"], batch: PackedBatch
+    params: Params,
+    hidden: Float[Array, "b t d"],
+    batch: PackedBatch,
+    alpha_range: tuple[float, ...] = (),
 ) -> Float[Array, "b n"]:
     """log Z' of the prompt of each trajectory; meaningful where `batch.is_real`.
 
@@ -54,5 +70,7 @@ def apply_head(
     total = segment_sum(jnp.where(mask[..., None], hidden, 0), *where)
     count = segment_sum(mask.astype(jnp.float32), *where)
     mean = total / jnp.maximum(count, 1.0)[..., None]
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Head(mean.shape[-1], nnx.Rngs(0))))
-    return nnx.merge(graphdef, params)(mean)
+    sizes = params["out"]["kernel"].shape
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Head(*sizes, nnx.Rngs(0))))
+    out = nnx.merge(graphdef, params)(mean)
+    return (out * features(batch, alpha_range)).sum(axis=-1)

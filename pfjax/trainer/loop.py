@@ -85,6 +85,8 @@ def train_and_evaluate(
         run = _Run(config, folder, trainer, callbacks, stack)
         state = run.train(state, about)
         policy, history = trainer.policy(state), run.writer.history
+        if policy.config.alpha_range:
+            hf.save(policy, folder / "dial", base=config.model)
         export.write(policy, config, history, folder / "hf", folder / "adapter")
         found = run.measure_match(policy)
     if distributed.is_first():
@@ -133,7 +135,7 @@ def train_iteration(
         if fns.objective.log_z_source == "head":
             head, objective = state.params["log_z"], fns.objective
             if step == 1:
-                head = init_log_z(head, minibatches, objective)
+                head = init_log_z(head, minibatches, objective, fns.model.alpha_range)
             elif (before := trainer.fns_at(step - 1).objective) != objective:
                 head = follow_target(head, minibatches, before, objective)
             state = state._replace(params={**state.params, "log_z": head})
@@ -243,7 +245,8 @@ class _Run:
         trainer = self.trainer
         if trainer.measure_match is None:
             return {}
-        found = trainer.measure_match(policy, trainer.base_policy, self.grader)
+        base = lambda: trainer.at_alpha(trainer.base_policy())
+        found = trainer.measure_match(trainer.at_alpha(policy), base, self.grader)
         if distributed.is_first():
             text = json.dumps(found, indent=2) + "\n"
             storage.write_text(self.folder / "match.json", text)
@@ -320,7 +323,8 @@ class _Run:
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
-        values, rows = self.trainer.evaluate(self.trainer.policy(state), self.grader)
+        policy = self.trainer.at_alpha(self.trainer.policy(state))
+        values, rows = self.trainer.evaluate(policy, self.grader)
         self.writer.write_completions(step, rows)
         if not values:
             return {}

@@ -12,6 +12,7 @@ from pfjax.model import attention, log_probs
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.tasks import rewards
+from pfjax.trainer import log_z
 from pfjax.trainer.train_fns import TrainFns
 
 
@@ -39,6 +40,10 @@ def prepare_minibatch(
     samples = len(data.texts) // len(data.prompts)
     host, placement, used = _pack(fns, data, indices, samples)
     mesh, num_microbatches = jax.sharding.get_mesh(), jnp.int32(used)
+    if data.rollout.alpha is not None:
+        of_each = data.rollout.alpha[indices // samples]
+        alpha = packing.to_segments(of_each, placement, host.length.shape)
+        host = host._replace(alpha=alpha)
     batch = sharding.put_batch(mesh, host, dim=1)
     of_base = (base, batch._replace(choices=None), num_microbatches)
     log_p_base, log_stop_base, _ = fns.score_base(*of_base)
@@ -69,8 +74,8 @@ def prepare_minibatch(
         residual = _residuals(fns.objective, batch, log_p)
         zero, one = jnp.zeros_like(residual), jnp.ones_like(residual)
         groups = (batch.prompt_index, len(data.prompts))
-        log_z = losses.group_log_z(residual, zero, one, *groups)
-        batch = batch._replace(log_z=log_z)
+        of_group = losses.group_log_z(residual, zero, one, *groups)
+        batch = batch._replace(log_z=of_group)
     if fns.num_updates > 1:  # one program for all updates
         batch = batch._replace(
             log_p_old=jnp.zeros_like(log_p_base) if log_p is None else log_p,
@@ -139,26 +144,36 @@ def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> 
     """Residuals `[M, B, N]` of the target at log Z = 0."""
     total, tilt = jax.vmap(packing.response_sum), objectives.tilt(batch)
     sums = (total(log_p, batch), total(batch.log_p_base, batch))
-    return objective.target.residual(*sums, batch.length, 0.0, **tilt)
+    target = objectives.at_alpha(objective, batch).target
+    return target.residual(*sums, batch.length, 0.0, **tilt)
 
 
 def init_log_z(
-    params: Params, minibatches: list[Minibatch], objective: ObjectiveConfig
+    params: Params,
+    minibatches: list[Minibatch],
+    objective: ObjectiveConfig,
+    alpha_range: tuple[float, ...] = (),
 ) -> Params:
-    """Sets the log Z head so that the first mean residual is 0.
+    """Sets the log Z head so that the first mean residual is 0, or, where each prompt has its
+    own alpha, its least squares are least.
 
     A minibatch without log-probs of the policy is one of the base, which the policy is.
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
     """
-    total = count = 0.0
+    sums = 0.0
     for m in minibatches:
         batch, log_p = m.batch, m.batch.log_p_base if m.log_p is None else m.log_p
-        residual = _residuals(objective, batch, log_p)
-        total += float(jnp.where(batch.is_real, residual, 0.0).sum())
-        count += float(batch.is_real.sum())
-    return _moved(params, -total / count)
+        x = log_z.features(batch, alpha_range)
+        residual = _residuals(objective, batch, log_p)[..., None]
+        both = jnp.where(
+            batch.is_real[..., None], jnp.concatenate([x, residual], -1), 0
+        )
+        products = jnp.einsum("mbni,mbnj->ij", both, both, precision="highest")
+        sums = sums + sharding.fetch(products).astype(np.float64)
+    by, *_ = np.linalg.lstsq(sums[:-1, :-1], -sums[:-1, -1])
+    return _moved(params, by.astype(np.float32))
 
 
 def follow_target(
@@ -187,7 +202,7 @@ def follow_target(
     return _moved(params, -total / count)
 
 
-def _moved(params: Params, by: float) -> Params:
-    """The log Z head with its output moved by a constant."""
+def _moved(params: Params, by: float | np.ndarray) -> Params:
+    """The log Z head with its outputs moved by constants."""
     out = {**params["out"], "bias": params["out"]["bias"] + by}
     return {**params, "out": out}

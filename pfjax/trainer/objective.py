@@ -92,7 +92,7 @@ def _check(c: ObjectiveConfig) -> None:
     num = 3
     of_each = jax.ShapeDtypeStruct((num,), jnp.float32)
     y = TrajectoryStats(*[of_each] * len(TrajectoryStats._fields))
-    y = y._replace(loss=None, residual=None)
+    y = y._replace(loss=None, residual=None, alpha=None)
     try:
         target = c.kind.target(c)
         if isinstance(target, Target):

@@ -93,6 +93,12 @@ _DECIDING: dict[str, Setting] = {
     "alpha": _positive(
         4.0, "power of the base distribution: > 1 sharpens, < 1 flattens"
     )._replace(may_vary=True),
+    "alpha_range": Setting(
+        "",
+        "LOW,HIGH: trains one policy for every alpha between, by adapters (lora.rank) that "
+        "leave the base as it is at 1; each prompt of a step has its own, log-uniform; "
+        "alpha is then that of evaluations and of hf/",
+    ),
     "beta": _not_negative(
         0.0, "weight of the reward in the target p_0^alpha e^{beta r}, in nats"
     )._replace(may_vary=True),

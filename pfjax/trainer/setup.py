@@ -81,6 +81,12 @@ class Trainer(NamedTuple):
     def policy(self, state: TrainState) -> Policy:
         return Policy(self.fns.model, lora.join(self.frozen, state.params["policy"]))
 
+    def at_alpha(self, policy: Policy) -> Policy:
+        """A policy for every alpha at the one that is evaluated; others as they are."""
+        if not policy.config.alpha_range:
+            return policy
+        return lora.at_alpha(policy, self.fns.objective.alpha)
+
     def draw(self, state: TrainState, cursor: Cursor, step: int) -> Drawn:
         """What a step trains on."""
         if self.actor is not None:

@@ -11,7 +11,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
-from pfjax.model import lora
+from pfjax.model import dial, lora
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy, abstract_params, logical_axes
 from pfjax.sampler import decode, slots, stream
@@ -156,7 +156,8 @@ def actor_of(
         known = [mixture.given[p] for p in prompts] if counts[2] else None
         seeds = [(c.seed, step, i) for i in ids]
         how = (seeds, c.max_new_tokens, fns.model.stop_ids)
-        return behavior.join(drawn, counts, (known, None), *how)
+        joined = behavior.join(drawn, counts, (known, None), *how)
+        return joined._replace(alpha=dial.draw(fns.model.alpha_range, c.seed, ids))
 
     return Actor(
         where,

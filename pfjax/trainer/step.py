@@ -58,7 +58,7 @@ def loss_fn(
     if objective.log_z_source == "none":
         log_z = jnp.zeros(batch.length.shape)
     elif log_z is None:
-        log_z = apply_head(params["log_z"], hidden, batch)
+        log_z = apply_head(params["log_z"], hidden, batch, model.alpha_range)
     y = _sum_over_tokens(batch, log_p, log_p_stop, entropy, log_z, objective)
     y = y._replace(mean_length=jnp.full_like(y.log_pf, mean_length))
     # Padding is set to 0 before the loss: masking after it would let a NaN through
@@ -116,6 +116,7 @@ def _sum_over_tokens(
         entropy=response_sum(entropy, batch),
         length=batch.length,
         prompt_index=batch.prompt_index,
+        alpha=batch.alpha,
     )
 
 
@@ -197,6 +198,8 @@ def _accumulate(
     stats = TrajectoryStats(*[zeros] * len(TrajectoryStats._fields))
     counts = jnp.zeros_like(batch.length)
     stats = stats._replace(length=counts, prompt_index=counts)
+    if batch.alpha is None:
+        stats = stats._replace(alpha=None)
     log_p = jnp.zeros(batch.tokens.shape, jnp.float32)
     grads = jax.tree.map(jnp.zeros_like, params)
     start = (jnp.float32(0), grads, (stats, log_p))

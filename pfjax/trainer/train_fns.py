@@ -14,7 +14,7 @@ from pfjax import batch
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, experts, lora, transformer
+from pfjax.model import attention, dial, experts, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
@@ -150,11 +150,18 @@ def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConf
         )
     if of_experts := [x for x in targets if own[x].stacked]:
         _check_experts_adapters(config, of_experts)
+        if config.alpha_range:
+            raise ValueError(
+                f"--config.alpha_range={config.alpha_range}: adapters of experts have no "
+                "scale that depends on alpha; leave gate_proj, up_proj and down_proj out of "
+                "--config.lora.targets"
+            )
     return dataclasses.replace(
         base_model,
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha,
         lora_targets=targets,
+        alpha_range=dial.parse(config.alpha_range),
     )
 
 
@@ -210,6 +217,10 @@ def _pack_shape(
     return PackShape(*sizes, model.num_choices)
 
 
+# Scores that the host gives.
+_FROM_HOST = ("reward", "dropout_seed", "choices", "alpha")
+
+
 def abstract_minibatch(
     fns: TrainFns, mesh: AnyMesh
 ) -> tuple[PackedBatch, jax.ShapeDtypeStruct]:
@@ -223,12 +234,13 @@ def abstract_minibatch(
         "log_stop_base": fns.objective.kind.has_prefixes,
         "dropout_seed": fns.has_dropout,
         "choices": fns.shape.num_choices > 0,
+        "alpha": bool(fns.model.alpha_range),
     }
     fields = {}
     for name, (dims, dtype, _) in batch.PACKED._asdict().items():
         shape = fns.shape.of(dims)
         where = sharding.replicated(mesh)  # as programs return scores
-        if name not in batch.SCORES or name in ("reward", "dropout_seed", "choices"):
+        if name not in batch.SCORES or name in _FROM_HOST:
             where = sharding.of_batch(mesh, shape, dim=1)
         if is_scored.get(name, True):
             fields[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -260,7 +272,8 @@ def _abstract_state(
     """Shapes and shardings of all that an update changes."""
     everywhere = sharding.replicated(mesh)
     replicated = lambda tree: placed(tree, jax.tree.map(lambda _: everywhere, tree))
-    head = jax.eval_shape(lambda: init_head(model.embed_dim, jax.random.key(0)))
+    init = functools.partial(init_head, alpha_range=model.alpha_range)
+    head = jax.eval_shape(lambda: init(model.embed_dim, jax.random.key(0)))
     params = {"policy": trained, "log_z": replicated(head)}
     # Each group's chain holds a MaskedNode in place of the other group.
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
@@ -283,7 +296,8 @@ def first_state(
 ) -> step.TrainState:
     """The state before the first update."""
     everywhere = sharding.replicated(mesh)
-    head = init_head(fns.model.embed_dim, jax.random.key(seed))
+    key, ends = jax.random.key(seed), fns.model.alpha_range
+    head = init_head(fns.model.embed_dim, key, ends)
     head, start = jax.device_put((head, jnp.int32(0)), everywhere)
     params = {"policy": trained, "log_z": head}
     return step.TrainState(start, params, fns.init_opt_state(params))
