@@ -213,7 +213,9 @@ def _where(condition: Bool[Array, "s"], x: Any, y: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="s", donate_argnames="prompts")
-def prefill(state: SamplerState, prompts: Prompts, *new: Array, s: Settings) -> Prompts:
+def prefill(
+    state: SamplerState, prompts: Prompts, *new: Array | None, s: Settings
+) -> Prompts:
     """Fills prefix slots of all parts; `new` and the rest as `prefill_local` takes them."""
     local = functools.partial(prefill_local, s=s)
     return sharding.over_batch(local, 1)(state, prompts, *new)

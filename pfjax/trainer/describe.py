@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import sharding
-from pfjax.model import attention, lora
+from pfjax.model import attention, dial, lora
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import abstract_params
 from pfjax.objectives import ObjectiveConfig
@@ -56,6 +56,9 @@ def _attention(m: ModelConfig) -> str:
 
 
 def _target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
+    if c.alpha_range:
+        ends = " to ".join(f"{x:g}" for x in dial.parse(c.alpha_range))
+        return f"alpha from {ends}, evaluated at {c.alpha:g}"
     if c.schedules:
         return c.schedules.replace(",", ", ")
     return f"alpha {c.alpha:g}" if objective.has_target else "without a target"
