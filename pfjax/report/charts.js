@@ -153,7 +153,8 @@ function drawReference(u, value) {
   u.ctx.restore();
 }
 
-/** A path of each group over its evaluations: hollow where it began, full where it ended. */
+/** A path of each group over its evaluations, or over alpha: hollow where it begins, full
+ * where it ends. */
 function drawPaths(chart, holder) {
   const [width, height, left, bottom] = [holder.clientWidth || 400, 220, 48, 34];
   const shown = chart.curves.filter((c) => !hiddenGroups.has(c.group));
@@ -190,7 +191,7 @@ function drawPaths(chart, holder) {
         fill: i ? colour(c.group) : css("--paper"), stroke: colour(c.group),
         "stroke-width": i ? 0 : 2 });
       dot.addEventListener("mouseenter", (e) => showTip(e.clientX, e.clientY,
-        `${data.groups[c.group].name}, step ${c.steps[i]}`,
+        `${data.groups[c.group].name}, ${chart.point} ${c.points[i]}`,
         [[c.group, chart.x_name, number(v)], [c.group, chart.y_name, number(c.y[i])]]));
       dot.addEventListener("mouseleave", () => { tip.hidden = true; });
     });

@@ -23,6 +23,8 @@ def draw(groups: Sequence[Group]) -> tuple[list[Chart], list[str]]:
     alphas = {run.config.get("alpha") for g in groups for run in g.runs}
     if (len(groups) > 1 and len(alphas) > 1) or any(a and a < 1 for a in alphas):
         found["Quality against diversity"] = [*_paths(groups)]
+    if any(run.scores_by_alpha for g in groups for run in g.runs):
+        found["Quality against diversity, by alpha"] = [*_dials(groups)]
     drawn = [chart for made in found.values() for chart in made]
     return drawn, [title for title, made in found.items() if not made]
 
@@ -104,7 +106,7 @@ def _paths(groups: Sequence[Group]) -> Iterator[Chart]:
             at = [{*c.x.tolist()} for c in curves]
             steps = sorted(set.intersection(*at))
             x, y = (_numbers(c.mean[np.isin(c.x, steps)]) for c in curves)
-            made.append({"group": i, "steps": steps, "x": x, "y": y})
+            made.append({"group": i, "points": steps, "x": x, "y": y})
     names = [_words(key) for key in keys]
     caption = (
         f"{names[1].capitalize()} against {names[0]}, over a group's evaluations: hollow "
@@ -113,8 +115,40 @@ def _paths(groups: Sequence[Group]) -> Iterator[Chart]:
     if made:
         yield {
             "id": "quality", "title": "Quality against diversity", "caption": caption,
-            "is_paths": True, "curves": made, "x_name": names[0], "y_name": names[1],
+            "is_paths": True, "point": "step", "curves": made, "x_name": names[0],
+            "y_name": names[1],
         }  # fmt: skip
+
+
+def _dials(groups: Sequence[Group]) -> Iterator[Chart]:
+    """What policies for every alpha score at several, where that was evaluated, set by
+    set."""
+    known = dict.fromkeys(
+        key for g in groups for run in g.runs for key in run.scores_by_alpha
+    )
+    for number, name in enumerate(known):
+        made = []
+        for i, group in enumerate(groups):
+            # Of the first of a group that was evaluated.
+            found = [
+                r.scores_by_alpha[name] for r in group.runs if name in r.scores_by_alpha
+            ]
+            if found and len(found[0]) > 1:
+                alphas = sorted(found[0])
+                values = [found[0][alpha] for alpha in alphas]
+                x, y = ([v[k] for v in values] for k in ("distinct", "quality"))
+                points = {"points": alphas, "x": x, "y": y}
+                made.append({"group": i, **points})
+        caption = (
+            f"Accuracy on {name} against distinct responses, one policy at every alpha that "
+            "was evaluated: hollow at the least. Good: up and to the right."
+        )
+        if made:
+            yield {
+                "id": f"dial-{number}", "title": "Quality against diversity, by alpha",
+                "caption": caption, "is_paths": True, "point": "alpha", "curves": made,
+                "x_name": "distinct responses", "y_name": "accuracy",
+            }  # fmt: skip
 
 
 def _words(key: str) -> str:

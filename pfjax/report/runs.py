@@ -6,6 +6,7 @@ group. Every number of a group is a mean over its runs, at a step that all of th
 
 import collections
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class Run(NamedTuple):
     label: str
     rows: list[dict[str, Any]]  # of metrics.jsonl
     completions: dict[int, epath.Path]  # by step
+    # Set -> alpha -> quality and distinct responses, of a policy for every alpha.
+    scores_by_alpha: dict[str, dict[float, dict[str, float]]]
 
 
 class Group(NamedTuple):
@@ -85,7 +88,26 @@ def find(paths: Sequence[str]) -> list[epath.Path]:
 def files(folder: epath.Path) -> list[epath.Path]:
     """What a report reads of a run."""
     names = ("config.json", "metrics.jsonl", "match.json", "label.txt")
-    return [p for n in names if (p := folder / n).exists()] + [*_completions(folder)]
+    found = [p for n in names if (p := folder / n).exists()]
+    return [*found, *_completions(folder), *_scores_by_alpha(folder)]
+
+
+def _scores_by_alpha(folder: epath.Path) -> list[epath.Path]:
+    """What `pfjax evaluate --alpha` left in `scores` of a run's folder."""
+    scores = folder / "scores"
+    return sorted(scores.glob("alpha-*/*.json")) if scores.exists() else []
+
+
+def _read_scores(folder: epath.Path) -> dict[str, dict[float, dict[str, float]]]:
+    out = collections.defaultdict(dict)
+    for path in _scores_by_alpha(folder):
+        about = json.loads(storage.read_text(path))
+        values = about.get("scores", {})
+        accuracy = next((k for k in values if re.fullmatch(r"avg@\d+", k)), None)
+        if accuracy is not None:  # there are answers, and they are graded
+            found = {"quality": values[accuracy], "distinct": values["distinct"]}
+            out[path.stem][about["settings"]["alpha"]] = found
+    return dict(out)
 
 
 def _completions(folder: epath.Path) -> Iterator[epath.Path]:
@@ -128,6 +150,7 @@ def _read(folder: epath.Path) -> Run:
         else "",
         rows=rows,
         completions={int(p.name[5:-6]): p for p in _completions(folder)},
+        scores_by_alpha=_read_scores(folder),
     )
 
 

@@ -355,6 +355,8 @@ class _Run:
             return []
         objective = self.trainer.fns.objective
         alpha = objective.target.alpha if objective.has_target else None
+        if self.trainer.fns.model.alpha_range:
+            alpha = None  # each prompt has its own
         return health_checks.suspicions(history, health.patience, alpha)
 
     def _symptoms(self) -> list[str]:

@@ -108,8 +108,9 @@ METRICS: dict[str, Metric] = {
         "holds, on log p_0, over all responses of the step; its standard error is "
         "tb/exponent_se",
         r"\mathrm{slope}_{y\mid q}(\log\pi - \log\tilde p + \alpha\log p_0,\ \log p_0)",
-        "toward alpha; over the policy's own samples alone, which are much alike, it is noisy "
-        "and says nothing of the rest",
+        "toward alpha (with alpha_range it is divided by each prompt's, toward 1); over the "
+        "policy's own samples alone, which are much alike, it is noisy and says nothing of the "
+        "rest",
     ),
     "tb/exponent_se": Metric("standard error of tb/exponent over prompts"),
     "tb/exponent_base": Metric(

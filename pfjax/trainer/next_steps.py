@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io
+from pfjax.model import dial
 from pfjax.sampler.options import TokenFilters
 from pfjax.tasks import benchmarks
 from pfjax.trainer import checkpoint, run_config
@@ -29,12 +30,26 @@ def next_steps(config: FrozenConfigDict, folder: epath.Path) -> str:
     if config.data.eval:
         out = f"--out={folder / 'scores'}"
         lines += [shlex.join(["evaluate", *shared, *_evaluation(config), out])]
+    if config.alpha_range:
+        model = f"--model={folder / 'dial'}"
+        lines += [shlex.join(["sample", model, "--alpha=2", *shared[1:], *prompt])]
+        if config.data.eval:
+            alphas = ",".join(f"{x:g}" for x in _alphas(config))
+            more = [f"--alpha={alphas}", *_evaluation(config), out]
+            lines += [shlex.join(["evaluate", model, *shared[1:], *more])]
+        best = ["--alpha=2", *best]
     lines += [shlex.join(["export", str(folder), *best])]
     shown = "\n".join(f"  {program()} {line}" for line in lines)
     return (
         f"next:\n{shown}\n"
         "(export --push=YOU/NAME sends the model to the Hugging Face hub)"
     )
+
+
+def _alphas(config: FrozenConfigDict) -> list[float]:
+    """Some of the range: its ends and the powers of two between."""
+    low, high = dial.parse(config.alpha_range)
+    return [low, *(2.0**n for n in range(-9, 10) if low < 2.0**n < high), high]
 
 
 def program() -> str:

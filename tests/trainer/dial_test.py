@@ -16,6 +16,7 @@ from pfjax.batch import PackShape, pack, to_segments
 from pfjax.infra import dataset_io
 from pfjax.model import dial, log_probs, lora
 from pfjax.model.transformer import Policy
+from pfjax.report import charts, runs
 from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
 from pfjax.trainer import config_checks, loop
@@ -114,7 +115,10 @@ def test_at_one_it_is_the_base_to_the_bit(policy, tiny_policy):
 def test_each_prompt_is_answered_at_its_alpha(policy):
     """In few slots, whose prompts change: tokens and log-probs are those of a policy that
     has only this alpha."""
-    prompts, alpha = [[2, 3, 4], [5], [3, 3], [2, 3, 4], [7, 8]], [0.5, 2.0, 8.0, 4.0, 0.25]
+    prompts, alpha = (
+        [[2, 3, 4], [5], [3, 3], [2, 3, 4], [7, 8]],
+        [0.5, 2.0, 8.0, 4.0, 0.25],
+    )
     how = {"samples_per_prompt": 3, "max_new_tokens": 12, "seed": 3}
     how["capacity"] = Capacity(num_slots=4)
     mixed = engine.rollout(policy, prompts, alpha=alpha, **how)
@@ -237,7 +241,13 @@ def test_a_run_leaves_the_dial_and_itself_at_one_alpha(
     config.match_prompts, config.optim.learning_rate = 1, 3e-2
     run = tmp_path / "run"
     trained = loop.train_and_evaluate(config, str(run))
-    assert "alpha from 0.25 to 8, evaluated at 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "alpha from 0.25 to 8, evaluated at 2" in said
+    assert f"evaluate --model={run}/dial " in said
+    assert " --alpha=0.25,0.5,1,2,4,8 " in said
+    assert f"export {run} --alpha=2" in said
+    card = (run / "hf/README.md").read_text()
+    assert "one policy for every power of 0.25 to 8; this is\nit at 2." in card
     base, whole = log_density(pfjax.load(config.model)), pfjax.load(run / "dial")
     np.testing.assert_array_equal(log_density(pfjax.at_alpha(whole, 1.0)), base)
     found = log_density(pfjax.at_alpha(whole, 2.0))
@@ -275,14 +285,19 @@ def test_a_run_leaves_the_dial_and_itself_at_one_alpha(
     plain = (f"--model={config.model}", "--prompt=a b", "--alpha=2")
     assert "is none" in run_command("pfjax.sample", *plain).stderr
 
-    scores = [f"--out={tmp_path / 'scores'}", f"--benchmark={config.data.train}"]
+    scores = [f"--out={run / 'scores'}", f"--benchmark={config.data.train}"]
     done = run_command(
         "pfjax.evaluate", *flags, *scores, "--samples=2", "--alpha=0.5,4"
     )
     assert done.returncode == 0, done.stderr
     assert ", alpha 0.5: 1 problems x 2" in done.stdout
-    about = json.loads((tmp_path / "scores/alpha-4/prompts.json").read_text())
+    about = json.loads((run / "scores/alpha-4/prompts.json").read_text())
     assert about["settings"]["alpha"] == 4.0
+    (chart,) = charts.draw(runs.group(runs.load([str(run)])))[0][-1:]
+    assert chart["title"] == "Quality against diversity, by alpha"
+    assert chart["curves"][0]["points"] == [0.5, 4.0]
+    assert chart["curves"][0]["y"][1] == about["scores"]["avg@2"]
+    assert chart["curves"][0]["x"][1] == about["scores"]["distinct"]
 
 
 # Never trained at: what lies within a tenth of them is drawn anew.
