@@ -23,7 +23,7 @@ _ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _METRICS = "metrics.jsonl"  # which tells the folder of a run
 # Of a policy for every alpha, see `dial`.
 DIAL, _DIAL_STEM = "dial.json", "dial"
-_DIAL_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "alpha_range")
+_DIAL_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "alpha_range", "stop_ids")
 ADAPTER_CONFIG, _ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _FILES = [
     "README.md",
@@ -208,8 +208,7 @@ def _load_dial(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Policy:
     fields = {k: tuple(x) if isinstance(x, list) else x for k, x in said.items()}
     fields = {k: fields[k] for k in _DIAL_FIELDS}
     policy = load(base, mesh, dtype)
-    stop_ids = hf_config.read(folder).stop_ids
-    config = dataclasses.replace(policy.config, stop_ids=stop_ids, **fields)
+    config = dataclasses.replace(policy.config, **fields)
     abstract, where = map(lora.select, _places(config, mesh))
     how = (abstract, where, jnp.dtype("float32"), _DIAL_STEM)
     adapters = weights.load(folder, config, *how)

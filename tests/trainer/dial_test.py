@@ -58,8 +58,12 @@ def config(enumerable_folder, tmp_path, monkeypatch):
 @pytest.fixture
 def policy(tiny_policy) -> Policy:
     """Random weights, adapters and scales, for every alpha."""
+    return _with_adapters(tiny_policy)
+
+
+def _with_adapters(base: Policy) -> Policy:
     fields = {"lora_rank": 4, "lora_alpha": 8.0, "alpha_range": RANGE}
-    model = dataclasses.replace(tiny_policy.config, **fields)
+    model = dataclasses.replace(base.config, **fields)
     adapters = lora.init_params(model, jax.random.key(2))
     noise = lambda k, x: x + 0.2 * jax.random.normal(k, x.shape)
     keys = jax.random.split(jax.random.key(3), len(adapters["blocks"]))
@@ -67,7 +71,7 @@ def policy(tiny_policy) -> Policy:
         n: noise(k, x)
         for k, (n, x) in zip(keys, sorted(adapters["blocks"].items()), strict=True)
     }
-    return Policy(model, lora.join(tiny_policy.params, {"blocks": blocks}))
+    return Policy(model, lora.join(base.params, {"blocks": blocks}))
 
 
 def log_density(policy) -> np.ndarray:
@@ -161,6 +165,15 @@ def test_merged_at_one_alpha_it_is_the_same(policy, tmp_path):
     pfjax.save(pfjax.load("pfjax/toy"), tmp_path / "base")
     with pytest.raises(ValueError, match="no longer the model"):
         pfjax.load(tmp_path / "dial")
+
+
+def test_it_is_saved_beside_a_base_whose_head_is_tied(tmp_path):
+    policy, at = _with_adapters(pfjax.load("pfjax/toy")), ([[2, 10, 3, 4]], [2])
+    pfjax.save(policy, tmp_path / "dial", base="pfjax/toy")
+    loaded = pfjax.load(tmp_path / "dial")
+    assert loaded.tokenizer.eos_token == "<|end|>"
+    pair = (pfjax.score(pfjax.at_alpha(p, 2.0), *at)[0] for p in (policy, loaded))
+    np.testing.assert_allclose(*pair, atol=1e-5)
 
 
 def _base(policy):
