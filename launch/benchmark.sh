@@ -12,7 +12,7 @@ cd "$ROOT"
 platform=$("$PYTHON" -c 'import jax; print(jax.default_backend())')
 [[ $platform != cpu ]] || fail "JAX finds no GPU or TPU here"
 PFJAX_TEST_PLATFORM=${platform/gpu/cuda} "$PYTHON" -m pytest \
-  tests/model/attention_test.py tests/model/decode_attention_test.py >&2
+  -m "" tests/model/attention_test.py tests/model/decode_attention_test.py >&2
 {
   "$PYTHON" tests/benchmarks/train_benchmark.py --case=qwen2_5_1_5b
   "$PYTHON" tests/benchmarks/train_benchmark.py --case=qwen2_5_1_5b --remat=attention

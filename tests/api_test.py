@@ -52,6 +52,7 @@ def test_text_messages_and_ids_are_one_prompt(toy):
     assert first == want and first
 
 
+@pytest.mark.slow
 def test_responses_end_where_the_tokenizer_says(toy):
     # As of Qwen's base models, whose config does not name the end of a turn.
     config = dataclasses.replace(toy.config, stop_ids=(31,))
@@ -103,6 +104,7 @@ def test_log_probs_are_those_of_score_and_come_back_by_index(toy):
     np.testing.assert_allclose([got[i] for i in range(3)], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rollout_is_packed_in_its_order(toy):
     drawn = pfjax.rollout(toy, ["17+25", "11+9"], 3, 12)
     batch = pfjax.pack_rollout(drawn, (4, 64))
@@ -212,6 +214,7 @@ class Mine(Exception):
     """Of a callback."""
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_callback_stops_after_a_save(config, tmp_path):
     def fail_at(limit):
         def fail(step, *_):
@@ -262,6 +265,7 @@ def test_a_reward_from_python_tilts_the_target(config, tmp_path):
         pfjax.fine_tune(config, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_format_term_from_python_takes_the_place_of_the_boxes(config, tmp_path):
     config.num_steps, config.match_prompts = 1, 0
     first = []
@@ -279,6 +283,7 @@ def test_a_format_term_from_python_takes_the_place_of_the_boxes(config, tmp_path
         pfjax.fine_tune(config, tmp_path / "words", format_term=words)
 
 
+@pytest.mark.slow
 def test_a_run_that_a_reward_has_ended_goes_on_when_it_is_mended(
     config, tmp_path, capsys
 ):

@@ -14,8 +14,14 @@ FROM_FILE = ["--config.behavior.base=0", "--config.behavior.from_file=1"]
     ("method", "behavior"),
     [
         ("", ["--config.behavior.base=1", "--config.behavior.base_temperature=0.25"]),
-        ("--method=smc --alpha=4 --log_z=-0.36 --particles=8 --ramp=4", FROM_FILE),
-        ("--method=best_of --candidates=4", FROM_FILE),
+        pytest.param(
+            "--method=smc --alpha=4 --log_z=-0.36 --particles=8 --ramp=4",
+            FROM_FILE,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--method=best_of --candidates=4", FROM_FILE, marks=pytest.mark.slow
+        ),
     ],
     ids=["simple self-distillation", "power self-distillation", "best of N"],
 )

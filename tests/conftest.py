@@ -50,21 +50,25 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests come first, so that no worker ends with a long one."""
+    """Files with many slow tests come first, so that no worker ends with a long one; in a
+    file those that compute for long come last, as they may be skipped."""
     slow = collections.Counter(x.path for x in items if x.get_closest_marker("slow"))
-    items.sort(key=lambda x: -slow[x.path])
+    is_long = lambda x: x.get_closest_marker("long_running") is not None
+    items.sort(key=lambda x: (-slow[x.path], x.path, is_long(x)))
 
 
-# Seconds since the epoch: .ci/run has no time for slow tests after it.
+# Seconds since the epoch: .ci/run has no time after it for slow tests that compute for
+# long, and 20 minutes later for none.
 _SLOW_UNTIL = float(os.environ.get("PFJAX_SLOW_UNTIL", "inf"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("slow") and time.time() > _SLOW_UNTIL:
+    is_long = item.get_closest_marker("long_running") is not None
+    until = _SLOW_UNTIL + (0 if is_long else 1200)
+    if item.get_closest_marker("slow") and time.time() > until:
         pytest.skip("a slow test, and this machine is slow: no time is left")
     """Most tests compile for longer than they compute: a third of the time of all."""
-    is_long = item.get_closest_marker("long_running") is not None
     jax.config.update("jax_disable_most_optimizations", not is_long)
 
 

@@ -60,6 +60,7 @@ def test_every_setting_that_moves_a_score_is_stored(scored):
     assert found["graded"]["grader"]["version"] == "0.9.0"
 
 
+@pytest.mark.slow
 def test_responses_are_cut_where_a_small_model_ends(tmp_path):
     args = ("--benchmark=pfjax/toy/eval.jsonl", "--limit=1", "--samples=1")
     done = run_command("pfjax.evaluate", *args, f"--out={tmp_path}")

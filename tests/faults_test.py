@@ -434,6 +434,7 @@ def test_two_processes_in_a_bucket_are_killed_go_on_and_draw_as_in_a_folder(
         assert there == (tmp_path / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):
     process = start(
         tmp_path / "run",
@@ -441,17 +442,18 @@ def test_a_process_that_cannot_join_ends_with_a_message(tmp_path):
         PFJAX_COORDINATOR="localhost:1",
         PFJAX_NUM_PROCESSES="2",
         PFJAX_PROCESS_ID="1",
-        PFJAX_JOIN_SECONDS="5",
+        PFJAX_JOIN_SECONDS="2",
     )
     status, errors = finish(process)
     assert status == 1
-    assert "joining the other processes, for at most 5 s" in errors
+    assert "joining the other processes, for at most 2 s" in errors
     *_, where, why = errors.splitlines()  # no stacks after it
     assert where == "--multihost: process 1 of 2, first at localhost:1"
     assert why.startswith("error: --multihost: the first process was not reached")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_first_process_says_who_is_missing_and_that_its_port_is_taken(tmp_path):
     with socket.create_server(("", 0)) as other:
         taken = other.getsockname()[1]
@@ -476,6 +478,7 @@ def test_the_first_process_says_who_is_missing_and_that_its_port_is_taken(tmp_pa
             assert says in errors.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_process_that_knows_no_others_ends_with_a_message(tmp_path):
     status, errors = finish(start(tmp_path / "run", "--multihost"))
     assert status == 1 and "found neither a TPU pod nor Slurm" in errors

@@ -24,6 +24,7 @@ def _mesh_of_this_machine(topology, **sizes):
     return sharding.make_mesh(**sizes)
 
 
+@pytest.mark.slow
 def test_a_step_of_the_toy_model_compiles(monkeypatch):
     """For the devices of the tests in place of TPUs, which take minutes."""
     monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
@@ -125,7 +126,9 @@ def test_7b_compiles_and_fits(tpu_mesh, topology, changes, little_effort):
         assert estimate["memory_gib"]["state"][name] == pytest.approx(x)
 
 
-@pytest.mark.parametrize("can_compile", [False, True])
+@pytest.mark.parametrize(
+    "can_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_devices_that_draw_beside_the_learner_are_planned(monkeypatch, can_compile):
     monkeypatch.setattr(aot, "device_mesh", _mesh_of_this_machine)
     how = {"attention": "plain", "remat": "full", "max_staleness": 1}
@@ -221,6 +224,7 @@ def test_what_crosses_nodes_is_priced_at_their_network():
     assert seconds == pytest.approx(sent["fsdp"] / inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, crossing",
     [
@@ -310,6 +314,7 @@ def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
     assert advice.startswith("it would fit with --config.mesh.data=1 (")
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     """A 7B reads its weights from the memory of four devices instead of one."""
     config = plans.config_of("qwen2_5_math_7b")

@@ -108,6 +108,7 @@ def test_mistakes_are_one_line():
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def brief(completion_ids, answer, **kwargs):\n"

@@ -37,6 +37,7 @@ def smoke(copied, monkeypatch):
     return pathlib.Path("runs/smoke"), printed
 
 
+@pytest.mark.slow
 def test_what_the_readme_marks_to_be_run_shows(copied):
     folder, printed = copied
     assert "eval/avg@8" in printed and '"completion":' in printed
@@ -53,6 +54,7 @@ def test_python_that_the_readme_marks_to_be_run_works_as_copied(copied):
     assert (folder / "out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_smoke_run_sharpens_without_shortening(smoke):
     folder, output = smoke
     rows = [
@@ -74,6 +76,7 @@ def test_smoke_run_sharpens_without_shortening(smoke):
     assert f"model: {folder / 'hf'}" in output
 
 
+@pytest.mark.slow
 def test_the_commands_that_a_run_ends_with_work(smoke):
     folder, output = smoke
     lines = output.partition("next:\n")[2].splitlines()
@@ -96,6 +99,7 @@ def test_the_commands_that_a_run_ends_with_work(smoke):
     assert scores["avg@8"] == pytest.approx(row["eval/avg@8"])
 
 
+@pytest.mark.slow
 def test_run_folder_holds_what_is_promised(smoke):
     folder, _ = smoke
     saved = json.loads((folder / "config.json").read_text())
@@ -106,6 +110,7 @@ def test_run_folder_holds_what_is_promised(smoke):
     assert (folder / "checkpoints").is_dir()
 
 
+@pytest.mark.slow
 def test_the_code_on_the_model_card_runs(smoke, tmp_path, capsys):
     card = (smoke[0] / "hf/README.md").read_text()
     code = re.search(r"## How to use.*?```python\n(.*?)```", card, re.DOTALL)[1]
@@ -114,6 +119,7 @@ def test_the_code_on_the_model_card_runs(smoke, tmp_path, capsys):
     assert "=" in capsys.readouterr().out  # the toy writes out its sums
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_exported_model(smoke):
     import torch
     import transformers

@@ -146,6 +146,7 @@ def _log_z(log_density) -> float:
     return low
 
 
+@pytest.mark.slow
 def test_a_target_of_ones_own_is_drawn_exactly(enumerable_folder):
     policy, target = hf.load(enumerable_folder), Curved(0.5, beta=0.5, has_format=False)
     base = enumerable.base_log_probs(policy).astype(np.float64)

@@ -416,6 +416,7 @@ def test_each_type_has_its_runtime(cloud):
         assert f"--runtime-version={runtime}" in cloud.created()
 
 
+@pytest.mark.slow
 def test_networks_and_accounts_are_passed_on(cloud):
     cloud.is_in()
     network = ["--network=n", "--subnetwork=s", "--service-account=a@b"]
@@ -627,6 +628,7 @@ def test_up_begins_again_after_preemption_before_the_run(cloud):
     assert cloud.did()[:4] == ["create", "scp", "delete", "create"]
 
 
+@pytest.mark.slow
 def test_up_begins_again_in_place_when_told_to_stop(cloud):
     cloud.is_in(training=["75", "0"])
     done = cloud.run("up", *TRAIN)
@@ -635,6 +637,7 @@ def test_up_begins_again_in_place_when_told_to_stop(cloud):
     assert cloud.trained() == [TRAIN] * 2
 
 
+@pytest.mark.slow
 def test_up_goes_by_all_workers(cloud):
     looks = (
         "a: running\nb: ended 75",  # still saves
@@ -655,6 +658,7 @@ def test_up_does_not_wait_for_workers_that_another_has_left(cloud):
     assert done.returncode == 1 and "failed with exit status 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_up_begins_again_when_a_worker_is_gone(cloud):
     """Those it has left end with 76, unless it has ended by a mistake of its own."""
     cloud.is_in(training=["76", "0"])
@@ -666,6 +670,7 @@ def test_up_begins_again_when_a_worker_is_gone(cloud):
     assert done.returncode == 1 and "failed with exit status 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_up_begins_again_only_so_often(cloud):
     # 143: told before it could save.
     cloud.is_in(training=["143"] * 3)
@@ -674,6 +679,7 @@ def test_up_begins_again_only_so_often(cloud):
     assert len(cloud.trained()) == 2 and cloud.did()[-1] == "delete"
 
 
+@pytest.mark.slow
 def test_up_begins_again_when_a_worker_was_rebooted(cloud):
     cloud.is_in(training=["rebooted", "0"])
     done = cloud.run("up", *TRAIN)
@@ -682,6 +688,7 @@ def test_up_begins_again_when_a_worker_was_rebooted(cloud):
     assert cloud.did() == ["create", "scp", "setup", "run", "delete"] * 2
 
 
+@pytest.mark.slow
 def test_the_notice_of_a_preemption_has_training_save(cloud):
     cloud.is_in(training=["wait", "0"])
     with cloud.start("up", *TRAIN) as up:
@@ -714,6 +721,7 @@ def test_up_gives_the_tpu_back_when_nobody_mends_its_set_up(cloud):
     assert cloud.did() == ["create", "scp", "setup", "delete"]
 
 
+@pytest.mark.slow
 def test_a_tpu_whose_set_up_failed_is_kept_to_go_on_with(cloud):
     cloud.is_in(created=[["ACTIVE"]], fail={"scp": "reset"})
     with cloud.start("up", "--hold=600", "--poll=1", *TRAIN) as up:
@@ -743,6 +751,7 @@ def test_a_service_account_that_may_not_write_is_told_before_anything_is_made(cl
     assert not (cloud.folder / "installed").exists()
 
 
+@pytest.mark.slow
 def test_what_ends_by_itself_is_not_taken_for_preempted(cloud):
     for options in (["flex-start"], ["calendar", "--reservation=r"]):
         cloud.is_in(training=["preempted", "0"])
@@ -758,6 +767,7 @@ def test_what_ends_by_itself_is_not_taken_for_preempted(cloud):
     assert cloud.did()[:2] == ["delete", "create"]
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_to_save_before_its_time_is_over(cloud):
     flex = ["--provisioning=flex-start", "--max-run=2s"]
     for options, limit in (
@@ -773,6 +783,7 @@ def test_a_run_is_asked_to_save_before_its_time_is_over(cloud):
         assert cloud.did() == ["create", "scp", "setup", "run", "stop", "delete"]
 
 
+@pytest.mark.slow
 def test_up_waits_while_nothing_can_be_reached(cloud):
     cloud.is_in(training=["wait", "0"])
     with cloud.start("up", *TRAIN) as up:
@@ -785,6 +796,7 @@ def test_up_waits_while_nothing_can_be_reached(cloud):
     assert up.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_up_gives_up_when_only_the_workers_are_silent(cloud):
     cloud.is_in(training=["wait"])
     with cloud.start("up", *TRAIN) as up:
@@ -797,6 +809,7 @@ def test_up_gives_up_when_only_the_workers_are_silent(cloud):
     assert cloud.did()[-1] == "delete"
 
 
+@pytest.mark.slow
 def test_interrupting_up_leaves_the_run_alone(cloud):
     for sign, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
         cloud.is_in(training=["wait"])
@@ -858,6 +871,7 @@ def agent(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_an_agent_without_the_key_is_no_hindrance(cloud, agent, tmp_path):
     env, add = agent
     make_key(tmp_path / "other")
@@ -872,6 +886,7 @@ def test_an_agent_without_the_key_is_no_hindrance(cloud, agent, tmp_path):
     assert cloud.run("setup", **env).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_key_with_a_passphrase_needs_an_agent(cloud, agent, tmp_path):
     env, add = agent
     key = tmp_path / ".ssh/google_compute_engine"
@@ -912,6 +927,7 @@ def test_a_bucket_is_tried_before_a_tpu_is_asked_for(cloud):
     assert "network is down" in done.stderr and "could not write there" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_run_reads_has_to_be_in_the_commit(cloud):
     mine = cloud.checkout / "configs/mine.py"
     assert "no configs/mine.py in the commit" in refused(
@@ -967,6 +983,7 @@ def test_what_a_run_reads_has_to_be_in_the_commit(cloud):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_settings_are_checked_where_an_environment_is_at_hand(cloud):
     python = cloud.checkout / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -989,6 +1006,7 @@ def test_settings_are_checked_where_an_environment_is_at_hand(cloud):
     assert cloud.run("up", *args).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_with_the_token_of_the_workers(cloud):
     hub = cloud.folder / "hub"
     wanted = ["--config.model=org/gated@main", "--config.data.train=org/set:train[:9]"]
@@ -1015,6 +1033,7 @@ def test_the_hub_is_asked_with_the_token_of_the_workers(cloud):
     assert cloud.run("up", *TRAIN).returncode == 0 and not hub.exists()
 
 
+@pytest.mark.slow
 def test_a_tracker_needs_its_package_and_its_key(cloud):
     args = [*TRAIN, "--config.wandb_project=p"]
     assert "--extras=wandb" in refused(cloud, *args)
@@ -1044,6 +1063,7 @@ def variables(cloud):
     return dict(line.partition("=")[::2] for line in text.split("\0")[:-1])
 
 
+@pytest.mark.slow
 def test_variables_reach_training_and_nobody_else(cloud):
     odd = "a b'c\"d$(x)\\\n e"
     cloud.is_in(training=["wait"])

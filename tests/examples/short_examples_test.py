@@ -30,6 +30,7 @@ def test_an_example_is_short_and_says_how_to_run_it(name):
     assert f"python -m examples.{name}\n" in ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.slow
 def test_a_loss_of_pfjax_trains_in_torch():
     rows = _printed("torch_trainer", r"loss ([\d.]+)  total variation ([\d.]+)")
     (loss, first), (_, last) = rows[0], rows[-1]
@@ -71,6 +72,7 @@ _HOSTILE = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_programs_fail_a_verifier_and_leave_nothing(tmp_path):
     """As a reward of a run calls it, in a worker."""
     from examples import own_verifier

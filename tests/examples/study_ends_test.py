@@ -95,6 +95,7 @@ def policy():
     return of_worlds.at_temperature(Policy(config, params), 0.3)
 
 
+@pytest.mark.slow
 def test_samples_of_a_model_give_what_is_not_listed(policy):
     """Of all responses of two tokens at most the list has some of those that end."""
     tok, problem = policy.tokenizer, worlds.WORLDS["detour"].problems()[0][0]
@@ -161,6 +162,7 @@ def test_prompts_of_training_are_trained_on(study):
     assert len(read("train")) - search.NUM_VALIDATION >= len(train)
 
 
+@pytest.mark.slow
 def test_runs_that_have_ended_are_measured_on_training_prompts(study, monkeypatch):
     out, cell = study
     called = []

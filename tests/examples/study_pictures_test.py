@@ -71,7 +71,12 @@ def test_more_groups_than_colours_get_a_panel_each():
 
 
 @pytest.mark.parametrize(
-    ("number", "tail"), [(3, ""), (3, ", and a label of many words" * 4), (20, "")]
+    ("number", "tail"),
+    [
+        (3, ""),
+        (3, ", and a label of many words" * 4),
+        pytest.param(20, "", marks=pytest.mark.slow),
+    ],
 )
 def test_no_text_lies_over_another_or_leaves_the_picture(number, tail):
     for figure in pictures.draw(_many(number, tail)).values():

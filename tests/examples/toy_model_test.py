@@ -26,6 +26,7 @@ def test_sets_of_problems_are_disjoint():
     assert seen | train | held_out == set(toy.all_problems())
 
 
+@pytest.mark.slow
 def test_the_committed_model_has_these_frequencies(rng):
     policy, tok = hf.load("pfjax/toy"), tokenizer.load("pfjax/toy")
     problems = toy.split_problems(0)[2]

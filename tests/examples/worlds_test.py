@@ -228,6 +228,7 @@ def rows() -> dict[str, dict[str, exact.Row]]:
     }
 
 
+@pytest.mark.slow
 def test_exact_values_are_those_of_the_page(rows):
     for name, values in ACCURACY.items():
         got = {m: round(rows[name][m].accuracy, 3) for m in values}
@@ -237,6 +238,7 @@ def test_exact_values_are_those_of_the_page(rows):
         assert got == values, name
 
 
+@pytest.mark.slow
 def test_worlds_separate_the_methods(rows):
     accuracy = {n: {m: r.accuracy for m, r in x.items()} for n, x in rows.items()}
     sums_, detour, chains_ = (accuracy[n] for n in ("sums", "detour", "chains"))
@@ -329,6 +331,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_base_model_is_fitted_and_loads(folder):
     policy, tok = pfjax.load(str(folder)), tokenizer.load(str(folder))
     world = WORLDS["detour"]

@@ -39,6 +39,7 @@ def test_passes_attention_that_is_correct(check, monkeypatch):
     check("cudnn", "bfloat16", (0, 4096))
 
 
+@pytest.mark.slow
 def test_rows_that_devices_share_are_long_enough_to_be_split(tiny_config):
     config = dataclasses.replace(tiny_config, attention="splash_interpret", head_dim=64)
     mesh = sharding.make_mesh(fsdp=2, context=4)

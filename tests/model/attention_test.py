@@ -87,7 +87,13 @@ def test_a_row_of_padding_yields_numbers(data, run):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("backend", ["chunked", "splash_interpret"])
-@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ((2, 1, 4), (2, 2, 2))),
+        (1, 2, 4),
+    ],
+)
 def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
     """Two key heads on a "tensor" axis of four are repeated, their gradients summed."""
     *args, weight = (np.concatenate([x, x[:1]]) for x in data)
@@ -101,10 +107,15 @@ def test_meshes_agree_with_fewer_key_heads_than_devices(data, backend, sizes):
     ("backend", "length", "sizes"),
     [
         ("chunked", 512, {"fsdp": 2, "context": 4}),
-        ("chunked", T, {"context": 2, "tensor": 4}),  # parts of 150 tokens
+        # Parts of 150 tokens.
+        pytest.param("chunked", T, {"context": 2, "tensor": 4}, marks=pytest.mark.slow),
         ("plain", T, {"data": 4, "fsdp": 1, "context": 2}),
-        ("splash_interpret", 512, {"fsdp": 2, "context": 4}),
-        ("splash_interpret", 512, {"context": 2, "tensor": 2}),
+        pytest.param(
+            "splash_interpret", 512, {"fsdp": 2, "context": 4}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "splash_interpret", 512, {"context": 2, "tensor": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_devices_that_share_rows_agree(data, backend, length, sizes):

@@ -81,7 +81,9 @@ def test_equals_dense_attention(data, backend):
     np.testing.assert_allclose(_attend(backend, *data), _oracle(*data), atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("c", [64, 128, 256])
+@pytest.mark.parametrize(
+    "c", [64, *(pytest.param(x, marks=pytest.mark.slow) for x in (128, 256))]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_slots_see_their_caches_from_where_they_start(rng, backend, c):
     data = _draw(rng, c)
@@ -184,7 +186,16 @@ def _draw_part(rng, m, c, width, dtype):
 
 
 # A group of query heads, and a prompt's samples: more rows than a block of them.
-@pytest.mark.parametrize("m, c, width", [(6, 128, 2048), (100, 64, 640), (1, 64, 128)])
+@pytest.mark.parametrize(
+    "m, c, width",
+    [
+        (6, 128, 2048),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((100, 64, 640), (1, 64, 128))
+        ),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_a_part_equal_dense_ones(rng, backend, m, c, width):
     tolerance = {"atol": max(TOLERANCE, 1e-5)}

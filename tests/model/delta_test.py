@@ -73,6 +73,7 @@ def test_packed_rows_are_their_sequences_by_the_recurrence():
         np.testing.assert_allclose(got[row, slice(*span)], want, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_states_at_the_ends_are_those_of_the_recurrence_and_go_on():
     x, segments = _inputs(2), _segments()
     spans = list(_spans())
@@ -93,7 +94,13 @@ def test_states_at_the_ends_are_those_of_the_recurrence_and_go_on():
         np.testing.assert_allclose(got[0], out[row, t], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["mixed", "log_decay", "beta", "kernel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=() if x == "beta" else pytest.mark.slow)
+        for x in ("mixed", "log_decay", "beta", "kernel")
+    ],
+)
 def test_gradients_of_packed_rows_are_those_of_sequences(name):
     x, segments = _inputs(2), _segments()
     weight = np.random.default_rng(1).normal(size=(2, LENGTH, 4, 3)).astype(np.float32)
@@ -118,6 +125,7 @@ def test_gradients_of_packed_rows_are_those_of_sequences(name):
     np.testing.assert_allclose(got, want, atol=3e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope():
     x, segments = _inputs(1, 70), _segments([[40, 30]], 70)
     f = lambda y: jnp.sin(delta.packed(SIZES, y, segments)).sum()
@@ -158,6 +166,7 @@ def test_a_step_costs_the_same_wherever_it_stands():
     assert delta.state_bytes(z, "bfloat16") == 4 * 16 * 128**2 + 2 * 3 * 6144
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 1, "context": 4}])
 def test_devices_share_heads_and_rows(tiny_config, sizes):
     """Loss and gradient of a model on a mesh are those on one device."""

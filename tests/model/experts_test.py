@@ -121,6 +121,7 @@ def test_the_kernels_for_gpus_multiply_groups_of_rows(rng, sizes, dtype):
         np.testing.assert_allclose(exact(gradient[e]), want, **close)
 
 
+@pytest.mark.slow
 def test_the_kernels_for_gpus_take_adapters_of_any_rank(rng, monkeypatch):
     weights = _weights(rng, f=32, rank=5)
     x = rng.normal(size=(2, 9, 16)).astype(np.float32)
@@ -149,7 +150,13 @@ def test_experts_are_chosen_in_float32(rng):
     np.testing.assert_allclose(probs, want, rtol=1e-5)
 
 
-MESHES = [(1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2), (2, 2, 2, 1)]
+MESHES = [
+    *(
+        pytest.param(x, marks=pytest.mark.slow)
+        for x in ((1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2))
+    ),
+    (2, 2, 2, 1),
+]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -211,6 +218,7 @@ def test_tpus_multiply_rows_with_their_own_experts_only(tpu_mesh):
     assert not [x for x in seen if {local, rows} <= set(x) and {d, f, r, 32} & set(x)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 def test_scores_on_several_devices_are_the_same(rng, tiny_config, monkeypatch, sizes):
     monkeypatch.setattr(log_probs, "SCORE_ROWS", 4)

@@ -70,6 +70,7 @@ def test_peft_loads_the_adapters_and_agrees(adapted, tiny_policy, tmp_path):
     assert len(lora.select(adapted.params)["blocks"]) == 2 * len(said.target_modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [small_families.ALL, "q_proj,down_proj"])
 def test_adapters_of_experts_mean_the_same_merged_to_peft_and_read_again(
     tiny_config, tmp_path, targets

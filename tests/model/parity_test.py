@@ -368,7 +368,17 @@ def _logits(policy, tokens, positions, choices=None):
     return np.asarray(log_probs.logits(hidden, transformer.head_weight(policy.params)))
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each family.
+SOME = (
+    *("qwen2", "qwen3", "llama-llama3", "mistral-window", "qwen3-moe", "smollm3"),
+    *("seed_oss", "olmo2", "olmo3", "gemma3", "qwen3_5"),
+)
+SOME_CASES = [
+    pytest.param(x, marks=() if x in SOME else pytest.mark.slow) for x in CASES
+]
+
+
+@pytest.mark.parametrize("name", SOME_CASES)
 def test_float32_logits_equal_those_of_transformers(made, name):
     folder, tokens, positions, want = made(name)
     got = _logits(hf.load(folder), tokens, positions)
@@ -379,16 +389,11 @@ def test_float32_logits_equal_those_of_transformers(made, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "qwen2",
-        "qwen3",
-        "llama-llama3",
-        "mistral",
-        "smollm3",
-        "seed_oss",
-        "olmo2",
-        "olmo3",
-        "gemma3",
-        "qwen3_5",
+        pytest.param(x, marks=() if x in ("qwen2", "gemma3") else pytest.mark.slow)
+        for x in (
+            *("qwen2", "qwen3", "llama-llama3", "mistral", "smollm3", "seed_oss"),
+            *("olmo2", "olmo3", "gemma3", "qwen3_5"),
+        )
     ],
 )
 def test_bfloat16_logits_are_within_rounding(made, name):
@@ -402,7 +407,9 @@ def test_bfloat16_logits_are_within_rounding(made, name):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "qwen3-moe-bias"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-moe", pytest.param("qwen3-moe-bias", marks=pytest.mark.slow)]
+)
 def test_bfloat16_logits_are_within_rounding_with_the_same_experts(made, name):
     """Some choices are so close that rounding decides them, in any implementation."""
     folder, tokens, positions, _ = made(name)
@@ -501,7 +508,7 @@ def test_a_field_read_wrongly_would_fail_the_comparison(made, name, field, value
     assert np.abs(got - want).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOME_CASES)
 def test_config_is_the_same_in_the_spelling_of_transformers_4(made, name, tmp_path):
     folder = made(name)[0]
     c = json.loads((folder / "config.json").read_text())
@@ -519,7 +526,7 @@ def test_config_is_the_same_in_the_spelling_of_transformers_4(made, name, tmp_pa
     assert hf_config.read(tmp_path) == hf_config.read(folder)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SOME_CASES)
 def test_saved_folders_load_in_transformers_and_are_stable(made, name, tmp_path):
     folder, tokens, positions, want = made(name)
     policy = hf.load(folder)
@@ -608,7 +615,13 @@ def test_the_language_model_of_one_that_reads_images_too(make, place, alone, tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["gemma3-untied", "olmo3", "smollm3", "qwen3-window", "qwen3_5", "qwen3-moe"],
+    [
+        pytest.param(x, marks=() if x in ("smollm3", "qwen3-moe") else pytest.mark.slow)
+        for x in (
+            *("gemma3-untied", "olmo3", "smollm3"),
+            *("qwen3-window", "qwen3_5", "qwen3-moe"),
+        )
+    ],
 )
 def test_adapters_that_peft_made_mean_the_same(made, name, tmp_path):
     import peft

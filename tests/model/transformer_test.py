@@ -162,7 +162,9 @@ def test_scores_are_those_of_the_packed_batch(rng, tiny_policy):
     [
         ("chunked", 8, {}),
         # Devices share rows, which splash attention splits into whole blocks.
-        ("splash_interpret", 128, {"fsdp": 2, "context": 4}),
+        pytest.param(
+            "splash_interpret", 128, {"fsdp": 2, "context": 4}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_scores_on_more_devices_than_rows(
@@ -186,7 +188,10 @@ def test_scores_on_more_devices_than_rows(
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize(
+    "remat",
+    ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention", "dots"))],
+)
 def test_rematerialised_gradients_are_the_same(rng, tiny_policy, remat):
     config, params = tiny_policy
     _, _, batch, _ = _packed(rng, config.vocab_size)

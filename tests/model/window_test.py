@@ -24,7 +24,10 @@ def data(rng):
 
 
 # Alone; within a block; a block; across two blocks.
-@pytest.mark.parametrize("window", [1, 5, 128, 200])
+@pytest.mark.parametrize(
+    "window",
+    [*(pytest.param(x, marks=pytest.mark.slow) for x in (1, 5, 128)), 200],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_dense_attention_forward_and_backward(
     data, backend, window, monkeypatch
@@ -42,7 +45,9 @@ def test_equals_dense_attention_forward_and_backward(
 
 
 # In a segment that begins before the window, and in one that begins inside of it.
-@pytest.mark.parametrize("row, at", [(1, 290), (0, 200)])
+@pytest.mark.parametrize(
+    "row, at", [pytest.param(1, 290, marks=pytest.mark.slow), (0, 200)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_gradient_flows_to_what_is_before_the_window(
     data, backend, row, at, monkeypatch
@@ -95,11 +100,19 @@ def test_a_window_as_wide_as_the_row_is_none(data, backend, monkeypatch):
     ("backend", "window", "length", "sizes"),
     [
         ("chunked", 200, 512, {"fsdp": 2, "context": 4}),
-        ("chunked", 5, T, {"context": 2, "tensor": 4}),  # parts of 150 tokens
+        # Parts of 150 tokens.
+        pytest.param(
+            "chunked", 5, T, {"context": 2, "tensor": 4}, marks=pytest.mark.slow
+        ),
         ("plain", 200, T, {"data": 4, "fsdp": 1, "context": 2}),
-        ("splash_interpret", 5, 512, {"fsdp": 2, "context": 4}),
-        ("splash_interpret", 200, 512, {"fsdp": 2, "context": 4}),  # of three devices
-        ("splash_interpret", 200, 512, {"context": 2, "tensor": 2}),
+        *(
+            pytest.param("splash_interpret", *x, marks=pytest.mark.slow)
+            for x in (
+                (5, 512, {"fsdp": 2, "context": 4}),
+                (200, 512, {"fsdp": 2, "context": 4}),  # of three devices
+                (200, 512, {"context": 2, "tensor": 2}),
+            )
+        ),
     ],
 )
 def test_devices_that_share_rows_agree(data, backend, window, length, sizes):
@@ -208,7 +221,9 @@ def _layers(backend, windows, remat="attention"):
     "backend, sizes",
     [
         ("chunked", {"fsdp": 4, "tensor": 2}),
-        ("splash_interpret", {"fsdp": 2, "context": 2}),
+        pytest.param(
+            "splash_interpret", {"fsdp": 2, "context": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_layers_of_two_kinds_take_turns_in_a_scan(data, backend, sizes):

@@ -40,6 +40,7 @@ def test_the_best_has_the_distribution_of_the_highest_rank(policy, drawn, alpha,
     assert total_variation(enumerable.frequencies(kept), exact) < floor
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_recorded_as_it_was_drawn(policy):
     drawn = engine.rollout(policy, PROMPTS, 6 * N, 3)
     kept = best_of(drawn, N, Target(1.0, has_format=False))

@@ -95,13 +95,10 @@ def _compile(mesh, config=CONFIG, plan=PLAN):
     return lowered.compile(), per_device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology, axes",
-    [
-        pytest.param("v5e:2x2", (4, 1, 1), marks=pytest.mark.slow),
-        ("v6e:2x2", (1, 2, 2)),
-        pytest.param("v5p:2x2x1", (1, 1, 4), marks=pytest.mark.slow),
-    ],
+    [("v5e:2x2", (4, 1, 1)), ("v6e:2x2", (1, 2, 2)), ("v5p:2x2x1", (1, 1, 4))],
 )
 def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes):
     mesh = tpu_mesh(topology, *axes)
@@ -130,9 +127,8 @@ def test_compiles_for_tpus_with_the_kernel_and_in_place(tpu_mesh, topology, axes
 
 
 # What a chain keeps of a response, its windows cover in part.
-@pytest.mark.parametrize(
-    "keeps_all", [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps_all", [False, True])
 def test_windows_compile_for_tpus_in_place(tpu_mesh, keeps_all):
     config = windowed.config_of(CONFIG, 0, 200)
     plan = dataclasses.replace(PLAN, windows=(0, 200), keeps_all=keeps_all)

@@ -173,7 +173,7 @@ def _same_draws(a, b):
         pytest.param(1, marks=pytest.mark.slow),
         7,
         pytest.param(32, marks=pytest.mark.slow),
-        None,
+        pytest.param(None, marks=pytest.mark.slow),
     ],
 )
 def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
@@ -193,7 +193,7 @@ def test_slots_and_stages_change_no_draw(tiny_policy, monkeypatch, num_slots):
     "axes",
     [
         pytest.param((8, 1, 1), marks=pytest.mark.slow),
-        (1, 2, 4),
+        pytest.param((1, 2, 4), marks=pytest.mark.slow),
         pytest.param((2, 2, 2), marks=pytest.mark.slow),
     ],
 )
@@ -226,7 +226,9 @@ def parrot(tiny_policy):
     return tiny_policy._replace(params=jax.tree.map(jnp.float32, params))
 
 
-@pytest.mark.parametrize(("num", "ratio"), [(16, 1.15), (15, 1.3)])
+@pytest.mark.parametrize(
+    ("num", "ratio"), [pytest.param(16, 1.15, marks=pytest.mark.slow), (15, 1.3)]
+)
 def test_parts_whose_responses_end_early_are_dealt_more_prompts(
     parrot, monkeypatch, num, ratio
 ):
@@ -263,6 +265,7 @@ def test_kernels_draw_the_same(tiny_policy, backend):
     _same_draws(got, want)
 
 
+@pytest.mark.slow
 def test_the_devices_are_at_work_while_the_host_looks(tiny_policy, monkeypatch):
     events = []
     decoded, looked = Scheduler._decode, Scheduler._look
@@ -304,6 +307,7 @@ if jax.process_index() == 0:
     _same_draws(two, engine.rollout(tiny_policy, prompts, 4, 20))
 
 
+@pytest.mark.slow
 def test_slots_are_refilled_and_taken_away(tiny_policy):
     prompts = [[2, 3 + i % 10] for i in range(16)]
     kwargs = {"samples_per_prompt": 64, "max_new_tokens": 100}
@@ -324,6 +328,7 @@ def test_slots_are_refilled_and_taken_away(tiny_policy):
             assert [y for y, _ in row] == [y for y, _ in other]
 
 
+@pytest.mark.slow
 def test_programs_are_few_and_serve_every_rollout_of_a_shape(tiny_policy):
     def draw(seed, prompts):
         engine.rollout(
@@ -395,6 +400,7 @@ def test_the_cache_is_updated_in_place_and_its_size_is_known(tiny_policy):
     assert plan.cache_bytes == caches
 
 
+@pytest.mark.slow
 def test_responses_are_passed_on_as_they_end(tiny_policy):
     calls = []
     out = engine.rollout(
@@ -415,7 +421,7 @@ def test_responses_are_passed_on_as_they_end(tiny_policy):
         assert f.is_stopped == out.finished[p, g]
 
 
-@pytest.mark.parametrize("num_slots", [4, 64])
+@pytest.mark.parametrize("num_slots", [pytest.param(4, marks=pytest.mark.slow), 64])
 def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_slots):
     text = lambda ids: "".join(chr(97 + i) for i in ids)
     free = engine.rollout(tiny_policy, PROMPTS, 16, 40, seed=1)

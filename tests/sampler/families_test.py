@@ -13,10 +13,19 @@ from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
 from tests.model import small_families
 
+# Windows, states, experts; decoding by the others is made of the same parts.
+SOME = ("gemma3", "qwen3_5", "qwen3_moe")
+
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [*((name, "") for name in small_families.NAMES), ("qwen3_moe", small_families.ALL)],
+    [
+        *(
+            pytest.param(name, "", marks=() if name in SOME else pytest.mark.slow)
+            for name in small_families.NAMES
+        ),
+        pytest.param("qwen3_moe", small_families.ALL, marks=pytest.mark.slow),
+    ],
 )
 def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name, targets):
     """Past the window, in slots that are refilled; with adapters of experts too."""
@@ -37,6 +46,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name, targets):
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 4), (1, 1, 4)])
 def test_rollouts_with_experts_on_several_devices_are_the_same(tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)

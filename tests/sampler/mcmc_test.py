@@ -20,8 +20,10 @@ def policy(enumerable_folder):
     return hf.load(enumerable_folder)
 
 
-@pytest.mark.parametrize("is_length_aware", [False, True])
-@pytest.mark.parametrize("alpha", [2.0, 0.5])
+@pytest.mark.parametrize(
+    "is_length_aware", [pytest.param(False, marks=pytest.mark.slow), True]
+)
+@pytest.mark.parametrize("alpha", [2.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_draws_from_the_exact_target(policy, alpha, is_length_aware):
     target, log_z = enumerable.exact_target(policy, alpha, is_length_aware)
     floor = enumerable.floor(target)
@@ -42,6 +44,7 @@ def test_draws_from_the_exact_target(policy, alpha, is_length_aware):
     assert total_variation(enumerable.frequencies(out), target) < floor
 
 
+@pytest.mark.slow
 def test_low_temperature_is_not_the_power_distribution(policy):
     target, _ = enumerable.exact_target(policy, 2.0, False)
     out = engine.rollout(policy, PROMPTS[:1], SAMPLES, 3, temperature=0.5)

@@ -24,12 +24,12 @@ def policy(enumerable_folder):
 @pytest.mark.parametrize(
     "alpha, is_length_aware, more, margin",
     [
-        (2.0, False, {"ramp": 2}, 1),
-        (0.5, False, {"ramp": 2}, 1),
-        (2.0, True, {"ramp": 2}, 1),
-        (0.5, True, {"ramp": 2}, 1),
+        pytest.param(2.0, False, {"ramp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param(0.5, False, {"ramp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param(2.0, True, {"ramp": 2}, 1, marks=pytest.mark.slow),
+        pytest.param(0.5, True, {"ramp": 2}, 1, marks=pytest.mark.slow),
         # All have ended before the power has grown to alpha.
-        (2.0, False, {"ramp": 60}, 2),
+        pytest.param(2.0, False, {"ramp": 60}, 2, marks=pytest.mark.slow),
         # So poor a proposal that particles have to be resampled.
         (4.0, False, {"ramp": 1, "temperature": 1.0}, 2),
     ],
@@ -68,6 +68,7 @@ def test_ancestors_are_counted_through_resampling():
     np.testing.assert_array_equal(smc._count_distinct(drawn), [1, 1])
 
 
+@pytest.mark.slow
 def test_samples_of_the_model_itself_have_an_ancestor_each(policy):
     target = Target(1.0, has_format=False)
     out, found = smc.sequential_monte_carlo(policy, PROMPTS, target, 8, 3, particles=8)
@@ -78,6 +79,7 @@ def test_samples_of_the_model_itself_have_an_ancestor_each(policy):
     assert "warning" not in said
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_all_particles(policy):
     draw = lambda n: smc.sequential_monte_carlo(
         policy, PROMPTS, TARGET, n, 3, particles=16

@@ -52,6 +52,7 @@ def _assert_recorded_truly(policy, out):
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_recorded_log_probs_are_those_of_the_scorer(policy):
     """In slots that are refilled and taken away, by prompts whose places are reused."""
     out = _draw(policy)
@@ -59,22 +60,17 @@ def test_recorded_log_probs_are_those_of_the_scorer(policy):
     _assert_recorded_truly(policy, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"num_slots": 8},
-        pytest.param({"num_slots": 1}, marks=pytest.mark.slow),
-        pytest.param({"num_slots": 20}, marks=pytest.mark.slow),
-        {"prompt_width": 300},
-    ],
+    [{"num_slots": 8}, {"num_slots": 1}, {"num_slots": 20}, {"prompt_width": 300}],
 )
 def test_slots_and_widths_change_no_draw(policy, changes):
     windowed.assert_same_draws(_draw(policy, **changes), _draw(policy))
 
 
-@pytest.mark.parametrize(
-    "axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1)])
 def test_a_mesh_changes_no_draw(policy, axes):
     want, mesh = _draw(policy, 20), sharding.make_mesh(*axes)
     axes = transformer.logical_axes(policy.config)
@@ -100,6 +96,7 @@ def test_what_a_token_costs_grows_in_layers_that_attend_alone(policy):
     assert 2 * attending == policy.config.num_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
 def test_layers_of_one_type_alone(policy, tmp_path, kind):
     """What no layer has is not there: it is neither saved, loaded, adapted nor drawn by."""

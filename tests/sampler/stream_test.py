@@ -36,6 +36,7 @@ def as_rollout_draws(policy, prompts, new=NEW):
     return engine.rollout(policy, [PROMPTS[q] for q in prompts], G, new, **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ways", [1, 4])
 def test_each_prompt_is_answered_once_as_in_a_rollout(tiny_policy, ways):
     """Room for 6 prompts of 40, so that entries and slots serve many."""
@@ -90,6 +91,7 @@ def test_each_token_has_the_log_prob_of_the_weights_that_drew_it(tiny_policy):
     assert mixed >= 4
 
 
+@pytest.mark.slow
 def test_no_slot_waits_for_the_longest(tiny_policy):
     """Of lengths from 1 to 52, of which a rollout of one step uses little more than half."""
     s, weights = make_stream(tiny_policy, room=40, num_slots=16, new=96)

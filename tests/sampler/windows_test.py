@@ -51,6 +51,7 @@ def widths_seen(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_windows_matter(policy):
     """Or else the tests below would say nothing."""
     full = windowed.config_of(policy.config, 0, 0, 0)
@@ -60,7 +61,8 @@ def test_windows_matter(policy):
     assert np.abs(np.subtract(one, other)).max() > 0.1
 
 
-@pytest.mark.parametrize("num_slots", [6, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_slots", [6, None])
 def test_recorded_log_probs_are_those_of_windows(policy, widths_seen, num_slots):
     """With slots that are refilled, caches that grow, and fewer slots in the end."""
     capacity = Capacity(num_slots=num_slots)
@@ -93,13 +95,9 @@ def test_kernels_draw_the_same(tiny_config, monkeypatch, backend):
     windowed.assert_same_draws(draw(backend), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"num_slots": 1}, marks=pytest.mark.slow),
-        {"num_slots": 7},
-        pytest.param({"prompt_width": 100}, marks=pytest.mark.slow),
-    ],
+    "changes", [{"num_slots": 1}, {"num_slots": 7}, {"prompt_width": 100}]
 )
 def test_slots_and_widths_change_no_draw(policy, changes):
     args = (policy, PROMPTS, 6, 40)
@@ -108,9 +106,8 @@ def test_slots_and_widths_change_no_draw(policy, changes):
     windowed.assert_same_draws(got, want)
 
 
-@pytest.mark.parametrize(
-    "axes", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1)])
 def test_a_mesh_changes_no_draw(policy, axes):
     args, capacity = (PROMPTS, 4, 30), Capacity(num_slots=8)
     want = engine.rollout(policy, *args, capacity=capacity)
@@ -123,6 +120,7 @@ def test_a_mesh_changes_no_draw(policy, axes):
     windowed.assert_same_draws(got, want)
 
 
+@pytest.mark.slow
 def test_chains_that_go_back_see_what_they_saw(policy):
     """A ring would have lost it: Metropolis-Hastings draws ends of responses anew."""
     out = mcmc.metropolis_hastings(policy, PROMPTS, TARGET, 4, 40, blocks=2, steps=6)

@@ -87,6 +87,7 @@ def test_chains_draw_from_the_target_that_a_function_tilts(policy, tok):
     assert total_variation(enumerable.frequencies(out), exact) < enumerable.floor(exact)
 
 
+@pytest.mark.slow
 def test_each_response_is_rewarded_once_and_only_when_it_has_ended(policy, tok):
     seen = []
 

@@ -140,8 +140,16 @@ def _run(config, folder):
     ]
 
 
-@pytest.mark.parametrize("base", [0.0, 0.5])
-@pytest.mark.parametrize("apart", [0, 1])
+@pytest.mark.parametrize(
+    ("apart", "base"),
+    [
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((0, 0.0), (0, 0.5), (1, 0.0))
+        ),
+        (1, 0.5),
+    ],
+)
 def test_no_token_is_older_than_allowed_and_each_prompt_is_trained_on_once(
     config, tmp_path, apart, base
 ):
@@ -166,6 +174,7 @@ def _same(one, two):
     return a == b
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
     """Killed where rounds of later steps were at work, after step 3 of a checkpoint at 2."""
     config.mesh.rollout = 1
@@ -187,6 +196,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
         assert file.read_text() == (tmp_path / "run/schedule" / file.name).read_text()
 
 
+@pytest.mark.slow
 def test_what_was_in_flight_at_a_preemption_is_begun_again(config, tmp_path):
     """Saved after step 1, between two checkpoints, with prompts of step 2 begun."""
     do = loop.train_iteration
@@ -204,6 +214,7 @@ def test_what_was_in_flight_at_a_preemption_is_begun_again(config, tmp_path):
     assert sorted(prompts) == list(range(config.prompts_per_step * config.num_steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [(0.6, 0.3), (0.3, 0.6)])
 def test_a_step_takes_no_longer_than_the_longer_of_drawing_and_learning(
     config, tmp_path, monkeypatch, seconds

@@ -41,6 +41,7 @@ def config(enumerable_folder, tmp_path):
     return c
 
 
+@pytest.mark.slow
 def test_choices_are_those_of_the_tokens_that_responses_are_drawn_from(
     config, monkeypatch
 ):
@@ -82,6 +83,7 @@ def test_choices_are_those_of_the_tokens_that_responses_are_drawn_from(
     assert rollout.choices.shape[-1] == 6 * 3 and rollout.choices.max() < 8
 
 
+@pytest.mark.slow
 def test_sampler_and_update_agree_better_with_the_experts_of_the_sampler(
     config, tmp_path
 ):

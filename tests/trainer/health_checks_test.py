@@ -156,6 +156,7 @@ def test_the_scale_of_a_reward_is_said(beta, is_per_token, end, warning):
     assert health_checks.reward_scale(row, beta, is_per_token) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_constant_reward_goes_on_and_says_so(config, tmp_path, capsys):
     """Responses of one token hold no answer."""
     config.objective, config.samples_per_prompt = "grpo", 8
@@ -197,7 +198,11 @@ def config(enumerable_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "action", ["stop", "warn", pytest.param("off", marks=pytest.mark.slow)]
+    "action",
+    [
+        pytest.param(x, marks=() if x == "stop" else pytest.mark.slow)
+        for x in ("stop", "warn", "off")
+    ],
 )
 def test_a_run_stops_or_warns_as_the_config_says(config, tmp_path, capsys, action):
     config.health_checks.action = action

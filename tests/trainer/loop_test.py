@@ -103,7 +103,7 @@ def converging(config, monkeypatch) -> ml_collections.ConfigDict:
 @pytest.mark.parametrize(
     ("objective", "alpha", "log_z", "num_steps"),
     [
-        ("powerflow", 4.0, "head", 100),
+        pytest.param("powerflow", 4.0, "head", 100, marks=pytest.mark.slow),
         pytest.param("powerflow", 0.5, "group", 200, marks=pytest.mark.slow),
         pytest.param("tb_traj", 2.0, "head", 200, marks=pytest.mark.slow),
         pytest.param("tb_token", 2.0, "head", 200, marks=pytest.mark.slow),
@@ -262,6 +262,7 @@ def _write_listed(path, counts):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
     config, tmp_path, capsys
 ):
@@ -344,6 +345,7 @@ def test_annealing_reaches_the_target_of_the_end(converging, tmp_path, objective
     assert last["tb/logz_mean"] == pytest.approx(log_z, abs=0.05)
 
 
+@pytest.mark.slow
 def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     """Sub-trajectory balance says nothing of what is cut: the rest is p^alpha."""
     config = converging
@@ -359,13 +361,10 @@ def test_every_prefix_that_may_stop_gets_its_share(converging, tmp_path):
     assert total_variation(np.exp(trained) / np.exp(trained).sum(), target) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
-    [
-        pytest.param(k, marks=() if k == "grpo" else pytest.mark.slow)
-        for k, o in objectives.OBJECTIVES.items()
-        if o.reward
-    ],
+    [k for k, o in objectives.OBJECTIVES.items() if o.reward],
 )
 def test_rivals_train_on_their_rewards(tmp_path, monkeypatch, objective):
     use_one_device(monkeypatch)
@@ -484,6 +483,7 @@ def test_a_continued_run_equals_one_never_stopped_bit_for_bit(whole, tmp_path):
         loop.train_and_evaluate(shorter, str(parts))
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
     config, tmp_path, monkeypatch
 ):
@@ -514,6 +514,7 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
         loop.train_and_evaluate(longer, str(parts))
 
 
+@pytest.mark.slow
 def test_a_run_that_replays_continues_bit_for_bit(config, tmp_path, monkeypatch):
     config.behavior.base = 0.25
     config.schedules = "behavior.replay:0.25@1,0.5@4"
@@ -549,6 +550,7 @@ def test_a_run_that_replays_continues_bit_for_bit(config, tmp_path, monkeypatch)
         loop.train_and_evaluate(config, str(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_run_with_schedules_is_one_program_and_continues_bit_for_bit(
     config, tmp_path
 ):
@@ -570,6 +572,7 @@ def test_a_run_with_schedules_is_one_program_and_continues_bit_for_bit(
         loop.train_and_evaluate(config, str(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_schedule_of_one_value_is_that_value(whole, config, tmp_path):
     """Loss, log Z and how well the policy matches, until the schedule moves."""
     config.schedules, config.alpha = "alpha:4@2,2@4", 0.5
@@ -585,6 +588,7 @@ def test_a_schedule_of_one_value_is_that_value(whole, config, tmp_path):
     assert found[4]["tb/slope"] > 1.5 * want[4]["tb/slope"]
 
 
+@pytest.mark.slow
 def test_first_step_of_the_base_has_no_residual_and_no_gap(whole, config, tmp_path):
     config.num_steps = 1
     config.updates_per_rollout = 3  # of 3, 3 and 2 prompts
@@ -668,6 +672,7 @@ def test_a_run_that_starts_from_an_adapter_keeps_its_base_as_the_target(
         loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_adapters_on_a_base_that_training_rounds_leave_the_rest_as_it_came(
     config, tmp_path
 ):
@@ -729,10 +734,12 @@ def _other_tokens(config):
     "change, what",
     [
         (_other_prompt, "prompts"),
-        (_other_template, "prompts"),
-        (_other_tokens, "tokens"),
-        (_other_samples, "samples of the target"),
-        (_other_responses, "responses to learn from"),
+        pytest.param(_other_template, "prompts", marks=pytest.mark.slow),
+        pytest.param(_other_tokens, "tokens", marks=pytest.mark.slow),
+        pytest.param(_other_samples, "samples of the target", marks=pytest.mark.slow),
+        pytest.param(
+            _other_responses, "responses to learn from", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change, what):
@@ -752,6 +759,7 @@ def test_other_inputs_under_the_same_config_are_refused(config, tmp_path, change
         loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_template_that_asks_for_the_time_is_told_that_of_the_start(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -788,6 +796,7 @@ def _sets(config, folder):
     return str(one), str(two)
 
 
+@pytest.mark.slow
 def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
     one, two = _sets(config, tmp_path)
     config.best_metric = "eval/two/length_mean"
@@ -820,6 +829,7 @@ def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
             assert row.get(f"eval/two/{name}") == plain.get(f"eval/{name}")
 
 
+@pytest.mark.slow
 def test_other_prompts_are_evaluated_when_a_run_goes_on_and_it_is_said(
     config, tmp_path, capsys
 ):
@@ -882,6 +892,7 @@ def test_answers_that_nothing_equals_are_said_before_training(config, tmp_path):
         loop.train_and_evaluate(config, str(tmp_path / "run2"))
 
 
+@pytest.mark.slow
 def test_what_is_exported_answers_as_the_run_did(tmp_path, monkeypatch):
     """Greedy text and stops of `transformers.generate` are those of the evaluation."""
     import torch
@@ -907,6 +918,7 @@ def test_what_is_exported_answers_as_the_run_did(tmp_path, monkeypatch):
         assert out[-1] in model.generation_config.eos_token_id
 
 
+@pytest.mark.slow
 def test_evaluation_has_sampling_options_of_its_own(config, tmp_path):
     config.data.eval, config.eval_samples, config.num_steps = config.data.train, 8, 1
     config.eval_sampling.temperature = 0.0
@@ -1034,6 +1046,7 @@ def test_a_base_that_waits_in_host_memory_changes_nothing(whole, tmp_path, monke
     assert {x.sharding.memory_kind for x in on_devices} == {"device"}
 
 
+@pytest.mark.slow
 def test_profile_holds_the_parts_of_the_steps_asked_for(config, tmp_path):
     config.profile_steps = (2, 4)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
@@ -1073,6 +1086,7 @@ def test_metrics_tell_times_and_compilation(config, tmp_path, monkeypatch):
     assert [r["time/compile"] for r in rows[1:]] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch):
     def blind(q, k, v, segment_ids):
         return attention._plain(q, k, v, 0 * segment_ids)  # sees other segments
@@ -1088,6 +1102,7 @@ def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch)
     loop.train_and_evaluate(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("psi", "beta"), [(0.0, 0.0), (-0.5, 0.0), (-0.5, 1.5)])
 def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
     config, tmp_path, rng, psi, beta

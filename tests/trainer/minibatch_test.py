@@ -63,6 +63,7 @@ def _exact(policy):
     return kept(of_tokens), kept(entropy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["sequence_log_prob", "2 * negative_entropy"])
 def test_policy_gradients_of_entropy_are_those_of_exact_sums(
     enumerable_folder, tmp_path, monkeypatch, reward

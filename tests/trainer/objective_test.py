@@ -67,6 +67,7 @@ def _losses(config, folder, **own):
     return seen
 
 
+@pytest.mark.slow
 def test_a_loss_by_its_file_is_what_is_trained(config, mine, tmp_path):
     config.objective = f"{mine}:likelihood"
     config.max_new_tokens, config.optim.schedule = 1, "constant"
@@ -82,6 +83,7 @@ def test_a_loss_by_its_file_is_what_is_trained(config, mine, tmp_path):
         pfjax.fine_tune(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_objective_from_python_has_its_own_target(config, tmp_path):
     class Long(objectives.Target):
         def log_reward(self, log_p_base, length, psi=0.0, reward=0.0):

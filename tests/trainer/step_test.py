@@ -122,7 +122,9 @@ def _assert_same_stats(a, b, atol=1e-5):
     _assert_same(a._replace(**large), b._replace(**large), atol=atol, rtol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [POWERFLOW, DAPO])
+@pytest.mark.parametrize(
+    "objective", [POWERFLOW, pytest.param(DAPO, marks=pytest.mark.slow)]
+)
 def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy, objective):
     shapes = [
         {},
@@ -170,6 +172,7 @@ def test_nan_in_padding_changes_nothing(rng, tiny_policy):
     _assert_same(got[0].params, want[0].params, atol=0)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_mean_loss_of_trajectories_alone(rng, tiny_policy):
     """Against the formula, one trajectory at a time, without packing."""
     _, batch, placement, used = _data(rng, count=5)
@@ -272,30 +275,16 @@ SPLITS = [
 ]  # fmt: skip
 
 
-# Every axis split, alone and with the others; the rest is slow.
-SOME_SPLITS = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 2, 2)]
-
-
 @pytest.mark.parametrize(
     "sizes",
-    [
-        pytest.param(s, marks=() if s in SOME_SPLITS else pytest.mark.slow)
-        for s in SPLITS
-    ],
+    [pytest.param(s, marks=() if s == (2, 2, 2) else pytest.mark.slow) for s in SPLITS],
 )
 def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
     _check_mesh(rng, tiny_policy, sizes, POWERFLOW)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        (1, 2, 2),
-        pytest.param((1, 1, 4), marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), marks=pytest.mark.slow),
-        pytest.param((1, 2, 2, 2), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 1, 4), (2, 2, 2), (1, 2, 2, 2)])
 def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     params = transformer.init_params(config, jax.random.key(0))
@@ -305,6 +294,7 @@ def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
     _check_mesh(rng, policy, sizes, POWERFLOW)
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_over_a_mesh_split_along_every_axis(rng, tiny_policy):
     _check_mesh(rng, tiny_policy, (2, 2, 2), DAPO)
 
@@ -361,6 +351,7 @@ def _run_dropped(policy, batch, placement, used, seeds, rate=0.25):
     return state.params, np.concatenate(unpack_responses(log_p, placement))
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_its_seeds_and_not_on_packing(adapted):
     seeds = dropout_seeds(0, 1, 12)
     results = []
@@ -382,6 +373,7 @@ def test_dropout_depends_on_its_seeds_and_not_on_packing(adapted):
     assert np.abs(whole - results[0][1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_a_mesh_split_along_every_axis(rng, adapted):
     _, *data = _data(rng, count=24, microbatch_size=8, num_microbatches=3)
     seeds = dropout_seeds(0, 1, 24)
@@ -498,6 +490,7 @@ def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
     assert not np.any(log_p_stop[~at]) and not np.any(reward[~at])
 
 
+@pytest.mark.slow
 def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
     _, batch, placement, used = _data(rng, count=6)
     alpha = 2.0
@@ -523,6 +516,7 @@ def test_sub_trajectories_are_those_of_all_pairs_of_prefixes(rng, tiny_policy):
         np.testing.assert_allclose(got[i], want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_band_leaves_tokens_out_of_sums_and_length(rng, tiny_policy):
     _, batch, placement, used = _data(rng)
     *_, log_p = _run(tiny_policy, batch, used)
@@ -581,14 +575,10 @@ def test_clipped_ratios_are_sums_over_tokens(rng, tiny_policy):
         np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
-# A trajectory's residual, a token's ratios, prefixes; the rest is made of these.
-SOME_OBJECTIVES = ("powerflow", "grpo", "subtb")
-
-
 @pytest.mark.parametrize(
     "objective",
     [
-        pytest.param(k, marks=() if k in SOME_OBJECTIVES else pytest.mark.slow)
+        pytest.param(k, marks=() if k == "grpo" else pytest.mark.slow)
         for k in sorted(objectives.OBJECTIVES)
     ],
 )
