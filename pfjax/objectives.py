@@ -135,7 +135,10 @@ def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
     c = at_alpha(c, y)
     sums = (y.log_pf, y.log_p_base, y.num_loss_tokens)
     y = y._replace(residual=c.target.residual(*sums, y.log_z, **tilt(y)))
-    return y._replace(loss=c.kind.loss(y, c))
+    loss = c.kind.loss(y, c)
+    if y.alpha is not None:  # which residuals grow with; the optimum of each stays
+        loss = loss / jnp.maximum(y.alpha, 1) ** 2
+    return y._replace(loss=loss)
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:

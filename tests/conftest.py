@@ -64,11 +64,12 @@ _SLOW_UNTIL = float(os.environ.get("PFJAX_SLOW_UNTIL", "inf"))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    """Skips what there is no time for. Programs are not optimised: most tests compile for
+    longer than they compute, a third of the time of all."""
     is_long = item.get_closest_marker("long_running") is not None
     until = _SLOW_UNTIL + (0 if is_long else 1200)
     if item.get_closest_marker("slow") and time.time() > until:
         pytest.skip("a slow test, and this machine is slow: no time is left")
-    """Most tests compile for longer than they compute: a third of the time of all."""
     jax.config.update("jax_disable_most_optimizations", not is_long)
 
 

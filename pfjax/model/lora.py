@@ -96,7 +96,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     for name, x in sorted(shapes.items()):
         key, used = jax.random.split(key)
         if name.endswith("_s"):
-            out[name] = jax.random.normal(used, x.shape)
+            # Together of variance 1 at one end of the range.
+            out[name] = jax.random.normal(used, x.shape) * dial.TERMS**-0.5
             continue
         num_stacked = 1 + len(config.block.projections[name[:-2]].stacked)
         fan_in = math.prod(x.shape[num_stacked:-1])
