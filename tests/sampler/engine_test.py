@@ -238,7 +238,7 @@ def test_parts_whose_responses_end_early_are_dealt_more_prompts(
     monkeypatch.setattr(
         engine,
         "Scheduler",
-        lambda *args: schedulers.append(make(*args)) or schedulers[-1],
+        lambda *args, **how: schedulers.append(make(*args, **how)) or schedulers[-1],
     )
     prompts = [[2], [3]] * num
     kwargs = {"max_new_tokens": 64, "capacity": Capacity(num_slots=4)}
