@@ -130,8 +130,9 @@ def find_model() -> tuple[os.PathLike, Any]:
     return source, tokenizer.load(source, *how)
 
 
-def check_alpha(source: os.PathLike, is_given: bool) -> None:
-    """Raises ValueError for a policy for every alpha without --alpha, and the reverse."""
+def check_alpha(source: os.PathLike, is_given: bool, others: str = "") -> None:
+    """Raises ValueError for a policy for every alpha without --alpha, and the reverse, where
+    `others` says what else would need it."""
     path, is_dial = flags.FLAGS.model, (source / hf.DIAL).is_file()
     if is_dial and not is_given:
         raise ValueError(
@@ -139,7 +140,7 @@ def check_alpha(source: os.PathLike, is_given: bool) -> None:
         )
     if is_given and not is_dial:
         raise ValueError(
-            f"--alpha is for a policy for every alpha, the folder dial of a run with "
+            f"--alpha needs {others}a policy for every alpha, the folder dial of a run with "
             f"alpha_range; --model={path} is none"
         )
 

@@ -98,7 +98,8 @@ def main() -> None:
     cli.join()
     source, tok = cli.find_model()
     if FLAGS.method == "tokens":
-        cli.check_alpha(source, FLAGS.alpha is not None)
+        others = "--method=low_temperature, best_of, mh or smc, or "
+        cli.check_alpha(source, FLAGS.alpha is not None, others)
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         storage.check_writable(storage.place(FLAGS.out).parent)
