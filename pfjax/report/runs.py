@@ -7,7 +7,8 @@ group. Every number of a group is a mean over its runs, at a step that all of th
 import collections
 import json
 import re
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -41,6 +42,9 @@ class Problem(NamedTuple):
         return sum(bool(r["correct"]) for r in self.samples)
 
 
+_NONE: Mapping[Any, Any] = types.MappingProxyType({})
+
+
 class Run(NamedTuple):
     folder: epath.Path
     config: dict[str, Any]  # flat: "optim.learning_rate"
@@ -49,7 +53,7 @@ class Run(NamedTuple):
     rows: list[dict[str, Any]]  # of metrics.jsonl
     completions: dict[int, epath.Path]  # by step
     # Set -> alpha -> quality and distinct responses, of a policy for every alpha.
-    scores_by_alpha: dict[str, dict[float, dict[str, float]]]
+    scores_by_alpha: Mapping[str, dict[float, dict[str, float]]] = _NONE
 
 
 class Group(NamedTuple):
