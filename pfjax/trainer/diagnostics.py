@@ -162,20 +162,21 @@ def exponent_metrics(
     """The power of the base that the policy has, see `exponent`: of all responses of the
     step, and of those that the base has drawn."""
     out = {}
-    out["tb/exponent"], out["tb/exponent_se"] = exponent(r, objective)
+    of = lambda r: exponent(r, at_alpha(objective, r).target)
+    out["tb/exponent"], out["tb/exponent_se"] = of(r)
     if is_base.any():
-        theirs = exponent(jax.tree.map(lambda x: x[is_base], r), objective)
+        theirs = of(jax.tree.map(lambda x: x[is_base], r))
         out["tb/exponent_base"], out["tb/exponent_base_se"] = theirs
     return out
 
 
-def exponent(r: TrajectoryStats, objective: ObjectiveConfig) -> tuple[float, float]:
+def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
     """Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
     optimum; and its standard error. The base has 1 where the target is of whole sequences.
 
     Where each prompt has its own alpha it is the slope on alpha log p_0: 1 at the optimum.
     """
-    n, target = r.num_loss_tokens, at_alpha(objective, r).target
+    n = r.num_loss_tokens
     wanted = target.log_density(r.log_p_base, n, r.log_z, **tilt(r))
     y = r.log_pf - wanted + target.alpha * r.log_p_base
     x = r.log_p_base * (1 if r.alpha is None else r.alpha)

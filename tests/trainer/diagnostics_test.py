@@ -171,6 +171,11 @@ def test_exponent_by_hand():
     assert got == pytest.approx((2 + 6) / 2)
     # psi, in nats per token, is the target's own business: 2 * -0.5 * 2 of the last.
     assert diagnostics.exponent(r, Target(2.0))[0] == pytest.approx((2 + 8) / 2)
+    # Each prompt with its own alpha, 2 and 4: as a fraction of it, at the policy that has it.
+    alpha = np.array([2.0, 2.0, 4.0, 4.0])
+    r = r._replace(log_pf=alpha * r.log_p_base, alpha=alpha)
+    target = Target(alpha, has_format=False, is_length_aware=False)
+    assert diagnostics.exponent(r, target) == pytest.approx((1.0, 0.0))
 
 
 def test_responses_that_other_prompts_got_by_hand():

@@ -226,9 +226,12 @@ def test_what_cannot_be_trained_for_every_alpha_is_refused(config, changes, said
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"max_staleness": 1, "log_z": "group"},
-        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "behavior.base": 0.5},
+        pytest.param(
+            {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "behavior.base": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_sampler_and_update_have_the_same_alphas(
