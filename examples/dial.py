@@ -5,8 +5,8 @@ r"""One policy for every alpha, against mixing the logits of two checkpoints; by
 
 A dial is trained for alpha from 1/4 to 8. The rival is what people do without one: they train
 checkpoints at alpha 4 and at alpha 1/2, and add their logits to the base's. It is given the
-weight of the checkpoint that comes nearest to each target, which nobody would know. The dial has
-the responses of both checkpoints' runs together. The same command goes on where it was stopped.
+weight of the checkpoint that comes nearest to each target, which nobody would know. The dial is
+trained on as many responses as both checkpoints together. The same command goes on where it was stopped.
 
 Below alpha = 1 much of a target is spelled in no way that the world's grammar has; there, policies
 are compared given that what they say is listed.

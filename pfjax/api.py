@@ -140,7 +140,8 @@ def at_alpha(policy: Policy, alpha: float) -> Policy:
       alpha: at 1 it is the base.
 
     Returns:
-      A policy with usual adapters, which all functions of pfjax take.
+      A policy with ordinary adapters, for `rollout`, `log_probs` and `score`; `pfjax export
+      --alpha` writes one.
 
     Raises:
       ValueError: for another policy, or an alpha outside of the range.

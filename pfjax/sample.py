@@ -31,7 +31,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.infra import distributed, storage, uploads
-    from pfjax.model import lora, tokenizer
+    from pfjax.model import hf, lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
@@ -100,6 +100,11 @@ def main() -> None:
     if FLAGS.method == "tokens":
         others = "--method=low_temperature, best_of, mh or smc, or "
         cli.check_alpha(source, FLAGS.alpha is not None, others)
+    elif (source / hf.DIAL).is_file():
+        raise ValueError(
+            f"--method={FLAGS.method} needs an ordinary model, such as the base; "
+            f"--model={FLAGS.model} is a policy for every alpha"
+        )
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         storage.check_writable(storage.place(FLAGS.out).parent)

@@ -238,7 +238,8 @@ def _check_alpha_range(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         )
     target = objective.target
     others = dataclasses.replace(objective, alpha=2 * objective.alpha).target
-    if not objective.has_target or target == others or objective.kind.has_prefixes:
+    is_base_at_one = not target.log_sum and not objective.kind.has_prefixes
+    if not objective.has_target or target == others or not is_base_at_one:
         raise ValueError(
             f"{said}: --config.objective={c.objective} has no target that it can train "
             "toward for each prompt's alpha; powerflow, tb_token and tb_traj have"

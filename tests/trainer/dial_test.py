@@ -210,6 +210,7 @@ def test_a_policy_for_every_alpha_is_told_from_others(policy, tiny_policy, tmp_p
         ({"alpha": 16.0}, "--config.alpha=16, which is evaluated and exported"),
         ({"lora.rank": 0}, "--config.lora.rank=16"),
         ({"objective": "subtb"}, "powerflow, tb_token and tb_traj have"),
+        ({"objective": "rl_token"}, "powerflow, tb_token and tb_traj have"),
         ({"objective": "flowrl"}, "powerflow, tb_token and tb_traj have"),
         ({"objective": "grpo"}, "powerflow, tb_token and tb_traj have"),
         ({"format_penalty": -0.5}, "which the format term would change"),
@@ -298,6 +299,10 @@ def test_a_run_leaves_the_dial_and_itself_at_one_alpha(
     assert len(rows) == 9
     done = run_command("pfjax.sample", *flags, "--prompt=a b")
     assert "give --alpha=2, say" in done.stderr
+    done = run_command(
+        "pfjax.sample", *flags, "--prompt=a b", "--method=mh", "--alpha=2"
+    )
+    assert "--method=mh needs an ordinary model" in done.stderr
     plain = (f"--model={config.model}", "--prompt=a b", "--alpha=2")
     assert "is none" in run_command("pfjax.sample", *plain).stderr
 
