@@ -68,7 +68,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int = 0,
     *,
-    alpha: float | None = None,
+    alpha: float | int | None = None,
     **options: Any,
 ) -> Rollout:
     """Draws responses to prompts.
@@ -132,7 +132,7 @@ def rollout(
     return drawn._replace(texts=texts)
 
 
-def at_alpha(policy: Policy, alpha: float) -> Policy:
+def at_alpha(policy: Policy, alpha: float | int) -> Policy:
     """Takes a policy trained for every alpha of a range at one of them.
 
     Args:

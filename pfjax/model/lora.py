@@ -139,7 +139,7 @@ def dropout(config: ModelConfig, batch: PackedBatch, rate: float) -> transformer
     return thin
 
 
-def at_alpha(policy: Policy, alpha: float) -> Policy:
+def at_alpha(policy: Policy, alpha: float | int) -> Policy:
     """A policy for every alpha at one: with usual adapters, their scales in B.
 
     Raises:

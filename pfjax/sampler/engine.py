@@ -36,7 +36,7 @@ def rollout(
     capacity: Capacity = options.ANY_CAPACITY,
     samples: range | None = None,
     on_finish: Callable[[list[Finished]], None] | None = None,
-    alpha: Sequence[float] | None = None,
+    alpha: Sequence[float] | np.ndarray | None = None,
 ) -> Rollout:
     """Draws responses.
 
@@ -115,7 +115,9 @@ def rollout(
 
 
 def _check_alpha(
-    ends: tuple[float, ...], alpha: Sequence[float] | None, num_prompts: int
+    ends: tuple[float, ...],
+    alpha: Sequence[float] | np.ndarray | None,
+    num_prompts: int,
 ) -> None:
     """Raises ValueError unless each prompt of a policy for every alpha has one, and no other."""
     if alpha is None and not ends:
