@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def rollout(
     temperature: float = 1.0,
     seed: int = 0,
     *,
-    alpha: float | int | None = None,
+    alpha: Real | None = None,
     **options: Any,
 ) -> Rollout:
     """Draws responses to prompts.
@@ -132,7 +133,7 @@ def rollout(
     return drawn._replace(texts=texts)
 
 
-def at_alpha(policy: Policy, alpha: float | int) -> Policy:
+def at_alpha(policy: Policy, alpha: Real) -> Policy:
     """Takes a policy trained for every alpha of a range at one of them.
 
     Args:

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+from numbers import Real
 from typing import NamedTuple
 
 import jax
@@ -139,7 +140,7 @@ def dropout(config: ModelConfig, batch: PackedBatch, rate: float) -> transformer
     return thin
 
 
-def at_alpha(policy: Policy, alpha: float | int) -> Policy:
+def at_alpha(policy: Policy, alpha: Real) -> Policy:
     """A policy for every alpha at one: with usual adapters, their scales in B.
 
     Raises:
