@@ -3,10 +3,10 @@ r"""One policy for every alpha, against mixing the logits of two checkpoints; by
     python -m examples.dial sums --out=runs/dial --seeds=1       # some ten minutes on two cores
     python -m examples.dial stories --out=runs/dial --seeds=5
 
-A dial is trained for alpha from 1/4 to 8. The rival is what people do without one: they train
-checkpoints at alpha 4 and at alpha 1/2, and add their logits to the base's. It is given the
-weight of the checkpoint that comes nearest to each target, which nobody would know. The dial is
-trained on as many responses as both checkpoints together. The same command goes on where it was stopped.
+A dial is trained for alpha from 1/4 to 8. The baseline is two checkpoints, at alpha 4 and at
+alpha 1/2, whose logits are mixed with the base's. It is given the weight of the checkpoint that
+comes nearest to each target, which nobody would know. The dial is trained on as many responses as
+both checkpoints together. The same command goes on where it was stopped.
 
 Below alpha = 1 much of a target is spelled in no way that the world's grammar has; there, policies
 are compared given that what they say is listed.

@@ -32,12 +32,13 @@ def next_steps(config: FrozenConfigDict, folder: epath.Path) -> str:
         lines += [shlex.join(["evaluate", *shared, *_evaluation(config), out])]
     if config.alpha_range:
         model = f"--model={folder / 'dial'}"
-        lines += [shlex.join(["sample", model, "--alpha=2", *shared[1:], *prompt])]
+        at = f"--alpha={config.alpha:g}"
+        lines += [shlex.join(["sample", model, at, *shared[1:], *prompt])]
         if config.data.eval:
             alphas = ",".join(f"{x:g}" for x in _alphas(config))
             more = [f"--alpha={alphas}", *_evaluation(config), out]
             lines += [shlex.join(["evaluate", model, *shared[1:], *more])]
-        best = ["--alpha=2", *best]
+        best = [at, *best]
     lines += [shlex.join(["export", str(folder), *best])]
     shown = "\n".join(f"  {program()} {line}" for line in lines)
     return (

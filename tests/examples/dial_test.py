@@ -1,4 +1,4 @@
-"""The rival of a dial: mixtures of two models' logits."""
+"""What a dial is compared with: mixtures of two models' logits."""
 
 import jax
 import numpy as np
