@@ -239,6 +239,7 @@ def test_an_exception_in_a_callback_stops_after_a_save(config, tmp_path):
     assert again == [] and (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_from_python_tilts_the_target(config, tmp_path):
     asked = []
 

@@ -293,7 +293,7 @@ def test_what_is_resident_leaves_rows_less_room():
 def test_adapters_of_experts_are_counted_in_updates():
     """By 7.8 GiB, as two layers compiled for v5p:2x2x2 need for 65,536 tokens."""
     base = plans.base_of(plans.config_of("qwen3_30b_a3b"))
-    mesh = {"data": 1, "fsdp": 2, "context": 1, "tensor": 4}
+    mesh = {"data": 1, "fsdp": 2, "expert": 1, "context": 1, "tensor": 4}
     need = []
     for targets in ((), ("w_gate", "w_up", "w_down")):
         sizes = {"num_layers": 2, "lora_rank": 16, "lora_targets": targets}

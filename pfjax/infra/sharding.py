@@ -12,24 +12,23 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AnyMesh = Mesh | AbstractMesh
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 # Logical axis of a parameter or an activation -> mesh axes it is split over.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "tokens": ("context",),  # of a packed row
     "layers": (),
-    "embed": ("fsdp", "context"),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    # Not over "fsdp": a device has the same tokens as the others along "tensor" only.
-    "experts": ("tensor",),
+    "experts": ("expert", "tensor"),
     # The head's vocabulary takes every device that holds weights: then no chunk
     # of the log-prob scan gathers it. Measured in AOT compiles for TPU v5e.
-    "vocab": ("fsdp", "context", "tensor"),
+    "vocab": ("fsdp", "expert", "context", "tensor"),
 }
 
 
@@ -40,9 +39,10 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     context: int = 1,
     rollout: int = 0,
+    expert: int = 1,
 ) -> Mesh:
-    """A `data x fsdp x context x tensor` mesh over all devices but the last `rollout`, which
-    draw responses and nothing else; see `mesh_sizes`.
+    """A mesh of `MESH_AXES` over all devices but the last `rollout`, which draw responses
+    and nothing else; see `mesh_sizes`.
 
     Where a multiple of the nodes holds whole copies of the weights, a copy lies within
     one node: what it is split over stays on fast links.
@@ -54,7 +54,7 @@ def make_mesh(
     if rollout:
         devices = _all_but(devices, rollout)
     nodes = num_nodes(devices)
-    sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes, context)
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes, context, expert)
     # Two of the four devices of a side, say, may be an axis.
     split = {"allow_split_physical_axes": True}
     if nodes > 1 and sizes[0] % nodes == 0:
@@ -89,8 +89,8 @@ def rollout_mesh(
 
 def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     """A mesh of the same devices in the same order, of which `tensor` share each matrix
-    and none a row: for rollouts, which keep weights whole otherwise. 0 means as many as
-    before.
+    and none a row or a layer's experts: for rollouts, which keep weights whole otherwise.
+    0 means as many as before.
 
     Raises:
       ValueError: if it does not divide the devices of a copy of the weights.
@@ -100,9 +100,9 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     if inside % tensor:
         raise ValueError(
             f"--config.rollout_tensor={tensor} does not divide the {inside} devices of a "
-            "copy of the weights (mesh.fsdp * mesh.context * mesh.tensor)"
+            "copy of the weights (mesh.fsdp * mesh.expert * mesh.context * mesh.tensor)"
         )
-    sizes = (data, inside // tensor, 1, tensor)
+    sizes = (data, inside // tensor, 1, 1, tensor)
     if sizes == tuple(mesh.shape.values()):
         return mesh
     if isinstance(mesh, AbstractMesh):
@@ -111,15 +111,16 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
 
 
 def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` run with the current mesh `regrouped`, where it has devices that share rows: a
-    token that is drawn has no row to share."""
+    """`f` run with the current mesh `regrouped`, where it has devices that share rows or a
+    layer's experts: a token that is drawn has no row to share, and every part of the batch
+    takes as many steps as it needs."""
 
     @functools.wraps(f)
     def run(*args, **kwargs):
         mesh = jax.sharding.get_mesh()
-        if mesh.empty or mesh.shape["context"] == 1:
+        if mesh.empty or (regrouped_mesh := regrouped(mesh, 0)) is mesh:
             return f(*args, **kwargs)
-        with jax.set_mesh(regrouped(mesh, 0)):
+        with jax.set_mesh(regrouped_mesh):
             return f(*args, **kwargs)
 
     return run
@@ -136,8 +137,14 @@ def num_nodes(devices: Sequence[jax.Device]) -> int:
 
 
 def mesh_sizes(
-    data: int, fsdp: int, tensor: int, devices: int, nodes: int = 1, context: int = 1
-) -> tuple[int, int, int, int]:
+    data: int,
+    fsdp: int,
+    tensor: int,
+    devices: int,
+    nodes: int = 1,
+    context: int = 1,
+    expert: int = 1,
+) -> tuple[int, ...]:
     """Resolves the sizes of the axes, in the order of `MESH_AXES`: one may be -1, which
     takes what is left; `data=0` is one copy of the weights per node, or what is left if
     all others are given.
@@ -145,9 +152,11 @@ def mesh_sizes(
     Raises:
       ValueError: if they do not multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+    sizes = dict(
+        zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True)
+    )
     if data == 0:
-        of_copy = (fsdp, context, tensor)
+        of_copy = (fsdp, expert, context, tensor)
         inside = math.prod(size for size in of_copy if size != -1)
         is_open, fits = -1 in of_copy, devices % (nodes * max(inside, 1)) == 0
         sizes["data"] = -1 if not is_open else nodes if fits else 1
@@ -211,8 +220,9 @@ def rollout_shardings(mesh: AnyMesh, axes: Any, shapes: Any) -> Any:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """A mesh as `data 1 x fsdp 8 x tensor 1`; devices that share rows where there are any."""
-    shown = {k: v for k, v in sizes.items() if k != "context" or v > 1}
+    """A mesh as `data 1 x fsdp 8 x tensor 1`; the other axes where they have devices."""
+    is_shown = lambda axis: axis not in ("expert", "context") or sizes[axis] > 1
+    shown = {k: v for k, v in sizes.items() if is_shown(k)}
     return " x ".join(f"{k} {v}" for k, v in shown.items())
 
 
@@ -229,7 +239,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 def batch_ways(mesh: AnyMesh) -> int:
     """Number of devices that a batch is split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:

@@ -2,7 +2,9 @@
 
 Tokens are sorted by expert and multiplied group by group, however many each expert gets:
 there is no capacity, and none is dropped. Experts are split over devices as RULES says;
-each device computes what its own add to the tokens of its batch, and these are summed.
+each device computes what its own add to the tokens of all that share them, and these are
+summed. Devices along "expert" have different tokens, which go to all of them, rather than
+the experts' matrices.
 
 References:
   Shazeer et al., arXiv 1701.06538; Gale et al., arXiv 2211.15841 (products by group).
@@ -83,8 +85,11 @@ def apply(
     """
     probs, chosen = route(routing, x, weights.router, choose)
     over = sharding.axes_of("experts")
+    # Axes along which devices have different tokens, and the same.
+    apart = tuple(a for a in over if a in sharding.axes_of("batch"))
+    alike = tuple(a for a in over if a not in apart)
     # Gathered by hand, so that their gradients are summed where they are kept.
-    gathered = sharding.axes_of("embed")
+    gathered = tuple(a for a in sharding.axes_of("embed") if a not in over)
     axes = {k: x for k, x in _AXES.items() if getattr(weights, k) is not None}
 
     def whole(x, axes):
@@ -96,10 +101,16 @@ def apply(
         matrices = map(whole, matrices, axes.values())
         w = weights._replace(**dict(zip(axes, matrices, strict=True)))
         flat, probs, chosen = (y.reshape(-1, y.shape[-1]) for y in (x, probs, chosen))
-        if over:
-            chosen = chosen - lax.axis_index(over) * w.gate.shape[0]
-        out = mix(flat, probs, chosen, w, activation)
-        out = lax.psum(out, over) if over else out
+        first = lax.axis_index(over) * w.gate.shape[0] if over else 0
+        of = lambda x, probs, chosen: mix(x, probs, chosen - first, w, activation)
+        if apart:
+            # One device's tokens at a time: an expert may be chosen by all of them.
+            blocks = lax.all_gather((flat, probs, chosen), apart)
+            out = lax.map(jax.checkpoint(lambda block: of(*block)), blocks)
+            out = lax.psum_scatter(out, apart)
+        else:
+            out = of(flat, probs, chosen)
+        out = lax.psum(out, alike) if alike else out
         return out.astype(x.dtype).reshape(x.shape)
 
     run = sharding.by_device(of_device, (*[_HIDDEN] * 3, *axes.values()), _HIDDEN)

@@ -21,6 +21,14 @@ def all_weights(config: ModelConfig) -> int:
     return sum(_weights(config, of_all_experts=True).values())
 
 
+def expert_weights(config: ModelConfig) -> int:
+    """Those among them that are of experts."""
+    if not config.experts:
+        return 0
+    of_all = _weights(config, of_all_experts=True)
+    return sum(of_all[name] for name in transformer.of_experts(config))
+
+
 def _weights(config: ModelConfig, of_all_experts: bool = False) -> dict[str, int]:
     """Of each parameter of the layers."""
     blocks = transformer.abstract_params(config)["blocks"]

@@ -105,7 +105,7 @@ def actor_mesh(
     whole = {"data": 1, "fsdp": -1, "tensor": 1}
     if is_abstract:
         mesh = abstract_mesh(topology, **whole)
-        return mesh.update(axis_sizes=(1, rollout // tensor, 1, tensor))
+        return mesh.update(axis_sizes=(1, rollout // tensor, 1, 1, tensor))
     devices = device_mesh(topology, **whole).devices.flat
     devices = sorted(devices, key=lambda d: d.id)
     return sharding.rollout_mesh(rollout, tensor, devices)

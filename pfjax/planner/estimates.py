@@ -33,25 +33,32 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     drawn = sums_of_token * (1 - 1 / w.rollout_mesh["tensor"])
     # Weights are gathered once in a forward pass and again in the backward pass, and
     # their gradients summed in float32: between copies of the weights once per update.
-    over = [axis for axis in ("fsdp", "context") if w.mesh[axis] > 1]
+    over = [axis for axis in ("fsdp", "expert", "context") if w.mesh[axis] > 1]
+    of_experts, others = update_memory.weight_bytes(w.model, w.mesh)
     parts = math.prod(w.mesh[axis] for axis in over)
-    gathered = w.micro_batches * w.layer_bytes * (1 - 1 / parts)
+    gathered = others * (1 - 1 / parts)
+    gathered += of_experts * (1 - w.mesh["expert"] / parts)
+    gathered *= w.micro_batches
     sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
     tokens = w.micro_batches * w.micro_batch
     # So are the keys and values of those who share a row.
     width = update_memory.key_value_width(w.model, w.mesh)
     shared = 2 * tokens * w.model.num_layers * width * (w.mesh["context"] - 1)
+    # The states of tokens go to those who share experts, in 2 bytes, and come back in 4.
+    states = tokens * w.model.num_layers * w.model.embed_dim * (w.mesh["expert"] - 1)
     estimated = {
         "rollout": [("tensor", w.decode_steps * w.plan.slots * drawn)],
         "score": [
             ("+".join(over), gathered),
             ("tensor", tokens * summed),
             ("context", shared),
+            ("expert", (2 + 4) * states),
         ],
         "update": [
             ("+".join(over), (2 + 2) * gathered),
             ("tensor", 3 * tokens * summed),
             ("context", (2 + 2) * shared),
+            ("expert", (2 * (2 + 4) + 2) * states),
             ("data", 2 * sums * w.param_bytes * fraction["data"]),
         ],
     }

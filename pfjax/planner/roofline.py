@@ -18,6 +18,7 @@ from pfjax.model import flops, log_probs
 from pfjax.model.config import ModelConfig
 from pfjax.planner import hlo
 from pfjax.sampler import slots
+from pfjax.trainer import update_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Workload:
 
     @property
     def layer_bytes(self) -> float:
-        """Bytes of the weights of all layers in bfloat16, split over "tensor" alone."""
-        return 2 * flops.all_weights(self.model) / self.mesh["tensor"]
+        """Bytes of the weights of all layers that a device computes with."""
+        return sum(update_memory.weight_bytes(self.model, self.mesh))
 
 
 class Sent(NamedTuple):

@@ -154,26 +154,23 @@ def init_log_z(
     objective: ObjectiveConfig,
     alpha_range: tuple[float, ...] = (),
 ) -> Params:
-    """Sets the log Z head so that the first mean residual is 0, or, where each prompt has its
-    own alpha, its least squares are least.
+    """Sets the log Z head so that the first mean residual is 0.
 
-    A minibatch without log-probs of the policy is one of the base, which the policy is.
+    Where each prompt has its own alpha, the residuals grow with (alpha - 1) as long as the
+    policy is the base, and their slope is set to 0. A minibatch without log-probs of the
+    policy is one of the base, which the policy is.
 
     An error of log Z' acts as a reward on length, and at usual learning rates the head
     would need thousands of steps to undo it.
     """
-    sums = 0.0
+    total = square = 0.0
     for m in minibatches:
         batch, log_p = m.batch, m.batch.log_p_base if m.log_p is None else m.log_p
-        x = log_z.features(batch, alpha_range)
-        residual = _residuals(objective, batch, log_p)[..., None]
-        both = jnp.where(
-            batch.is_real[..., None], jnp.concatenate([x, residual], -1), 0
-        )
-        products = jnp.einsum("mbni,mbnj->ij", both, both, precision="highest")
-        sums = sums + sharding.fetch(products).astype(np.float64)
-    by, *_ = np.linalg.lstsq(sums[:-1, :-1], -sums[:-1, -1])
-    return _moved(params, by.astype(np.float32))
+        x = log_z.features(batch, alpha_range)[..., 0]
+        residual = _residuals(objective, batch, log_p)
+        total += float(jnp.where(batch.is_real, x * residual, 0.0).sum())
+        square += float(jnp.where(batch.is_real, x * x, 0.0).sum())
+    return _moved(params, -total / square)
 
 
 def follow_target(
@@ -202,7 +199,7 @@ def follow_target(
     return _moved(params, -total / count)
 
 
-def _moved(params: Params, by: float | np.ndarray) -> Params:
-    """The log Z head with its outputs moved by constants."""
-    out = {**params["out"], "bias": params["out"]["bias"] + by}
-    return {**params, "out": out}
+def _moved(params: Params, by: float) -> Params:
+    """The log Z head with its first output moved by a constant."""
+    bias = params["out"]["bias"].at[0].add(by)
+    return {**params, "out": {**params["out"], "bias": bias}}

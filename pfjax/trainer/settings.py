@@ -322,8 +322,8 @@ _FREE: dict[str, Setting] = {
     ),
     "microbatch_size": _not_negative(
         0,
-        "rows per micro-batch on each data-parallel shard, mesh.data * mesh.fsdp of them; 0 "
-        "means as many as memory holds, within reason",
+        "rows per micro-batch on each data-parallel shard, mesh.data * mesh.fsdp * "
+        "mesh.expert of them; 0 means as many as memory holds, within reason",
     ),
     # Devices; one may be -1, which takes what is left. A mesh moves results by rounding
     # only.
@@ -335,6 +335,12 @@ _FREE: dict[str, Setting] = {
     ),
     "mesh.fsdp": Setting(
         -1, "devices that weights are split over; -1: what is left", at_least=-1
+    ),
+    "mesh.expert": Setting(
+        1,
+        "devices that share the experts of each layer, and all other weights as mesh.fsdp: "
+        "their tokens are exchanged rather than the experts' weights; -1: what is left",
+        at_least=-1,
     ),
     "mesh.context": Setting(
         1,

@@ -58,6 +58,11 @@ def train_fns(
       base_model: of the frozen base, where that is another.
       own_objective: see `objective.of_config`.
     """
+    if mesh.shape["expert"] > 1 and not start.experts:
+        raise ValueError(
+            f"--config.mesh.expert={mesh.shape['expert']}: models of the family "
+            f"{start.model_type} have no experts; --config.mesh.fsdp splits their weights"
+        )
     if config.replay_experts:
         _check_choices(start)
     same = {"dtype": config.dtype, "attention": config.attention}

@@ -38,7 +38,8 @@ def pass_bytes(
       param_bytes: of the trained parameters that the device holds.
     """
     # Widths are in numbers of 2 bytes.
-    tensor, parts = mesh["tensor"], mesh["fsdp"] * mesh["context"]
+    tensor = mesh["tensor"]
+    parts = mesh["fsdp"] * mesh["expert"] * mesh["context"]
     heads = model.num_heads * model.head_dim / tensor
     kv = key_value_width(model, mesh)
     inner, rows = model.mlp_dim / tensor, 0
@@ -55,6 +56,9 @@ def pass_bytes(
     logits = 4 * chunk * model.vocab_size / (parts * tensor)
     logits += 2 * chunk * model.embed_dim
     hidden = 8 * tokens * model.embed_dim
+    if mesh["expert"] > 1:
+        # The states of the tokens of all, in 2 bytes, and what experts add, in 4.
+        hidden += 6 * mesh["expert"] * tokens * model.embed_dim
     if not remat:
         return int(tokens * layer + logits + hidden)  # half a layer at once
     # What the forward pass keeps of each layer for the backward pass.
@@ -72,11 +76,21 @@ def pass_bytes(
     if any(model.block.projections[x].stacked for x in model.adapted):
         layer += 2 * rows  # gradients that adapters of experts send back
     # A layer's values and their gradients; its weights and those of the next.
-    weights = 2 * flops.all_weights(model) / tensor
-    layer = 4 * tokens * layer + 4 * weights / model.num_layers
+    layer = 4 * tokens * layer + 4 * sum(weight_bytes(model, mesh)) / model.num_layers
     gradients = 2 * param_bytes  # their sum, and those of one micro-batch
     kept = 2 * tokens * model.num_layers * kept
     return int(layer + kept + gradients + 2 * logits + hidden)
+
+
+def weight_bytes(
+    model: ModelConfig, mesh: Mapping[str, int]
+) -> tuple[float, float]:
+    """Bytes, in bfloat16, of the layers' weights that a device computes with: of experts,
+    and of all else."""
+    of_experts = flops.expert_weights(model)
+    others = flops.all_weights(model) - of_experts
+    per_device = 2 / mesh["tensor"]
+    return per_device * of_experts / mesh["expert"], per_device * others
 
 
 def of_update(fns: Any, mesh: Mesh, remat: str) -> int:

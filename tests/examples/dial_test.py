@@ -17,6 +17,7 @@ def _noisy(policy):
     return jax.tree.unflatten(tree, noise)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_either_model_at_its_ends_and_a_distribution_between():
     base, world = pfjax.load("pfjax/toy"), exact.WORLDS["toy"]
     rows = exact.listed(world, base, world.problems()[1][:2])

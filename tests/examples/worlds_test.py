@@ -348,6 +348,7 @@ def test_a_base_model_is_fitted_and_loads(folder):
     assert policy.config.vocab_size >= len(tok)
 
 
+@pytest.mark.slow
 def test_a_model_scored_at_a_temperature_is_normalised_over_words(folder):
     policy, tok = pfjax.load(str(folder)), tokenizer.load(str(folder))
     problem = some(WORLDS["detour"])[0]

@@ -11,17 +11,17 @@ from pfjax.infra import hardware, sharding
 @pytest.mark.parametrize(
     ("asked", "devices", "nodes", "sizes"),
     [
-        ((0, -1, 1), 16, 2, (2, 8, 1, 1)),
-        ((0, -1, 4), 16, 2, (2, 2, 1, 4)),
-        ((0, -1, 1), 8, 1, (1, 8, 1, 1)),
-        ((0, 8, -1), 16, 2, (2, 8, 1, 1)),
+        ((0, -1, 1), 16, 2, (2, 8, 1, 1, 1)),
+        ((0, -1, 4), 16, 2, (2, 2, 1, 1, 4)),
+        ((0, -1, 1), 8, 1, (1, 8, 1, 1, 1)),
+        ((0, 8, -1), 16, 2, (2, 8, 1, 1, 1)),
         # Both are given: what they leave.
-        ((0, 16, 1), 16, 2, (1, 16, 1, 1)),
-        ((0, 2, 2), 16, 2, (4, 2, 1, 2)),
+        ((0, 16, 1), 16, 2, (1, 16, 1, 1, 1)),
+        ((0, 2, 2), 16, 2, (4, 2, 1, 1, 2)),
         # A copy per node would leave half a matrix on each.
-        ((0, -1, 16), 16, 2, (1, 1, 1, 16)),
-        ((1, -1, 1), 16, 2, (1, 16, 1, 1)),
-        ((-1, 4, 1), 16, 2, (4, 4, 1, 1)),
+        ((0, -1, 16), 16, 2, (1, 1, 1, 1, 16)),
+        ((1, -1, 1), 16, 2, (1, 16, 1, 1, 1)),
+        ((-1, 4, 1), 16, 2, (4, 4, 1, 1, 1)),
     ],
 )
 def test_a_copy_of_the_weights_per_node_unless_told_otherwise(
@@ -31,8 +31,13 @@ def test_a_copy_of_the_weights_per_node_unless_told_otherwise(
 
 
 def test_devices_that_share_a_row_are_of_one_copy():
-    assert sharding.mesh_sizes(0, -1, 2, 16, 2, context=4) == (2, 1, 4, 2)
-    assert sharding.mesh_sizes(0, 4, 1, 16, 2, context=-1) == (2, 4, 2, 1)
+    assert sharding.mesh_sizes(0, -1, 2, 16, 2, context=4) == (2, 1, 1, 4, 2)
+    assert sharding.mesh_sizes(0, 4, 1, 16, 2, context=-1) == (2, 4, 1, 2, 1)
+
+
+def test_devices_that_share_experts_are_of_one_copy():
+    assert sharding.mesh_sizes(0, -1, 2, 16, 2, expert=4) == (2, 1, 4, 1, 2)
+    assert sharding.mesh_sizes(0, 4, 1, 16, 2, expert=-1) == (2, 4, 2, 1, 1)
 
 
 def _nodes(num_nodes, each):
@@ -69,7 +74,7 @@ def test_devices_of_a_cpu_and_nodes_that_differ_are_one_node():
 
 def test_a_mesh_across_nodes_may_be_asked_for(monkeypatch):
     monkeypatch.setattr(sharding, "Mesh", lambda grid, *args, **kwargs: grid)
-    assert sharding.make_mesh(1, devices=_nodes(2, 4)).shape == (1, 8, 1, 1)
+    assert sharding.make_mesh(1, devices=_nodes(2, 4)).shape == (1, 8, 1, 1, 1)
 
 
 def test_nodes_of_a_topology():
@@ -81,14 +86,15 @@ def test_nodes_of_a_topology():
 def test_devices_are_regrouped_in_their_order_within_a_copy():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     other = sharding.regrouped(mesh, 2)
-    assert dict(other.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert other.axis_sizes == (2, 2, 1, 1, 2)
     assert [*other.devices.flat] == [*mesh.devices.flat]
     assert sharding.regrouped(mesh, 0) is sharding.regrouped(mesh, 1) is mesh
     abstract = sharding.regrouped(mesh.abstract_mesh, 4)
-    assert dict(abstract.shape) == {"data": 2, "fsdp": 1, "context": 1, "tensor": 4}
+    assert abstract.axis_sizes == (2, 1, 1, 1, 4)
     assert abstract.abstract_device == mesh.abstract_mesh.abstract_device
     with pytest.raises(ValueError, match="rollout_tensor=3 does not divide the 4 "):
         sharding.regrouped(mesh, 3)
-    # Rows of rollouts are short.
-    shared = sharding.regrouped(sharding.make_mesh(fsdp=2, context=2, tensor=2), 0)
-    assert dict(shared.shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+    # Rows of rollouts are short, and each part of the batch has all experts.
+    for axis in ("context", "expert"):
+        shared = sharding.make_mesh(fsdp=2, tensor=2, **{axis: 2})
+        assert sharding.regrouped(shared, 0).axis_sizes == (1, 4, 1, 1, 2)

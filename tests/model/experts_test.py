@@ -1,6 +1,7 @@
 """Mixtures of experts against each expert computed alone."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -150,12 +151,18 @@ def test_experts_are_chosen_in_float32(rng):
     np.testing.assert_allclose(probs, want, rtol=1e-5)
 
 
+_MORE = (
+    {"tensor": 4},
+    {"fsdp": 2, "tensor": 2},
+    {"data": 2, "tensor": 2},
+    {"tensor": 2, "context": 2},
+    {"expert": 4},
+    {"data": 2, "expert": 2, "context": 2},
+)
 MESHES = [
-    *(
-        pytest.param(x, marks=pytest.mark.slow)
-        for x in ((1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 2, 2))
-    ),
-    (2, 2, 2, 1),
+    *(pytest.param(x, marks=pytest.mark.slow) for x in _MORE),
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
 ]
 
 
@@ -174,14 +181,15 @@ def test_experts_on_several_devices_add_the_same(rng, sizes):
     with jax.set_mesh(mesh):
         got = _with_gradients(ours, ROUTING, sharding.put_batch(mesh, x), spread)
         shards = {s.data.shape[0] for s in spread.gate.addressable_shards}
-    assert shards == {8 // sizes[2]}
+    assert shards == {8 // (sizes.get("tensor", 1) * sizes.get("expert", 1))}
     _assert_close(got, want)
 
 
-def test_no_device_has_all_experts(rng):
+@pytest.mark.parametrize("axis", ["tensor", "expert"])
+def test_no_device_has_all_experts(rng, axis):
     """Of 8 experts on 4 devices each multiplies with its 2, also for the gradient."""
-    weights, x = _weights(rng), rng.normal(size=(1, 6, 16)).astype(np.float32)
-    mesh = _mesh((1, 1, 4, 1))
+    weights, x = _weights(rng), rng.normal(size=(4, 6, 16)).astype(np.float32)
+    mesh = _mesh({axis: 4})
     axes = ("experts", "embed", "mlp")
     axes = experts.Weights(("embed", "experts"), axes, axes, axes)
     where = sharding.tree_shardings(mesh, axes, weights)
@@ -238,13 +246,12 @@ def test_scores_on_several_devices_are_the_same(rng, tiny_config, monkeypatch, s
 def test_experts_that_do_not_divide_are_refused_by_name(rng):
     weights, x = _weights(rng), rng.normal(size=(1, 6, 16)).astype(np.float32)
     with (
-        jax.set_mesh(_mesh((1, 1, 3, 1))),
+        jax.set_mesh(_mesh({"tensor": 3})),
         pytest.raises(ValueError, match="experts of size 8 .*mesh.tensor=3"),
     ):
         ours(ROUTING, x, weights)
 
 
 def _mesh(sizes):
-    data, fsdp, tensor, context = sizes
-    devices = jax.devices()[: np.prod(sizes)]
-    return sharding.make_mesh(data, fsdp, tensor, devices, context)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return sharding.make_mesh(**{"data": 1, "fsdp": 1, **sizes}, devices=devices)

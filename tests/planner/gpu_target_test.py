@@ -77,5 +77,5 @@ def test_the_devices_of_a_mesh_are_in_the_order_of_nodes(monkeypatch):
     monkeypatch.setattr(
         gpu_target.sharding, "make_mesh", lambda devices, **sizes: (sizes, len(devices))
     )
-    sizes = {"data": 2, "fsdp": 8, "context": 1, "tensor": 1}
+    sizes = {"data": 2, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
     assert gpu_target.mesh("h100", 16, 0, -1, 1) == (sizes, 16)

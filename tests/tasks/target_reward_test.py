@@ -49,6 +49,7 @@ def _exact(policy):
     return exact, log_sum
 
 
+@pytest.mark.slow
 def test_particles_draw_from_the_target_that_a_function_tilts(policy, tok):
     """Each prompt by its own columns, with more prompts than are drawn at once."""
     exact, log_sum = _exact(policy)

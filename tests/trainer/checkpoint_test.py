@@ -122,10 +122,8 @@ def _flipped(data):
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [pytest.param(k, marks=() if k == "changed" else pytest.mark.slow) for k in DAMAGE],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_whatever_file_is_damaged_the_state_is_one_that_was_saved(tmp_path, damage):
     mesh = sharding.make_mesh(1, 8, 1)
     with checkpoint.Checkpoints(epath.Path(tmp_path / "a"), keep_best=1) as checkpoints:

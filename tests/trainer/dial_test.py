@@ -224,15 +224,13 @@ def test_what_cannot_be_trained_for_every_alpha_is_refused(config, changes, said
         config_checks.check(ml_collections.FrozenConfigDict(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         {"max_staleness": 1, "log_z": "group"},
-        pytest.param(
-            {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "behavior.base": 0.5},
-            marks=pytest.mark.slow,
-        ),
+        {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "behavior.base": 0.5},
     ],
 )
 def test_sampler_and_update_have_the_same_alphas(

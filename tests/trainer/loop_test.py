@@ -294,32 +294,37 @@ def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
 @pytest.mark.long_running
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "per"),
-    [("powerflow", "response"), ("powerflow", "token"), ("tb_traj", "response")],
+    ("objective", "per", "beta"),
+    [
+        ("powerflow", "response", 6.0),
+        ("powerflow", "token", 2.0),
+        ("tb_traj", "response", 6.0),
+    ],
 )
 def test_training_reaches_the_target_tilted_by_a_function(
-    converging, tmp_path, objective, per
+    converging, tmp_path, objective, per, beta
 ):
     (tmp_path / "mine.py").write_text(
-        "def threes(completion_ids, **kwargs):\n"
-        "    return [y.count(3) / 2 for y in completion_ids]\n"
+        "def twos(completion_ids, **kwargs):\n"
+        "    return [y.count(2) / 2 for y in completion_ids]\n"
     )
     config = converging
     config.objective, config.reward_per = objective, per
-    config.alpha, config.beta = 2.0, 3.0
-    config.reward = f"{tmp_path / 'mine.py'}:threes"
+    config.alpha, config.beta = 2.0, beta
+    config.reward = f"{tmp_path / 'mine.py'}:twos"
     config.num_steps = config.checkpoint_every = 200
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
     trained, _ = _distribution(tmp_path / "run/hf")
-    reward = np.array([y.count(3) / 2 for y in all_responses(4, 1, 3)])
-    if objective == "tb_traj":
-        target, _ = power_target(base + 3.0 / 2 * reward, 2.0)
-    else:
-        many = length if per == "token" else 1
-        target, _ = length_aware_target(base + 3.0 / 2 * reward * many, length, 2.0)
+    reward = np.array([y.count(2) / 2 for y in all_responses(4, 1, 3)])
+    many = length if per == "token" else 1
+    tilted = base + beta / 2 * reward * many
+    normalised = power_target if objective == "tb_traj" else length_aware_target
+    lengths = () if objective == "tb_traj" else (length,)
+    target, untilted = (normalised(x, *lengths, 2.0)[0] for x in (tilted, base))
+    # Of one response that has all of the mass, a correlation is noise.
+    assert target.max() < 0.6 and total_variation(untilted, target) > 0.25
     assert total_variation(np.exp(trained), target) < 0.02
-    assert total_variation(length_aware_target(base, length, 2.0)[0], target) > 0.1
     last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert last["reward/mean"] > 0 and last["tb/corr_logp_target"] > 0.95
 
@@ -631,6 +636,7 @@ def test_adapters_train_beside_a_base_that_stays(config, tmp_path):
     assert (a - c).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_keeps_its_base_as_the_target(
     config, tmp_path, capsys
 ):

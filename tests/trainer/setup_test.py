@@ -17,7 +17,8 @@ from tests.model import small_families
 from tests.trainer.loop_test import small_config
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_the_teacher_is_the_average_and_draws_by_the_programs_of_the_policy(
     enumerable_folder, tmp_path, rank
 ):

@@ -122,9 +122,8 @@ def _assert_same_stats(a, b, atol=1e-5):
     _assert_same(a._replace(**large), b._replace(**large), atol=atol, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "objective", [POWERFLOW, pytest.param(DAPO, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [POWERFLOW, DAPO])
 def test_result_does_not_depend_on_rows_or_micro_batches(tiny_policy, objective):
     shapes = [
         {},
@@ -270,7 +269,7 @@ SPLITS = [
     for tensor in (1, 2, 4)  # as many heads
     if data * fsdp * tensor == devices
 ] + [
-    # Devices that share rows, the last number: with each of the others, and with two.
+    # Devices that share rows, the fourth number: with each of the others, and with two.
     (1, 1, 1, 8), (2, 1, 1, 4), (1, 4, 1, 2), (1, 1, 4, 2), (2, 2, 1, 2), (1, 2, 2, 2)
 ]  # fmt: skip
 
@@ -284,7 +283,12 @@ def test_every_mesh_gives_the_same_step(rng, tiny_policy, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 1, 4), (2, 2, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    # Devices that share experts, the last number: alone, and with each of the others.
+    [(1, 2, 2), (1, 1, 4), (2, 2, 2), (1, 2, 2, 2)]
+    + [(1, 1, 1, 1, 4), (2, 1, 1, 1, 4), (1, 2, 2, 1, 2), (1, 2, 1, 2, 2)],
+)
 def test_experts_on_several_devices_give_the_same_step(rng, tiny_config, sizes):
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     params = transformer.init_params(config, jax.random.key(0))
@@ -308,7 +312,9 @@ def _check_mesh(rng, tiny_policy, sizes, objective):
         tiny_policy, batch, used, objective, old
     )
     devices = jax.devices()[: np.prod(sizes)]
-    mesh = sharding.make_mesh(*sizes[:3], devices, *sizes[3:])
+    names = ("data", "fsdp", "tensor", "context", "expert")
+    by_name = dict(zip(names, sizes, strict=False))
+    mesh = sharding.make_mesh(**by_name, devices=devices)
     config = tiny_policy.config
     of_params = sharding.tree_shardings(
         mesh, transformer.logical_axes(config), tiny_policy.params
