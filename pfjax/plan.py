@@ -154,11 +154,12 @@ def _print_search(present: dict | None, found: list[dict]) -> None:
     (best, *_), phases = found, list(found[0]["phases"])
     print("{model} on {topology}, estimated from shapes\n".format(**best))
     heads = "".join(f"{name:>9}" for name in phases)
+    width = max(len(sharding.describe(plan["mesh"])) for plan in found[:_SHOWN])
     print(
-        f"  {'mesh':<32}{'rollout_tensor':>15}{'rows':>5}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
+        f"  {'mesh':<{width}}{'rollout_tensor':>16}{'rows':>5}{'GiB':>7}{'of':>6}{heads}{'s/step':>8}{'GB sent':>9}"
     )
     for plan in found[:_SHOWN]:
-        print(_row(plan))
+        print(_row(plan, width))
     if len(found) > _SHOWN:
         print(f"  and {len(found) - _SHOWN} more")
     if not best["fits"]:
@@ -168,9 +169,9 @@ def _print_search(present: dict | None, found: list[dict]) -> None:
     print(f"\nfastest: {settings}\n{_gain(present, best)}")
 
 
-def _row(plan: dict) -> str:
-    out = f"  {sharding.describe(plan['mesh']):<32}"
-    out += "{rollout_tensor:>15}{microbatch_size:>5}".format(**plan["changes"])
+def _row(plan: dict, width: int) -> str:
+    out = f"  {sharding.describe(plan['mesh']):<{width}}"
+    out += "{rollout_tensor:>16}{microbatch_size:>5}".format(**plan["changes"])
     out += "{total:>7.1f}{available:>6.1f}".format(**plan["memory_gib"])
     if not plan["fits"]:
         return out + "  does not fit"

@@ -222,8 +222,7 @@ def _step(
     idle = 1 - prompts / parts / math.ceil(prompts / parts)
     note = (
         f"{prompts} prompts over {parts} parts of the batch leave {idle:.0%} of the "
-        "devices idle in rollouts; prompts_per_step a multiple of mesh.data * mesh.fsdp "
-        "does not"
+        f"devices idle in rollouts; prompts_per_step a multiple of {parts} does not"
     )
     rows = [(phase, x) for phase, rows in sent.items() for x in rows]
     if work.is_apart:
@@ -309,14 +308,17 @@ def search(
     """
     devices = aot.parse(topology)[1] - config.mesh.rollout
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
+    experts = ways if base_model.experts else [1]
     sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
     found, why = [], ""
     for context in (1, *_CONTEXTS):
-        for fsdp, tensor in itertools.product(ways, ways):
-            inside = fsdp * context * tensor
+        for fsdp, expert, tensor in itertools.product(ways, experts, ways):
+            inside = fsdp * expert * context * tensor
             if devices % inside:
                 continue
             changes = {"mesh.data": devices // inside, "mesh.fsdp": fsdp}
+            if base_model.experts:
+                changes |= {"mesh.expert": expert}
             if context > 1 or config.mesh.context > 1:
                 changes |= {"mesh.context": context}
             changes |= {"mesh.tensor": tensor}
