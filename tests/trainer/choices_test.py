@@ -98,6 +98,36 @@ def test_sampler_and_update_agree_better_with_the_experts_of_the_sampler(
     assert 0 < gaps[True] < 0.7 * gaps[False]
 
 
+@pytest.mark.slow
+def test_devices_that_share_experts_train_as_those_that_share_matrices(
+    config, tmp_path
+):
+    """With the sampler's choices of experts, and rollouts that have all of them."""
+    config.num_steps, config.max_new_tokens = 3, 6
+    config.microbatch_size, config.optim.learning_rate = 8, 1e-3
+    found = []
+    for name, sizes in (("fsdp", (4, 1)), ("expert", (1, 4))):
+        config.mesh.data, (config.mesh.fsdp, config.mesh.expert) = 2, sizes
+        loop.train_and_evaluate(config, str(tmp_path / name))
+        rows = dataset_io.read_jsonl(tmp_path / name / "metrics.jsonl")
+        found.append((hf.load(tmp_path / name / "hf").params["blocks"], rows[-1]))
+    (want, of_want), (got, of_got) = found
+    for name in ("tb/loss", "completions/mean_length", "entropy"):
+        assert of_got[name] == pytest.approx(of_want[name], rel=1e-3)
+    start = hf.load(config.model).params["blocks"]
+    for name in ("w_router", "w_gate", "w_down", "wq"):
+        moved = np.sqrt(np.square(want[name] - start[name]).mean())
+        apart = np.sqrt(np.square(got[name] - want[name]).mean())
+        assert 5e-4 < moved and apart < 0.02 * moved, (name, apart, moved)
+
+
+def test_models_without_experts_have_none_to_share(enumerable_folder, tmp_path):
+    c = small_config(enumerable_folder, tmp_path)
+    c.mesh.data, c.mesh.expert = 4, 2
+    with pytest.raises(ValueError, match="expert=2: .* qwen2 have no experts; .*fsdp"):
+        loop.train_and_evaluate(c, str(tmp_path / "run"))
+
+
 def test_models_without_experts_have_none_to_replay(enumerable_folder, tmp_path):
     c = small_config(enumerable_folder, tmp_path)
     c.replay_experts = True
