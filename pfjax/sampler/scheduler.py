@@ -93,8 +93,14 @@ class Scheduler:
         )
 
     def to_end(self) -> Rollout:
+        """Draws all samples."""
+        self.draw_until(lambda: not (self._is_waiting() or self._is_busy().any()))
+        return self._collect()
+
+    def draw_until(self, is_enough: Callable[[], bool]) -> None:
+        """Goes on until what the host has seen is enough."""
         before = None
-        while self._is_waiting() or self._is_busy().any():
+        while not is_enough():
             self._admit()
             self._resize()
             now = self._decode()
@@ -102,7 +108,8 @@ class Scheduler:
             if before is not None:
                 self._look(*before)
             before = now
-        return self._collect()
+        if before is not None:
+            self._look(*before)
 
     def _is_busy(self) -> np.ndarray:
         return self.sample < self.cut.shape[1]

@@ -9,7 +9,7 @@ References:
   Piche et al., arXiv 2509.19128 (weights updated in flight).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -81,19 +81,6 @@ class Stream(Scheduler):
         if prompt not in self.entry:
             return int(self.weights_step.max())
         return int(self._of(self.weights_step, prompt)[:, 0].min())
-
-    def draw_until(self, is_enough: Callable[[], bool]) -> None:
-        """Goes on until what is complete is enough."""
-        before = None
-        while not is_enough():
-            self._admit()
-            self._resize()
-            now = self._decode()
-            if before is not None:
-                self._look(*before)
-            before = now
-        if before is not None:
-            self._look(*before)
 
     def take(self, prompts: list[int]) -> Rollout:
         """The samples of prompts that are complete, whose room is free then. The weights are
