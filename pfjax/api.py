@@ -75,8 +75,8 @@ def rollout(
     """Draws responses to prompts.
 
     Args:
-      policy: the model; under `jax.set_mesh` the prompts are split over its "data"
-        and "fsdp" axes, the weights over "tensor" only.
+      policy: the model; under `jax.set_mesh` the prompts are split over all its
+        devices but those along "tensor", over which the weights are.
       prompts: P of them, each a text, messages (`[{"role": "user", "content": ...}]`), or
         token ids. A text is encoded as in training: as one message of a user if the
         tokenizer has a chat template.

@@ -87,7 +87,7 @@ class _Split(NamedTuple):
 class _Chunks:
     """The tokens of one device that are asked for, in chunks; and what joins devices.
 
-    The vocabulary is split over `over`. Devices along "fsdp" and "context" hold other
+    The vocabulary is split over `over`. Devices along all of it but "tensor" hold other
     tokens, and work on the chunks of all of them, each on its part of the vocabulary.
     """
 

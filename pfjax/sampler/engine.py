@@ -41,8 +41,8 @@ def rollout(
     """Draws responses.
 
     Args:
-      policy: the model; under `jax.set_mesh` the prompts are split over its "data"
-        and "fsdp" axes, the weights over "tensor" only.
+      policy: the model; under `jax.set_mesh` the prompts are split over all its
+        devices but those along "tensor", over which the weights are.
       prompts: P lists of token ids, none empty.
       samples_per_prompt: G.
       max_new_tokens: R; a response that has not stopped by then is cut.
