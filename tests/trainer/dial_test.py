@@ -4,6 +4,8 @@ listed, its base, and itself at one alpha."""
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -19,8 +21,9 @@ from pfjax.model.transformer import Policy
 from pfjax.report import charts, runs
 from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
-from pfjax.trainer import config_checks, loop
+from pfjax.trainer import config_checks, loop, run_config
 from tests.conftest import (
+    ROOT,
     all_responses,
     length_aware_target,
     power_target,
@@ -247,6 +250,19 @@ def test_sampler_and_update_have_the_same_alphas(
     assert gaps and max(gaps) < 1e-4
     # Where log Z is (alpha - 1) times the mean log-prob per token, the base's residual is 0.
     assert abs(rows[-4]["tb/residual_mean"]) < 0.2 * rows[-4]["tb/residual_std"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_values_are_as_annotated_in_a_process_of_its_own(config, tmp_path, staleness):
+    """Which checks every module, where these tests check those with arrays alone."""
+    config.data.eval, config.eval_every, config.eval_samples = config.data.train, 4, 2
+    config.max_staleness, config.match_prompts = staleness, 1
+    changed = run_config.changed(ml_collections.FrozenConfigDict(config))
+    args = [f"--config.{name}={value}" for name, value in changed.items()]
+    command = [sys.executable, "-m", "pfjax.train", "--config=default", *args]
+    subprocess.run([*command, f"--workdir={tmp_path}/run"], check=True, cwd=ROOT)
+    assert (tmp_path / "run/dial").exists()
 
 
 def test_a_run_leaves_the_dial_and_itself_at_one_alpha(
