@@ -152,9 +152,7 @@ def mesh_sizes(
     Raises:
       ValueError: if they do not multiply to the number of devices.
     """
-    sizes = dict(
-        zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True)
-    )
+    sizes = dict(zip(MESH_AXES, (data, fsdp, expert, context, tensor), strict=True))
     if data == 0:
         of_copy = (fsdp, expert, context, tensor)
         inside = math.prod(size for size in of_copy if size != -1)

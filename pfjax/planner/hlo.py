@@ -62,6 +62,9 @@ def collectives(text: str, mesh: AnyMesh) -> list[Collective]:
             dtype, shape, size = max(arrays, key=lambda x: x[2])
             if not is_start or result.startswith("(("):
                 size = sum(x[2] for x in arrays)  # several arrays travel at once
+            if name.startswith("all-reduce-scatter"):
+                # How compilers for TPUs write it: of what is summed, a part is kept.
+                kind, size = "reduce-scatter", size // len(group)
             sent = size * _RING[kind](len(group))
             at = np.unravel_index(group, tuple(mesh.shape.values()))
             axes = tuple(a for a, x in zip(mesh.shape, at, strict=True) if np.ptp(x))

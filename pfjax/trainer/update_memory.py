@@ -82,9 +82,7 @@ def pass_bytes(
     return int(layer + kept + gradients + 2 * logits + hidden)
 
 
-def weight_bytes(
-    model: ModelConfig, mesh: Mapping[str, int]
-) -> tuple[float, float]:
+def weight_bytes(model: ModelConfig, mesh: Mapping[str, int]) -> tuple[float, float]:
     """Bytes, in bfloat16, of the layers' weights that a device computes with: of experts,
     and of all else."""
     of_experts = flops.expert_weights(model)

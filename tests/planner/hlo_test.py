@@ -71,6 +71,19 @@ def test_a_shift_along_an_axis(mesh):
     assert (found.kind, found.axes, found.sent) == ("collective-permute", ("fsdp",), 64)
 
 
+@pytest.mark.slow
+def test_a_sum_of_which_a_part_is_kept_is_sent_once_on_tpus(tpu_mesh):
+    """Their compiler writes it as a sum of all, inside of a fusion."""
+    mesh = tpu_mesh("v5e:2x2", data=1, fsdp=4, tensor=1)
+    sum_of = lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True)
+    f = _mapped(mesh, sum_of, P(None, "fsdp"), P("fsdp"))
+    # And the padding's rows, a few, from device to device.
+    found = max(_of(mesh, f, ((4096, 4096), P(None, "fsdp"))), key=lambda x: x.sent)
+    assert (found.kind, found.axes) == ("reduce-scatter", ("fsdp",))
+    # Three quarters of the array that a device holds, and some padding.
+    assert found.sent == pytest.approx(0.75 * 4096 * 1024 * 4, rel=0.01)
+
+
 def test_groups_as_compilers_write_them(mesh):
     """Transposed lists of devices, starts of asynchronous operations, and groups of one
     device, which send nothing."""
