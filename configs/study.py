@@ -17,7 +17,7 @@ def get_config(method: str = "powerflow") -> ml_collections.ConfigDict:
     c.behavior.base = 0.0  # so that all objectives may be compared
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"
-    c.optim.learning_rate = 3e-4
+    c.optim.learning_rate, c.optim.log_z_learning_rate = 3e-4, 1e-2
     c.eval_every = 50
     c.checkpoint_every = 200
     c.keep_best = 0

@@ -63,6 +63,7 @@ def train(
                 "max_new_tokens": world.max_tokens,
                 "format_penalty": 0.0,
                 "match_prompts": 0,
+                "optim.log_z_learning_rate": 1e-2,
                 "seed": seed,
                 **values,
             },

@@ -68,6 +68,7 @@ def train(folder: pathlib.Path, alpha: float, beta: float, steps: int) -> pfjax.
         "num_steps": steps,
         "data.train": "pfjax/toy/train_answered.jsonl",
         "data.eval": "",
+        "optim.log_z_learning_rate": 1e-2,
     }
     config = pfjax.recipe("smoke", **values)
     return pfjax.fine_tune(config, folder, reward=verifier if beta else None)
