@@ -1,7 +1,7 @@
 r"""One policy for every alpha, against mixing the logits of two checkpoints; by exact sums.
 
-    python -m examples.dial sums --out=runs/dial --seeds=1       # some ten minutes on two cores
-    python -m examples.dial stories --out=runs/dial --seeds=5
+    python -m examples.dial sums --out=runs/worlds --seeds=1       # some ten minutes on two cores
+    python -m examples.dial stories --out=runs/worlds --seeds=5
 
 A dial is trained for alpha from 1/4 to 8. The baseline is two checkpoints, at alpha 4 and at
 alpha 1/2, whose logits are mixed with the base's. It is given the weight of the checkpoint that

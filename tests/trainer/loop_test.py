@@ -297,7 +297,7 @@ def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
     ("objective", "per", "beta"),
     [
         ("powerflow", "response", 6.0),
-        ("powerflow", "token", 2.0),
+        ("powerflow", "token", 1.5),
         ("tb_traj", "response", 6.0),
     ],
 )
@@ -311,8 +311,9 @@ def test_training_reaches_the_target_tilted_by_a_function(
     config = converging
     config.objective, config.reward_per = objective, per
     config.alpha, config.beta = 2.0, beta
+    config.optim.learning_rate, config.optim.schedule = 3e-3, "cosine"
     config.reward = f"{tmp_path / 'mine.py'}:twos"
-    config.num_steps = config.checkpoint_every = 200
+    config.num_steps = config.checkpoint_every = 400
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     base, length = _distribution(config.model)
     trained, _ = _distribution(tmp_path / "run/hf")
@@ -323,7 +324,7 @@ def test_training_reaches_the_target_tilted_by_a_function(
     lengths = () if objective == "tb_traj" else (length,)
     target, untilted = (normalised(x, *lengths, 2.0)[0] for x in (tilted, base))
     # Of one response that has all of the mass, a correlation is noise.
-    assert target.max() < 0.6 and total_variation(untilted, target) > 0.25
+    assert target.max() < 0.8 and total_variation(untilted, target) > 0.1
     assert total_variation(np.exp(trained), target) < 0.02
     last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
     assert last["reward/mean"] > 0 and last["tb/corr_logp_target"] > 0.95
