@@ -206,9 +206,9 @@ def test_cudnn_refuses_float32(data):
 
 def _mesh_of(platform, kind):
     return AbstractMesh(
-        (1, 1, 1, 1),
+        (1,) * len(sharding.MESH_AXES),
         sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 4,
+        axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
         abstract_device=AbstractDevice(kind, num_cores=1, platform=platform),
     )
 

@@ -154,9 +154,9 @@ def test_chunked_work_follows_the_window_not_the_row(monkeypatch):
 
 def _mesh_of(kind):
     return AbstractMesh(
-        (1, 1, 1, 1),
+        (1,) * len(sharding.MESH_AXES),
         sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * 4,
+        axis_types=(AxisType.Auto,) * len(sharding.MESH_AXES),
         abstract_device=AbstractDevice(kind, num_cores=1, platform="gpu"),
     )
 
