@@ -290,6 +290,23 @@ def test_what_is_resident_leaves_rows_less_room():
     assert rows[0] == 8 and rows[-1] == 1 and len(set(rows)) >= 3
 
 
+def test_what_devices_that_share_experts_send_is_as_compiled():
+    """For h100:8, with one row per micro-batch: 806 GB in scoring, 1,624 GB in the update."""
+    mesh = {"mesh.tensor": 1, "mesh.fsdp": 1, "mesh.expert": 8, "rollout_tensor": 4}
+    config = plans.config_of("qwen3_30b_a3b", microbatch_size=1, **mesh)
+    plan = plans.plan_of(config, "h100:8", can_compile=False)
+    sent = {
+        phase: sum(
+            x["gb"]
+            for x in plan["collectives"]
+            if (x["phase"], x["axes"]) == (phase, "expert")
+        )
+        for phase in ("score", "update")
+    }
+    assert sent["score"] == pytest.approx(806, rel=0.1)
+    assert sent["update"] == pytest.approx(1624, rel=0.1)
+
+
 def test_adapters_of_experts_are_counted_in_updates():
     """By 7.8 GiB, as two layers compiled for v5p:2x2x2 need for 65,536 tokens."""
     base = plans.base_of(plans.config_of("qwen3_30b_a3b"))

@@ -44,7 +44,8 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     # So are the keys and values of those who share a row.
     width = update_memory.key_value_width(w.model, w.mesh)
     shared = 2 * tokens * w.model.num_layers * width * (w.mesh["context"] - 1)
-    # The states of tokens go to those who share experts, in 2 bytes, and come back in 4.
+    # The states of tokens go to those who share experts, in 2 bytes, and come back in 4;
+    # they go again in the backward pass, as do gradients both ways, in 2.
     states = tokens * w.model.num_layers * w.model.embed_dim * (w.mesh["expert"] - 1)
     estimated = {
         "rollout": [("tensor", w.decode_steps * w.plan.slots * drawn)],
@@ -58,7 +59,7 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
             ("+".join(over), (2 + 2) * gathered),
             ("tensor", 3 * tokens * summed),
             ("context", (2 + 2) * shared),
-            ("expert", (2 * (2 + 4) + 2) * states),
+            ("expert", (2 + 4 + 2 + 2 + 2) * states),
             ("data", 2 * sums * w.param_bytes * fraction["data"]),
         ],
     }

@@ -10,6 +10,7 @@ from pfjax.batch import (
     from_segments,
     pack,
     prompt_mask,
+    to_segments,
 )
 from pfjax.model import transformer
 from pfjax.objectives import ObjectiveConfig
@@ -43,6 +44,22 @@ def test_starts_where_the_first_mean_residual_is_zero(rng):
         start = minibatch.init_log_z(head, [m, m], ObjectiveConfig(name, alpha=2.0))
         log_z = apply_head(start, hidden, _only(batch))
         np.testing.assert_allclose(from_segments(log_z, placement), want, rtol=1e-6)
+
+
+def test_starts_at_log_z_of_every_alpha_where_each_token_is_as_likely(rng):
+    batch, placement = _batch(rng)
+    alpha = np.array([0.5, 4.0, 1.0, 2.0], np.float32)
+    log_p = np.where(batch.is_response, np.float32(-0.25), np.float32(np.nan))
+    of_segments = to_segments(alpha, placement, batch.length.shape)
+    batch = batch._replace(alpha=of_segments, log_p_base=log_p)
+    m = Minibatch(batch, jnp.int32(1), placement, None, np.ones(4, bool))
+    ends = (0.25, 8.0)
+    head = init_head(16, jax.random.key(0), ends)
+    start = minibatch.init_log_z(head, [m, m], ObjectiveConfig("tb_token"), ends)
+    log_z = apply_head(start, jnp.zeros((2, 24, 16)), _only(batch), ends)
+    # sum p^alpha e^(-log Z' |y|) is 1 at log Z' = (alpha - 1) log p.
+    want = (alpha - 1) * -0.25
+    np.testing.assert_allclose(from_segments(log_z, placement), want, rtol=1e-5)
 
 
 def test_follows_a_target_that_moves_as_log_z_does(rng):
