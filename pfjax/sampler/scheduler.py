@@ -94,11 +94,13 @@ class Scheduler:
 
     def to_end(self) -> Rollout:
         """Draws all samples."""
-        self.draw_until(lambda: not (self._is_waiting() or self._is_busy().any()))
+        self._draw_until(lambda: not (self._is_waiting() or self._is_busy().any()))
         return self._collect()
 
-    def draw_until(self, is_enough: Callable[[], bool]) -> None:
-        """Goes on until what the host has seen is enough."""
+    def _draw_until(
+        self, is_enough: Callable[[], bool]
+    ) -> tuple[decode.Slots, decode.Results] | None:
+        """Goes on until what the host has seen is enough; returns what it has not seen."""
         before = None
         while not is_enough():
             self._admit()
@@ -108,8 +110,7 @@ class Scheduler:
             if before is not None:
                 self._look(*before)
             before = now
-        if before is not None:
-            self._look(*before)
+        return before
 
     def _is_busy(self) -> np.ndarray:
         return self.sample < self.cut.shape[1]

@@ -9,7 +9,7 @@ References:
   Piche et al., arXiv 2509.19128 (weights updated in flight).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,12 @@ class Stream(Scheduler):
         if alpha is not None:
             self.alpha = np.append(self.alpha, alpha)
         self._is_closed = is_last
+
+    def draw_until(self, is_enough: Callable[[], bool]) -> None:
+        """Goes on until what the host has seen is enough, and sees all that was drawn."""
+        unseen = self._draw_until(is_enough)
+        if unseen is not None:
+            self._look(*unseen)
 
     @property
     def held(self) -> list[int]:
