@@ -18,6 +18,18 @@ import traceback
 # imports, which read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jaxlib.version
+
+_PLATFORM = os.environ.get("PFJAX_TEST_PLATFORM", "cpu")
+# For `compiler_options` of jit: compiled as outside of the tests.
+AS_OUTSIDE = None
+if _PLATFORM == "cpu" and jaxlib.version.__version_info__ < (0, 11):
+    # XLA's newer code for loops takes twice as long to compile; JAX 0.12 has no other. What
+    # the README says is run without the flag.
+    AS_OUTSIDE = {"xla_cpu_use_fusion_emitters": True}
+    _flags = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join({*_flags, "--xla_cpu_use_fusion_emitters=false"})
+
 import jax
 import jaxtyping
 import numpy as np
@@ -27,7 +39,7 @@ from absl import flags
 from tests import fork_server, gcs
 
 # The kernels' tests run on a GPU or TPU too (launch/benchmark.sh).
-jax.config.update("jax_platforms", os.environ.get("PFJAX_TEST_PLATFORM", "cpu"))
+jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,6 +51,10 @@ _CACHE_BYTES = 2**30
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 _hook = jaxtyping.install_import_hook(fork_server.ARRAY_MODULES, "beartype.beartype")
+
+from pfjax.infra import compile_cache
+
+compile_cache.order_collectives()
 
 
 def pytest_sessionfinish(session):

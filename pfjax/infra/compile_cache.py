@@ -6,9 +6,26 @@ from typing import Any
 
 import jax
 
+_IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def order_collectives() -> None:
+    """Has XLA schedule a CPU program one operation after the other, on JAX before 0.12.
+
+    Its other schedule lets independent collectives run at once. A program read from the
+    cache has lost their order there, so that fake devices wait for each other in different
+    collectives and the process hangs, within five updates on a mesh of eight. No values
+    change. What XLA_FLAGS says itself stands. To be called before the back end starts.
+    """
+    if jax.__version_info__ < (0, 12):
+        said = os.environ.get("XLA_FLAGS", "")
+        if _IN_ORDER not in said:
+            os.environ["XLA_FLAGS"] = f"{_IN_ORDER} {said}".strip()
+
 
 def use_cache() -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or ~/.cache/pfjax/compiled."""
+    order_collectives()
     if not jax.config.jax_compilation_cache_dir:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         folder = root / "pfjax" / "compiled"
