@@ -146,6 +146,7 @@ def study(tmp_path_factory, policy):
     return out, cell
 
 
+@pytest.mark.slow
 def test_prompts_of_training_are_trained_on(study):
     out, _ = study
     read = lambda name: [

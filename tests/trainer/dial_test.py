@@ -265,6 +265,7 @@ def test_values_are_as_annotated_in_a_process_of_its_own(config, tmp_path, stale
     assert (tmp_path / "run/dial").exists()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_dial_and_itself_at_one_alpha(
     config, tmp_path, monkeypatch, capsys
 ):

@@ -56,7 +56,8 @@ def test_the_teacher_is_the_average_and_draws_by_the_programs_of_the_policy(
     assert (start.lengths != own.lengths).mean() > 0.1
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_devices_that_share_matrices_in_rollouts_draw_the_same(
     enumerable_folder, tmp_path, rank, monkeypatch
 ):
