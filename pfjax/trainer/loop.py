@@ -366,4 +366,5 @@ class _Run:
         if health.action == "off" or (health.action == "warn" and is_quiet):
             return []
         limits = (health.length_floor, health.truncated_ceiling, health.rollout_kl)
-        return health_checks.symptoms(history, *limits, health.patience)
+        has_target = self.trainer.fns.objective.has_target
+        return health_checks.symptoms(history, *limits, health.patience, has_target)

@@ -17,6 +17,7 @@ LIMITS = {
     "truncated_ceiling": 0.99,
     "rollout_kl": 0.05,
     "patience": 3,
+    "has_target": True,
 }
 
 
@@ -64,6 +65,34 @@ def test_truncation_of_all():
     rows = _history([10, 10, 10], cut=1.0)
     rows[-2]["completions/clipped_ratio"] = 0.9
     assert not health_checks.symptoms(rows, **LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("spread", "nats", "has_target", "said"),
+    [
+        # The smoke recipe with four updates per rollout, which one of two seeds survives.
+        (
+            [0.28, 0.94, 1.02, 12.6, 26.2, 23.5],
+            4.5,
+            True,
+            "at least 13, 0.75 at the start",
+        ),
+        ([0.28, 0.94, 1.02, 12.6, 2.2, 23.5], 4.5, True, ""),  # not for long enough
+        ([0.28, 0.94, 1.02, 12.6, 26.2], 4.5, True, ""),
+        ([0.0, 0.0, 0.0, 0.1, 0.1, 0.1], 0.01, True, ""),  # alpha 1
+        ([0.28, 0.94, 1.02, 12.6, 26.2, 23.5], 4.5, False, ""),
+    ],
+)
+def test_a_run_that_diverges(spread, nats, has_target, said):
+    rows = _history([20] * len(spread))
+    for row, x in zip(rows[1:], spread, strict=True):
+        row |= {"tb/residual_std_within_prompt": x, "kl/policy_base_per_token": nats}
+    found = health_checks.symptoms(rows, **LIMITS | {"has_target": has_target})
+    assert len(found) == bool(said)
+    if said:
+        assert (
+            said in found[0] and "up to step 6" in found[0] and "4.5 nats" in found[0]
+        )
 
 
 @pytest.mark.parametrize(
