@@ -38,7 +38,8 @@ def load(
 
     Args:
       path_or_hub_id: where; `"pfjax/toy"` ships with pfjax.
-      mesh: places the parameters on this mesh; the default device when None.
+      mesh: places the parameters on this mesh, made by `pfjax.infra.sharding.make_mesh`; the
+        default device when None.
       dtype: type of the parameters and of the computation.
 
     Returns:
@@ -46,8 +47,8 @@ def load(
       when it is first asked for, and None if the folder has none.
 
     Raises:
-      ValueError: if there is no such model, its architecture is not supported, or
-        its tensors are not exactly those that its config names.
+      ValueError: if there is no such model, its architecture is not supported, its tensors
+        are not exactly those that its config names, or the mesh has other axes.
 
     >>> policy = load("pfjax/toy")
     >>> policy.config.num_layers, policy.tokenizer.eos_token

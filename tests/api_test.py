@@ -53,6 +53,15 @@ def test_text_messages_and_ids_are_one_prompt(toy):
 
 
 @pytest.mark.slow
+def test_a_mesh_of_other_axes_is_refused(toy):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    said = "axes data, model and needs data, fsdp, .* by pfjax.infra.sharding.make_mesh"
+    with pytest.raises(ValueError, match=said):
+        pfjax.load("pfjax/toy", mesh)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+        pfjax.rollout(toy, ["17+25"], **TOY)
+
+
 def test_responses_end_where_the_tokenizer_says(toy):
     # As of Qwen's base models, whose config does not name the end of a turn.
     config = dataclasses.replace(toy.config, stop_ids=(31,))

@@ -170,6 +170,16 @@ def mesh_sizes(
     return tuple(sizes.values())
 
 
+def _sizes(mesh: AnyMesh) -> Mapping[str, int]:
+    """Devices along each axis of a mesh, which must have those of `make_mesh`."""
+    if set(MESH_AXES) - set(mesh.shape):
+        raise ValueError(
+            f"the mesh has the axes {', '.join(mesh.shape)} and needs {', '.join(MESH_AXES)}: "
+            "make it by pfjax.infra.sharding.make_mesh(devices=...)"
+        )
+    return mesh.shape
+
+
 def spec(
     mesh: AnyMesh,
     axes: tuple[str | None, ...],
@@ -183,16 +193,18 @@ def spec(
     earlier dimension took, or `over_batch` did.
 
     Raises:
-      ValueError: if another dimension does not divide by its mesh axes.
+      ValueError: if another dimension does not divide by its mesh axes, or the mesh has
+        others than `MESH_AXES`.
     """
+    sizes = _sizes(mesh)
     free, parts = set(only) - set(mesh.manual_axes), []
     for axis, size in zip(axes, shape, strict=True):
-        names = tuple(n for n in RULES[axis] if n in free and mesh.shape[n] > 1)
-        ways = math.prod(mesh.shape[n] for n in names)
+        names = tuple(n for n in RULES[axis] if n in free and sizes[n] > 1)
+        ways = math.prod(sizes[n] for n in names)
         if size % ways and axis == "kv_heads":
             names = ()
         elif size % ways:
-            flags = ", ".join(f"--config.mesh.{n}={mesh.shape[n]}" for n in names)
+            flags = ", ".join(f"--config.mesh.{n}={sizes[n]}" for n in names)
             raise ValueError(
                 f"{axis} of size {size} does not divide over {ways} devices ({flags}); "
                 f"choose mesh sizes whose product divides {size}"
@@ -237,7 +249,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 def batch_ways(mesh: AnyMesh) -> int:
     """Number of devices that a batch is split over."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return math.prod(_sizes(mesh)[axis] for axis in RULES["batch"])
 
 
 def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
