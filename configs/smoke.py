@@ -22,12 +22,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.prompts_per_step = 16
     c.samples_per_prompt = 8
     # What is sharpened is no longer sampled by the policy: its own samples alone end at the
-    # power of 2 rather than 4.
+    # power of 1.4 rather than 4.
     c.behavior.base = 0.5
     c.max_new_tokens = 32
     c.optim.learning_rate = 1e-3
     c.optim.schedule = "cosine"
-    # At 1e-2 one run of five diverges with max_staleness=1: an error of log Z' is a reward
+    # At 1e-2 one of five runs diverges with max_staleness=1 and mesh.rollout=1: an error of log Z' is a reward
     # on length, and what corrects it comes a step late.
     c.optim.log_z_learning_rate = 3e-3
     # A rare response far from the target has a gradient of 10, a usual one 0.1.

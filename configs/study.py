@@ -1,4 +1,4 @@
-r"""One run of the study on the toy task: configs/study.py:METHOD.
+r"""A method of the study, here on the toy task: configs/study.py:METHOD.
 
 Hardware: 1 CPU core, 2 GB. Takes about a minute.
 Result: docs/study/README.md
@@ -35,8 +35,8 @@ _ENTROPY = {
     "advantage": "group_mean",
     "loss_aggregation": "constant",
 }
-# What the search found best of powerflow, tb_traj, self_distillation, grpo and empo
-# (docs/study/search.json); the others were not searched.
+# For powerflow, tb_traj, self_distillation, grpo and empo what the search found best, or
+# what is within its error of that (docs/study/README.md); the others were not searched.
 SETTINGS: dict[str, dict[str, float | str]] = {
     "powerflow": _HALF,
     "own_samples": {"objective": "powerflow"},

@@ -242,7 +242,8 @@ def _check_alpha_range(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
     if not objective.has_target or target == others or not is_base_at_one:
         raise ValueError(
             f"{said}: --config.objective={c.objective} has no target that it can train "
-            "toward for each prompt's alpha; powerflow, tb_token and tb_traj have"
+            "toward for each prompt's alpha; powerflow, tb_token, tb_traj and "
+            "rl_traj have"
         )
     psi = c.format_term or (c.format_penalty and target.has_format)
     if psi or objective.is_tilted:

@@ -358,7 +358,7 @@ def _draw_others(ends, seed, ids):
 def test_every_alpha_reaches_its_exact_target(
     config, tmp_path, monkeypatch, objective, seed
 ):
-    """With 1.5 times the rollouts that a run for one alpha needs (`loop_test`)."""
+    """With 1.5 times the rollouts of a run for alpha 1/2 alone (`loop_test`)."""
     monkeypatch.setattr(dial, "draw", _draw_others)
     config.objective, config.seed, config.samples_per_prompt = objective, seed, 128
     config.num_steps = config.checkpoint_every = 300
