@@ -48,7 +48,7 @@ def load(
 
     Raises:
       ValueError: if there is no such model, its architecture is not supported, its tensors
-        are not exactly those that its config names, or the mesh has other axes.
+        are not exactly those that its config names, or the mesh lacks axes.
 
     >>> policy = load("pfjax/toy")
     >>> policy.config.num_layers, policy.tokenizer.eos_token

@@ -58,8 +58,12 @@ def test_a_mesh_of_other_axes_is_refused(toy):
     said = "axes data, model and needs data, fsdp, .* by pfjax.infra.sharding.make_mesh"
     with pytest.raises(ValueError, match=said):
         pfjax.load("pfjax/toy", mesh)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
-        pfjax.rollout(toy, ["17+25"], **TOY)
+    for f in (
+        lambda: pfjax.rollout(toy, ["17+25"], **TOY),
+        lambda: pfjax.score(toy, [[2, 3]], [[4, 5]]),
+    ):
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
+            f()
 
 
 def test_responses_end_where_the_tokenizer_says(toy):

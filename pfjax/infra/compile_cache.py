@@ -13,8 +13,8 @@ def order_collectives() -> None:
     """Has XLA schedule a CPU program one operation after the other, on JAX before 0.12.
 
     Its other schedule lets independent collectives run at once. A program read from the
-    cache has lost their order there, so that fake devices wait for each other in different
-    collectives and the process hangs, within five updates on a mesh of eight. No values
+    cache seems to have lost their order then: fake devices wait for each other in different
+    collectives, and the process hangs, within five updates on a 4 x 2 mesh. No values
     change. What XLA_FLAGS says itself stands. To be called before the back end starts.
     """
     if jax.__version_info__ < (0, 12):

@@ -95,8 +95,9 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     Raises:
       ValueError: if it does not divide the devices of a copy of the weights.
     """
-    data, *inside = mesh.shape.values()
-    tensor, inside = tensor or mesh.shape["tensor"], math.prod(inside)
+    before = _sizes(mesh)
+    data, *inside = before.values()
+    tensor, inside = tensor or before["tensor"], math.prod(inside)
     if inside % tensor:
         raise ValueError(
             f"--config.rollout_tensor={tensor} does not divide the {inside} devices of a "
@@ -193,8 +194,8 @@ def spec(
     earlier dimension took, or `over_batch` did.
 
     Raises:
-      ValueError: if another dimension does not divide by its mesh axes, or the mesh has
-        others than `MESH_AXES`.
+      ValueError: if another dimension does not divide by its mesh axes, or the mesh lacks
+        one of `MESH_AXES`.
     """
     sizes = _sizes(mesh)
     free, parts = set(only) - set(mesh.manual_axes), []
@@ -308,7 +309,7 @@ def by_copy(f: Callable[..., Any], dim: int) -> Callable[..., Any]:
     copy, and of copies split along two axes, `f` itself, of which XLA splits "data" too.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not has_copies(mesh.shape):
+    if mesh.empty or not has_copies(_sizes(mesh)):
         return f
     whole, split = PartitionSpec(), PartitionSpec(*[None] * dim, "data")
     # Kernels need every axis by hand.
@@ -376,7 +377,8 @@ def axes_of(axis: str) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
-    is_split = lambda n: mesh.shape[n] > 1 and n not in mesh.manual_axes
+    sizes = _sizes(mesh)
+    is_split = lambda n: sizes[n] > 1 and n not in mesh.manual_axes
     return tuple(n for n in RULES[axis] if is_split(n))
 
 
