@@ -52,7 +52,6 @@ def test_text_messages_and_ids_are_one_prompt(toy):
     assert first == want and first
 
 
-@pytest.mark.slow
 def test_a_mesh_of_other_axes_is_refused(toy):
     mesh = jax.make_mesh((4, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
     said = "axes data, model and needs data, fsdp, .* by pfjax.infra.sharding.make_mesh"
@@ -60,12 +59,13 @@ def test_a_mesh_of_other_axes_is_refused(toy):
         pfjax.load("pfjax/toy", mesh)
     for f in (
         lambda: pfjax.rollout(toy, ["17+25"], **TOY),
-        lambda: pfjax.score(toy, [[2, 3]], [[4, 5]]),
+        lambda: pfjax.score(toy, [[2, 3, 4]], [2]),
     ):
         with jax.set_mesh(mesh), pytest.raises(ValueError, match=said):
             f()
 
 
+@pytest.mark.slow
 def test_responses_end_where_the_tokenizer_says(toy):
     # As of Qwen's base models, whose config does not name the end of a turn.
     config = dataclasses.replace(toy.config, stop_ids=(31,))
