@@ -53,11 +53,7 @@ def make_plan(
         own = (config.mesh.rollout, rollout_mesh.shape["tensor"])
         rollout_mesh = aot.actor_mesh(topology, *own, is_abstract=not can_compile)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
-    state = {
-        "parameters": sharding.part_bytes(fns.state.params),
-        "optimizer": sharding.part_bytes(fns.state.opt_state),
-        "base": sharding.part_bytes(fns.base),
-    }
+    state = _state_bytes(fns)
     waiting = state.pop("base") if config.offload_ref else 0
     free = int(hardware.usable_memory(chip))
     if not config.mesh.rollout:
@@ -98,6 +94,15 @@ def make_plan(
         "error": None,
         **step,
         "notes": step["notes"] + caveats,
+    }
+
+
+def _state_bytes(fns: train_fns.TrainFns) -> dict[str, int]:
+    """What stays on a device for the whole run."""
+    return {
+        "parameters": sharding.part_bytes(fns.state.params),
+        "optimizer": sharding.part_bytes(fns.state.opt_state),
+        "base": sharding.part_bytes(fns.base),
     }
 
 
@@ -322,21 +327,19 @@ def search(
             if context > 1 or config.mesh.context > 1:
                 changes |= {"mesh.context": context}
             changes |= {"mesh.tensor": tensor}
-            plans = []
             shared = [n for n in ways if inside % n == 0]
-            for rows, rollout_tensor in itertools.product(sizes, shared):
-                own = {"microbatch_size": rows, "rollout_tensor": rollout_tensor}
-                args = (
-                    run_config.with_values(config, changes | own),
-                    base_model,
-                    topology,
-                )
-                try:
-                    plan = make_plan(*args, response_tokens, False)
-                except ValueError as error:  # sizes that do not divide
-                    why = str(error)
-                    continue
-                plans.append(plan | {"changes": changes | own})
+            own = [
+                {"microbatch_size": rows, "rollout_tensor": n}
+                for rows, n in itertools.product(sizes, shared)
+            ]
+            plans, error = _plans(
+                config,
+                [changes | x for x in own],
+                base_model,
+                topology,
+                response_tokens,
+            )
+            why = error or why
             found += sorted(plans, key=_rank)[:1]
         if any(plan["fits"] and not _is_tight(plan) for plan in found):
             break
@@ -345,6 +348,22 @@ def search(
             f"no mesh of the {devices} devices of {topology} will do: {why}"
         )
     return sorted(found, key=_rank)
+
+
+def _plans(
+    config: FrozenConfigDict, changes: list[dict[str, int]], *args: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """Those of a config with each of some changes that are possible, by estimate; and why
+    the last of the others is not."""
+    plans, why = [], ""
+    for change in changes:
+        try:
+            plan = make_plan(run_config.with_values(config, change), *args, False)
+        except ValueError as error:  # sizes that do not divide
+            why = str(error)
+        else:
+            plans.append(plan | {"changes": change})
+    return plans, why
 
 
 def _rank(plan: dict[str, Any]) -> tuple[Any, ...]:

@@ -74,20 +74,13 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
+    samples = range(samples_per_prompt) if samples is None else samples
+    _check(temperature, stop, len(prompts) * len(samples))
+    _check_alpha(policy.config.alpha_range, alpha, len(prompts))
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
     width = capacity.prompt_width or longest
     if longest > width:
         raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    _check_alpha(policy.config.alpha_range, alpha, len(prompts))
-    samples = range(samples_per_prompt) if samples is None else samples
-    num_samples = len(prompts) * len(samples)
-    if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
-        raise ValueError(
-            f"max_total_tokens={stop.max_total_tokens} is less than one token for each "
-            f"of the {num_samples} responses"
-        )
     plan = slots.make_plan(
         policy,
         num_prompts=len(prompts),
@@ -112,6 +105,16 @@ def rollout(
     alpha = None if alpha is None else np.array(alpha, np.float32)
     scheduler = Scheduler(settings, state, prompts, prompt_ids, *how, alpha=alpha)
     return scheduler.to_end()
+
+
+def _check(temperature: float, stop: StopConditions, num_samples: int) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
+        raise ValueError(
+            f"max_total_tokens={stop.max_total_tokens} is less than one token for each "
+            f"of the {num_samples} responses"
+        )
 
 
 def _check_alpha(

@@ -26,6 +26,10 @@ class PromptSet(NamedTuple):
     tokens: list[list[int]]
     source: str = ""
 
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
+
 
 def load_prompts(
     source: str,
@@ -241,11 +245,13 @@ def _warn_of_degenerate(source: str, groups: list[list[dict]]) -> None:
 def load_responses(
     source: str, prompts: list[list[int]], max_new_tokens: int
 ) -> dict[tuple[int, ...], list[np.ndarray]]:
-    """Responses to each of `prompts`, as `pfjax sample` wrote them.
+    """Responses to each of `prompts`, as `pfjax sample` wrote them; none of no file.
 
     Raises:
       ValueError: if a prompt has none, or a response is empty or too long.
     """
+    if not source:
+        return {}
     out: dict[tuple[int, ...], list[np.ndarray]] = collections.defaultdict(list)
     for where, row in dataset_io.read(source):
         try:

@@ -35,6 +35,11 @@ class Behavior(NamedTuple):
     replay: float = 0.0  # fraction that is taken from what the policy drew earlier
     by_step: Mapping[str, schedules.Points] = _NONE  # schedules of the fractions
 
+    @property
+    def replays(self) -> bool:
+        """Whether any step does."""
+        return bool(self.replay or "behavior.replay" in self.by_step)
+
     def counts(
         self, step: int, samples_per_prompt: int, has_earlier: bool = False
     ) -> tuple[int, int, int, int]:
@@ -95,17 +100,19 @@ def rollout(
         more = {"temperature": behavior.base_temperature}
         more |= {"samples": range(own, own + others)}
         parts.append(engine.rollout(base(), prompts, **more, **how))
-    known = [behavior.given[tuple(p)] for p in prompts] if counts[2] else None
     seeds = [(seed, step, i) for i in prompt_ids]
-    how = (seeds, max_new_tokens, policy.config.stop_ids)
-    return join(parts, counts, (known, earlier), *how)._replace(alpha=alpha)
+    others = (behavior.given, earlier)
+    how = (max_new_tokens, policy.config.stop_ids)
+    return join(parts, counts, prompts, seeds, *others, *how)._replace(alpha=alpha)
 
 
 def join(
     drawn: list[Rollout],
     counts: tuple[int, int, int, int],
-    others: tuple[list[list[np.ndarray]] | None, ...],
+    prompts: list[list[int]],
     seeds: list[tuple[int, ...]],
+    given: Given,
+    earlier: list[list[np.ndarray]] | None,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
 ) -> Rollout:
@@ -114,12 +121,13 @@ def join(
     Args:
       drawn: by the policy, then by the base, if these draw any.
       counts: see `Behavior.counts`.
-      others: responses to each prompt, of a file and of earlier steps, to choose from.
-      seeds: of each prompt, for the choice.
+      prompts, seeds: of each prompt, the seed of what is chosen.
+      given, earlier: what there is to choose from, see `rollout`.
     """
-    own, of_base, *numbers = counts
+    own, of_base, num_given, num_earlier = counts
+    known = [given[tuple(p)] for p in prompts] if num_given else None
     parts = list(drawn)
-    for responses, number in zip(others, numbers, strict=True):
+    for responses, number in ((known, num_given), (earlier, num_earlier)):
         if number:
             pairs = zip(responses, seeds, strict=True)
             chosen = [_choose(of, number, seed) for of, seed in pairs]

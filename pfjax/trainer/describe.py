@@ -12,6 +12,7 @@ from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import abstract_params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import slots
+from pfjax.trainer import setup_rollouts
 from pfjax.trainer.train_fns import TrainFns
 
 
@@ -35,6 +36,17 @@ def run(
         f"attention: {_attention(m)}; rematerialisation: {c.remat}\n"
         f"rollouts: {plan}" + _staleness(c)
     )
+
+
+def notes(c: FrozenConfigDict, num_prompts: int) -> list[str]:
+    """What else a reader of the log would not expect, with so many prompts to train on."""
+    said = []
+    if setup_rollouts.behavior_of(c, {}).replays:
+        first = -(-num_prompts // c.prompts_per_step) + 1
+        said.append(f"replay: from step {first} on, when prompts come again")
+    if clock := c.data.clock:
+        said.append(f"the chat template is told that it is {clock} (data.clock)")
+    return said
 
 
 def _staleness(c: FrozenConfigDict) -> str:

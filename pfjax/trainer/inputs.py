@@ -23,14 +23,14 @@ class Inputs(NamedTuple):
     train: data.PromptSet
     held_out: dict[str, data.PromptSet]  # sets of evaluations, by name
 
-    def longest(self) -> int:
-        """Tokens of the longest prompt to train on."""
-        return max(map(len, self.train.tokens))
-
     def longest_of_any(self) -> int:
         """Tokens of the longest prompt."""
-        sets = (self.train, *self.held_out.values())
-        return max(len(prompt) for of_set in sets for prompt in of_set.tokens)
+        return max(x.longest() for x in (self.train, *self.held_out.values()))
+
+    def golds(self, with_train: bool) -> list[str | None]:
+        """What responses to held-out prompts are graded by, and those to train on."""
+        sets = [*self.held_out.values(), *([self.train] if with_train else [])]
+        return [problem.gold for of_set in sets for problem in of_set.problems]
 
 
 def load(

@@ -12,9 +12,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from pfjax.batch import Minibatch
 from pfjax.infra import compile_cache, distributed, sharding, storage
 from pfjax.model import hf
-from pfjax.model.transformer import Policy
+from pfjax.model.transformer import Params, Policy
 from pfjax.tasks import grading
 from pfjax.trainer import (
     checkpoint,
@@ -133,11 +134,7 @@ def train_iteration(
         )
         minibatches = [prepare(x.ravel(), is_first=i == 0) for i, x in groups]
         if fns.objective.log_z_source == "head":
-            head, objective = state.params["log_z"], fns.objective
-            if step == 1:
-                head = init_log_z(head, minibatches, objective, fns.model.alpha_range)
-            elif (before := trainer.fns_at(step - 1).objective) != objective:
-                head = follow_target(head, minibatches, before, objective)
+            head = _log_z_head(trainer, state.params["log_z"], minibatches, step)
             state = state._replace(params={**state.params, "log_z": head})
         jax.block_until_ready([m.batch for m in minibatches])
         # An offloaded base leaves room, the policy is donated.
@@ -150,13 +147,7 @@ def train_iteration(
             seen.append(of_update)
         scalars, stats, log_p = map(list, zip(*seen, strict=True))
         values = {k: float(np.mean([s[k] for s in scalars])) for k in scalars[0]}
-    for name in ("loss", "grad_norm"):
-        if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm is the usual cure"
-            )
+    _check_finite(values, step)
     del values["loss"]  # tb/loss
     if trainer.reward.functions or trainer.own_psi.functions:
         values["reward/failed"] = float(trainer.failures() - failed)
@@ -167,6 +158,29 @@ def train_iteration(
     )
     values |= diagnostics.staleness_metrics(drawn, step)
     return state, cursor.after(drawn.ids), values, drawn
+
+
+def _log_z_head(
+    trainer: Trainer, head: Params, minibatches: list[Minibatch], step: int
+) -> Params:
+    """The head before a step updates: set at the first, moved where a schedule moves log Z."""
+    fns = trainer.fns_at(step)
+    if step == 1:
+        return init_log_z(head, minibatches, fns.objective, fns.model.alpha_range)
+    before = trainer.fns_at(step - 1).objective
+    if before == fns.objective:
+        return head
+    return follow_target(head, minibatches, before, fns.objective)
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}; the last checkpoint is "
+                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
+                "a smaller optim.learning_rate or clip_norm is the usual cure"
+            )
 
 
 class _Run:
@@ -197,8 +211,8 @@ class _Run:
         self.rewards = [trainer.reward, trainer.own_psi]
         for reward in self.rewards:
             stack.enter_context(reward)
-        if trainer.actor is not None:
-            stack.enter_context(trainer.actor)
+        if trainer.rollouts.actor is not None:
+            stack.enter_context(trainer.rollouts.actor)
         self.profiler = Profiler(folder / "profile", *config.profile_steps)
         stack.callback(self.profiler.close)
 
@@ -257,7 +271,7 @@ class _Run:
         state, saved = found or (state, {"step": 0, "prompts": 0})
         saved = {"skipped": ()} | saved
         if "replay" in saved:
-            self.trainer.replay.load(saved["replay"])
+            self.trainer.rollouts.replay.load(saved["replay"])
         before = saved.get("identity", self.identity)
         is_other = lambda name: before.get(name) != self.identity.get(name)
         self.changes = [x for name, x in run_config.CHANGES.items() if is_other(name)]
@@ -291,7 +305,7 @@ class _Run:
             about = {"step": step, "prompts": cursor.end, "skipped": cursor.skipped}
             about["identity"] = self.identity
             metric = metrics.value_of(self.best_metric, self.writer.history[-1])
-            replay = self.trainer.replay.arrays()
+            replay = self.trainer.rollouts.replay.arrays()
             self.writer.flush()  # a resumed run finds the rows of the steps before
             self.checkpoints.save(step, state, about, metric, replay)
         if has_failed:

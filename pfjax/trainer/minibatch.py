@@ -48,7 +48,7 @@ def prepare_minibatch(
     of_base = (base, batch._replace(choices=None), num_microbatches)
     log_p_base, log_stop_base, _ = fns.score_base(*of_base)
     reward, log_p = data.reward[indices], None
-    kind, is_group = fns.objective.kind, fns.objective.log_z_source == "group"
+    is_group = fns.objective.log_z_source == "group"
     token_term = rewards.token_term(fns.objective.reward_source)
     # With dropout the update's own are not those of the policy that has sampled.
     is_scored |= is_group or bool(token_term) or not is_first or fns.has_dropout
@@ -59,22 +59,23 @@ def prepare_minibatch(
         reward = token_term.weight * packing.from_segments(sums, placement)
         if log_probs.TOKEN_REWARDS[token_term.name].is_mean:
             reward = reward / placement.length
+
+    def placed(values: np.ndarray) -> Array:
+        """One value for each response, where the update reads it."""
+        segments = packing.to_segments(values, placement, host.length.shape)
+        return sharding.put_batch(mesh, segments, dim=1)
+
     if fns.objective.reward_source:
-        used = reward
-        if kind.reward:
-            used = _advantages(fns.objective, data, indices, reward)
-        segments = packing.to_segments(used, placement, host.length.shape)
-        batch = batch._replace(reward=sharding.put_batch(mesh, segments, dim=1))
+        weighed = reward
+        if fns.objective.kind.reward:
+            weighed = _advantages(fns.objective, data, indices, reward)
+        batch = batch._replace(reward=placed(weighed))
     if fns.has_dropout:
         seeds = dropout_seeds(*seed, len(data.texts))[indices]
-        seeds = packing.to_segments(seeds, placement, host.length.shape)
-        batch = batch._replace(dropout_seed=sharding.put_batch(mesh, seeds, dim=1))
+        batch = batch._replace(dropout_seed=placed(seeds))
     batch = batch._replace(log_p_base=log_p_base, log_stop_base=log_stop_base)
     if is_group:
-        residual = _residuals(fns.objective, batch, log_p)
-        zero, one = jnp.zeros_like(residual), jnp.ones_like(residual)
-        groups = (batch.prompt_index, len(data.prompts))
-        of_group = losses.group_log_z(residual, zero, one, *groups)
+        of_group = _group_log_z(fns.objective, batch, log_p, len(data.prompts))
         batch = batch._replace(log_z=of_group)
     if fns.num_updates > 1:  # one program for all updates
         batch = batch._replace(
@@ -138,6 +139,15 @@ def _choices(
         if rollout.is_own[i]:
             of_row[row, at : at + length] = recorded[i, :length]
     return out
+
+
+def _group_log_z(
+    objective: ObjectiveConfig, batch: PackedBatch, log_p: Array, num_prompts: int
+) -> Array:
+    """Log Z `[M, B, N]` by the residuals of a prompt's samples."""
+    residual = _residuals(objective, batch, log_p)
+    zero, one = jnp.zeros_like(residual), jnp.ones_like(residual)
+    return losses.group_log_z(residual, zero, one, batch.prompt_index, num_prompts)
 
 
 def _residuals(objective: ObjectiveConfig, batch: PackedBatch, log_p: Array) -> Array:

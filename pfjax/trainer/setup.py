@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from pfjax.batch import Rollout
 from pfjax.evaluation import elbo, scores
 from pfjax.model import (
     attention_check,
@@ -24,10 +23,9 @@ from pfjax.model import (
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy
 from pfjax.objectives import ObjectiveConfig
-from pfjax.sampler import engine, options
+from pfjax.sampler import options
 from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import (
-    behavior,
     config_checks,
     describe,
     inputs,
@@ -36,8 +34,7 @@ from pfjax.trainer import (
     schedules,
     setup_rollouts,
 )
-from pfjax.trainer.actor import Actor, Cursor, Drawn
-from pfjax.trainer.replay import Replay
+from pfjax.trainer.actor import Cursor, Drawn
 from pfjax.trainer.step import TrainState
 from pfjax.trainer.train_fns import TrainFns, first_state, shardings_of, train_fns
 
@@ -61,14 +58,9 @@ class Trainer(NamedTuple):
     base: Callable[[], Params]  # the frozen base, on the devices
     seed: int  # of everything random
     starts_at_base: bool  # whether the policy is the base before the first step
-    prompts: list[list[int]]  # to train on
     golds: list[str | None]  # that responses are graded by
     inputs: dict[str, str]  # what decides beside config and base, by fingerprint
-    next_prompts: Callable  # number -> indices, ids, next number
-    actor: Actor | None  # draws where responses may be stale
-    rollout: Callable  # policy, base, prompts, step, prompt_ids, earlier -> Rollout
-    teacher_rollout: Callable  # policy, prompts -> Rollout
-    replay: Replay  # holds responses of earlier steps
+    rollouts: setup_rollouts.Rollouts  # of what steps train on
     reward: rewards.Reward  # holds processes, once it is started
     own_psi: rewards.Reward  # as well
     compute_rewards: Callable  # indices, rollout, grader, step, votes -> RolloutBatch
@@ -89,27 +81,16 @@ class Trainer(NamedTuple):
 
     def draw(self, state: TrainState, cursor: Cursor, step: int) -> Drawn:
         """What a step trains on."""
-        if self.actor is not None:
-            return self.actor.draw(state.params["policy"], cursor, step)
-        indices, ids, _ = self.next_prompts(cursor.end)
-        prompts = [self.prompts[i] for i in indices]
-        earlier = self.replay.of(indices)
-        policies = (self.policy(state), self.base_policy)
-        rollout = self.rollout(*policies, prompts, step, ids, earlier)
-        self.replay.add(indices, rollout)
-        votes = self.votes(state, prompts, step, ids)
-        return Drawn(ids, indices, rollout, votes)
+        params = state.params["policy"]
+        policies = (self.policy(state), self.base_policy, self.averaged(state))
+        return self.rollouts.draw(params, *policies, cursor, step)
 
-    def votes(
-        self, state: TrainState, prompts: list[list[int]], step: int, ids: list[int]
-    ) -> Rollout | None:
-        """Responses of the averaged policy, if there is one, by the programs of the policy."""
+    def averaged(self, state: TrainState) -> Policy | None:
+        """The averaged policy, if there is one."""
         average = optax.tree.get(state.opt_state, "average")
         if average is None:
             return None
-        params = lora.join(self.frozen, average["policy"])
-        teacher = Policy(self.fns.model, params)
-        return self.teacher_rollout(teacher, prompts, step=step, prompt_ids=ids)
+        return Policy(self.fns.model, lora.join(self.frozen, average["policy"]))
 
     def failures(self) -> int:
         """Values that functions have failed to give."""
@@ -136,19 +117,15 @@ def setup(
     terms = objective.of_config(config, functions.objective).reward_source
     all_terms = ", ".join(filter(None, (terms, config.format_term)))
     given = inputs.load(config, tok, start, all_terms)
-    train, longest = given.train, given.longest()
     config_checks.check_lengths(config, given.longest_of_any(), start.max_positions)
     other_base = inputs.other_base(config, given, tok)
+    longest = given.train.longest()
     fns = train_fns(config, start, longest, mesh, other_base, functions.objective)
     rollout_mesh = setup_rollouts.rollout_mesh(config, mesh, fns.model)
-    on_rollout_mesh = setup_rollouts.on_mesh(rollout_mesh)
-    target = None
-    if config.data.target:
-        target = _load_target(config.data.target, fns.objective)
-    responses = {}
-    if config.behavior.file:
-        where = (config.behavior.file, train.tokens, config.max_new_tokens)
-        responses = data.load_responses(*where)
+    target = _load_target(config.data.target, fns.objective)
+    responses = data.load_responses(
+        config.behavior.file, given.train.tokens, config.max_new_tokens
+    )
     max_segments, windows = fns.shape.max_segments + 1, fns.base_model.windows
     attention_check.check(fns.base_model, mesh, max_segments, windows)
 
@@ -156,83 +133,61 @@ def setup(
     state = first_state(fns, trained, config.seed, mesh)
     frozen = base if config.lora.rank else {}
     policy = Policy(fns.model, lora.join(base, trained))
-    plan = on_rollout_mesh(setup_rollouts.plan_of)(config, policy, longest)
-    bind, graded = functools.partial, [*given.held_out.values()]
-    limits = config.reward_seconds, config.reward_workers
-    reward = rewards.Reward(terms, *limits, functions.reward, seed=config.seed)
-    psi = (config.format_term, *limits, functions.format_term, "format_term")
-    own_psi = rewards.Reward(*psi)
-    if rewards.needs_answers(all_terms):
-        graded.append(train)
-    kept = {"adapter": config.lora.init_from, "base": config.base, "reward": reward}
-    kept |= {"code": objective.code(config.objective), "own_psi": own_psi}
-    how_rewarded = {
-        "tok": tok,
-        "reward": reward,
-        "format_penalty": config.format_penalty,
-        "own_psi": own_psi,
-    }
-    samples = config.samples_per_prompt
-    how_drawn = {
-        "samples_per_prompt": samples,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-        "capacity": options.Capacity(longest, plan.slots * plan.dp_size),
-    }
+    with jax.set_mesh(rollout_mesh):
+        plan = setup_rollouts.plan_of(config, policy, longest)
+    how_rewarded = _how_rewarded(config, terms, functions, tok)
+    reward, own_psi = how_rewarded["reward"], how_rewarded["own_psi"]
+    meshes, weights = (mesh, rollout_mesh), (frozen, on_devices)
+    graded = (given, target, how_rewarded)
     trainer = Trainer(
         fns,
-        prompts=train.tokens,
-        golds=[p.gold for s in graded for p in s.problems],
-        inputs=inputs.fingerprints(given, tok, target, responses, **kept),
+        golds=given.golds(with_train=rewards.needs_answers(all_terms)),
+        inputs=inputs.fingerprints(
+            given,
+            tok,
+            target,
+            responses,
+            adapter=config.lora.init_from,
+            base=config.base,
+            reward=reward,
+            own_psi=own_psi,
+            code=objective.code(config.objective),
+        ),
         frozen=frozen,
         base=on_devices,
         seed=config.seed,
         starts_at_base=not (config.lora.init_from or config.base),
-        next_prompts=bind(
-            data.next_prompts, train, num=config.prompts_per_step, seed=config.seed
-        ),
-        actor=setup_rollouts.actor_of(
-            config,
-            fns,
-            (mesh, rollout_mesh),
-            frozen,
-            on_devices,
-            train,
-            longest,
-            responses,
-        ),
-        rollout=bind(
-            on_rollout_mesh(behavior.rollout),
-            behavior=setup_rollouts.behavior_of(config, responses),
-            **how_drawn,
-        ),
-        # Others than the policy's, which draws the first so many.
-        teacher_rollout=bind(
-            on_rollout_mesh(engine.rollout),
-            samples=range(samples, 2 * samples),
-            **how_drawn,
-        ),
-        replay=Replay(
-            config.samples_per_prompt if setup_rollouts.has_replay(config) else 0
+        rollouts=setup_rollouts.of_config(
+            config, fns, meshes, plan, weights, given.train, responses
         ),
         reward=reward,
         own_psi=own_psi,
-        compute_rewards=bind(rewards.compute_rewards, prompts=train, **how_rewarded),
-        evaluate=_evaluation(
-            config, fns, on_devices, tok, given, target, reward, on_rollout_mesh
+        compute_rewards=functools.partial(
+            rewards.compute_rewards, prompts=given.train, **how_rewarded
         ),
+        evaluate=_evaluation(config, fns, rollout_mesh, on_devices, *graded),
         measure_match=_match(config, fns, given, all_terms, how_rewarded),
         # In the digits that float32 has.
         learning_rate=lambda step: float(f"{float(fns.learning_rate(step - 1)):.7g}"),
         constants=_constants(config),
     )
-    about = f"{describe.run(config, fns, mesh, plan)}\n{inputs.describe(given, tok)}"
-    if setup_rollouts.has_replay(config):
-        first = -(-len(train.tokens) // config.prompts_per_step) + 1
-        about += f"\nreplay: from step {first} on, when prompts come again"
-    if clock := config.data.clock:
-        about += f"\nthe chat template is told that it is {clock} (data.clock)"
-    return trainer, state, about
+    about = [describe.run(config, fns, mesh, plan), inputs.describe(given, tok)]
+    about += describe.notes(config, len(given.train.tokens))
+    return trainer, state, "\n".join(about)
+
+
+def _how_rewarded(
+    config: FrozenConfigDict, terms: str, functions: Functions, tok: Any
+) -> dict[str, Any]:
+    """What `rewards.compute_rewards` takes at every step."""
+    limits = config.reward_seconds, config.reward_workers
+    psi = (config.format_term, *limits, functions.format_term, "format_term")
+    return {
+        "tok": tok,
+        "reward": rewards.Reward(terms, *limits, functions.reward, seed=config.seed),
+        "format_penalty": config.format_penalty,
+        "own_psi": rewards.Reward(*psi),
+    }
 
 
 def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:
@@ -282,7 +237,9 @@ def _load_adapters(config: FrozenConfigDict, fns: TrainFns) -> Params:
     return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
 
 
-def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples:
+def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples | None:
+    if not source:
+        return None
     terms = objective.reward if objective.is_tilted else ""
     if objective.is_tilted and objective.kind.reward:
         raise ValueError(
@@ -296,14 +253,14 @@ def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples:
 def _evaluation(
     config: FrozenConfigDict,
     fns: TrainFns,
+    rollout_mesh: Mesh,
     base: Callable[[], Params],
-    tok: Any,
     given: inputs.Inputs,
     target: data.TargetSamples | None,
-    reward: rewards.Reward,
-    on_rollout_mesh: Callable[[Callable], Callable],
+    how_rewarded: dict[str, Any],
 ) -> Callable:
     """What an evaluation does, which may be nothing."""
+    tok, reward = how_rewarded["tok"], how_rewarded["reward"]
     shared = {
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
@@ -321,9 +278,10 @@ def _evaluation(
     def evaluate(policy: Policy, grader: Any) -> tuple[dict, list]:
         values, rows = {}, []
         for name, of_set in given.held_out.items():
-            found, new = on_rollout_mesh(scores.evaluate)(
-                policy, tok, grader, of_set.problems, of_set.tokens, how
-            )
+            with jax.set_mesh(rollout_mesh):
+                found, new = scores.evaluate(
+                    policy, tok, grader, of_set.problems, of_set.tokens, how
+                )
             prefix = f"{name}/" if len(given.held_out) > 1 else ""
             values |= {prefix + key: value for key, value in found.items()}
             rows += [{"set": name, **row} for row in new]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from pfjax.infra import sharding
 from pfjax.model import dial, lora
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy, abstract_params, logical_axes
-from pfjax.sampler import decode, slots, stream
+from pfjax.sampler import decode, engine, options, slots, stream
 from pfjax.tasks import data
 from pfjax.trainer import actor, behavior, schedules, update_memory
-from pfjax.trainer.actor import Actor
+from pfjax.trainer.replay import Replay
 from pfjax.trainer.train_fns import TrainFns, shardings_of
 
 
@@ -34,20 +34,6 @@ def rollout_mesh(c: FrozenConfigDict, mesh: Mesh, model: ModelConfig) -> Mesh:
     return out
 
 
-def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Has functions run with this mesh as the current one."""
-
-    def of(f: Callable) -> Callable:
-        @functools.wraps(f)
-        def run(*args, **kwargs):
-            with jax.set_mesh(mesh):
-                return f(*args, **kwargs)
-
-        return run
-
-    return of
-
-
 def behavior_of(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Behavior:
     return behavior.Behavior(
         temperature=c.temperature,
@@ -60,10 +46,6 @@ def behavior_of(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Beha
     )
 
 
-def has_replay(c: FrozenConfigDict) -> bool:
-    return bool(c.behavior.replay or "behavior.replay" in schedules.parse(c.schedules))
-
-
 def plan_of(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
     return slots.make_plan(
         policy,
@@ -72,6 +54,85 @@ def plan_of(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
         max_new_tokens=c.max_new_tokens,
         prompt_width=width,
         num_slots=c.rollout_slots or None,
+    )
+
+
+class Rollouts(NamedTuple):
+    """What draws the responses that steps train on, with what a run never changes bound."""
+
+    mesh: Mesh  # the devices as rollouts group them
+    prompts: list[list[int]]  # to train on
+    next_prompts: Callable  # number -> indices, ids, next number
+    now: Callable  # policy, base, prompts, step, prompt_ids, earlier -> Rollout
+    votes: Callable  # averaged policy, prompts, step, prompt_ids -> Rollout
+    replay: Replay  # holds responses of earlier steps
+    actor: actor.Actor | None  # draws where responses may be stale
+
+    def draw(
+        self,
+        params: Params,
+        policy: Policy,
+        base: Callable[[], Policy],
+        averaged: Policy | None,
+        cursor: actor.Cursor,
+        step: int,
+    ) -> actor.Drawn:
+        """What a step trains on.
+
+        Args:
+          params: what is trained of the policy.
+          averaged: draws votes, by the programs of the policy.
+          cursor: of the steps before.
+        """
+        if self.actor is not None:
+            return self.actor.draw(params, cursor, step)
+        indices, ids, _ = self.next_prompts(cursor.end)
+        prompts = [self.prompts[i] for i in indices]
+        earlier = self.replay.of(indices)
+        with jax.set_mesh(self.mesh):
+            rollout = self.now(policy, base, prompts, step, ids, earlier)
+            self.replay.add(indices, rollout)
+            votes = averaged and self.votes(
+                averaged, prompts, step=step, prompt_ids=ids
+            )
+        return actor.Drawn(ids, indices, rollout, votes)
+
+
+def of_config(
+    c: FrozenConfigDict,
+    fns: TrainFns,
+    meshes: tuple[Mesh, Mesh],
+    plan: slots.Plan,
+    weights: tuple[Params, Callable[[], Params]],
+    train: data.PromptSet,
+    responses: behavior.Given,
+) -> Rollouts:
+    """Builds it.
+
+    Args:
+      meshes: of training, and of its devices as rollouts group them.
+      plan: of the policy's rollouts.
+      weights: the policy's that are not trained (none without adapters), and the base's.
+      responses: of `behavior.file`.
+    """
+    samples = c.samples_per_prompt
+    how = {
+        "samples_per_prompt": samples,
+        "max_new_tokens": c.max_new_tokens,
+        "seed": c.seed,
+        "capacity": options.Capacity(train.longest(), plan.slots * plan.dp_size),
+    }
+    mixture, bind = behavior_of(c, responses), functools.partial
+    num = {"num": c.prompts_per_step, "seed": c.seed}
+    return Rollouts(
+        meshes[1],
+        train.tokens,
+        next_prompts=bind(data.next_prompts, train, **num),
+        now=bind(behavior.rollout, behavior=mixture, **how),
+        # Others than the policy's, which draws the first so many.
+        votes=bind(engine.rollout, samples=range(samples, 2 * samples), **how),
+        replay=Replay(samples if mixture.replays else 0),
+        actor=actor_of(c, fns, meshes, weights, train, mixture),
     )
 
 
@@ -86,83 +147,91 @@ def base_policy(fns: TrainFns, frozen: Params, base: Callable[[], Params]) -> Po
     return Policy(fns.model, lora.join(frozen, zeros))
 
 
+def _stream_plan(
+    c: FrozenConfigDict,
+    fns: TrainFns,
+    mesh: Mesh,
+    where: Mesh,
+    width: int,
+    num_streams: int,
+) -> slots.Plan:
+    """Shapes of each of the streams on `where`, beside an update on `mesh`."""
+    device = where.local_devices[0]
+    # Where an update has the same devices, caches stay beside it.
+    kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
+    samples = c.samples_per_prompt
+    return slots.plan_for(
+        fns.model,
+        device.platform,
+        lambda: (slots.free_bytes(device) - kept) // num_streams,
+        num_prompts=_room(c),
+        samples_per_prompt=samples,
+        max_new_tokens=c.max_new_tokens,
+        prompt_width=width,
+        num_slots=c.rollout_slots or None,
+        most_slots=c.prompts_per_step * samples,
+    )
+
+
+def _room(c: FrozenConfigDict) -> int:
+    """Prompts that a stream holds at most."""
+    return (1 + c.max_staleness) * c.prompts_per_step
+
+
 def actor_of(
     c: FrozenConfigDict,
     fns: TrainFns,
     meshes: tuple[Mesh, Mesh],
-    frozen: Params,
-    base: Callable[[], Params],
+    weights: tuple[Params, Callable[[], Params]],
     train: data.PromptSet,
-    longest: int,
-    responses: behavior.Given,
-) -> Actor | None:
-    """What draws where responses may be stale.
-
-    Args:
-      meshes: of training, and of its devices as rollouts group them.
-    """
+    mixture: behavior.Behavior,
+) -> actor.Actor | None:
+    """What draws where responses may be stale; see `of_config`."""
     if not c.max_staleness:
         return None
-    mesh, where = meshes
+    (mesh, grouped), (frozen, base) = meshes, weights
+    where = grouped
     if c.mesh.rollout:
-        where = sharding.rollout_mesh(c.mesh.rollout, where.shape["tensor"])
-    room = (1 + c.max_staleness) * c.prompts_per_step
-    mixture = behavior_of(c, responses)
+        where = sharding.rollout_mesh(c.mesh.rollout, grouped.shape["tensor"])
     counts = mixture.counts(0, c.samples_per_prompt)
     own, others, *_ = counts
+    base_model = fns.model if frozen else fns.base_model
+    # Model, temperature and samples: of the policy, and of the base.
+    streams = [(fns.model, c.temperature, range(own))]
+    if others:
+        samples = range(own, own + others)
+        streams.append((base_model, c.behavior.base_temperature, samples))
+    args = (c, fns, mesh, where, train.longest(), len(streams))
+    plan = functools.cache(functools.partial(_stream_plan, *args))  # of all rounds
 
-    @functools.cache
-    def plan() -> slots.Plan:
-        device = where.local_devices[0]
-        # Where an update has the same devices, caches stay beside it.
-        kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
-        return slots.plan_for(
-            fns.model,
-            device.platform,
-            lambda: (slots.free_bytes(device) - kept) // (2 if others else 1),
-            num_prompts=room,
-            samples_per_prompt=c.samples_per_prompt,
-            max_new_tokens=c.max_new_tokens,
-            prompt_width=longest,
-            num_slots=c.rollout_slots or None,
-            most_slots=c.prompts_per_step * c.samples_per_prompt,
-        )
-
-    def stream_of(model: ModelConfig, *how: Any) -> stream.Stream:
+    def make_stream(model: ModelConfig, *how: Any) -> stream.Stream:
         stop_ids = fns.model.stop_ids
         settings = decode.Settings(model, plan(), c.samples_per_prompt, stop_ids)
-        return stream.Stream(settings, c.seed, c.max_new_tokens, room, *how)
-
-    def make_streams() -> list[stream.Stream]:
-        out = [stream_of(fns.model, c.temperature, range(own))]
-        if others:
-            model = fns.model if frozen else fns.base_model
-            samples = range(own, own + others)
-            out.append(stream_of(model, c.behavior.base_temperature, samples))
-        return out
+        return stream.Stream(settings, c.seed, c.max_new_tokens, _room(c), *how)
 
     def send_base() -> Params:
-        model, params = base_policy(fns, frozen, base)
-        return actor.sender(model, {}, meshes[1], where)(params)
+        params = base_policy(fns, frozen, base)
+        return actor.sender(base_model, {}, grouped, where)(params)
 
     if c.mesh.rollout and others:
         # Once, and not from a thread: the learner's devices have their part in it.
-        send_base = functools.partial(lambda weights: weights, send_base())
+        send_base = functools.partial(lambda params: params, send_base())
 
     def join(
         drawn: list[Rollout], indices: list[int], ids: list[int], step: int
     ) -> Rollout:
-        prompts = [tuple(train.tokens[i]) for i in indices]
-        known = [mixture.given[p] for p in prompts] if counts[2] else None
-        seeds = [(c.seed, step, i) for i in ids]
-        how = (seeds, c.max_new_tokens, fns.model.stop_ids)
-        joined = behavior.join(drawn, counts, (known, None), *how)
+        of_prompts = (
+            [train.tokens[i] for i in indices],
+            [(c.seed, step, i) for i in ids],
+        )
+        how = (mixture.given, None, c.max_new_tokens, fns.model.stop_ids)
+        joined = behavior.join(drawn, counts, *of_prompts, *how)
         return joined._replace(alpha=dial.draw(fns.model.alpha_range, c.seed, ids))
 
-    return Actor(
+    return actor.Actor(
         where,
-        make_streams,
-        actor.sender(fns.model, frozen, meshes[1], where),
+        lambda: [make_stream(*how) for how in streams],
+        actor.sender(fns.model, frozen, grouped, where),
         send_base,
         join,
         lambda ids: data.indices_of(train, ids, c.seed),

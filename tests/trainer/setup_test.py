@@ -39,16 +39,18 @@ def test_the_teacher_is_the_average_and_draws_by_the_programs_of_the_policy(
         where = optax.tree.get(trainer.fns.state.opt_state, "average")["policy"]
         assert jax.tree.map(lambda x: x.sharding, where) == place
         policy, ids = trainer.policy(state), list(range(8))
-        own = trainer.rollout(policy, trainer.base_policy, prompts, 3, ids)
+        rollouts, how_drawn = trainer.rollouts, {"step": 3, "prompt_ids": ids}
+        own = rollouts.now(policy, trainer.base_policy, prompts, **how_drawn)
+        averaged = trainer.averaged(state._replace(opt_state=scaled))
         with count_compiles() as compiled:
-            votes = trainer.votes(state._replace(opt_state=scaled), prompts, 3, ids)
+            votes = rollouts.votes(averaged, prompts, **how_drawn)
         assert not compiled, dict(compiled)
         teacher = policy._replace(params=lora.join(trainer.frozen, average))
         how = {"max_new_tokens": 3, "seed": 0, "step": 3, "samples": range(16, 32)}
         want = engine.rollout(
             teacher, prompts, 16, prompt_ids=ids, capacity=Capacity(2, 128), **how
         )
-        start = trainer.votes(state, prompts, 3, ids)
+        start = rollouts.votes(trainer.averaged(state), prompts, **how_drawn)
     np.testing.assert_array_equal(votes.lengths, want.lengths)
     np.testing.assert_array_equal(votes.log_probs, want.log_probs)
     # At first it is the policy, which has drawn others.
@@ -80,7 +82,9 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
             trainer, state, _ = setup.setup(FrozenConfigDict(c), mesh)
             policy, ids = trainer.policy(state), list(range(12))
             args = (policy, trainer.base_policy, prompts, 3, ids)
-            found[tensor] = trainer.rollout(*args), trainer.evaluate(policy, grader)[0]
+            with jax.set_mesh(trainer.rollouts.mesh):
+                drawn = trainer.rollouts.now(*args)
+            found[tensor] = drawn, trainer.evaluate(policy, grader)[0]
             where = jax.tree.map(lambda x: x.sharding.mesh, state.params)
             assert {*jax.tree.leaves(where)} == {mesh}
     # Of the policy, of the base, and of the policy in an evaluation.
