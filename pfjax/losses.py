@@ -11,6 +11,8 @@ receive gradients. Every loss is the square of one residual, `targets.residual`.
 and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -137,7 +139,9 @@ def powerflow(
     return lax.stop_gradient(weight) * loss
 
 
-def divergence(residual: jax.Array, order: float = 1.0) -> jax.Array:
+def divergence(
+    residual: jax.Array, order: float = 1.0, clip: float = math.inf
+) -> jax.Array:
     r"""A loss of the residual whose on-policy gradient is that of an alpha-divergence.
 
     .. math:: L_a(\delta) = \frac{2}{1 - a}\Big(\delta + \frac{e^{-(1-a)\delta} - 1}{1 - a}\Big),
@@ -149,21 +153,35 @@ def divergence(residual: jax.Array, order: float = 1.0) -> jax.Array:
     that is too unlikely exponentially; Hellinger's for a = 1/2. Every order has its one
     minimum where the residual is 0, so on or off policy the optimum is the same.
 
+    Beyond `clip` the loss goes on as a straight line; for a = 1 it is Huber's. That leaves the
+    optimum too, and a response that is far off moves the parameters no more than one at
+    `clip`, where the gradient of a square grows with the residual: a single response 10 nats
+    per token away outweighs a hundred others.
+
     Args:
       residual: `[*n]` from `targets.residual`; gradient flows.
       order: a; exponents are cut at 20, beyond which the loss goes on as a straight line.
+      clip: in the units of the residual, positive.
 
     Returns:
       `[*n]` losses, not reduced.
 
     References:
-      Fawkes and Hartford, arXiv 2605.15417.
+      Fawkes and Hartford, arXiv 2605.15417; Huber, Robust Estimation of a Location
+      Parameter, 1964.
 
     >>> divergence(jnp.array([0.5, -0.5]), order=1.0)
     Array([0.25, 0.25], dtype=float32)
+    >>> divergence(jnp.array([0.5, -3.0]), clip=1.0)
+    Array([0.25, 5.  ], dtype=float32)
     >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
     0.213 0.297
     """
+    if math.isfinite(clip):
+        inner = lax.stop_gradient(jnp.clip(residual, -clip, clip))
+        one = jnp.ones_like(inner)
+        value, slope = jax.jvp(lambda x: divergence(x, order), (inner,), (one,))
+        return value + slope * (residual - inner)
     if order == 1:
         return residual**2
     x = (order - 1) * residual

@@ -16,6 +16,7 @@ Only `grpo`, unless given another reward, and `flowrl` read answers of the train
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class ObjectiveConfig:
     reward_per: str = "response"  # or "token"; in length-aware targets
     temperature: float = 1.0  # that responses are sampled at
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
+    residual_clip: float = 0.0  # beyond which that loss is linear; 0: nowhere
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28
@@ -69,6 +71,11 @@ class ObjectiveConfig:
     def is_balance(self) -> bool:
         """Whether the optimum is the same whatever distribution responses come from."""
         return self.kind.loss in (balance, subtb)
+
+    @property
+    def has_residual_loss(self) -> bool:
+        """Whether its loss is a `losses.divergence` of the residual."""
+        return self.kind.loss is balance
 
     @property
     def has_target(self) -> bool:
@@ -157,7 +164,8 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     - `flowrl`: length-aware, :math:`R = p_0 e^{\beta A|y|}`, A the group-normalised correctness.
       FlowRL, arXiv 2509.15207, Eq. 6.
     """
-    return y.weight * losses.divergence(y.residual, c.divergence)
+    clip = c.residual_clip or math.inf
+    return y.weight * losses.divergence(y.residual, c.divergence, clip)
 
 
 def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:

@@ -284,6 +284,18 @@ def test_balance_has_the_same_optimum_at_any_temperature_of_sampling(rng):
     assert np.abs(push(lm.logits, drawn(lm.logits))).max() > 0.01
 
 
+@pytest.mark.parametrize("order", [0.0, 0.5, 1.0])
+def test_beyond_the_clip_the_loss_goes_on_as_a_straight_line(order):
+    """From the value and slope that it has there, on either side."""
+    x = jnp.array([-9.0, -2.0, -0.3, 0.0, 0.4, 2.0, 9.0])
+    loss = jax.vmap(jax.value_and_grad(lambda x: losses.divergence(x, order, 0.5)))
+    whole = jax.vmap(jax.value_and_grad(lambda x: losses.divergence(x, order)))
+    (value, slope), (want, want_slope) = loss(x), whole(jnp.clip(x, -0.5, 0.5))
+    np.testing.assert_allclose(slope, want_slope, atol=1e-6)
+    beyond = x - jnp.clip(x, -0.5, 0.5)
+    np.testing.assert_allclose(value, want + want_slope * beyond, atol=1e-5)
+
+
 def test_a_residual_far_off_has_a_finite_loss_and_gradient():
     value, slope = jax.value_and_grad(lambda x: losses.divergence(x, 0.0))(-500.0)
     assert np.isfinite(value) and slope == pytest.approx(2 - 2 * np.exp(20.0), rel=1e-5)

@@ -55,25 +55,27 @@ GRADED = jnp.array([y.count(2) / len(y) for y in LM.responses])
 
 @pytest.mark.parametrize("log_z", ["head", "group"])
 @pytest.mark.parametrize(
-    ("name", "alpha", "beta", "reward", "per", "divergence"),
+    ("name", "alpha", "beta", "reward", "per", "divergence", "clip"),
     [
-        ("powerflow", 4.0, 0.0, GRADED, "response", 1.0),
-        ("powerflow", 0.5, 2.0, GRADED, "response", 1.0),
-        ("powerflow", 2.0, 1.0, GRADED, "token", 1.0),
-        ("powerflow", 2.0, 3.0, PASSES - 1, "response", 1.0),
+        ("powerflow", 4.0, 0.0, GRADED, "response", 1.0, 0.0),
+        ("powerflow", 0.5, 2.0, GRADED, "response", 1.0, 0.0),
+        ("powerflow", 2.0, 1.0, GRADED, "token", 1.0, 0.0),
+        ("powerflow", 2.0, 3.0, PASSES - 1, "response", 1.0, 0.0),
         # The base, given the verifier.
-        ("powerflow", 1.0, 12.0, PASSES - 1, "response", 1.0),
-        ("tb_traj", 1.0, 12.0, PASSES - 1, "response", 1.0),
-        ("tb_traj", 2.0, 2.0, GRADED, "response", 1.0),
-        ("powerflow", 2.0, 1.0, GRADED, "response", 0.0),
-        ("tb_traj", 2.0, 1.0, GRADED, "response", 0.5),
+        ("powerflow", 1.0, 12.0, PASSES - 1, "response", 1.0, 0.0),
+        ("tb_traj", 1.0, 12.0, PASSES - 1, "response", 1.0, 0.0),
+        ("tb_traj", 2.0, 2.0, GRADED, "response", 1.0, 0.0),
+        ("powerflow", 2.0, 1.0, GRADED, "response", 0.0, 0.0),
+        ("tb_traj", 2.0, 1.0, GRADED, "response", 0.5, 0.0),
+        ("powerflow", 4.0, 0.0, GRADED, "response", 1.0, 0.1),
+        ("tb_traj", 2.0, 1.0, GRADED, "response", 0.5, 0.5),
     ],
 )  # fmt: skip
 def test_every_point_of_the_family_is_reached(
-    name, alpha, beta, reward, per, divergence, log_z
+    name, alpha, beta, reward, per, divergence, clip, log_z
 ):
     c = ObjectiveConfig(
-        name, alpha, log_z, beta, "r", reward_per=per, divergence=divergence
+        name, alpha, log_z, beta, "r", per, divergence=divergence, residual_clip=clip
     )
     base, length = LM.log_p(LM.logits), LM.length
     ones = jnp.ones(len(base))

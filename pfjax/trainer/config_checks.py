@@ -58,7 +58,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
     _check_behavior(c, objective)
     _check_staleness(c, objective)
     check_reward(c, objective)
-    _check_policy_gradient(c, objective)
+    _check_kind_of_loss(c, objective)
     _check_likelihood(c, objective)
     needs_std = bool(objective.kind.reward) and c.advantage != "none"
     has_groups = objective.log_z_source == "group" or needs_std
@@ -319,16 +319,23 @@ def _check_format_term(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         )
 
 
-def _check_policy_gradient(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
-    """Raises ValueError for settings of policy gradients of a reward that nothing reads."""
-    names = ("advantage", "loss_aggregation", "reward_kl")
-    for name in () if objective.has_advantages or objective.own else names:
-        if c[name] != settings.SETTINGS[name].default:
-            kin = [k for k in OBJECTIVES if ObjectiveConfig(k).has_advantages]
-            raise ValueError(
-                f"--config.{name}={c[name]} has no effect on {c.objective}; objectives that "
-                f"read it: {', '.join(kin)}"
-            )
+# Settings that only objectives with a property read, by this.
+_READ_BY = {
+    "has_advantages": ("advantage", "loss_aggregation", "reward_kl"),
+    "has_residual_loss": ("divergence", "residual_clip"),
+}
+
+
+def _check_kind_of_loss(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for settings of kinds of loss that nothing reads."""
+    for reads, names in _READ_BY.items():
+        kin = [k for k in OBJECTIVES if getattr(ObjectiveConfig(k), reads)]
+        for name in () if getattr(objective, reads) or objective.own else names:
+            if c[name] != settings.SETTINGS[name].default:
+                raise ValueError(
+                    f"--config.{name}={c[name]} has no effect on {c.objective}, leave it "
+                    f"out; objectives that read it: {', '.join(kin)}"
+                )
     from pfjax.tasks import rewards
 
     is_voted = rewards.has_majority(objective.reward_source)

@@ -26,6 +26,7 @@ _COPIED = (
     "reward_per",
     "temperature",
     "divergence",
+    "residual_clip",
     "log_z",
 )
 _COPIED += ("clip_low", "clip_high", "mask_clipped_tokens", "max_new_tokens")

@@ -126,6 +126,12 @@ _DECIDING: dict[str, Setting] = {
         "order of the loss of the balance: 1 squares the residual (reverse KL), 0 covers "
         "modes (forward KL)",
     ),
+    "residual_clip": _not_negative(
+        0.0,
+        "residual, in nats per token (of whole sequences: per response), beyond which its "
+        "loss is linear rather than square: a response far off then moves the policy no "
+        "more than one at this; 0 turns it off",
+    ),
     "format_penalty": Setting(
         -0.5,
         r"psi of a response without \boxed{}, nats per token; 0 turns it off",

@@ -165,13 +165,18 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ({"reward": "accuracy"}, "set --config.beta above 0"),
         (
             {"advantage": "none"},
-            "has no effect on powerflow; objectives that read it: grpo",
+            "has no effect on powerflow, leave it out; objectives that read it: grpo",
         ),
         (
             {"loss_aggregation": "token", "objective": "rl_token"},
             "--config.loss_aggregation=token has no effect on rl_token",
         ),
         ({"reward_kl": 0.1, "objective": "subtb"}, "has no effect on subtb"),
+        (
+            {"residual_clip": 0.1, "objective": "subtb"},
+            "has no effect on subtb, leave it out; objectives that read it: powerflow",
+        ),
+        ({"divergence": 0.0, "objective": "grpo"}, "has no effect on grpo"),
         (
             {
                 "objective": "intuitor",
