@@ -210,8 +210,8 @@ def actor_of(
         return stream.Stream(settings, c.seed, c.max_new_tokens, _room(c), *how)
 
     def send_base() -> Params:
-        params = base_policy(fns, frozen, base)
-        return actor.sender(base_model, {}, grouped, where)(params)
+        model, params = base_policy(fns, frozen, base)
+        return actor.sender(model, {}, grouped, where)(params)
 
     if c.mesh.rollout and others:
         # Once, and not from a thread: the learner's devices have their part in it.
