@@ -15,6 +15,7 @@ def get_config(method: str = "powerflow") -> ml_collections.ConfigDict:
     c = pfjax.recipe("smoke")
     c.objective = method
     c.behavior.base = 0.0  # so that all objectives may be compared
+    c.updates_per_rollout, c.residual_clip = 1, 0.0
     # Answers are there for those that read them: grpo and flowrl.
     c.data.train = "pfjax/toy/train_answered.jsonl"
     c.optim.learning_rate, c.optim.log_z_learning_rate = 3e-4, 1e-2

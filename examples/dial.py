@@ -42,6 +42,7 @@ RUNS = {
         "num_steps": 400,
         "optim.learning_rate": 2e-3,
         "optim.clip_norm": 0.1,
+        "residual_clip": 0.03,
     },
     "4": {"alpha": 4.0},
     "0.5": {"alpha": 0.5},

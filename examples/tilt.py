@@ -69,6 +69,8 @@ def train(folder: pathlib.Path, alpha: float, beta: float, steps: int) -> pfjax.
         "data.train": "pfjax/toy/train_answered.jsonl",
         "data.eval": "",
         "optim.log_z_learning_rate": 1e-2,
+        "updates_per_rollout": 1,
+        "residual_clip": 0.0,
     }
     config = pfjax.recipe("smoke", **values)
     return pfjax.fine_tune(config, folder, reward=verifier if beta else None)

@@ -11,8 +11,6 @@ receive gradients. Every loss is the square of one residual, `targets.residual`.
 and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -140,7 +138,7 @@ def powerflow(
 
 
 def divergence(
-    residual: jax.Array, order: float = 1.0, clip: float = math.inf
+    residual: jax.Array, order: float = 1.0, clip: jax.Array | float | None = None
 ) -> jax.Array:
     r"""A loss of the residual whose on-policy gradient is that of an alpha-divergence.
 
@@ -161,7 +159,7 @@ def divergence(
     Args:
       residual: `[*n]` from `targets.residual`; gradient flows.
       order: a; exponents are cut at 20, beyond which the loss goes on as a straight line.
-      clip: in the units of the residual, positive.
+      clip: `[*n]` or scalar, in the units of the residual, positive; nowhere if not given.
 
     Returns:
       `[*n]` losses, not reduced.
@@ -177,7 +175,7 @@ def divergence(
     >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
     0.213 0.297
     """
-    if math.isfinite(clip):
+    if clip is not None:
         inner = lax.stop_gradient(jnp.clip(residual, -clip, clip))
         one = jnp.ones_like(inner)
         value, slope = jax.jvp(lambda x: divergence(x, order), (inner,), (one,))

@@ -16,7 +16,6 @@ Only `grpo`, unless given another reward, and `flowrl` read answers of the train
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +43,7 @@ class ObjectiveConfig:
     reward_per: str = "response"  # or "token"; in length-aware targets
     temperature: float = 1.0  # that responses are sampled at
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
-    residual_clip: float = 0.0  # beyond which that loss is linear; 0: nowhere
+    residual_clip: Any = None  # beyond which that loss is linear
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28
@@ -139,13 +138,14 @@ def at_alpha(c: ObjectiveConfig, y: TrajectoryStats | PackedBatch) -> ObjectiveC
 
 def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
     """Fills in `residual` and `loss`."""
-    c = at_alpha(c, y)
+    c, scale = at_alpha(c, y), 1
+    if y.alpha is not None:  # which residuals grow with; the optimum of each stays
+        scale = jnp.maximum(y.alpha, 1)
+        clip = c.residual_clip and c.residual_clip * scale
+        c = dataclasses.replace(c, residual_clip=clip)
     sums = (y.log_pf, y.log_p_base, y.num_loss_tokens)
     y = y._replace(residual=c.target.residual(*sums, y.log_z, **tilt(y)))
-    loss = c.kind.loss(y, c)
-    if y.alpha is not None:  # which residuals grow with; the optimum of each stays
-        loss = loss / jnp.maximum(y.alpha, 1) ** 2
-    return y._replace(loss=loss)
+    return y._replace(loss=c.kind.loss(y, c) / scale**2)
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
@@ -164,8 +164,7 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     - `flowrl`: length-aware, :math:`R = p_0 e^{\beta A|y|}`, A the group-normalised correctness.
       FlowRL, arXiv 2509.15207, Eq. 6.
     """
-    clip = c.residual_clip or math.inf
-    return y.weight * losses.divergence(y.residual, c.divergence, clip)
+    return y.weight * losses.divergence(y.residual, c.divergence, c.residual_clip)
 
 
 def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:

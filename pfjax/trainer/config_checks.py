@@ -322,7 +322,7 @@ def _check_format_term(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
 # Settings that only objectives with a property read, by this.
 _READ_BY = {
     "has_advantages": ("advantage", "loss_aggregation", "reward_kl"),
-    "has_residual_loss": ("divergence", "residual_clip"),
+    "has_residual_loss": ("divergence",),
 }
 
 

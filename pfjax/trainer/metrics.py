@@ -30,7 +30,7 @@ _STALE = "`max_staleness` above 0"
 METRICS: dict[str, Metric] = {
     # The balance of a step.
     "tb/loss": Metric(
-        "loss of the objective, mean over responses",
+        "loss of the objective, mean over responses; linear beyond `residual_clip`",
         r"\mathbb{E}[w\,\delta^2]",
         "falls, then stays; for objectives of a reward its value means little",
     ),

@@ -26,7 +26,6 @@ _COPIED = (
     "reward_per",
     "temperature",
     "divergence",
-    "residual_clip",
     "log_z",
 )
 _COPIED += ("clip_low", "clip_high", "mask_clipped_tokens", "max_new_tokens")
@@ -44,6 +43,7 @@ def of_config(c: FrozenConfigDict, given: Any = None) -> ObjectiveConfig:
     """
     same = {name: c[name] for name in _COPIED}
     found = schedules.parse(c.schedules)
+    same["residual_clip"] = c.residual_clip or None
     same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}
     out = ObjectiveConfig(c.objective, kl=c.reward_kl, **same)
     if ":" not in c.objective:

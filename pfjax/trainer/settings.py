@@ -128,9 +128,10 @@ _DECIDING: dict[str, Setting] = {
     ),
     "residual_clip": _not_negative(
         0.0,
-        "residual, in nats per token (of whole sequences: per response), beyond which its "
-        "loss is linear rather than square: a response far off then moves the policy no "
-        "more than one at this; 0 turns it off",
+        "residual, in nats per token (of whole sequences: per response), beyond which the "
+        "loss of a balance objective is linear rather than square, so that a response far "
+        "off moves the policy no more than one at this; 0: square everywhere. With "
+        "alpha_range, times a prompt's alpha where that is above 1",
     ),
     "format_penalty": Setting(
         -0.5,

@@ -173,10 +173,9 @@ def test_a_number_out_of_its_bounds_is_refused(name):
         ),
         ({"reward_kl": 0.1, "objective": "subtb"}, "has no effect on subtb"),
         (
-            {"residual_clip": 0.1, "objective": "subtb"},
+            {"divergence": 0.0, "objective": "subtb"},
             "has no effect on subtb, leave it out; objectives that read it: powerflow",
         ),
-        ({"divergence": 0.0, "objective": "grpo"}, "has no effect on grpo"),
         (
             {
                 "objective": "intuitor",
