@@ -138,14 +138,16 @@ def at_alpha(c: ObjectiveConfig, y: TrajectoryStats | PackedBatch) -> ObjectiveC
 
 def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
     """Fills in `residual` and `loss`."""
-    c, scale = at_alpha(c, y), 1
-    if y.alpha is not None:  # which residuals grow with; the optimum of each stays
-        scale = jnp.maximum(y.alpha, 1)
-        clip = c.residual_clip and c.residual_clip * scale
-        c = dataclasses.replace(c, residual_clip=clip)
+    c = at_alpha(c, y)
     sums = (y.log_pf, y.log_p_base, y.num_loss_tokens)
     y = y._replace(residual=c.target.residual(*sums, y.log_z, **tilt(y)))
-    return y._replace(loss=c.kind.loss(y, c) / scale**2)
+    if y.alpha is None:
+        return y._replace(loss=c.kind.loss(y, c))
+    # Residuals grow with alpha; the optimum of each stays.
+    scale = jnp.maximum(y.alpha, 1)
+    clip = c.residual_clip and c.residual_clip * scale
+    loss = c.kind.loss(y, dataclasses.replace(c, residual_clip=clip))
+    return y._replace(loss=loss / scale**2)
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:

@@ -37,13 +37,16 @@ Y = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Y)
 C = ObjectiveConfig(alpha=4.0, beta=2.0, kl=0.5, clip_low=0.8, clip_high=1.28)
 
 
+@pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("name", ["powerflow", "tb_traj", "rl_traj"])
-def test_each_trajectory_may_have_its_own_alpha(name):
+def test_each_trajectory_may_have_its_own_alpha(name, clip):
     """The residual of that alpha alone, and the loss in units of its square above 1."""
     alpha, c = jnp.array([0.5, 2.0, 4.0]), dataclasses.replace(C, name=name)
+    c = dataclasses.replace(c, residual_clip=clip)
     y = objectives.add_loss(Y._replace(alpha=alpha), c)
     for i, a in enumerate(alpha.tolist()):
-        alone = objectives.add_loss(Y, dataclasses.replace(c, alpha=a))
+        own = {"alpha": a, "residual_clip": clip and clip * max(a, 1)}
+        alone = objectives.add_loss(Y, dataclasses.replace(c, **own))
         assert float(y.residual[i]) == pytest.approx(float(alone.residual[i]), rel=1e-5)
         want = float(alone.loss[i]) / max(a, 1) ** 2
         assert float(y.loss[i]) == pytest.approx(want, rel=1e-5)

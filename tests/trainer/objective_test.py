@@ -52,7 +52,8 @@ def config(monkeypatch):
     use_one_device(monkeypatch)
     sizes = {"num_steps": 2, "prompts_per_step": 4, "samples_per_prompt": 2}
     sizes |= {"max_new_tokens": 8, "microbatch_size": 4, "mesh.data": 1}
-    sizes |= {"behavior.base": 0.0}  # the gradient of a loss of one's own is on policy
+    # The gradient of a loss of one's own is on policy.
+    sizes |= {"behavior.base": 0.0, "updates_per_rollout": 1}
     return pfjax.recipe("smoke", **sizes, **{"data.eval": ""})
 
 
