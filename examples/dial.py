@@ -4,9 +4,10 @@ r"""One policy for every alpha, against mixing the logits of two checkpoints; by
     python -m examples.dial stories --out=runs/worlds --seeds=5
 
 A dial is trained for alpha from 1/4 to 8. The baseline is two checkpoints, at alpha 4 and at
-alpha 1/2, whose logits are mixed with the base's. It is given the weight of the checkpoint that
-comes nearest to each target, which nobody would know. The dial is trained on as many responses as
-both checkpoints together. The same command goes on where it was stopped.
+alpha 1/2, whose logits are mixed with the base's: at the weight of the checkpoint that is linear
+in alpha, 0 at alpha 1 and 1 at the checkpoint's own, and at the weight that comes nearest to each
+target, which nobody would know. The dial is trained on as many responses as both checkpoints
+together. The same command goes on where it was stopped.
 
 Below alpha = 1 much of a target is spelled in no way that the world's grammar has; there, policies
 are compared given that what they say is listed.
@@ -142,19 +143,21 @@ def compare(out: pathlib.Path, world: World, seed: int) -> dict[str, Any]:
         for name, values in RUNS.items()
     }
     asked = [r.problem for r in rows], [r.texts for r in rows]
+    weights = [*WEIGHTS, *map(linear_weight, ALPHAS)]
     of_ends = {
-        name: token_log_probs((base, policies[name]), rows, WEIGHTS)
+        name: token_log_probs((base, policies[name]), rows, weights)
         for name in ("4", "0.5")
     }
     found: dict[str, Any] = {}
-    for alpha in ALPHAS:
+    for i, alpha in enumerate(ALPHAS, len(WEIGHTS)):
         at_alpha = pfjax.at_alpha(policies["dial"], alpha)
         log_p = of_worlds.score(at_alpha, base.tokenizer, *asked)
         mixtures = of_ends["4" if alpha >= 1 else "0.5"]
         mixed = [distances(x, rows, alpha) for x in mixtures]
-        best = int(np.argmin([m["total_variation"] for m in mixed]))
+        best = int(np.argmin([m["total_variation"] for m in mixed[: len(WEIGHTS)]]))
         found[f"{alpha:g}"] = {
             "dial": distances(log_p, rows, alpha),
+            "linear": mixed[i] | {"weight": weights[i]},
             "mixture": mixed[best] | {"weight": float(WEIGHTS[best])},
             "base": distances([r.log_p0 for r in rows], rows, alpha),
         }
@@ -162,20 +165,33 @@ def compare(out: pathlib.Path, world: World, seed: int) -> dict[str, Any]:
     return found
 
 
+def linear_weight(alpha: float) -> float:
+    """Of the checkpoint in a mixture that is to have a power of the base: as if mixing logits
+    mixed powers."""
+    return (alpha - 1) / ((4 if alpha >= 1 else 0.5) - 1)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: means over seeds, and in how many the dial is nearer to the target."""
-    columns = ("TV dial", "TV mixture", "TV base", "nearer", "accuracy of target")
-    columns += ("dial", "mixture", "distinct correct of 16, dial")
+    """In Markdown: means over seeds, and in how many the dial is nearer to the target than
+    either mixture."""
+    columns = ("TV dial", "TV linear", "nearer", "TV best mixture", "nearer", "TV base")
+    columns += ("accuracy of target", "dial", "linear", "best mixture")
+    columns += ("distinct correct of 16, dial",)
     lines = [f"| alpha | {' | '.join(columns)} |", "|---:|" + "---:|" * len(columns)]
     for alpha in results[0]:
         of = lambda who, key, alpha=alpha: np.array(
             [r[alpha][who][key] for r in results]
         )
-        tv = [of(who, "total_variation") for who in ("dial", "mixture", "base")]
-        cells = [f"{x.mean():.3f}" for x in tv]
-        cells += [f"{(tv[0] < tv[1]).sum()} of {len(results)}"]
+        dial = of("dial", "total_variation")
+        cells = [f"{dial.mean():.3f}"]
+        for who in ("linear", "mixture"):
+            tv = of(who, "total_variation")
+            nearer = f"{(dial < tv).sum()} of {len(results)}"
+            cells += [f"{tv.mean():.3f}", nearer]
+        cells += [f"{of('base', 'total_variation').mean():.3f}"]
         cells += [f"{of('dial', 'target_accuracy').mean():.3f}"]
-        cells += [f"{of(who, 'accuracy').mean():.3f}" for who in ("dial", "mixture")]
+        policies = ("dial", "linear", "mixture")
+        cells += [f"{of(who, 'accuracy').mean():.3f}" for who in policies]
         cells += [f"{of('dial', 'distinct_correct').mean():.2f}"]
         lines.append(f"| {alpha} | {' | '.join(cells)} |")
     return "\n".join(lines)

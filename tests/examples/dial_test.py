@@ -37,13 +37,19 @@ def test_the_table_counts_where_the_dial_is_nearer():
         "distinct_correct": 3.0,
     }  # fmt: skip
     results = [
-        {"2": {"dial": of(a), "mixture": of(b), "base": of(0.5)}}
+        {"2": {"dial": of(a), "linear": of(0.4), "mixture": of(b), "base": of(0.5)}}
         for a, b in ((0.1, 0.2), (0.2, 0.1), (0.3, 0.4))
     ]
     (row,) = dial.table(results).splitlines()[2:]
     assert row == (
-        "| 2 | 0.200 | 0.233 | 0.500 | 2 of 3 | 0.750 | 0.500 | 0.500 | 3.00 |"
+        "| 2 | 0.200 | 0.400 | 3 of 3 | 0.233 | 2 of 3 | 0.500 | 0.750 | 0.500 | 0.500 "
+        "| 0.500 | 3.00 |"
     )
+
+
+def test_the_linear_mixture_is_base_and_checkpoints_at_their_own_alphas():
+    weights = [dial.linear_weight(a) for a in (0.5, 0.75, 1.0, 2.5, 4.0)]
+    assert weights == [1.0, 0.5, 0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("world", ["chains", "nothing"])
