@@ -30,10 +30,10 @@ def get_config() -> ml_collections.ConfigDict:
     # At 1e-2 one of five runs diverges with max_staleness=1 and mesh.rollout=1: an error of
     # log Z' is a reward on length, and what corrects it comes a step late.
     c.optim.log_z_learning_rate = 3e-3
-    # Half of the responses say nothing new of the policy, so each is used twice as well.
+    # Half of the responses say nothing new of the policy: twice the updates, of 64 each.
     c.updates_per_rollout = 2
-    # A usual response is 0.05 nats per token from the target, and one of a hundred 10: with the
-    # square such a one decides the update, and runs diverge with these two updates.
+    # Twice what residuals usually spread within a prompt. With the square alone single
+    # responses decide an update, and runs on responses a step old may diverge.
     c.residual_clip = 0.1
     c.optim.clip_norm = 0.05
     c.optim.weight_decay = 0.0

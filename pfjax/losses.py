@@ -7,7 +7,7 @@ the GFlowNet is 1 and does not appear.
 
 All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
 the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
-receive gradients. Every loss is the square of one residual, `targets.residual`. This module
+receive gradients. Every loss is of one residual, `targets.residual`, most its square. This module
 and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
@@ -145,16 +145,16 @@ def divergence(
     .. math:: L_a(\delta) = \frac{2}{1 - a}\Big(\delta + \frac{e^{-(1-a)\delta} - 1}{1 - a}\Big),
               \qquad L_1(\delta) = \delta^2
 
-    With the residual of trajectory balance and samples of the policy the gradient is twice
+    With the residual of whole sequences and samples of the policy the gradient is twice
     that of the Amari divergence of order a: the reverse KL(pi || p) for a = 1, the squared
     residual; the forward KL(p || pi) for a = 0, which covers modes and punishes a response
     that is too unlikely exponentially; Hellinger's for a = 1/2. Every order has its one
     minimum where the residual is 0, so on or off policy the optimum is the same.
 
-    Beyond `clip` the loss goes on as a straight line; for a = 1 it is Huber's. That leaves the
-    optimum too, and a response that is far off moves the parameters no more than one at
-    `clip`, where the gradient of a square grows with the residual: a single response 10 nats
-    per token away outweighs a hundred others.
+    Beyond `clip` the loss goes on as a straight line; for a = 1 it is Huber's. This does not
+    move the optimum, but what is said of gradients above holds within `clip` only. The slope of
+    a square grows with the residual, so that a single response several nats per token away can
+    outweigh all others of an update.
 
     Args:
       residual: `[*n]` from `targets.residual`; gradient flows.

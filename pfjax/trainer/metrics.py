@@ -238,7 +238,7 @@ METRICS: dict[str, Metric] = {
         "below 0.2 with refills; lower `rollout_slots` trades speed for it",
     ),
     "rollout/staleness_mean": Metric(
-        "updates that the weights which drew a token are behind those it trains, mean over "
+        "steps that the weights which drew a token are behind those it trains, mean over "
         "tokens",
         "",
         "1 with `mesh.rollout` and responses that end in their step; more where they go on",

@@ -210,12 +210,14 @@ _DECIDING: dict[str, Setting] = {
     ),
     "max_staleness": _not_negative(
         0,
-        "updates that the weights which drew a token may be behind those it trains: then "
+        "steps that the weights which drew a token may be behind those it trains: then "
         "responses that are not done go on in later steps, and with mesh.rollout drawing and "
         "learning overlap; balance has the same optimum; 0 waits for all responses of a step",
     ),
     "updates_per_rollout": _positive(
-        1, "minibatches per rollout, an update each; 1 is exactly on policy"
+        1,
+        "minibatches that a rollout is split into by prompts, an update each; 1 is exactly "
+        "on policy",
     ),
     "seed": _not_negative(0, "seed of everything random"),
     # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or of
