@@ -103,7 +103,7 @@ class Rollout(NamedTuple):
     num_base: int = 0  # those after: drawn by the frozen base
     # uint8 [P, G, R, C]: the experts, of all layers, of the token that each was drawn from.
     choices: np.ndarray | None = None
-    # Of a `Stream` alone. int32 [P, G, R]: updates before the weights that drew each token;
+    # Of a `Stream` alone. int32 [P, G, R]: steps before the weights that drew each token;
     # and tokens drawn in the slot_steps, of these and of other responses.
     weights_step: np.ndarray | None = None
     num_drawn: int | None = None

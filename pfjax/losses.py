@@ -164,6 +164,9 @@ def divergence(
     Returns:
       `[*n]` losses, not reduced.
 
+    Raises:
+      ValueError: if `clip` is a number that is not positive.
+
     References:
       Fawkes and Hartford, arXiv 2605.15417; Huber, Robust Estimation of a Location
       Parameter, 1964.
@@ -176,6 +179,8 @@ def divergence(
     0.213 0.297
     """
     if clip is not None:
+        if isinstance(clip, (int, float)) and not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
         inner = lax.stop_gradient(jnp.clip(residual, -clip, clip))
         one = jnp.ones_like(inner)
         value, slope = jax.jvp(lambda x: divergence(x, order), (inner,), (one,))

@@ -43,7 +43,7 @@ class ObjectiveConfig:
     reward_per: str = "response"  # or "token"; in length-aware targets
     temperature: float = 1.0  # that responses are sampled at
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
-    residual_clip: Any = None  # beyond which that loss is linear
+    residual_clip: Any = None  # nats per token, beyond which that loss is linear
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28
@@ -145,13 +145,14 @@ def add_loss(y: TrajectoryStats, c: ObjectiveConfig) -> TrajectoryStats:
         return y._replace(loss=c.kind.loss(y, c))
     # Residuals grow with alpha; the optimum of each stays.
     scale = jnp.maximum(y.alpha, 1)
-    clip = c.residual_clip and c.residual_clip * scale
+    clip = None if c.residual_clip is None else c.residual_clip * scale
     loss = c.kind.loss(y, dataclasses.replace(c, residual_clip=clip))
     return y._replace(loss=loss / scale**2)
 
 
 def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
-    r"""Squares the residual, or takes another `losses.divergence` of it.
+    r"""Squares the residual, or takes another `losses.divergence` of it; linear far off, with
+    `residual_clip`.
 
     .. math:: w\,(\log Z + \log\pi - \log R)^2,\quad\text{or}\quad
               w\,(\log Z' + \tfrac1{|y|}(\log\pi - \log R))^2
@@ -166,7 +167,10 @@ def balance(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:
     - `flowrl`: length-aware, :math:`R = p_0 e^{\beta A|y|}`, A the group-normalised correctness.
       FlowRL, arXiv 2509.15207, Eq. 6.
     """
-    return y.weight * losses.divergence(y.residual, c.divergence, c.residual_clip)
+    clip = c.residual_clip
+    if clip is not None and not c.target.is_length_aware:
+        clip = clip * tokens(y.num_loss_tokens)
+    return y.weight * losses.divergence(y.residual, c.divergence, clip)
 
 
 def policy_gradient(y: TrajectoryStats, c: ObjectiveConfig) -> Float[Array, "*n"]:

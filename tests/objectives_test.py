@@ -52,6 +52,19 @@ def test_each_trajectory_may_have_its_own_alpha(name, clip):
         assert float(y.loss[i]) == pytest.approx(want, rel=1e-5)
 
 
+def test_far_from_the_target_the_loss_is_linear():
+    """2 c |d| - c^2 beyond c nats per token, of whole sequences c |y| per response."""
+    for name, clip, scale in (("powerflow", 1.5, 1), ("tb_traj", 3.0, [2, 1, 4])):
+        c = dataclasses.replace(C, name=name, residual_clip=clip)
+        y, clip = objectives.add_loss(Y, c), clip * np.array(scale)
+        far, w = np.abs(y.residual), np.array([1.0, 0.8, 1.28])
+        want = w * np.where(far > clip, 2 * clip * far - clip**2, far**2)
+        np.testing.assert_allclose(y.loss, want, rtol=1e-6)
+        assert 0 < (far > clip).sum()
+    with pytest.raises(ValueError, match="clip must be positive, got 0"):
+        losses.divergence(Y.residual, clip=0)
+
+
 def _check(name, residual, loss, c=C):
     got = objectives.add_loss(Y, dataclasses.replace(c, name=name))
     np.testing.assert_allclose(got.residual, residual, rtol=1e-6)

@@ -74,13 +74,13 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
-    samples = range(samples_per_prompt) if samples is None else samples
-    _check(temperature, stop, len(prompts) * len(samples))
-    _check_alpha(policy.config.alpha_range, alpha, len(prompts))
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
     width = capacity.prompt_width or longest
     if longest > width:
         raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
+    samples = range(samples_per_prompt) if samples is None else samples
+    _check(temperature, stop, len(prompts) * len(samples))
+    _check_alpha(policy.config.alpha_range, alpha, len(prompts))
     plan = slots.make_plan(
         policy,
         num_prompts=len(prompts),

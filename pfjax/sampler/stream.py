@@ -53,7 +53,7 @@ class Stream(Scheduler):
         self._is_closed = False
 
     def set_weights(self, weights: Params, step: int) -> None:
-        """From now on tokens are drawn by these, see `decode.weights`, of so many updates."""
+        """From now on tokens are drawn by these, see `decode.weights`, of so many steps."""
         self.state = decode.SamplerState(weights, *self._numbers)
         is_to_come = np.arange(self.max_new_tokens) >= self.known[..., None]
         self.weights_step[is_to_come] = step
@@ -83,7 +83,7 @@ class Stream(Scheduler):
         return [q for q in self.entry if self._of(self.length, q).all()]
 
     def oldest(self, prompt: int) -> int:
-        """Updates before the weights that drew the first token of a prompt's samples."""
+        """Steps before the weights that drew the first token of a prompt's samples."""
         if prompt not in self.entry:
             return int(self.weights_step.max())
         return int(self._of(self.weights_step, prompt)[:, 0].min())

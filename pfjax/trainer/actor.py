@@ -5,8 +5,8 @@ runs beside step n - 1, by the weights that this step starts from. On the learne
 comes before step n, as without staleness. Either way it ends as soon as enough prompts are
 complete: the responses of others go on in later rounds, under newer weights.
 
-No token is drawn by weights of more than `max_staleness` updates before those it trains. So only
-so many prompts are begun: all that were by weights of v updates, and before, can be trained on by
+No token is drawn by weights of more than `max_staleness` steps before those it trains. So only
+so many prompts are begun: all that were by weights of v steps, and before, can be trained on by
 step v + 1 + max_staleness; and a round waits for responses that could not be later.
 
 Which weights draw what follows from the config alone, never from how fast anything is, so that
@@ -120,7 +120,7 @@ class Actor:
         """The responses that a step trains on.
 
         Args:
-          params: what is trained of the policy, before the step's update.
+          params: what is trained of the policy, before the step's updates.
           cursor: of the steps before.
         """
         if step > self._end:
@@ -143,12 +143,12 @@ class Actor:
         self._ids: list[int] = []  # of the stream's prompts
         self._again, self._next = [*cursor.skipped], cursor.end
 
-    def _round(self, weights: Params, updates: int, step: int) -> Drawn:
-        """What step `step` trains on, drawn on by the weights of so many updates."""
+    def _round(self, weights: Params, before: int, step: int) -> Drawn:
+        """What step `step` trains on, drawn on by the weights after `before` steps."""
         begin = time.perf_counter()
         idle, (stream, *of_base) = begin - self._ended, self._streams
-        stream.set_weights(weights, updates)
-        last = min(updates + 1 + self._max_staleness, self._end)
+        stream.set_weights(weights, before)
+        last = min(before + 1 + self._max_staleness, self._end)
         number = (last - (step - 1)) * self._num - len(stream.held)
         new = [self._next_id() for _ in range(number)]
         self._ids += new

@@ -55,7 +55,7 @@ def _staleness(c: FrozenConfigDict) -> str:
     where = "those that learn"
     if n := c.mesh.rollout:
         where = f"{n} device(s) of their own, while the others learn"
-    return f"\nresponses are drawn on {where}; weights may be {c.max_staleness} update(s) old"
+    return f"\nresponses are drawn on {where}; weights may be {c.max_staleness} step(s) old"
 
 
 def _attention(m: ModelConfig) -> str:

@@ -74,7 +74,7 @@ def step_metrics(
 
 
 def staleness_metrics(drawn: Drawn, step: int) -> dict[str, float]:
-    """Ages of the tokens that a step trains on, in updates, and the time of who drew them."""
+    """Ages of the tokens that a step trains on, in steps, and the time of who drew them."""
     rollout = drawn.rollout
     if rollout.weights_step is None:
         return {}
@@ -310,10 +310,10 @@ def _ends_in_loop(y: np.ndarray, repeats: int = 4, longest: int = 64) -> bool:
 
 
 def rollout_metrics(
-    rollout: Rollout, scored: list[np.ndarray], updates: int = 0
+    rollout: Rollout, scored: list[np.ndarray], before: int = 0
 ) -> dict:
     """Differences of the sampler's token log-probs from the scorer's, in nats, where the
-    policy of so many updates has sampled; and the fraction of the sampler's work that produced
+    policy after `before` steps has sampled; and the fraction of the sampler's work that produced
     nothing.
 
     The mean difference estimates the KL divergence of one from the other per token. It is
@@ -322,7 +322,7 @@ def rollout_metrics(
     sampled = rollout.log_probs.reshape(-1, rollout.log_probs.shape[-1])
     is_own = rollout.is_own
     if rollout.weights_step is not None:  # all of a response is by the present weights
-        is_own &= (rollout.weights_step == updates).all(axis=-1).ravel()
+        is_own &= (rollout.weights_step == before).all(axis=-1).ravel()
     drawn = zip(scored, sampled, is_own, strict=True)
     gaps = [y[: len(x)] - x for x, y, is_own in drawn if is_own]
     out = {}

@@ -86,9 +86,9 @@ def _divergence(rows: list[dict[str, Any]], patience: int) -> list[str]:
         f"training diverges: for {patience} steps, up to step {rows[-1]['step']}, the "
         f"residual's spread was at least {least:.2g}, {start:.2g} at the start ({_SPREAD}), "
         f"and the policy at least {nats:.2g} nats per token from the base ({_KL}). Likely single "
-        "responses far from the target decide the updates, or these are too large: try "
-        "residual_clip=0.1, then a smaller optim.log_z_learning_rate or optim.learning_rate, "
-        "or fewer updates_per_rollout"
+        "responses far from the target decide the updates, or these are too large: set "
+        "residual_clip, or a smaller one, or a smaller optim.log_z_learning_rate or "
+        "optim.learning_rate, or fewer updates_per_rollout"
     )
     return [said]
 

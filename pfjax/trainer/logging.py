@@ -120,7 +120,7 @@ class Writer:
 
     def write_schedule(self, step: int, ids: list[int], rollout: Rollout) -> None:
         """Writes which weights drew the tokens that a step trained on: a line per prompt, of
-        each of the policy's responses from which token on they were of how many updates."""
+        each of the policy's responses from which token on they were of how many steps."""
         if self._board is None or rollout.weights_step is None:
             return
         own = slice(rollout.num_own)

@@ -128,10 +128,10 @@ _DECIDING: dict[str, Setting] = {
     ),
     "residual_clip": _not_negative(
         0.0,
-        "residual, in nats per token (of whole sequences: per response), beyond which the "
-        "loss of a balance objective is linear rather than square, so that a response far "
-        "off moves the policy no more than one at this; 0: square everywhere. With "
-        "alpha_range, times a prompt's alpha where that is above 1",
+        "nats per token beyond which the loss of a residual goes on as a straight line, so "
+        "that single responses far off do not decide an update; 0: nowhere. With alpha_range "
+        "times a prompt's alpha, if that is above 1. Of powerflow, tb_token, tb_traj and "
+        "flowrl; others have no use of it",
     ),
     "format_penalty": Setting(
         -0.5,

@@ -8,6 +8,7 @@ import pytest
 import pfjax
 from pfjax import objectives
 from pfjax.trainer import config_checks, run_config
+from pfjax.trainer.objective import of_config
 from tests.conftest import use_one_device
 
 _MINE = """
@@ -66,6 +67,13 @@ def _losses(config, folder, **own):
     pfjax.fine_tune(config, folder, lambda step, values: seen.append(values), **own)
     assert len(seen) == 2
     return seen
+
+
+def test_a_clip_of_zero_is_none(config):
+    config.residual_clip = 0.25
+    assert of_config(config).residual_clip == 0.25
+    config.residual_clip = 0.0
+    assert of_config(config).residual_clip is None
 
 
 @pytest.mark.slow

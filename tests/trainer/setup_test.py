@@ -12,6 +12,7 @@ from pfjax.sampler import decode, engine
 from pfjax.sampler.options import Capacity
 from pfjax.tasks import grading
 from pfjax.trainer import setup, train_fns
+from pfjax.trainer.actor import Cursor
 from tests.conftest import count_compiles
 from tests.model import small_families
 from tests.trainer.loop_test import small_config
@@ -67,8 +68,7 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
     c = small_config(enumerable_folder, tmp_path)
     c.mesh.data, c.mesh.fsdp, c.lora.rank, c.behavior.base = 2, 4, rank, 0.5
     c.data.eval = c.data.train
-    mesh, prompts = sharding.make_mesh(**c.mesh), [[2, 3], [3], [2, 2]] * 4
-    found, shared = {}, []
+    mesh, found, shared = sharding.make_mesh(**c.mesh), {}, []
     whole = decode.weights
 
     def weights(*args):
@@ -80,11 +80,9 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
         c.rollout_tensor = tensor
         with jax.set_mesh(mesh), grading.Grader() as grader:
             trainer, state, _ = setup.setup(FrozenConfigDict(c), mesh)
-            policy, ids = trainer.policy(state), list(range(12))
-            args = (policy, trainer.base_policy, prompts, 3, ids)
-            with jax.set_mesh(trainer.rollouts.mesh):
-                drawn = trainer.rollouts.now(*args)
-            found[tensor] = drawn, trainer.evaluate(policy, grader)[0]
+            drawn = trainer.draw(state, Cursor(), 3).rollout
+            scores = trainer.evaluate(trainer.policy(state), grader)[0]
+            found[tensor] = drawn, scores
             where = jax.tree.map(lambda x: x.sharding.mesh, state.params)
             assert {*jax.tree.leaves(where)} == {mesh}
     # Of the policy, of the base, and of the policy in an evaluation.
