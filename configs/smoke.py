@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.residual_clip = 0.1
     c.optim.clip_norm = 0.05
     c.optim.weight_decay = 0.0
-    c.microbatch_size = 64
+    c.microbatch_size = 32
     c.pack_length = 64
     c.dtype = "float32"
     c.remat = "none"

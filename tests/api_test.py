@@ -196,6 +196,8 @@ def config(monkeypatch):
         eval_samples=1,
         max_new_tokens=8,
         microbatch_size=4,
+        updates_per_rollout=1,
+        match_prompts=0,
         **{"health_checks.action": "off", "mesh.data": 1},
     )
 

@@ -217,6 +217,7 @@ def config(enumerable_folder, tmp_path):
                 "max_new_tokens": 1,  # which cuts nearly all
                 "pack_length": 32,
                 "microbatch_size": 1,
+                "updates_per_rollout": 1,
                 "mesh.data": 8,
                 "mesh.fsdp": 1,
                 "health_checks.patience": 2,
