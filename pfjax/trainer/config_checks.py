@@ -320,7 +320,7 @@ def _check_format_term(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
 
 
 # Settings that only objectives with a property read, by this. `residual_clip` is not among
-# them: recipes set it, and others objectives are tried from a recipe.
+# them: recipes set it, and other objectives are tried from a recipe.
 _READ_BY = {
     "has_advantages": ("advantage", "loss_aggregation", "reward_kl"),
     "has_residual_loss": ("divergence",),

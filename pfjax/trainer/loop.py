@@ -179,7 +179,7 @@ def _check_finite(values: dict[str, float], step: int) -> None:
             raise FloatingPointError(
                 f"{name} is {values[name]} at step {step}; the last checkpoint is "
                 "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate, clip_norm or residual_clip is the usual cure"
+                "a smaller optim.learning_rate or clip_norm, or a residual_clip, is the usual cure"
             )
 
 
