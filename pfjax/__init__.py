@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "Policy": "pfjax.model.transformer",
-    "at_alpha": "pfjax.api",
+    "at_alpha": "pfjax.model.lora",
     "fine_tune": "pfjax.api",
     "load": "pfjax.api",
     "log_probs": "pfjax.api",
@@ -31,7 +31,7 @@ _EXPORTS = {
     "pack": "pfjax.api",
     "pack_rollout": "pfjax.api",
     "recipe": "pfjax.trainer.recipes",
-    "response_sum": "pfjax.api",
+    "response_sum": "pfjax.batch",
     "rollout": "pfjax.api",
     "save": "pfjax.model.hf",
     "score": "pfjax.model.log_probs",
@@ -54,18 +54,11 @@ __all__ = [
 
 if TYPE_CHECKING:  # what editors and type checkers see
     from pfjax import losses
-    from pfjax.api import (
-        at_alpha,
-        fine_tune,
-        load,
-        log_probs,
-        pack,
-        pack_rollout,
-        response_sum,
-        rollout,
-    )
+    from pfjax.api import fine_tune, load, log_probs, pack, pack_rollout, rollout
+    from pfjax.batch import response_sum
     from pfjax.model.hf import save
     from pfjax.model.log_probs import score
+    from pfjax.model.lora import at_alpha
     from pfjax.model.transformer import Policy
     from pfjax.trainer.recipes import recipe
 else:

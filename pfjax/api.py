@@ -17,7 +17,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from pfjax import batch as packing
-from pfjax.batch import Array, PackedBatch, PackShape, Rollout
+from pfjax.batch import PackedBatch, PackShape, Rollout
 from pfjax.model import hf, lora, tokenizer
 from pfjax.model import log_probs as scorer
 from pfjax.model.transformer import Policy
@@ -110,7 +110,7 @@ def rollout(
     """
     tok = policy.tokenizer
     if alpha is not None:
-        policy = at_alpha(policy, alpha)
+        policy = lora.at_alpha(policy, alpha)
     if isinstance(prompts, str):
         said = f"prompts must be a list: give [{prompts!r}]"
         raise ValueError(said)  # noqa: TRY004
@@ -132,23 +132,6 @@ def rollout(
     ]
     texts = [*map(of_prompt, drawn.tokens, drawn.lengths)]
     return drawn._replace(texts=texts)
-
-
-def at_alpha(policy: Policy, alpha: Real) -> Policy:
-    """Takes a policy trained for every alpha of a range at one of them.
-
-    Args:
-      policy: of a run with `alpha_range`; `pfjax.load("runs/x/dial")` loads one.
-      alpha: at 1 it is the base.
-
-    Returns:
-      A policy with ordinary adapters, for `rollout`, `log_probs` and `score`; `pfjax export
-      --alpha` writes one.
-
-    Raises:
-      ValueError: for another policy, or an alpha outside of the range.
-    """
-    return lora.at_alpha(policy, alpha)
 
 
 def _encode(tok: Any, prompt: Any) -> list[int]:
@@ -265,21 +248,11 @@ def log_probs(
 
     >>> import pfjax
     >>> policy, batch = pfjax.load("pfjax/toy"), pack([[2, 10, 3, 4]], [2])
-    >>> loss = lambda policy: -response_sum(log_probs(policy, batch), batch).sum()
+    >>> loss = lambda policy: -pfjax.response_sum(log_probs(policy, batch), batch).sum()
     >>> jax.grad(loss)(policy).params["final_norm"].shape
     (64,)
     """
     return scorer.packed_log_probs(policy.config, policy.params, batch, remat)[0]
-
-
-def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[jax.Array, "b n"]:
-    """Sums values of tokens over the response of each sequence of a packed batch.
-
-    >>> batch = pack([[2, 10, 3, 4]], [1])
-    >>> response_sum(np.ones((1, 64), np.float32), batch)[0, :2]
-    Array([3., 0.], dtype=float32)
-    """
-    return packing.response_sum(x, batch)
 
 
 def fine_tune(

@@ -343,7 +343,13 @@ def segment_sum(
 
 
 def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[Array, "b n"]:
-    """Sums values of tokens over the response of each trajectory."""
+    """Sums values of tokens over the response of each sequence of a packed batch.
+
+    >>> import pfjax
+    >>> batch = pfjax.pack([[2, 10, 3, 4]], [1])
+    >>> response_sum(np.ones((1, 64), np.float32), batch)[0, :2]
+    Array([3., 0.], dtype=float32)
+    """
     kept = jnp.where(batch.is_response, x, 0.0)
     return segment_sum(kept, batch.segment_ids, batch.length.shape[-1])
 

@@ -140,14 +140,32 @@ def test_devices_that_draw_beside_the_learner_are_planned(monkeypatch, can_compi
     assert plan["seconds"] == max(seconds["rollout"], learning)
     sent = [x["gb"] for x in plan["collectives"] if x["kind"] == "copy"]
     memory = plan["memory_gib"]
-    # Those that are drawn by, and those of the next step.
+    # The policy's and the base's, which both draw, and the policy's of the next step.
     weights = memory["phases"]["rollout"]["weights"] * hardware.GIB / 1e9
-    assert sent == [pytest.approx(weights / 2)]
+    assert sent == [pytest.approx(weights / 3)]
     # An actor holds neither parameters nor moments.
     of_phase = {phase: sum(x.values()) for phase, x in memory["phases"].items()}
     learned = max(of_phase["score"], of_phase["update"])
     learned += sum(memory["state"].values())
     assert memory["total"] == max(of_phase["rollout"], learned)
+
+
+def test_a_plan_has_the_slots_and_caches_of_its_run():
+    def plan_with(**changes):
+        sizes = {"mesh.data": 2, "prompts_per_step": 3}
+        config = plans.config_of("smoke", **sizes, **changes)
+        return plans.plan_of(config, "v5e:2x1", can_compile=False)
+
+    # 2 prompts x 8 samples on the busier of 2 devices; a stream shares them out.
+    now, stale = plan_with(), plan_with(max_staleness=1)
+    assert now["rollout_plan"].startswith("32 samples at once")
+    assert stale["rollout_plan"].startswith("24 samples at once")
+    # Policy and base draw in turn, or side by side.
+    alone = plan_with(max_staleness=1, **{"behavior.base": 0.0})
+    caches = lambda plan: plan["memory_gib"]["phases"]["rollout"]["caches"]
+    assert caches(stale) == 2 * caches(alone)
+    now_alone = plan_with(**{"behavior.base": 0.0})
+    assert caches(now) == caches(now_alone)
 
 
 def test_a_rollout_whose_responses_go_on_waits_for_none_of_them():

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pfjax.model import log_probs, tokenizer
+from pfjax.evaluation import match
+from pfjax.model import tokenizer
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine
 from pfjax.sampler.options import StopConditions
@@ -49,23 +50,18 @@ def bounds(
       reward: r(y), where the target has one, by the numbers of prompts and responses.
     """
     num = len(samples.responses) // len(samples.prompts)
-    prompts = [p for p in samples.prompts for _ in range(num)]
-    starts = [len(p) for p in prompts]
     numbers = [q for q in range(len(samples.prompts)) for _ in range(num)]
 
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
-        sequences = [p + y for p, y in zip(prompts, responses, strict=True)]
-        scored = (log_probs.score(m, sequences, starts) for m in (policy, base))
-        log_p, log_p_base = (np.array([x.sum(dtype=float) for x in s]) for s in scored)
-        length = np.array([len(y) for y in responses])
+        found = match.score(policy, base, samples.prompts, responses)
         texts = [tokenizer.decode(tok, y) for y in responses]
-        psi = rewards.format_term(texts, format_penalty)
-        r = reward(numbers, responses) if reward else 0.0
-        sums = (log_p_base, length, samples.log_z)
+        psi = rewards.format_term(texts, format_penalty).reshape(-1, num)
+        r = reward(numbers, responses).reshape(-1, num) if reward else 0.0
+        sums = (found.log_p_base, found.length, samples.log_z)
         density = target.log_density(*sums, psi=psi, reward=r)
         plain = target.log_density(*sums, reward=r)
-        return (density - log_p).reshape(-1, num), (density - plain).reshape(-1, num)
+        return density - found.log_p, density - plain
 
     how = {"seed": seed, "stop": StopConditions(stop_ids)}
     drawn = engine.rollout(policy, samples.prompts, num, max_new_tokens, **how)

@@ -17,24 +17,6 @@ def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
     return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
 
 
-def paired_standard_error(
-    first: Float[np.ndarray, "p"], second: Float[np.ndarray, "q"]
-) -> float:
-    """Standard error of the difference of two models' means on the same problems.
-
-    Hard problems are hard for both, so this is smaller than the two errors combined.
-
-    Raises:
-      ValueError: if the models did not answer the same number of problems.
-    """
-    if len(first) != len(second):
-        raise ValueError(
-            "paired models need the same problems, "
-            f"got {len(first)} and {len(second)} of them"
-        )
-    return standard_error(first - second)
-
-
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
     """Unbiased probability that k of n samples hold a right one, `[P]`.
 

@@ -21,6 +21,7 @@ References:
   Veach and Guibas, 1995 (multiple importance sampling).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,19 +47,19 @@ def score(
     policy: Policy,
     base: Policy,
     prompts: list[list[int]],
-    responses: list[np.ndarray],
+    responses: Sequence[Sequence[int]],
 ) -> Samples:
     """Scores responses by policy and base; psi and reward are left out.
 
     Args:
-      policy, base: who has drawn the responses, half each.
+      policy, base: by whom.
       prompts: P lists of token ids.
-      responses: P * 2 G, those to a prompt side by side, the policy's first.
+      responses: those to a prompt side by side, as many of each.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
     pairs = zip(repeated, responses, strict=True)
-    sequences = [[*p, *y.tolist()] for p, y in pairs]
+    sequences = [[*p, *y] for p, y in pairs]
     starts = [len(p) for p in repeated]
     log_p, log_p_base = (
         np.array([x.sum(dtype=float) for x in log_probs.score(m, sequences, starts)])

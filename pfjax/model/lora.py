@@ -141,10 +141,18 @@ def dropout(config: ModelConfig, batch: PackedBatch, rate: float) -> transformer
 
 
 def at_alpha(policy: Policy, alpha: Real) -> Policy:
-    """A policy for every alpha at one: with usual adapters, their scales in B.
+    """Takes a policy trained for every alpha of a range at one of them.
+
+    Args:
+      policy: of a run with `alpha_range`; `pfjax.load("runs/x/dial")` loads one.
+      alpha: at 1 it is the base.
+
+    Returns:
+      A policy with ordinary adapters, for `rollout`, `log_probs` and `score`, the scales in
+      their B; `pfjax export --alpha` writes one.
 
     Raises:
-      ValueError: for a policy without a range of alpha, or an alpha that is not in it.
+      ValueError: for another policy, or an alpha outside of the range.
     """
     config, params = policy
     if not config.alpha_range:

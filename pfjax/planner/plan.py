@@ -18,7 +18,13 @@ from pfjax.model import attention, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
-from pfjax.trainer import actor, run_config, train_fns, update_memory
+from pfjax.trainer import (
+    actor,
+    run_config,
+    setup_rollouts,
+    train_fns,
+    update_memory,
+)
 
 _MICROBATCH_SIZES = (1, 2, 4, 8, 16)
 _CONTEXTS = (2, 4, 8, 16)  # devices that share rows which are too long for one
@@ -76,9 +82,11 @@ def make_plan(
         small = run_config.with_values(config, {"rollout_slots": 1})
         plan = make_plan(small, base_model, topology, response_tokens, False)
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
+    at_once = setup_rollouts.num_drawing_at_once(config)
     # Devices of their own hold those that they draw by and those of the next step.
-    weights = work.weight_bytes * (2 if work.is_apart else 1)
-    phases["rollout"] |= {"weights": weights, "caches": work.plan.cache_bytes}
+    weights = work.weight_bytes * (at_once + work.is_apart)
+    caches = work.plan.cache_bytes * at_once
+    phases["rollout"] |= {"weights": weights, "caches": caches}
     phases["score"]["base from the host"] = waiting
     memory = _memory(state, phases, chip, work)
     step = _step(work, sent, chip)
@@ -116,21 +124,10 @@ def _workload(
     """A step of the config on a mesh, of which rollouts have the current one, with free
     bytes beside the state."""
     model, rollout_mesh = fns.model, jax.sharding.get_abstract_mesh()
-    sizes = {
-        "num_prompts": config.prompts_per_step,
-        "samples_per_prompt": config.samples_per_prompt,
-        "max_new_tokens": config.max_new_tokens,
-    }
-    room = (1 + config.max_staleness) * config.prompts_per_step
-    plan = slots.plan_for(
-        model,
-        sharding.platform()[0],
-        lambda: free,
-        prompt_width=config.data.max_prompt_tokens,
-        num_slots=config.rollout_slots or None,
-        most_slots=config.prompts_per_step * config.samples_per_prompt,
-        **sizes | {"num_prompts": room},
-    )
+    sizes = setup_rollouts.plan_sizes(config, config.data.max_prompt_tokens)
+    at_once = setup_rollouts.num_drawing_at_once(config)
+    memory = lambda: free // at_once
+    plan = slots.plan_for(model, sharding.platform()[0], memory, **sizes)
     # A rollout reads a copy of the weights that is whole but for "tensor".
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
     where = sharding.rollout_shardings(rollout_mesh, axes, shapes)
@@ -153,11 +150,13 @@ def _workload(
         weight_bytes=sharding.part_bytes(read),
         param_bytes=sharding.part_bytes(fns.state.params),
         state_bytes=sharding.part_bytes(fns.state),
-        room=room,
+        room=sizes["num_prompts"],
         is_apart=config.mesh.rollout > 0,
         carries=config.max_staleness > (actor.AHEAD if config.mesh.rollout else 0),
         sent_bytes=sent_bytes,
-        **sizes,
+        num_prompts=config.prompts_per_step,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
     )
 
 

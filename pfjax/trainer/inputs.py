@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
@@ -16,7 +15,7 @@ from pfjax.model.transformer import check_tokens
 from pfjax.tasks import benchmarks, data
 from pfjax.tasks.problems import Fields, check_fields
 from pfjax.tasks.rewards import Reward
-from pfjax.trainer import config_checks, metrics, run_config, settings
+from pfjax.trainer import config_checks, metrics, objective, run_config, settings
 
 
 class Inputs(NamedTuple):
@@ -117,20 +116,17 @@ def other_base(
 
 
 def fingerprints(
+    config: FrozenConfigDict,
     inputs: Inputs,
     tok: Any,
     target: data.TargetSamples | None,
     responses: Mapping[tuple[int, ...], list[np.ndarray]],
-    *,
-    adapter: str,
-    base: str,
     reward: Reward,
     own_psi: Reward,
-    code: list[epath.Path],
 ) -> dict[str, str]:
     """Of what the model is given and of what its tokens mean: a file, a chat template or a
     tokenizer may change under a config that does not. Of a reward's functions too, of all
-    columns that they may read, and of the files in `code`."""
+    columns that they may read, and of an objective's file."""
     of = lambda s: [s.tokens, [p.gold for p in s.problems]]
     found = {"prompts": of(inputs.train), "tokens": sorted(tok.get_vocab().items())}
     if inputs.held_out:
@@ -148,15 +144,16 @@ def fingerprints(
         found["columns of the prompts"] = rows
         if files := reward.files():
             found[run_config.REWARD_CODE] = [*map(storage.read_text, files)]
-    found |= {f"code of {x}": storage.read_text(x) for x in (*code, *own_psi.files())}
+    code = (*objective.code(config.objective), *own_psi.files())
+    found |= {f"code of {x}": storage.read_text(x) for x in code}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
-    if adapter:
-        folder = hf.resolve_adapter(adapter)
+    if config.lora.init_from:
+        folder = hf.resolve_adapter(config.lora.init_from)
         out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
     for folder in reward.models():
         out[f"reward model {folder}"] = hf.fingerprint(storage.local_copy(folder))
-    if base:
-        out["checkpoint of the base"] = hf.fingerprint(hf.resolve(base))
+    if config.base:
+        out["checkpoint of the base"] = hf.fingerprint(hf.resolve(config.base))
     return out
 
 

@@ -1,5 +1,6 @@
 """The objective of a run: one of pfjax's by name, or one of a person's own by its file."""
 
+import dataclasses
 import functools
 import os
 import traceback
@@ -19,18 +20,6 @@ from pfjax.tasks import reward_worker
 from pfjax.tasks.reward_functions import LOCAL
 from pfjax.trainer import schedules
 
-_COPIED = (
-    "alpha",
-    "beta",
-    "reward",
-    "reward_per",
-    "temperature",
-    "divergence",
-    "log_z",
-)
-_COPIED += ("clip_low", "clip_high", "mask_clipped_tokens", "max_new_tokens")
-_COPIED += ("advantage", "loss_aggregation")
-
 
 def of_config(c: FrozenConfigDict, given: Any = None) -> ObjectiveConfig:
     """The objective of a run, that of its end where it has schedules.
@@ -41,7 +30,8 @@ def of_config(c: FrozenConfigDict, given: Any = None) -> ObjectiveConfig:
     Raises:
       ValueError: if one of a person's own cannot be loaded or is none.
     """
-    same = {name: c[name] for name in _COPIED}
+    names = {field.name for field in dataclasses.fields(ObjectiveConfig)}
+    same = {name: c[name] for name in names & set(c)}
     found = schedules.parse(c.schedules)
     same["residual_clip"] = c.residual_clip or None
     same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}

@@ -23,7 +23,7 @@ from pfjax.model import (
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy
 from pfjax.objectives import ObjectiveConfig
-from pfjax.sampler import options
+from pfjax.sampler import options, slots
 from pfjax.tasks import data, rewards, target_reward
 from pfjax.trainer import (
     config_checks,
@@ -134,7 +134,7 @@ def setup(
     frozen = base if config.lora.rank else {}
     policy = Policy(fns.model, lora.join(base, trained))
     with jax.set_mesh(rollout_mesh):
-        plan = setup_rollouts.plan_of(config, policy, longest)
+        plan = slots.make_plan(policy, **setup_rollouts.plan_sizes(config, longest))
     how_rewarded = _how_rewarded(config, terms, functions, tok)
     reward, own_psi = how_rewarded["reward"], how_rewarded["own_psi"]
     meshes, weights = (mesh, rollout_mesh), (frozen, on_devices)
@@ -143,15 +143,7 @@ def setup(
         fns,
         golds=given.golds(with_train=rewards.needs_answers(all_terms)),
         inputs=inputs.fingerprints(
-            given,
-            tok,
-            target,
-            responses,
-            adapter=config.lora.init_from,
-            base=config.base,
-            reward=reward,
-            own_psi=own_psi,
-            code=objective.code(config.objective),
+            config, given, tok, target, responses, reward, own_psi
         ),
         frozen=frozen,
         base=on_devices,

@@ -46,15 +46,32 @@ def behavior_of(c: FrozenConfigDict, responses: behavior.Given) -> behavior.Beha
     )
 
 
-def plan_of(c: FrozenConfigDict, policy: Policy, width: int) -> slots.Plan:
-    return slots.make_plan(
-        policy,
-        num_prompts=c.prompts_per_step,
-        samples_per_prompt=c.samples_per_prompt,
-        max_new_tokens=c.max_new_tokens,
-        prompt_width=width,
-        num_slots=c.rollout_slots or None,
-    )
+def plan_sizes(c: FrozenConfigDict, width: int) -> dict[str, Any]:
+    """Arguments of `slots.plan_for` that a config decides: of the one rollout of a step, or
+    of each stream where responses may be stale.
+
+    Args:
+      width: of the longest prompt.
+    """
+    num_samples = c.prompts_per_step * c.samples_per_prompt
+    return {
+        "num_prompts": _room(c),
+        "samples_per_prompt": c.samples_per_prompt,
+        "max_new_tokens": c.max_new_tokens,
+        "prompt_width": width,
+        "num_slots": c.rollout_slots or None,
+        # A stream has room for more than it is to draw at once.
+        "most_slots": num_samples if c.max_staleness else None,
+    }
+
+
+def num_drawing_at_once(c: FrozenConfigDict) -> int:
+    """Models whose caches are in memory together: where responses may be stale, policy and
+    base draw side by side, otherwise in turn."""
+    if not c.max_staleness:
+        return 1
+    of_base = behavior_of(c, {}).counts(0, c.samples_per_prompt)[1]
+    return 2 if of_base else 1
 
 
 class Rollouts(NamedTuple):
@@ -147,34 +164,8 @@ def base_policy(fns: TrainFns, frozen: Params, base: Callable[[], Params]) -> Po
     return Policy(fns.model, lora.join(frozen, zeros))
 
 
-def _stream_plan(
-    c: FrozenConfigDict,
-    fns: TrainFns,
-    mesh: Mesh,
-    where: Mesh,
-    width: int,
-    num_streams: int,
-) -> slots.Plan:
-    """Shapes of each of the streams on `where`, beside an update on `mesh`."""
-    device = where.local_devices[0]
-    # Where an update has the same devices, caches stay beside it.
-    kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
-    samples = c.samples_per_prompt
-    return slots.plan_for(
-        fns.model,
-        device.platform,
-        lambda: (slots.free_bytes(device) - kept) // num_streams,
-        num_prompts=_room(c),
-        samples_per_prompt=samples,
-        max_new_tokens=c.max_new_tokens,
-        prompt_width=width,
-        num_slots=c.rollout_slots or None,
-        most_slots=c.prompts_per_step * samples,
-    )
-
-
 def _room(c: FrozenConfigDict) -> int:
-    """Prompts that a stream holds at most."""
+    """Prompts that are drawn for at once, at most."""
     return (1 + c.max_staleness) * c.prompts_per_step
 
 
@@ -201,8 +192,15 @@ def actor_of(
     if others:
         samples = range(own, own + others)
         streams.append((base_model, c.behavior.base_temperature, samples))
-    args = (c, fns, mesh, where, train.longest(), len(streams))
-    plan = functools.cache(functools.partial(_stream_plan, *args))  # of all rounds
+
+    @functools.cache
+    def plan() -> slots.Plan:  # of a stream, in all rounds
+        device = where.local_devices[0]
+        # Where an update has the same devices, caches stay beside it.
+        kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
+        memory = lambda: (slots.free_bytes(device) - kept) // num_drawing_at_once(c)
+        sizes = plan_sizes(c, train.longest())
+        return slots.plan_for(fns.model, device.platform, memory, **sizes)
 
     def make_stream(model: ModelConfig, *how: Any) -> stream.Stream:
         stop_ids = fns.model.stop_ids

@@ -93,15 +93,6 @@ def test_entropy_of_answers():
     assert estimators.answer_entropy(np.array([-1, -1])) == 0
 
 
-def test_paired_error_is_of_the_difference():
-    # Differences .1 and .3: mean .2, deviation .1 sqrt 2, over sqrt 2.
-    a, b = np.array([0.1, 0.9]), np.array([0.0, 0.6])
-    assert estimators.paired_standard_error(a, b) == pytest.approx(0.1)
-    assert estimators.paired_standard_error(a, a - 0.25) == pytest.approx(0.0)
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        estimators.paired_standard_error(a, b[:1])
-
-
 def test_standard_error_is_over_problems():
     assert estimators.standard_error(np.array([0.0, 1.0])) == pytest.approx(0.5)
     assert estimators.standard_error(np.array([0.3])) == 0.0

@@ -1,5 +1,6 @@
 """What a run is given, told from one version to another."""
 
+from configs import default
 from pfjax.model import tokenizer
 from pfjax.tasks import data, rewards
 from pfjax.tasks.problems import Problem
@@ -19,9 +20,8 @@ def test_columns_and_code_decide_where_a_reward_reads_them(tmp_path):
     def of(level, terms, text="1"):
         code.write_text(text)
         with rewards.Reward(terms) as reward:
-            kept = {"adapter": "", "base": "", "reward": reward, "code": []}
-            kept["own_psi"] = rewards.Reward("")
-            return inputs.fingerprints(_given(level), tok, None, {}, **kept)
+            args = (default.get_config(), _given(level), tok, None, {})
+            return inputs.fingerprints(*args, reward, rewards.Reward(""))
 
     assert of(1, "") == of(2, "") == of(1, "accuracy")
     a, b, c = of(1, mine), of(2, mine), of(1, mine, "2")
