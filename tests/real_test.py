@@ -154,7 +154,6 @@ def smollm2(tmp_path):
     shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
 
 
-@pytest.mark.long_running
 def test_a_gguf_chat_model_scores_and_writes_as_with_transformers(
     smollm2, tmp_path, monkeypatch
 ):

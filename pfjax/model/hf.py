@@ -236,8 +236,8 @@ def save(
 ) -> None:
     """Writes a folder that `transformers` and `pfjax.load` read, whole or not at all.
 
-    Of a policy for every alpha the adapters alone, for `pfjax.load`, which reads the rest from
-    `base`.
+    Adapters are merged. Of a policy for every alpha they are written alone, for `pfjax.load`,
+    which reads the rest from `base`; `at_alpha` makes one of its policies to be merged.
 
     Args:
       out_dir: the folder; an old one of that name is replaced.
@@ -249,8 +249,8 @@ def save(
       card: text of `README.md`, the model card; none when not given.
 
     Raises:
-      ValueError: if the policy has adapters that are not merged, or the folder holds
-        something other than a model.
+      ValueError: if the folder holds something other than a model, or a policy for every
+        alpha is given no base.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -258,13 +258,11 @@ def save(
     ...     sorted(path.name for path in pathlib.Path(folder, "out").iterdir())[:2]
     ['chat_template.jinja', 'config.json']
     """
-    if policy.config.lora_rank and not policy.config.alpha_range:
-        raise ValueError(
-            "the policy has adapters: save lora.merge(policy), or lora.save_peft"
-        )
     if policy.config.alpha_range and base is None:
         raise ValueError("a policy for every alpha is saved beside its base: give base")
     check_replaceable(out_dir)
+    if not policy.config.alpha_range:
+        policy = lora.merge(policy)
     if storage.is_remote(out_dir):
         place = storage.place(out_dir)
         with storage.local_folder(place.parent) as local:

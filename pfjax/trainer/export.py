@@ -40,7 +40,7 @@ def write(
         lora.save_peft(policy, adapter, config.model, config.lora.dropout)
         policy = _beside_stored_base(policy, config.model)
     card = model_card(config, history, name or str(out))
-    hf.save(lora.merge(policy), out, base=config.model, card=card)
+    hf.save(policy, out, base=config.model, card=card)
 
 
 def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) -> Policy:

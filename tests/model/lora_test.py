@@ -225,6 +225,8 @@ def test_dropout_drops_its_fraction_and_keeps_the_mean(tiny_config):
     np.testing.assert_array_equal(x[0, :25], x[1, 25:])
 
 
-def test_saving_adapters_as_a_whole_model_is_refused(adapted, tmp_path):
-    with pytest.raises(ValueError, match="lora.merge"):
-        hf.save(adapted, tmp_path / "m")
+def test_a_whole_model_is_saved_with_its_adapters_merged(adapted, tmp_path):
+    hf.save(adapted, tmp_path / "m")
+    saved = hf.load(tmp_path / "m")
+    assert not saved.config.lora_rank
+    np.testing.assert_allclose(_logits(saved), _logits(adapted), atol=1e-4)

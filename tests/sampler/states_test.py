@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import hf, log_probs, lora, transformer
+from pfjax.model import hf, log_probs, transformer
 from pfjax.sampler import engine, mcmc, slots, smc
 from pfjax.sampler.options import Capacity
 from pfjax.targets import Target
@@ -104,7 +104,7 @@ def test_layers_of_one_type_alone(policy, tmp_path, kind):
     sizes = {"lora_rank": 2, "lora_alpha": 2.0} | types
     config = dataclasses.replace(policy.config, **sizes)
     params = transformer.init_params(config, jax.random.key(0))
-    hf.save(lora.merge(transformer.Policy(config, params)), tmp_path)
+    hf.save(transformer.Policy(config, params), tmp_path)
     loaded = hf.load(tmp_path)
     assert loaded.config.layer_types == (types["layer_types"] if "lin" in kind else ())
     _assert_recorded_truly(loaded, _draw(loaded, 8))

@@ -157,7 +157,7 @@ def test_merged_at_one_alpha_it_is_the_same(policy, tmp_path):
     want = pfjax.score(at, [prompt + response], [3])[0]
     base = Policy(dataclasses.replace(policy.config, **NO_ADAPTERS), _base(policy))
     pfjax.save(base, tmp_path / "base")
-    pfjax.save(lora.merge(at), tmp_path / "merged")
+    pfjax.save(at, tmp_path / "merged")
     pfjax.save(policy, tmp_path / "dial", base=tmp_path / "base")
     merged, loaded = pfjax.load(tmp_path / "merged"), pfjax.load(tmp_path / "dial")
     assert loaded.config.alpha_range == RANGE
