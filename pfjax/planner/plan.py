@@ -49,15 +49,9 @@ def make_plan(
       ValueError: if the topology is unknown or sizes do not divide.
     """
     chip, devices = aot.parse(topology)
-    make_mesh, use_mesh = aot.abstract_mesh, jax.sharding.use_abstract_mesh
+    use_mesh = jax.set_mesh if can_compile else jax.sharding.use_abstract_mesh
+    mesh, rollout_mesh = _meshes(config, topology, is_abstract=not can_compile)
     caveats = []
-    if can_compile:
-        make_mesh, use_mesh = aot.device_mesh, jax.set_mesh
-    mesh = make_mesh(topology, **config.mesh)
-    rollout_mesh = sharding.regrouped(mesh, config.rollout_tensor)
-    if config.mesh.rollout:
-        own = (config.mesh.rollout, rollout_mesh.shape["tensor"])
-        rollout_mesh = aot.actor_mesh(topology, *own, is_abstract=not can_compile)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = _state_bytes(fns)
     waiting = state.pop("base") if config.offload_ref else 0
@@ -103,6 +97,19 @@ def make_plan(
         **step,
         "notes": step["notes"] + caveats,
     }
+
+
+def _meshes(
+    config: FrozenConfigDict, topology: str, is_abstract: bool
+) -> tuple[AnyMesh, AnyMesh]:
+    """Those of updates and of rollouts."""
+    make_mesh = aot.abstract_mesh if is_abstract else aot.device_mesh
+    mesh = make_mesh(topology, **config.mesh)
+    rollout_mesh = sharding.regrouped(mesh, config.rollout_tensor)
+    if config.mesh.rollout:
+        own = (config.mesh.rollout, rollout_mesh.shape["tensor"])
+        rollout_mesh = aot.actor_mesh(topology, *own, is_abstract=is_abstract)
+    return mesh, rollout_mesh
 
 
 def _state_bytes(fns: train_fns.TrainFns) -> dict[str, int]:

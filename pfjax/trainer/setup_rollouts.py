@@ -169,6 +169,38 @@ def _room(c: FrozenConfigDict) -> int:
     return (1 + c.max_staleness) * c.prompts_per_step
 
 
+def _stream_plan(
+    c: FrozenConfigDict, fns: TrainFns, mesh: Mesh, where: Mesh, width: int
+) -> slots.Plan:
+    """Shapes of a stream on `where`, beside an update on `mesh`."""
+    device = where.local_devices[0]
+    # Where an update has the same devices, caches stay beside it.
+    kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
+    memory = lambda: (slots.free_bytes(device) - kept) // num_drawing_at_once(c)
+    sizes = plan_sizes(c, width)
+    return slots.plan_for(fns.model, device.platform, memory, **sizes)
+
+
+def _streams(
+    c: FrozenConfigDict,
+    fns: TrainFns,
+    base_model: ModelConfig,
+    counts: tuple[int, ...],
+    plan: slots.Plan,
+) -> list[stream.Stream]:
+    """What the policy draws, and the base, if it draws some of `counts`."""
+    own, others, *_ = counts
+    drawn = [(fns.model, c.temperature, range(own))]
+    if others:
+        samples = range(own, own + others)
+        drawn.append((base_model, c.behavior.base_temperature, samples))
+    how = (c.seed, c.max_new_tokens, _room(c))
+    settings = lambda model: decode.Settings(
+        model, plan, c.samples_per_prompt, fns.model.stop_ids
+    )
+    return [stream.Stream(settings(model), *how, *rest) for model, *rest in drawn]
+
+
 def actor_of(
     c: FrozenConfigDict,
     fns: TrainFns,
@@ -185,33 +217,15 @@ def actor_of(
     if c.mesh.rollout:
         where = sharding.rollout_mesh(c.mesh.rollout, grouped.shape["tensor"])
     counts = mixture.counts(0, c.samples_per_prompt)
-    own, others, *_ = counts
     base_model = fns.model if frozen else fns.base_model
-    # Model, temperature and samples: of the policy, and of the base.
-    streams = [(fns.model, c.temperature, range(own))]
-    if others:
-        samples = range(own, own + others)
-        streams.append((base_model, c.behavior.base_temperature, samples))
-
-    @functools.cache
-    def plan() -> slots.Plan:  # of a stream, in all rounds
-        device = where.local_devices[0]
-        # Where an update has the same devices, caches stay beside it.
-        kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
-        memory = lambda: (slots.free_bytes(device) - kept) // num_drawing_at_once(c)
-        sizes = plan_sizes(c, train.longest())
-        return slots.plan_for(fns.model, device.platform, memory, **sizes)
-
-    def make_stream(model: ModelConfig, *how: Any) -> stream.Stream:
-        stop_ids = fns.model.stop_ids
-        settings = decode.Settings(model, plan(), c.samples_per_prompt, stop_ids)
-        return stream.Stream(settings, c.seed, c.max_new_tokens, _room(c), *how)
+    of_stream = functools.partial(_stream_plan, c, fns, mesh, where, train.longest())
+    plan = functools.cache(of_stream)  # of all rounds
 
     def send_base() -> Params:
         model, params = base_policy(fns, frozen, base)
         return actor.sender(model, {}, grouped, where)(params)
 
-    if c.mesh.rollout and others:
+    if c.mesh.rollout and counts[1]:
         # Once, and not from a thread: the learner's devices have their part in it.
         send_base = functools.partial(lambda params: params, send_base())
 
@@ -228,7 +242,7 @@ def actor_of(
 
     return actor.Actor(
         where,
-        lambda: [make_stream(*how) for how in streams],
+        lambda: _streams(c, fns, base_model, counts, plan()),
         actor.sender(fns.model, frozen, grouped, where),
         send_base,
         join,
