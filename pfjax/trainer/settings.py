@@ -149,10 +149,11 @@ _DECIDING: dict[str, Setting] = {
         "rl_token always average; subtb, sft and rewards of answers have none",
         ("head", "group"),
     ),
-    # Prompts: .jsonl or .parquet file, hub name[:split], or pfjax/toy/<file>.
+    # Prompts, of training and of evaluation: docs/how-to/data.md has what files may be like.
     "data.train": Setting(
         "pfjax/toy/train.jsonl",
-        "prompts to train on: a file, a hub name[:split], or pfjax/toy/<file>",
+        "prompts to train on: a file (gs:// too), a hub name[:config][:split], or "
+        "pfjax/toy/<file>",
     ),
     "data.prompt_field": Setting(
         "",
@@ -282,7 +283,7 @@ _DECIDING: dict[str, Setting] = {
     "lora.targets": Setting(
         "all-linear",
         "projections with adapters, by peft's names: q_proj,k_proj,v_proj,o_proj,"
-        "gate_proj,up_proj,down_proj or some of them",
+        "gate_proj,up_proj,down_proj or some of them; Qwen3.5 has in_proj_qkv and others too",
     ),
     "lora.dropout": Setting(
         0.0,
