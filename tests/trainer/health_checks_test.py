@@ -67,6 +67,15 @@ def test_truncation_of_all():
     assert not health_checks.symptoms(rows, **LIMITS)
 
 
+def test_a_log_z_that_lags_is_named_as_the_cause():
+    rows = _history([10] * 3 + [30] * 3, cut=1.0)
+    for row, mean in zip(rows[1:], [0.1] * 3 + [6.0] * 3, strict=True):
+        row |= {"tb/residual_mean": mean, "tb/residual_std_within_prompt": 0.3}
+    (found,) = health_checks.symptoms(rows, **LIMITS)
+    assert "100% were cut" in found and "Likely log Z' lags behind" in found
+    assert "max_new_tokens is too small" not in found
+
+
 @pytest.mark.parametrize(
     ("spread", "nats", "has_target", "said"),
     [
@@ -123,6 +132,7 @@ def _quiet(**changed):
         "completions/mean_length": 20.0,
         "completions/clipped_ratio": 0.0,
         "completions/repeats_across_prompts": 0.1,
+        "tb/residual_mean": 0.05,
         "tb/residual_std_within_prompt": 0.4,
         "tb/exponent": 1.5,
     }
@@ -148,6 +158,20 @@ def _quiet(**changed):
             "0.90 rather",
         ),
         ({"tb/residual_std_within_prompt": 0.05}, None, ""),
+        # What all share: nothing beside what tells responses apart, or all there is.
+        ({"tb/residual_mean": 0.7}, 0.5, ""),
+        (
+            {"tb/residual_mean": 0.9, "completions/clipped_ratio": 1.0},
+            0.5,
+            "reward for longer ones",
+        ),
+        ({"tb/residual_mean": -0.9}, 0.5, "a reward for shorter ones"),
+        # Near the target both are small, and the mean may be the larger.
+        (
+            {"tb/residual_mean": 0.3, "tb/residual_std_within_prompt": 0.1},
+            4.0,
+            "",
+        ),
     ],
 )
 def test_a_match_that_is_none_is_said(changed, alpha, said):
