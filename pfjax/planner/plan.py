@@ -18,13 +18,7 @@ from pfjax.model import attention, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
-from pfjax.trainer import (
-    actor,
-    run_config,
-    setup_rollouts,
-    train_fns,
-    update_memory,
-)
+from pfjax.trainer import actor, run_config, setup_rollouts, train_fns, update_memory
 
 _MICROBATCH_SIZES = (1, 2, 4, 8, 16)
 _CONTEXTS = (2, 4, 8, 16)  # devices that share rows which are too long for one

@@ -46,34 +46,34 @@ def symptoms(
     if out or len(rows) < patience:
         return out
     length = [r["completions/mean_length"] for r in rows]
-    last, lag = rows[-1]["step"], _lag(rows, patience)
+    last, lag = rows[-1]["step"], has_target and _lag(rows, patience)
     start, longest = sum(length[:patience]) / patience, max(length[-patience:])
     least_cut = min(r["completions/clipped_ratio"] for r in rows[-patience:])
     if len(rows) >= 2 * patience and longest < length_floor * start:
-        out.append(
-            f"lengths have collapsed: for {patience} steps, up to step {last}, responses "
-            f"had at most {longest:.1f} tokens, {start:.1f} at the start "
-            "(completions/mean_length). Likely "
-        )
-        out[-1] += lag or (
+        cause = lag or (
             "an objective that sums over tokens, or too large a step: look at "
             "tb/residual_mean and kl/policy_base_per_token"
         )
-    if least_cut >= truncated_ceiling:
         out.append(
-            f"responses do not end: for {patience} steps, up to step {last}, at least "
-            f"{least_cut:.0%} were cut at max_new_tokens "
-            "(completions/clipped_ratio). Likely "
+            f"lengths have collapsed: for {patience} steps, up to step {last}, responses "
+            f"had at most {longest:.1f} tokens, {start:.1f} at the start "
+            f"(completions/mean_length). Likely {cause}"
         )
-        out[-1] += lag or (
+    if least_cut >= truncated_ceiling:
+        cause = lag or (
             "max_new_tokens is too small, the tokenizer names no stop token, or responses "
             "repeat (repetition/loop_frac)"
+        )
+        out.append(
+            f"responses do not end: for {patience} steps, up to step {last}, at least "
+            f"{least_cut:.0%} were cut at max_new_tokens (completions/clipped_ratio). Likely "
+            f"{cause}"
         )
     return out + (_divergence(rows, patience) if has_target else [])
 
 
 _MEAN, _SPREAD = "tb/residual_mean", "tb/residual_std_within_prompt"
-# 58 runs on small models, good ones and bad ones, had at most 1; two whose responses no
+# 63 runs on small models, good ones and bad ones, had at most 1; two whose responses no
 # longer ended had 28 and 53.
 _LAG = 2
 
@@ -97,8 +97,8 @@ def _lag(rows: list[dict[str, Any]], patience: int) -> str:
     return (
         f"log Z' lags behind: over {patience} steps the mean residual was {mean:.2g} nats "
         f"({_MEAN}), and its spread within prompts {spread:.2g} ({_SPREAD}). What all "
-        f"responses share is, per token, a reward for {longer} ones, and beyond residual_clip "
-        "it hides what tells them apart. A smaller optim.learning_rate, or else a larger "
+        f"responses share rewards {longer} ones, where the loss is per token, and beyond "
+        "residual_clip it hides what tells them apart. A smaller optim.learning_rate, or else a larger "
         "optim.log_z_learning_rate or log_z=group, may prevent that"
     )
 

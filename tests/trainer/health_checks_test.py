@@ -74,6 +74,8 @@ def test_a_log_z_that_lags_is_named_as_the_cause():
     (found,) = health_checks.symptoms(rows, **LIMITS)
     assert "100% were cut" in found and "Likely log Z' lags behind" in found
     assert "max_new_tokens is too small" not in found
+    (found,) = health_checks.symptoms(rows, **LIMITS | {"has_target": False})
+    assert "Likely max_new_tokens is too small" in found
 
 
 @pytest.mark.parametrize(
@@ -163,9 +165,9 @@ def _quiet(**changed):
         (
             {"tb/residual_mean": 0.9, "completions/clipped_ratio": 1.0},
             0.5,
-            "reward for longer ones",
+            "rewards longer ones",
         ),
-        ({"tb/residual_mean": -0.9}, 0.5, "a reward for shorter ones"),
+        ({"tb/residual_mean": -0.9}, 0.5, "rewards shorter ones"),
         # Near the target both are small, and the mean may be the larger.
         (
             {"tb/residual_mean": 0.3, "tb/residual_std_within_prompt": 0.1},
