@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests on this machine's CPU, on all cores: bash launch/test.sh [pytest arguments]
-# It takes 9 minutes on two cores, as the tests marked slow are left out; -m slow runs them alone.
+# It takes five to nine minutes on two cores, as the tests marked slow are left out; -m slow runs them alone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 answer_help "$@"

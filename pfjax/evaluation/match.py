@@ -47,7 +47,7 @@ def score(
     policy: Policy,
     base: Policy,
     prompts: list[list[int]],
-    responses: Sequence[Sequence[int]],
+    responses: Sequence[np.ndarray | list[int]],
 ) -> Samples:
     """Scores responses by policy and base; psi and reward are left out.
 
