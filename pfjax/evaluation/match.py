@@ -59,7 +59,7 @@ def score(
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
     pairs = zip(repeated, responses, strict=True)
-    sequences = [[*p, *y] for p, y in pairs]
+    sequences = [[*p, *map(int, y)] for p, y in pairs]
     starts = [len(p) for p in repeated]
     log_p, log_p_base = (
         np.array([x.sum(dtype=float) for x in log_probs.score(m, sequences, starts)])
