@@ -6,13 +6,15 @@ import pathlib
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from pfjax.infra import dataset_io
 from tests import fork_server
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 from tests.readme_test import blocks_to_run, make_checkout, run_block
 
 _CACHE = {"JAX_COMPILATION_CACHE_DIR": os.environ["PFJAX_TEST_CACHE"]}
@@ -52,6 +54,23 @@ def test_python_that_the_readme_marks_to_be_run_works_as_copied(copied):
     printed = [run_block(b, folder, **_CACHE) for b in blocks]
     assert float(printed[0]) > 0
     assert (folder / "out/model.safetensors").is_file()
+
+
+def test_every_argument_of_a_short_run_has_its_declared_type(tmp_path):
+    """`pfjax train` checks the types of all modules, the other tests those of arrays."""
+    command = [sys.executable, "-m", "pfjax.train", "--config=smoke"]
+    command += [f"--workdir={tmp_path / 'run'}", "--config.num_steps=1"]
+    command += ["--config.match_prompts=4", "--config.prompts_per_step=4"]
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        command,
+        env=os.environ | _CACHE | quick,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/match.json").exists()
 
 
 @pytest.mark.slow
