@@ -52,7 +52,7 @@ def score(
     """Scores responses by policy and base; psi and reward are left out.
 
     Args:
-      policy, base: by whom.
+      policy, base: the models whose log-probs are returned.
       prompts: P lists of token ids.
       responses: those to a prompt side by side, as many of each.
     """

@@ -98,8 +98,8 @@ def _lag(rows: list[dict[str, Any]], patience: int) -> str:
         f"log Z' lags behind: over {patience} steps the mean residual was {mean:.2g} nats "
         f"({_MEAN}), and its spread within prompts {spread:.2g} ({_SPREAD}). What all "
         f"responses share rewards {longer} ones, where the loss is per token, and beyond "
-        "residual_clip it hides what tells them apart. A smaller optim.learning_rate, or else a larger "
-        "optim.log_z_learning_rate or log_z=group, may prevent that"
+        "residual_clip it hides what tells them apart. A smaller optim.learning_rate, or else "
+        "a larger optim.log_z_learning_rate or log_z=group, may prevent that"
     )
 
 
