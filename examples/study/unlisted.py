@@ -28,7 +28,6 @@ import numpy as np
 
 import pfjax
 from examples.exact import Listed
-from examples.worlds import exact as of_worlds
 from pfjax.batch import Rollout
 from pfjax.tasks.grading import last_boxed
 
@@ -69,9 +68,8 @@ def draw(
         )
     ]
     prompts = [x for x in drawn.prompts for _ in range(num)]
-    hot = of_worlds.at_temperature(policy, 1 / alpha)
     sequences = [x + y for x, y in zip(prompts, responses, strict=True)]
-    log_q = pfjax.score(hot, sequences, [len(x) for x in prompts])
+    log_q = pfjax.score(policy, sequences, [len(x) for x in prompts], 1 / alpha)
     log_q = np.array([x.sum(dtype=float) for x in log_q]).reshape(-1, num)
     log_p0 = drawn.log_probs.sum(axis=-1, dtype=float, where=_is_there(drawn))
     is_correct = np.array([row["correct"] for row in graded]).reshape(-1, num)

@@ -6,7 +6,6 @@ are too many, it is estimated from exact samples of the same target of the gener
 weighted by what the model says of them: the two are close, so the weights are.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import pfjax
 from examples.worlds import grammar as grammars
 from examples.worlds.grammar import Grammar, Response
 from examples.worlds.world import World
-from pfjax.model import tokenizer, transformer
+from pfjax.model import tokenizer
 from pfjax.targets import Target
 
 NUM_SAMPLES = 16  # of which different correct ones are counted
@@ -133,7 +132,6 @@ def score(
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
     """log p of each text of each problem, each token sampled at a temperature."""
-    policy = at_temperature(policy, temperature)
     prompts = [tokenizer.encode_prompt(tok, p.prompt) for p in problems]
     sequences, starts = [], []
     for prompt, mine in zip(prompts, texts, strict=True):
@@ -141,7 +139,10 @@ def score(
             sequences.append(prompt + tok.encode(text) + [tok.eos_token_id])
             starts.append(len(prompt))
     log_p = np.array(
-        [x.sum(dtype=float) for x in pfjax.score(policy, sequences, starts)]
+        [
+            x.sum(dtype=float)
+            for x in pfjax.score(policy, sequences, starts, temperature)
+        ]
     )
     return np.split(log_p, np.cumsum([len(mine) for mine in texts])[:-1])
 
@@ -171,14 +172,6 @@ def target_on(
     low, high = (log_r / scale).max(), ((log_r + np.log(len(log_r))) / scale).max()
     log_z = optimize.brentq(excess, low - 1e-6, high + 1e-6, xtol=1e-12)
     return log_z, log_r - log_z * scale
-
-
-def at_temperature(policy: pfjax.Policy, temperature: float) -> pfjax.Policy:
-    """A model whose log-probs at temperature 1 are those of `policy` at another."""
-    # Logits are linear in the head.
-    config = dataclasses.replace(policy.config, tied_embeddings=False)
-    head = transformer.head_weight(policy.params) / temperature
-    return pfjax.Policy(config, {**policy.params, "head": head})
 
 
 def _value(

@@ -1,7 +1,8 @@
 r"""How far a policy is from its target, estimated from samples of the policy and the base.
 
 Half of the responses to a prompt are drawn by the policy, half by the base, and both score
-them all. With q the density of that mixture, every sum over responses is a mean,
+them all. For alpha below 1 the base draws at temperature 1/alpha: much of such a target is text
+that it hardly says at 1. With q the density of that mixture, every sum over responses is a mean,
 
 .. math:: \sum_y f(y) = E_q[f(y) / q(y)]
 
@@ -14,7 +15,7 @@ noise, so that none is left where the two agree. With it,
           KL(p\,\|\,\pi) = \sum_y p\,(\log p - \log\pi)
 
 are read off. These are estimates, not bounds. They are blind to a part of the target that
-both policy and base hardly ever say. Far from the target, where few samples carry it (`ess`),
+is hardly ever drawn by either. Far from the target, where few samples carry it (`ess`),
 they are too small: by up to a third with 16 samples of each.
 
 References:
@@ -39,6 +40,9 @@ class Samples(NamedTuple):
     log_p: np.ndarray  # log pi(y), in nats per response
     log_p_base: np.ndarray  # log p_0(y)
     length: np.ndarray  # tokens, the stop token included
+    log_p_hot: np.ndarray | None = (
+        None  # of the base as it drew, if not at temperature 1
+    )
     psi: np.ndarray | float = 0.0  # format term, see `Target.log_reward`
     reward: np.ndarray | float = 0.0
 
@@ -48,6 +52,7 @@ def score(
     base: Policy,
     prompts: list[list[int]],
     responses: Sequence[np.ndarray | list[int]],
+    base_temperature: float = 1.0,
 ) -> Samples:
     """Scores responses by policy and base; psi and reward are left out.
 
@@ -55,18 +60,21 @@ def score(
       policy, base: the models whose log-probs are returned.
       prompts: P lists of token ids.
       responses: those to a prompt side by side, as many of each.
+      base_temperature: at which the base drew its own.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
     pairs = zip(repeated, responses, strict=True)
     sequences = [[*p, *map(int, y)] for p, y in pairs]
     starts = [len(p) for p in repeated]
-    log_p, log_p_base = (
-        np.array([x.sum(dtype=float) for x in log_probs.score(m, sequences, starts)])
-        for m in (policy, base)
-    )
+
+    def log_p(model: Policy, temperature: float = 1.0) -> np.ndarray:
+        found = log_probs.score(model, sequences, starts, temperature)
+        return np.array([x.sum(dtype=float) for x in found]).reshape(shape)
+
     length = np.array([len(y) for y in responses]).reshape(shape)
-    return Samples(log_p.reshape(shape), log_p_base.reshape(shape), length)
+    hot = None if base_temperature == 1 else log_p(base, base_temperature)
+    return Samples(log_p(policy), log_p(base), length, hot)
 
 
 def measure(samples: Samples, target: Target) -> dict[str, float]:
@@ -84,7 +92,8 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
     tilt = {"psi": np.asarray(samples.psi), "reward": np.asarray(samples.reward)}
     scale = samples.length if target.is_length_aware else np.ones_like(samples.length)
     log_r = target.log_density(samples.log_p_base, samples.length, 0.0, **tilt)
-    log_q = np.logaddexp(samples.log_p, samples.log_p_base) - np.log(2)
+    drawn = samples.log_p_base if samples.log_p_hot is None else samples.log_p_hot
+    log_q = np.logaddexp(samples.log_p, drawn) - np.log(2)
     sum_of_policy = np.exp(samples.log_p - log_q).mean(axis=1)
     log_z = _root(log_r - log_q, scale, np.log(sum_of_policy))
     log_target = log_r - log_z[:, None] * scale

@@ -238,11 +238,13 @@ def packed_log_probs(
     batch: PackedBatch,
     remat: str = "none",
     dropout: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, "b t d"]]:
     """Log-prob of every token of packed rows given those before it in its segment.
 
     Args:
       dropout: fraction of the adapters' inputs that is dropped, by `batch.dropout_seed`.
+      temperature: at which tokens are sampled.
 
     Returns:
       Log-probs and entropies, `[B, T]`, 0 where not `batch.is_response`; and the
@@ -253,6 +255,8 @@ def packed_log_probs(
     how = (*how, batch.choices, dial.of_tokens(config.alpha_range, batch))
     hidden, _ = transformer.forward_packed(config, params, *batch[:3], *how)
     before, head = _predicting(hidden), transformer.head_weight(params)
+    if temperature != 1:
+        before = before / temperature  # as logits are linear in it
     return *token_log_probs(before, head, batch.tokens, batch.is_response), hidden
 
 
@@ -326,35 +330,39 @@ def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) ->
     return _dot("btd,btd->bt", before, words) - log_p
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _score(config, params, batch):
-    return packed_log_probs(config, params, batch)[0]
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def _score(config, params, batch, temperature):
+    return packed_log_probs(config, params, batch, temperature=temperature)[0]
 
 
 def score(
     policy: transformer.Policy,
     sequences: list[list[int]],
     prompt_lengths: Sequence[int] | np.ndarray,
+    temperature: float = 1.0,
 ) -> list[np.ndarray]:
     """Log-probs of the response tokens of each sequence; they are packed into rows.
 
     Args:
       sequences: prompt and response together, token ids.
       prompt_lengths: tokens of each sequence that are prompt, at least 1.
+      temperature: at which tokens are sampled.
 
     Returns:
       One float32 array per sequence, a value in nats per response token: under the full
-      vocabulary, at temperature 1.
+      vocabulary.
 
     Raises:
       ValueError: if a sequence lacks a prompt or a response, or is longer than the
-        model's positions.
+        model's positions; for a temperature that is not positive.
 
     >>> import pfjax
     >>> policy = pfjax.load("pfjax/toy")
     >>> [x.shape for x in score(policy, [[2, 10, 3, 4], [2, 3, 4, 5, 6]], [3, 2])]
     [(1,), (3,)]
     """
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be positive, got {temperature}")
     if not sequences:
         return []
     c, params = policy
@@ -378,5 +386,7 @@ def score(
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
-    log_p = sharding.fetch([_score(c, params, part(i)) for i in range(used)])
+    log_p = sharding.fetch(
+        [_score(c, params, part(i), temperature) for i in range(used)]
+    )
     return packing.unpack_responses(np.stack(log_p), placement)

@@ -14,7 +14,6 @@ from pfjax.tasks.grading import Grader
 from pfjax.trainer import behavior, diagnostics
 
 SAMPLES = 16  # of the policy and of the base, to each prompt
-_HALF = behavior.Behavior(base=0.5)
 
 
 def measure(
@@ -27,7 +26,9 @@ def measure(
     compute_rewards: Callable,
     **how: Any,
 ) -> dict[str, Any]:
-    """Draws from policy and base at temperature 1 and estimates the match with the target.
+    """Draws from policy and base and estimates the match with the target.
+
+    The base draws at temperature 1, for alpha below 1 at 1/alpha.
 
     Args:
       policy, base, grader: of the run, at its end.
@@ -37,24 +38,27 @@ def measure(
       **how: what `engine.rollout` takes.
 
     Returns:
-      The estimates of `match.measure`; `num_prompts`, `num_samples` of them; and of the
+      The estimates of `match.measure`; `num_prompts`, `num_samples` of them and
+      `base_temperature`; and of the
       responses, for policy and base (`base_...`), `repeats_across_prompts`, the fraction
       that another prompt got too; and `commonest_changed`: the fraction of prompts whose
       commonest response is another than the base's.
     """
-    indices = list(range(len(prompts)))
+    indices, target = list(range(len(prompts))), objective.target
+    temperature = max(1.0, 1 / target.alpha)
+    half = behavior.Behavior(base=0.5, base_temperature=temperature)
     rollout = behavior.rollout(
         policy, base, prompts, 0, indices,
-        behavior=_HALF, samples_per_prompt=2 * SAMPLES, **how,
+        behavior=half, samples_per_prompt=2 * SAMPLES, **how,
     )  # fmt: skip
     data = compute_rewards(indices, rollout, grader)
     reward = data.reward
     if objective.kind.reward:
         reward = rewards.advantages(reward, 2 * SAMPLES, objective.advantage)
-    samples = match.score(policy, base(), prompts, data.responses)
+    samples = match.score(policy, base(), prompts, data.responses, temperature)
     shape = samples.log_p.shape
     tilt = {"psi": data.psi.reshape(shape), "reward": reward.reshape(shape)}
-    out = match.measure(samples._replace(**tilt), objective.target)
+    out = match.measure(samples._replace(**tilt), target)
     texts = np.array(data.texts, object).reshape(shape)
     own, others = texts[:, :SAMPLES], texts[:, SAMPLES:]
     pairs = zip(map(_commonest, own), map(_commonest, others), strict=True)
@@ -64,6 +68,7 @@ def measure(
         "commonest_changed": float(np.mean([a != b for a, b in pairs])),
         "num_prompts": len(prompts),
         "num_samples": SAMPLES,
+        "base_temperature": temperature,
     }
 
 
@@ -74,10 +79,12 @@ def _commonest(texts: np.ndarray) -> str:
 def describe(found: dict[str, Any], alpha: float) -> str:
     """The estimates as a person reads them, and what they warn of."""
     value = lambda name: f"{found[name]:.3f} ± {found[f'{name}_se']:.3f}"
+    temperature = found["base_temperature"]
+    at = "" if temperature == 1 else f" at temperature {temperature:g}"
     lines = [
         (
             f"match with the target, of {found['num_prompts']} prompts x "
-            f"{found['num_samples']} samples of the policy and of the base each:"
+            f"{found['num_samples']} samples of the policy and of the base{at} each:"
         ),
         f"  total variation {value('total_variation')}",
         (
@@ -106,6 +113,12 @@ def warnings(found: dict[str, Any], alpha: float) -> list[str]:
         out.append(
             f"{found['ess']:.1%} of the samples carry the target: neither policy nor base "
             "says much of it, and these estimates are rough"
+        )
+    if alpha < 1 and found["total_variation"] > 0.3:
+        out.append(
+            "the policy is far from the target, much of which is text that the base hardly "
+            "ever says, as below alpha 1 it often is. More steps add more of such text: keep "
+            "the checkpoint whose responses you like (docs/limits.md, Flattening)"
         )
     repeats = found["repeats_across_prompts"]
     if repeats > 0.5 and repeats > found["base_repeats_across_prompts"] + 0.3:

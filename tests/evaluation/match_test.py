@@ -45,21 +45,24 @@ def _policy(kind, log_p, wanted, rng):
 
 @pytest.mark.parametrize("is_length_aware", [True, False])
 @pytest.mark.parametrize("kind", ["base", "noisy", "far", "half"])
-@pytest.mark.parametrize("seed", range(3))
-def test_estimates_are_those_of_all_responses(is_length_aware, kind, seed):
+@pytest.mark.parametrize(("seed", "alpha"), [*((s, ALPHA) for s in range(3)), (0, 0.5)])
+def test_estimates_are_those_of_all_responses(is_length_aware, kind, seed, alpha):
     rng = np.random.default_rng(seed)
-    target = Target(ALPHA, has_format=False, is_length_aware=is_length_aware)
+    target = Target(alpha, has_format=False, is_length_aware=is_length_aware)
     drawn, want = [], []
     for _ in range(P):
         log_p, length = _world(rng)
         wanted, log_z = _exact((log_p, length), target)
         log_pi = _policy(kind, log_p, wanted, rng)
         pi, p, p0 = np.exp(log_pi), np.exp(wanted), np.exp(log_p)
-        both = [rng.choice(NUM, G, p=x / x.sum()) for x in (pi, p0)]
+        log_hot = min(alpha, 1) * log_p  # as a base at temperature 1/alpha
+        log_hot -= np.logaddexp.reduce(log_hot)
+        both = [rng.choice(NUM, G, p=x / x.sum()) for x in (pi, np.exp(log_hot))]
         at = np.concatenate(both)
-        drawn.append((log_pi[at], log_p[at], length[at]))
+        hot = (log_hot[at],) if alpha < 1 else ()
+        drawn.append((log_pi[at], log_p[at], length[at], *hot))
         x = log_p - p0 @ log_p
-        y = log_pi - wanted + ALPHA * log_p
+        y = log_pi - wanted + alpha * log_p
         gap = log_pi - wanted
         tv = 0.5 * np.abs(pi - p).sum()
         want.append((log_z, tv, pi @ gap, -p @ gap, (p0 * x) @ y, (p0 * x) @ x))

@@ -92,7 +92,9 @@ def policy():
     config = base_model.model_config(VOCAB_SIZE, tok.eos_token_id)
     config = dataclasses.replace(config, load_tokenizer=lambda: tok)
     params = transformer.init_params(config, jax.random.key(0))
-    return of_worlds.at_temperature(Policy(config, params), 0.3)
+    head = transformer.head_weight(params) / 0.3
+    config = dataclasses.replace(config, tied_embeddings=False)
+    return Policy(config, {**params, "head": head})
 
 
 @pytest.mark.slow

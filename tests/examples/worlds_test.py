@@ -346,22 +346,3 @@ def test_a_base_model_is_fitted_and_loads(folder):
     assert distance.leak > 0.9
     assert distance.kl > 5
     assert policy.config.vocab_size >= len(tok)
-
-
-@pytest.mark.slow
-def test_a_model_scored_at_a_temperature_is_normalised_over_words(folder):
-    policy, tok = pfjax.load(str(folder)), tokenizer.load(str(folder))
-    problem = some(WORLDS["detour"])[0]
-    ids = tokenizer.encode_prompt(tok, problem.prompt)
-    every = [[*ids, v] for v in range(policy.config.vocab_size)]
-    for temperature in (1.0, 0.25, 2.0):
-        hot = exact.at_temperature(policy, temperature)
-        log_p = np.array(
-            [x[0] for x in pfjax.score(hot, every, [len(ids)] * len(every))]
-        )
-        plain = np.array(
-            [x[0] for x in pfjax.score(policy, every, [len(ids)] * len(every))]
-        )
-        expected = plain / temperature
-        expected -= np.logaddexp.reduce(expected)
-        np.testing.assert_allclose(log_p, expected, atol=2e-4)

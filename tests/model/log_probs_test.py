@@ -177,3 +177,15 @@ def test_the_head_stays_where_it_is_on_a_tpu(tpu_mesh):
     logits = 4 * 8 * log_probs.CHUNK * vocab // 16
     own = 3 * 4 * vocab * d // 16 + 3 * 4 * tokens * d
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * logits + own
+
+
+def test_a_temperature_divides_logits(tiny_policy):
+    vocab = tiny_policy.config.vocab_size
+    every, starts = [[3, 4, v] for v in range(vocab)], [2] * vocab
+    score = lambda *t: np.concatenate(log_probs.score(tiny_policy, every, starts, *t))
+    for temperature in (0.25, 1.0, 3.0):
+        want = score() / temperature
+        want -= np.logaddexp.reduce(want)
+        np.testing.assert_allclose(score(temperature), want, atol=1e-4)
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        score(0.0)

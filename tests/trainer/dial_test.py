@@ -358,10 +358,10 @@ def _draw_others(ends, seed, ids):
 def test_every_alpha_reaches_its_exact_target(
     config, tmp_path, monkeypatch, objective, seed
 ):
-    """With 1.5 times the rollouts of a run for alpha 1/2 alone (`loop_test`)."""
+    """With twice the rollouts of a run for alpha 4 alone, those of one for 1/2 (`loop_test`)."""
     monkeypatch.setattr(dial, "draw", _draw_others)
     config.objective, config.seed, config.samples_per_prompt = objective, seed, 128
-    config.num_steps = config.checkpoint_every = 300
+    config.num_steps = config.checkpoint_every = 200
     config.optim.learning_rate, config.optim.schedule = 1e-2, "cosine"
     config.optim.clip_norm = 0.3
     loop.train_and_evaluate(config, str(tmp_path / "run"))

@@ -18,7 +18,7 @@ from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
-from pfjax.trainer import behavior, checkpoint, config_checks, loop, setup
+from pfjax.trainer import behavior, checkpoint, config_checks, loop, match, setup
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -207,6 +207,20 @@ def test_the_target_is_the_same_whoever_draws(
     assert found["total_variation"] < 0.02 and found["exponent"] == pytest.approx(
         2, abs=0.1
     )
+
+
+def test_below_alpha_1_the_match_is_of_the_whole_target(config, tmp_path, monkeypatch):
+    """The base draws for it at temperature 2, and is scored as it drew."""
+    monkeypatch.setattr(match, "SAMPLES", 1024)
+    config.alpha, config.match_prompts, config.num_steps = 0.5, 1, 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    (base, length), (trained, _) = map(
+        _distribution, (config.model, tmp_path / "run/hf")
+    )
+    target = length_aware_target(base, length, 0.5)[0]
+    found = json.loads((tmp_path / "run/match.json").read_text())
+    want = total_variation(np.exp(trained), target)
+    assert found["total_variation"] == pytest.approx(want, rel=0.1) and want > 0.1
 
 
 @pytest.mark.long_running

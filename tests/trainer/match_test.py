@@ -7,6 +7,7 @@ from pfjax.trainer import match
 FOUND = {
     "num_prompts": 64,
     "num_samples": 16,
+    "base_temperature": 1.0,
     "total_variation": 0.02,
     "kl_policy_target": 0.1,
     "kl_target_policy": 0.01,
@@ -41,3 +42,11 @@ def test_a_match_that_is_none_is_warned_of(changed, said):
     text = match.describe(found, 4.0)
     assert "64 prompts x 16 samples" in text and "4 is asked for" in text
     assert ("warning: " in text) == bool(said)
+
+
+def test_below_alpha_1_a_target_may_be_what_the_base_hardly_says():
+    found = FOUND | ERRORS | {"exponent": 0.5, "base_temperature": 2.0}
+    assert match.warnings(found, 0.5) == []
+    assert "of the base at temperature 2 each" in match.describe(found, 0.5)
+    (warning,) = match.warnings(found | {"total_variation": 0.5}, 0.5)
+    assert "text that the base hardly ever says" in warning
