@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from pfjax import batch as packing
 from pfjax.batch import PackedBatch, PackShape, Rollout
-from pfjax.model import hf, lora, tokenizer
+from pfjax.model import hf, lora, tokenizer, transformer
 from pfjax.model import log_probs as scorer
 from pfjax.model.transformer import Policy
 from pfjax.objectives import Objective
@@ -108,10 +108,11 @@ def rollout(
     >>> drawn.tokens.shape, drawn.texts[0][1]
     ((1, 2, 15), '7+5=12,1+2+1=4,')
     """
+    policy = transformer.as_policy(policy)
     tok = policy.tokenizer
     if alpha is not None:
         policy = lora.at_alpha(policy, alpha)
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | dict):
         said = f"prompts must be a list: give [{prompts!r}]"
         raise ValueError(said)  # noqa: TRY004
     ids = [_encode(tok, prompt) for prompt in prompts]
@@ -145,7 +146,13 @@ def _encode(tok: Any, prompt: Any) -> list[int]:
         )
     is_messages = is_list and len(prompt) > 0 and isinstance(prompt[0], dict)
     if not is_text and not is_messages:
-        return [int(token) for token in prompt]
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(
+                f"the prompt {prompt!r:.100} is neither a text, nor a list of messages, nor one "
+                "of token ids"
+            )
+        return ids.tolist()
     if tok is None:
         raise ValueError(
             f"the policy has no tokenizer for the prompt {prompt!r}: give token ids, or "
@@ -180,10 +187,7 @@ def pack(
     >>> batch.tokens.shape, batch.length[batch.is_real], batch.prompt_index[0, :3]
     ((1, 64), array([3, 1], dtype=int32), array([ 1,  0, -1], dtype=int32))
     """
-    arrays = [np.asarray(x, np.int32) for x in sequences]
-    starts = np.asarray(prompt_lengths, np.int64)
-    if len(arrays) != len(starts):
-        raise ValueError(f"{len(arrays)} sequences but {len(starts)} prompt_lengths")
+    arrays, starts = packing.trajectories(sequences, prompt_lengths)
     if shape is None:
         longest = max(map(len, arrays), default=1)
         pack_length = max(64, _power_of_two(longest))
@@ -246,12 +250,28 @@ def log_probs(
       Float32 in nats, under the full vocabulary at temperature 1; 0 for tokens that are no
       response. `response_sum` adds them up.
 
+    Raises:
+      ValueError: for a token that the model does not have, or a sequence longer than its
+        positions, where the batch is not traced.
+
     >>> import pfjax
     >>> policy, batch = pfjax.load("pfjax/toy"), pack([[2, 10, 3, 4]], [2])
     >>> loss = lambda policy: -pfjax.response_sum(log_probs(policy, batch), batch).sum()
     >>> jax.grad(loss)(policy).params["final_norm"].shape
     (64,)
     """
+    policy = transformer.as_policy(policy)
+    if remat not in transformer.REMAT:
+        raise ValueError(
+            f"remat={remat!r}: must be one of {', '.join(transformer.REMAT)}"
+        )
+    if not any(isinstance(x, jax.core.Tracer) for x in (batch.tokens, batch.positions)):
+        transformer.check_tokens(policy.config, [np.asarray(batch.tokens).ravel()])
+        last, room = int(np.max(batch.positions)), policy.config.max_positions
+        if last >= room:
+            raise ValueError(
+                f"a sequence has {last + 1} tokens, the model {room} positions"
+            )
     return scorer.packed_log_probs(policy.config, policy.params, batch, remat)[0]
 
 
@@ -309,6 +329,9 @@ def fine_tune(
     from pfjax.trainer import loop, setup
 
     functions = setup.Functions(reward, format_term, objective)
+    if not isinstance(config, ConfigDict):
+        said = f"config must be what pfjax.recipe returns, got {config!r:.100}"
+        raise ValueError(said)  # noqa: TRY004
     config = config.copy_and_resolve_references()
     for name, given in functions._asdict().items():
         if given is not None:

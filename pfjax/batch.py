@@ -7,6 +7,7 @@ Arrays are NumPy on the host and jax.Array on devices; shapes are the same.
 """
 
 import bisect
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -200,6 +201,31 @@ def segments_per_row(pack_length: int, max_length: int) -> int:
     return max(pack_length // max_length, min(pack_length // 8, 128))
 
 
+def trajectories(
+    sequences: Iterable[Any], prompt_lengths: Any
+) -> tuple[list[Int[np.ndarray, "_"]], Int[np.ndarray, "s"]]:
+    """Token ids of sequences, and how many of each are prompt, as `pack` takes them.
+
+    Raises:
+      ValueError: for what holds anything but whole numbers, or not one length per sequence.
+    """
+    out = []
+    for i, sequence in enumerate(sequences):
+        ids = np.asarray(sequence)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            said = f"{sequence!r:.100} is not a list of token ids"
+            raise ValueError(f"sequence {i}: {said}")
+        out.append(ids.astype(np.int32))
+    starts = np.asarray(prompt_lengths)
+    if starts.shape != (len(out),):
+        raise ValueError(f"{len(out)} sequences but {starts.size} prompt_lengths")
+    if starts.size and starts.dtype.kind not in "iu":
+        raise ValueError(
+            f"prompt_lengths must be whole numbers, got {prompt_lengths!r:.100}"
+        )
+    return out, starts.astype(np.int64)
+
+
 def pack(
     sequences: list[Int[np.ndarray, "_"]],
     prompt_lengths: Int[np.ndarray, "s"],
@@ -234,8 +260,8 @@ def pack(
         raise ValueError(
             f"{len(sequences)} trajectories of {lengths.sum()} tokens need {used} "
             f"micro-batches of {shape.microbatch_size} x {shape.pack_length} tokens, but "
-            f"only {shape.num_microbatches} were given; raise pack_length or "
-            "microbatch_size"
+            f"only {shape.num_microbatches} were given; make them larger "
+            "(microbatch_size, pack_length; for pfjax.pack its shape)"
         )
     batch = PackedBatch(*(np.full(shape.of(d), pad, t) for d, t, pad in PACKED[:8]))
     tokens, positions, segment_ids, is_response = (x.ravel() for x in batch[:4])

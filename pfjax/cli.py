@@ -167,6 +167,9 @@ def _parse(argv: list[str]) -> list[str]:
         raise ValueError(f"there is no flag --{error.flagname}{hint}") from None
     except flags.Error as error:
         raise ValueError(_explain(str(error))) from None
+    for flag in _own_flags():
+        if flag.default is None and flag.present and flag.value == "":
+            raise ValueError(f"--{flag.name} is empty; give --{flag.name}: {flag.help}")
     if takes_config:
         _configs.append(_load_config(flags.FLAGS.config, overrides))
     return rest

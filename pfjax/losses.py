@@ -7,12 +7,18 @@ the GFlowNet is 1 and does not appear.
 
 All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
 the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
-receive gradients. Every loss is of one residual, `targets.residual`, most its square. This module
+receive gradients. Every loss is of one residual, `targets.residual`, most its square, and is
+computed in float32 where arrays have fewer bits. Entries that a mask leaves out may be any finite
+numbers: at others JAX's gradient is NaN (0 times infinity), whatever the mask says. This module
 and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pfjax import targets
@@ -46,7 +52,9 @@ def trajectory_balance(
     >>> trajectory_balance(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5))
     Array([2.25], dtype=float32)
     """
-    _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z)
+    log_pf, log_reward, log_z = _arrays(
+        log_pf=log_pf, log_reward=log_reward, log_z=log_z
+    )
     return targets.residual(log_pf, lax.stop_gradient(log_reward), log_z) ** 2
 
 
@@ -81,7 +89,9 @@ def length_aware_trajectory_balance(
     ...     jnp.array([-3.0]), jnp.array([-4.0]), jnp.array(0.5), jnp.array([2]))
     Array([1.], dtype=float32)
     """
-    _check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z, length=length)
+    log_pf, log_reward, log_z, length = _arrays(
+        log_pf=log_pf, log_reward=log_reward, log_z=log_z, length=length
+    )
     log_reward = lax.stop_gradient(log_reward)
     return targets.residual(log_pf, log_reward, log_z, length) ** 2
 
@@ -92,7 +102,7 @@ def powerflow(
     log_z: jax.Array,
     length: jax.Array,
     *,
-    alpha: float,
+    alpha: jax.Array | float,
     psi: jax.Array | float = 0.0,
     weight: jax.Array | float = 1.0,
 ) -> jax.Array:
@@ -110,7 +120,7 @@ def powerflow(
       log_p_base: `[*n]` log p_0(y|q), the frozen base, summed; no gradient.
       log_z: `[*n]` or scalar log Z'(q) in nats per token; gradient flows.
       length: `[*n]` |y|, the number of tokens in the two sums; 0 for padding.
-      alpha: the power; above 1 sharpens, below 1 flattens; must be positive.
+      alpha: `[*n]` or scalar power; above 1 sharpens, below 1 flattens; must be positive.
       psi: `[*n]` or scalar format term in nats per token; no gradient.
       weight: `[*n]` or scalar importance weight w; no gradient.
 
@@ -118,7 +128,7 @@ def powerflow(
       `[*n]` losses, not reduced.
 
     Raises:
-      ValueError: if `alpha` is not positive or two shapes differ.
+      ValueError: if `alpha` is not positive (where it is not traced) or two shapes differ.
 
     References:
       PowerFlow, arXiv 2603.18363, Eq. 10.
@@ -127,18 +137,24 @@ def powerflow(
     ...           jnp.array([2]), alpha=4.0)
     Array([2.25], dtype=float32)
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    psi, weight = jnp.asarray(psi), jnp.asarray(weight)
-    shaped = {"log_pf": log_pf, "log_p_base": log_p_base, "length": length}
-    _check_shapes(**shaped, psi=psi, weight=weight)
+    _check_positive("alpha", alpha)
+    log_pf, log_p_base, length, alpha, psi, weight = _arrays(
+        log_pf=log_pf,
+        log_p_base=log_p_base,
+        length=length,
+        alpha=alpha,
+        psi=psi,
+        weight=weight,
+    )
     log_reward = targets.Target(alpha).log_reward(log_p_base, length, psi)
     loss = length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
     return lax.stop_gradient(weight) * loss
 
 
 def divergence(
-    residual: jax.Array, order: float = 1.0, clip: jax.Array | float | None = None
+    residual: jax.Array,
+    order: jax.Array | float = 1.0,
+    clip: jax.Array | float | None = None,
 ) -> jax.Array:
     r"""A loss of the residual whose on-policy gradient is that of an alpha-divergence.
 
@@ -158,14 +174,14 @@ def divergence(
 
     Args:
       residual: `[*n]` from `targets.residual`; gradient flows.
-      order: a; exponents are cut at 20, beyond which the loss goes on as a straight line.
+      order: scalar a; exponents are cut at 20, beyond which the loss goes on as a straight line.
       clip: `[*n]` or scalar, in the units of the residual, positive; nowhere if not given.
 
     Returns:
       `[*n]` losses, not reduced.
 
     Raises:
-      ValueError: if `clip` is a number that is not positive.
+      ValueError: if `clip` is not positive, where it is not traced.
 
     References:
       Fawkes and Hartford, arXiv 2605.15417; Huber, Robust Estimation of a Location
@@ -178,19 +194,24 @@ def divergence(
     >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
     0.213 0.297
     """
+    (residual,) = _arrays(residual=residual)
     if clip is not None:
-        if isinstance(clip, (int, float)) and not clip > 0:
-            raise ValueError(f"clip must be positive, got {clip}")
+        _check_positive("clip", clip)
         inner = lax.stop_gradient(jnp.clip(residual, -clip, clip))
         one = jnp.ones_like(inner)
         value, slope = jax.jvp(lambda x: divergence(x, order), (inner,), (one,))
         return value + slope * (residual - inner)
-    if order == 1:
+    if isinstance(order, (int, float)) and order == 1:
         return residual**2
+    # With x = (a - 1) delta it is delta^2 times 2 (e^x - 1 - x) / x^2, whose terms all but
+    # cancel where x is small: there by its series, without.
     x = (order - 1) * residual
-    edge = jnp.minimum(x, 20.0)
-    exp = jnp.exp(edge) * (1 + x - edge)
-    return 2 / (1 - order) * (residual + (exp - 1) / (1 - order))
+    is_small = jnp.abs(x) < 0.5
+    small, large = jnp.where(is_small, x, 0.0), jnp.where(is_small, 1.0, x)
+    series = sum(small**k * (2 / math.factorial(k + 2)) for k in range(10))
+    edge = jnp.minimum(large, 20.0)
+    exp = jnp.exp(edge) * (1 + large - edge)
+    return residual**2 * jnp.where(is_small, series, 2 * (exp - 1 - large) / large**2)
 
 
 def importance_weight(
@@ -222,7 +243,7 @@ def importance_weight(
     """
     if not 0 < low <= 1 <= high:
         raise ValueError(f"need 0 < low <= 1 <= high, got low={low}, high={high}")
-    _check_shapes(log_pf=log_pf, log_pf_old=log_pf_old)
+    log_pf, log_pf_old = _arrays(log_pf=log_pf, log_pf_old=log_pf_old)
     # Clipping before exp: the same value, and no overflow to inf far off policy.
     log_ratio = lax.stop_gradient(log_pf - log_pf_old)
     log_ratio = jnp.clip(log_ratio, jnp.log(low), jnp.log(high))
@@ -265,7 +286,10 @@ def group_log_z(
     ...             jnp.array([1, 2]), jnp.array([0, 0]), 1)
     Array([-2., -2.], dtype=float32)
     """
-    _check_shapes(log_pf=log_pf, log_reward=log_reward, length=length, group=group)
+    log_pf, log_reward, length = jnp.broadcast_arrays(
+        *_arrays(log_pf=log_pf, log_reward=log_reward, length=length, group=group)[:3]
+    )
+    group = jnp.broadcast_to(jnp.asarray(group), log_pf.shape)
     is_member = (group >= 0) & (group < num_groups)
     index = jnp.where(is_member, group, 0).reshape(-1)
     per_token = targets.residual(log_pf, log_reward, 0.0, length)
@@ -281,11 +305,12 @@ def group_log_z(
 def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
     """Mean of the entries of `x` that `where` keeps; 0 when it keeps none.
 
-    What is masked out may be anything, NaN included, in value and gradient.
+    What is masked out may be anything, NaN included, in value and in the gradient of `x`; a
+    function that `x` is the value of may still make NaN of that gradient's 0.
 
     Args:
       x: `[*n]` values; gradient flows through kept entries.
-      where: `[*n]` booleans.
+      where: `[*n]` booleans; of numbers, those that are not 0.
 
     Returns:
       A scalar.
@@ -296,14 +321,28 @@ def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
     >>> masked_mean(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
     Array(2., dtype=float32)
     """
+    (x,), where = _arrays(x=x), jnp.asarray(where) != 0
     if x.shape != where.shape:
         raise ValueError(f"x has shape {x.shape} but where has shape {where.shape}")
     total = jnp.sum(jnp.where(where, x, 0))
     return total / jnp.maximum(jnp.sum(where), 1).astype(total.dtype)
 
 
-def _check_shapes(**arrays: jax.Array) -> None:
-    """Raises if two arrays differ in shape; [n] against [n, 1] would broadcast."""
-    shapes = {name: jnp.shape(x) for name, x in arrays.items() if jnp.ndim(x)}
+def _arrays(**given: Any) -> list[jax.Array]:
+    """As arrays, of float32 at least where they hold no integers; raises if two differ in
+    shape, as [n] against [n, 1] would broadcast."""
+    arrays = {name: jnp.asarray(x) for name, x in given.items()}
+    shapes = {name: x.shape for name, x in arrays.items() if x.ndim}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"shapes must agree (or be scalar), got {shapes}")
+    narrow = (jnp.bfloat16, jnp.float16)
+    return [x.astype(jnp.float32) if x.dtype in narrow else x for x in arrays.values()]
+
+
+def _check_positive(name: str, x: Any) -> None:
+    """Raises for what is not positive and finite, where its value is known."""
+    if isinstance(x, jax.core.Tracer):
+        return
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiu" or not np.all((array > 0) & np.isfinite(array)):
+        raise ValueError(f"{name} must be positive, got {x!r}")

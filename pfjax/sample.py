@@ -107,14 +107,14 @@ def main() -> None:
         )
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
-        storage.check_writable(storage.place(FLAGS.out).parent)
+        _check_out()
     with contextlib.ExitStack() as stack:
+        policy = stack.enter_context(cli.load(source))
         add = lambda text: print(text, end="", flush=True)
         if not distributed.is_first():
             add = lambda text: None
-        elif FLAGS.out != "-":
+        elif FLAGS.out != "-":  # an old file is kept until here
             add = stack.enter_context(uploads.growing(FLAGS.out))
-        policy = stack.enter_context(cli.load(source))
         if FLAGS.method == "tokens" and FLAGS.alpha is not None:
             policy = lora.at_alpha(policy, FLAGS.alpha)
         room = policy.config.max_positions - max(len(p) for p in prompts)
@@ -182,6 +182,20 @@ def _check_flags() -> None:
             f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
             "which must not be fewer"
         )
+
+
+def _check_out() -> None:
+    """Raises ValueError for what cannot be written, or must not be."""
+    out = storage.place(FLAGS.out)
+    storage.check_writable(out.parent)
+    if out.is_dir():
+        raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
+    if (
+        FLAGS.prompts
+        and out.exists()
+        and out.resolve() == storage.place(FLAGS.prompts).resolve()
+    ):
+        raise ValueError(f"--out={FLAGS.out} is the file of --prompts: name another")
 
 
 def _check_best_of() -> None:

@@ -80,12 +80,45 @@ def test_responses_end_where_the_tokenizer_says(toy):
         ([2, 10, 3], "got 2: prompts is a list of these"),
         (MESSAGES, "got {'role'.*: prompts is a list of these"),
         ([[]], "must not be empty"),
+        ({"prompt": "17+25"}, "must be a list: give"),
+        ([[3.0, 4.7]], r"\[3.0, 4.7\] is neither a text, nor a list of messages"),
+        ([["3", "4"]], "is neither a text, nor"),
+        ([[[3, 4]]], "is neither a text, nor"),
+        ([[{"role": "user"}]], "the chat template cannot render .*'role': 'user'"),
     ],
 )
 def test_prompts_of_another_kind_are_refused(toy, prompts, said):
     unchecked = inspect.unwrap(pfjax.rollout)  # types are checked in tests alone
     with pytest.raises(ValueError, match=said):
         unchecked(toy, prompts, **TOY)
+
+
+@pytest.mark.parametrize(
+    ("f", "said"),
+    [
+        (lambda _: pfjax.rollout("pfjax/toy", ["1"]), "what pfjax.load returns, got"),
+        (lambda p: pfjax.rollout(p, ["1"], 0), "samples_per_prompt=0 and max_new_tokens="),
+        (lambda p: pfjax.rollout(p, ["1"], 1, 0), "max_new_tokens=0 must be positive"),
+        (lambda _: pfjax.score("pfjax/toy", [[2, 3]], [1]), "what pfjax.load returns"),
+        (lambda p: pfjax.score(p, [[2, 3], [2, 4]], [1]), "2 sequences but 1 prompt_len"),
+        (lambda p: pfjax.score(p, [[2, 3.5]], [1]), "sequence 0: .*not a list of token"),
+        (lambda p: pfjax.score(p, ["17"], [1]), "sequence 0: '17' is not a list of"),
+        (lambda p: pfjax.score(p, [2, 3], [1, 1]), "sequence 0: 2 is not a list of"),
+        (lambda p: pfjax.score(p, [[2, 3]], [1.5]), "whole numbers, got"),
+        (lambda _: pfjax.pack([[2, 3.9]], [1]), "sequence 0: .*not a list of token"),
+        (lambda _: pfjax.pack([[2, 3, 4]] * 9, [1] * 9, (1, 8)), "for pfjax.pack its shape"),
+        (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 99]], [1])), "token id 99, the model"),
+        (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 3] * 400], [1])), "512 positions"),
+        (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 3]], [1]), remat="ful"), "'ful': must"),
+        (lambda _: pfjax.fine_tune({"num_steps": 1}, "w"), "what pfjax.recipe returns"),
+        (lambda _: pfjax.load("pfjax/toy", dtype="int8"), "dtype='int8': must be one of"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(toy, monkeypatch, f, said):
+    for name in ("rollout", "score", "pack", "log_probs", "fine_tune", "load"):
+        monkeypatch.setattr(pfjax, name, inspect.unwrap(getattr(pfjax, name)))
+    with pytest.raises(ValueError, match=said):
+        f(toy)
 
 
 def test_new_tokens_fit_the_positions(toy, monkeypatch):

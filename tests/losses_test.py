@@ -299,3 +299,53 @@ def test_beyond_the_clip_the_loss_goes_on_as_a_straight_line(order):
 def test_a_residual_far_off_has_a_finite_loss_and_gradient():
     value, slope = jax.value_and_grad(lambda x: losses.divergence(x, 0.0))(-500.0)
     assert np.isfinite(value) and slope == pytest.approx(2 - 2 * np.exp(20.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("order", [0.0, 0.5, 0.99, 0.99999, 1.00001, 1.01, 2.0])
+def test_no_order_cancels_away_its_own_digits(order):
+    """Against the formula with twice the digits."""
+    residual = np.array([1e-4, 1e-3, 0.05, 0.49, 0.51, -2.0, -1e-3, 3.0])
+    with jax.enable_x64(True):
+        x = jnp.array(residual, jnp.float64)
+        of = lambda x: (
+            2 / (1 - order) ** 2 * ((1 - order) * x + jnp.expm1((order - 1) * x))
+        )
+        # expm1 leaves of its argument's square as many digits as the argument is small.
+        near = np.abs((order - 1) * residual) < 1e-3
+        want = np.where(near, residual**2 * (1 + (order - 1) * residual / 3), of(x))
+        slope = np.where(
+            near, 2 * residual + (order - 1) * residual**2, jax.vmap(jax.grad(of))(x)
+        )
+    x = jnp.array(residual, jnp.float32)
+    np.testing.assert_allclose(losses.divergence(x, order), want, rtol=2e-5)
+    traced = jax.jit(losses.divergence)(x, order)
+    np.testing.assert_allclose(traced, want, rtol=2e-5)
+    got = jax.vmap(jax.grad(lambda x: losses.divergence(x, order)))(x)
+    np.testing.assert_allclose(got, slope, rtol=2e-5)
+
+
+def test_alpha_may_be_traced_or_one_per_trajectory():
+    args = [jnp.array(x) for x in ([-5.0, -9.0], [-4.0, -8.0], [0.3, 0.1])]
+    args += [jnp.array([2, 3])]
+    want = [losses.powerflow(*args, alpha=a)[i] for i, a in enumerate((0.5, 4.0))]
+    alpha = jnp.array([0.5, 4.0])
+    np.testing.assert_array_equal(losses.powerflow(*args, alpha=alpha), want)
+    traced = jax.jit(lambda a: losses.powerflow(*args, alpha=a))
+    np.testing.assert_allclose(traced(alpha), want, rtol=1e-6)
+    assert traced(4.0)[1] == pytest.approx(want[1])
+
+
+def test_lists_are_taken_and_narrow_types_computed_in_float32():
+    lists = [[-5.0, -9.0], [-4.0, -8.0], 0.25, [2, 3]]
+    arrays = [jnp.array(x) for x in lists]
+    want = losses.powerflow(*arrays, alpha=4.0)
+    np.testing.assert_array_equal(losses.powerflow(*lists, alpha=4), want)
+    narrow = [x.astype(jnp.bfloat16) for x in arrays[:3]]
+    got = losses.powerflow(*narrow, arrays[3], alpha=4.0)
+    np.testing.assert_array_equal(got, want)
+    assert losses.masked_mean([1.0, 3.0, 5.0], [1.0, 0.5, 0.0]) == 2
+    assert losses.masked_mean(jnp.ones(70_000, jnp.float16), np.ones(70_000)) == 1
+    # Sums of many in bfloat16 stop growing at 256.
+    one, zero = jnp.ones(2000, jnp.bfloat16), jnp.zeros(2000, jnp.int32)
+    assert losses.group_log_z(one, 0.0, 1, zero, 1)[0] == -1
+    assert losses.group_log_z(one, one * 0, 1, 0, 1).shape == (2000,)

@@ -78,7 +78,9 @@ def test_the_best_of_samples_are_the_likeliest_of_each_group(tmp_path):
         data.load_target(str(tmp_path / "out.jsonl"), Target(4.0))
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(tmp_path):
+    mine = tmp_path / "prompts.jsonl"
+    mine.write_text('{"prompt": "1+1"}\n')
     for args, message in [
         ((), "give either --prompt or --prompts"),
         (("--prompt=1+1", "--top_p=2"), "top_p must be in (0, 1], got 2.0"),
@@ -87,6 +89,9 @@ def test_mistakes_are_one_line():
         (("--prompt=1", "--method=best_of", "--temperature=0"), "one and the same"),
         (("--prompt=1", "--method=best_of", "--stop=;"), "takes no --stop"),
         (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
+        (("--prompt=1", "--stop="), "texts that are not empty"),
+        (("--prompt=1", f"--out={tmp_path}"), "is a folder: name a file in it"),
+        ((f"--prompts={mine}", f"--out={mine}"), "is the file of --prompts"),
         (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),
         (
             ("--prompts=pfjax/toy/eval.jsonl", "--prompt_field=question"),
@@ -106,6 +111,7 @@ def test_mistakes_are_one_line():
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 1 and last.startswith("error: ") and message in last
         assert "Traceback" not in done.stderr
+    assert mine.read_text() == '{"prompt": "1+1"}\n'
 
 
 @pytest.mark.slow

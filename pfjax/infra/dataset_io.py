@@ -100,7 +100,10 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     name, _, revision = name.partition("@")
     try:
         wanted = {"split": split, "revision": revision or None}
-        table = datasets.load_dataset(name, *config, **wanted)
+        if (pathlib.Path(name) / "state.json").is_file():  # of `save_to_disk`
+            table = datasets.load_from_disk(name)
+        else:
+            table = datasets.load_dataset(name, *config, **wanted)
     except Exception as error:
         what = f"{source!r} is no {', '.join(FILES)} file and"
         if (folder := storage.place(name)).is_dir():
@@ -144,6 +147,8 @@ def _read_json(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
         rows = json.loads("\n".join(x for _, x in lines))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON that Python reads: {error}") from error
     return [
         (where, _object(where, row))
         for where, row in ((f"{path} row {i}", row) for i, row in enumerate(rows))
@@ -164,9 +169,18 @@ def _refuse_single_object(path: epath.Path, lines: list[tuple[str, str]]) -> Non
 
 def _read_csv(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     lines = (x + "\n" for _, x in _lines(path, storage.read_bytes(path)))
+    csv.field_size_limit(2**31 - 1)  # a prompt may be a book
     reader = csv.DictReader(lines, strict=True)
     out = []
     try:
+        reader.fieldnames = [x.strip() for x in reader.fieldnames or ()]
+        if len(reader.fieldnames) == 1 and (
+            other := re.search(r"[;\t]", reader.fieldnames[0])
+        ):
+            raise ValueError(
+                f"{path}:1: columns with {other[0]!r} between, which must be a comma: "
+                f"{reader.fieldnames[0]}"
+            )
         for row in reader:
             where = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -189,8 +203,10 @@ def _lines(path: epath.PathLike, content: bytes) -> list[tuple[str, str]]:
         try:
             out.append((where, line.decode()))
         except UnicodeDecodeError as error:
+            is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            kind = "UTF-16" if is_utf16 else "LATIN1, say,"
             raise ValueError(
-                f"{where}: not UTF-8: {error}; convert the file (iconv -t UTF-8)"
+                f"{where}: not UTF-8: {error}; convert the file (iconv -f {kind} -t UTF-8)"
             ) from error
     return out
 
@@ -198,8 +214,12 @@ def _lines(path: epath.PathLike, content: bytes) -> list[tuple[str, str]]:
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
         return _object(where, json.loads(text))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
+    except ValueError as error:  # an integer of more digits than Python reads
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: a number of too many digits") from error
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Hugging Face folders <-> policies: `config.json` and safetensors, no torch."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,6 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,20 +171,47 @@ def load(
       dtype: type of the parameters and of the computation.
 
     Raises:
-      ValueError: if there is no such model, its architecture is not supported, or
-        its tensors are not exactly those that its config names.
+      ValueError: if there is no such model, its architecture is not supported,
+        its tensors are not exactly those that its config names, or for another dtype.
 
     >>> policy = load("pfjax/toy")
     >>> policy.config.num_layers
     3
     """
-    folder = resolve(path_or_hub_id)
+    dtype, folder = _float_type(dtype), resolve(path_or_hub_id)
     if (folder / DIAL).is_file():
         return _load_dial(folder, mesh, dtype)
     config = dataclasses.replace(hf_config.read(folder), dtype=dtype)
     abstract, where = _places(config, mesh)
     params = weights.load(folder, config, abstract, where, jnp.dtype(dtype))
     return Policy(config, params)
+
+
+def _float_type(dtype: Any) -> str:
+    """Its name. Raises ValueError for what no model is computed or kept in."""
+    names = ("float32", "bfloat16", "float16")
+    with contextlib.suppress(TypeError):
+        if (name := jnp.dtype(dtype).name) in names:
+            return name
+    raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(names)}")
+
+
+def _check_base(model: ModelConfig, base: str, folder: pathlib.Path) -> None:
+    """Raises ValueError if the config of a base, which is to be written for a model, is of
+    another one: the folder would be read as what the model is not."""
+
+    def described(c: ModelConfig) -> dict[str, Any]:
+        # The others are written as they are of the model.
+        kept = {"eos_token_id": None, "tie_word_embeddings": None}
+        return hf_config.to_json(c, c.dtype) | kept | {"dtype": None}
+
+    one, other = described(hf_config.read(folder)), described(model)
+    names = sorted(x for x in one | other if one.get(x) != other.get(x))
+    if names:
+        differ = ", ".join(
+            f"{x} ({one.get(x)}, the policy {other.get(x)})" for x in names
+        )
+        raise ValueError(f"base={base} is another model than the policy: {differ}")
 
 
 def _places(
@@ -249,8 +278,8 @@ def save(
       card: text of `README.md`, the model card; none when not given.
 
     Raises:
-      ValueError: if the folder holds something other than a model, or a policy for every
-        alpha is given no base.
+      ValueError: if the folder holds something other than a model, a policy for every
+        alpha is given no base, or the base has another config than the policy.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -274,11 +303,13 @@ def save(
     out = pathlib.Path(storage.place(out_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else resolve(base)
+    if source is not None:
+        _check_base(policy.config, os.fspath(base), source)
     config = {} if source is None else json.loads((source / "config.json").read_text())
     config = hf_config.language_part(config)
     of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
     of_base = config.get("dtype") or of_base
-    dtype = dtype or of_base or str(policy.params["embed"].dtype)
+    dtype = _float_type(dtype or of_base or policy.params["embed"].dtype)
     config = config or hf_config.to_json(policy.config, dtype)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = pathlib.Path(beside) / out.name

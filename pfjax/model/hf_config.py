@@ -55,8 +55,9 @@ def read(folder: pathlib.Path) -> ModelConfig:
       ValueError: for a field whose effect is not implemented, or not known.
     """
     path = folder / "config.json"
+    found = _read_object(path)
     try:
-        given = language_part(_read_object(path))
+        given = language_part(found)
         family = _family(given)
         c = _with_defaults(family, given)
         _refuse_unsupported(family, c)

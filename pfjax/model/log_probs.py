@@ -363,11 +363,12 @@ def score(
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
-    if not sequences:
+    arrays, starts = packing.trajectories(sequences, prompt_lengths)
+    if not arrays:
         return []
-    c, params = policy
-    transformer.check_tokens(c, sequences)
-    longest = max(map(len, sequences))
+    c, params = transformer.as_policy(policy)
+    transformer.check_tokens(c, arrays)
+    longest = max(map(len, arrays))
     if longest > c.max_positions:
         raise ValueError(
             f"a sequence has {longest} tokens, the model {c.max_positions} positions"
@@ -377,11 +378,9 @@ def score(
     mesh = jax.sharding.get_mesh()
     ways = 1 if mesh.empty else sharding.batch_ways(mesh)
     rows = -(-SCORE_ROWS // ways) * ways
-    most = -(-len(sequences) // rows)
+    most = -(-len(arrays) // rows)
     segments = packing.segments_per_row(pack_length, pack_length)
     shape = PackShape(most, rows, pack_length, segments)
-    arrays = [np.asarray(s, np.int32) for s in sequences]
-    starts = np.asarray(prompt_lengths, np.int64)
     batch, placement, used = packing.pack(arrays, starts, shape)
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = packing.trim_segments(batch, placement)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Float, Int, UInt8
@@ -330,11 +331,20 @@ def forward_packed(
     return apply(config, params, tokens, positions, attend, dial=dial, **how)
 
 
-def check_tokens(config: ModelConfig, sequences: Sequence[Sequence[int]]) -> None:
+def as_policy(policy: Any) -> Policy:
+    """A policy, which may have been unpacked. Raises ValueError for anything else."""
+    if isinstance(policy, tuple) and len(policy) == 2:
+        return Policy(*policy)
+    raise ValueError(f"policy must be what pfjax.load returns, got {policy!r:.100}")
+
+
+def check_tokens(
+    config: ModelConfig, sequences: Sequence[Sequence[int] | np.ndarray]
+) -> None:
     """Raises ValueError for a token id that the model does not have: JAX would read
     another's embedding without a word."""
     for i, ids in enumerate(sequences):
-        ends = (min(ids, default=0), max(ids, default=0))
+        ends = (int(np.min(ids)), int(np.max(ids))) if len(ids) else ()
         wrong = [t for t in ends if not 0 <= t < config.vocab_size]
         if wrong:
             raise ValueError(

@@ -99,18 +99,29 @@ def _open_folder(
     if (folder / names[0]).is_file():
         pass
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{index} is not an index of safetensors files: {error!r}"
+            ) from error
     else:
         raise ValueError(
-            f"{folder} holds neither {names[0]} nor {index.name}; weights in other "
-            "formats (.bin) are not loaded: convert them with transformers or peft"
+            f"{folder} holds neither {names[0]} nor {index.name}, which names the files of a "
+            "model in several; weights in other formats (.bin) are not loaded: convert them "
+            "with transformers or peft"
         )
     tensors = {}
     for file in (folder / name for name in names):
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    shape = list(handle.get_slice(name).get_shape())
+                    stored = handle.get_slice(name)
+                    if (kind := stored.get_dtype()).startswith("F8"):
+                        raise ValueError(
+                            f"{file} holds {name} in {kind}: quantized models are not read"
+                        )
+                    shape = list(stored.get_shape())
                     tensors[name.removeprefix(prefix)] = _Stored(file, name, shape)
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e

@@ -74,6 +74,11 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
+    if min(samples_per_prompt, max_new_tokens) < 1:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} and max_new_tokens={max_new_tokens} "
+            "must be positive"
+        )
     longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
     width = capacity.prompt_width or longest
     if longest > width:

@@ -61,6 +61,15 @@ class StopConditions:
     max_total_tokens: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(
+                f"stop_strings must be a tuple of texts that are not empty, got "
+                f"{self.stop_strings!r}"
+            )
+        if (
+            self.stop_ids is not None
+        ):  # hashable, for programs that are compiled for them
+            object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         if self.stop_strings and self.decode_text is None:
             raise ValueError(
                 "stop_strings need decode_text, which makes text of tokens"

@@ -40,10 +40,20 @@ _REWRITTEN = (
     (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty"),
     (re.compile(r"^(?:€|£|USD)\s*(?=\d)"), ""),
     (re.compile(r"(?:\\[,;: ]|\s)+(?=\\?%)"), ""),
-    (re.compile(r"\\\s*$"), ""),
+    (re.compile(r"(?:\\\s*)+$"), ""),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$"), r"\1\\frac{\2}{\3}"),
+    # Squares, cubes and quotients of units; math-verify drops the plain ones.
+    (
+        re.compile(
+            r"(?<=\d)\s*(?:(?:mm|cm|dm|km|in|ft|yd|mi)\^\{?[23]\}?"
+            r"|(?:m|cm|km|ft|mi)\s*/\s*(?:s|sec|min|h|hr|hour))$"
+        ),
+        "",
+    ),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
-    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?)$"), ""),
+    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?|USD|EUR)$"), ""),
     (
         re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([-+]?\d+)(?![\w.])"),
         r"\1 \\times 10^{\2}",
@@ -57,12 +67,17 @@ _DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _BESIDE_TIME = re.compile(r"\\text\w*\s*\{[^{}]*\}|[{}\s]|\\[,;: ]|[aApP]\.?[mM]\.?")
+_NAMED = re.compile(r"\s*([a-zA-Z]\w*)\s*=\s*([^=]+)")
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
 
 
 def plain_pair(gold: str, answer: str) -> tuple[str, str]:
     """Both in LaTeX that math-verify reads."""
     gold, answer = _plain(gold), _plain(answer)
+    if (values := _named_values(gold)) and "=" not in answer:
+        gold, answer = f"({values})", _as_tuple(answer)
+    elif (values := _named_values(answer)) and "=" not in gold:
+        gold, answer = _as_tuple(gold), f"({values})"
     if _NUMBER.fullmatch(gold):
         answer = _DECIMAL_COMMA.sub(r"\1.\2", answer)
     return gold, answer
@@ -90,6 +105,19 @@ def equal_by_rule(gold: str, answer: str) -> bool | None:
             return int(based[1], int(base)) == int(other_based[1], int(base))
     is_mixed = {_is_ordered(gold), _is_ordered(answer)} == {True, False}
     return False if is_mixed else None
+
+
+def _named_values(text: str) -> str:
+    """Of `x = 1, y = 2` the values, in the order that other names are not told in."""
+    parts = [_NAMED.fullmatch(x) for x in text.split(",")]
+    names = {x[1] for x in parts if x}
+    is_named = len(parts) > 1 and all(parts) and len(names) == len(parts)
+    return ",".join(x[2] for x in parts) if is_named else ""
+
+
+def _as_tuple(text: str) -> str:
+    """A list in its order, if it is one."""
+    return text if "," not in text or _is_ordered(text) else f"({text.strip(' {}')})"
 
 
 def _plain(text: str) -> str:

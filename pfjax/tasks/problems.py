@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import json
 import math
 import re
 import types
@@ -58,7 +59,10 @@ def from_row(
     field, question = _question(where, row, fields.prompt)
     final, tolerance = row.get("final_answer"), None
     if final and row.get("error"):  # OlympiadBench
-        tolerance = float(row["error"])
+        with contextlib.suppress(
+            ValueError, TypeError
+        ):  # in other files it is no number
+            tolerance = float(row["error"])
     if isinstance(final, list):  # there, one string per answer or all in one
         final = ",".join(map(str, final)).replace("$", "")
     nested = row.get("reward_model")
@@ -67,12 +71,13 @@ def from_row(
         "answer": row.get("answer"),
         "final_answer": final,
         "ground_truth": row.get("ground_truth"),
-        "reward_model.ground_truth": nested,
+        _OF_VERL: nested,
     }
     is_named = fields.answer != "" and fields.answer in row  # pandas names indices ""
     if is_named:
         values = {fields.answer: row[fields.answer]}
-    golds = ((name, gold_of(where, x)) for name, x in values.items())
+    # EMPO's files, of verl's form, list several ways to write one answer.
+    golds = ((name, gold_of(where, x, name == _OF_VERL)) for name, x in values.items())
     answer, gold = next(((n, g) for n, g in golds if g is not None), ("", None))
     if gold is None and not is_named:
         gold = _marked(str(row.get("solution") or ""))
@@ -98,6 +103,11 @@ def _question(
     question = row[field]
     if question is None or question == [] or not str(question).strip():
         raise ValueError(f"{where}: an empty prompt ({field}): fill it or drop the row")
+    if isinstance(question, str) and _MESSAGES.match(
+        question
+    ):  # as CSV files have them
+        with contextlib.suppress(ValueError, SyntaxError):
+            question = _literal(question)
     if isinstance(question, list):
         return field, _messages(where, field, question)
     if not isinstance(question, str):
@@ -107,6 +117,19 @@ def _question(
 
 
 _QUESTIONS = ("prompt", "problem", "question")
+_OF_VERL = "reward_model.ground_truth"
+# Messages as JSON and Python print them.
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+
+
+def _literal(text: str) -> Any:
+    """What JSON, or Python, reads of a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text.strip())
+
+
 _NO_PROMPT = "must be a string or a list of messages with 'role' and 'content'"
 
 
@@ -137,21 +160,26 @@ def _message(where: str, field: str, m: Any) -> dict[str, Any]:
                 "here read text alone, leave such rows out"
             )
         content = "".join(parts)
+    if content is None and isinstance(m, dict) and {"role", "content"} <= set(m):
+        raise ValueError(
+            f"{where}: {field} has a message of the {m['role']} without text (its content is "
+            "null): models here read text alone, leave such rows out"
+        )
     if not isinstance(content, str):
         got = f"{_NO_PROMPT}, got {dataset_io.brief(m)}"
         raise ValueError(f"{where}: {field} {got}")  # noqa: TRY004
     return {**m, "content": content}
 
 
-def gold_of(where: str, value: Any) -> str | None:
+def gold_of(where: str, value: Any, may_be_several: bool = False) -> str | None:
     """What a right answer equals; None where there is none.
 
-    Of a list the first counts (EMPO's files), of an object its one value, as text of
-    Python too, and of a worked solution the answer that it marks; words around an answer
-    (`Answer: 5`) are dropped; a number has no decimal point that says nothing.
+    Of a list its one value counts (the first if it `may_be_several`), of an object its one value, as text of Python too, and of a worked solution the
+    answer that it marks; words around an answer (`Answer: 5`) are dropped; a number has no
+    decimal point that says nothing.
 
     Raises:
-      ValueError: for an object of several values.
+      ValueError: for a list or an object of several values, and bytes that are no text.
     """
     if isinstance(value, str) and _CONTAINER.match(value):
         with contextlib.suppress(ValueError, SyntaxError):
@@ -161,9 +189,22 @@ def gold_of(where: str, value: Any) -> str | None:
             got = dataset_io.brief(value)
             raise ValueError(f"{where}: an answer must be one string, got {got}")
         values = [*value.values()] if isinstance(value, dict) else value
+        if len({str(x) for x in values}) > 1 and not may_be_several:
+            got = dataset_io.brief(value)
+            raise ValueError(
+                f"{where}: an answer must be one value, got {got}: write several as one text, "
+                "'2, 3'"
+            )
         value = values[0] if values else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}: an answer of bytes that are no UTF-8"
+            ) from error
     if isinstance(value, float) and value.is_integer():  # 27.0 in copies of AMC
         value = int(value)
     text = str(value).strip()
@@ -185,10 +226,17 @@ _AROUND = re.compile(
 )
 
 
+# One number with commas between thousands.
+_GROUPED = re.compile(r"[^\d(\[{]*\d{1,3}(,\d{3})+(\.\d+)?[^\d)\]},]*")
+
+
 def _marked(text: str) -> str | None:
     r"""The answer that a worked solution marks: behind GSM8K's `####`, in `\boxed{}`."""
     if "####" in text:
-        return text.rpartition("####")[2].strip().replace(",", "") or None
+        answer = text.rpartition("####")[2].strip().partition("\n")[0].strip()
+        return (
+            answer.replace(",", "") if _GROUPED.fullmatch(answer) else answer
+        ) or None
     answer = grading.last_boxed(text)
     return answer and " ".join(answer.split())
 

@@ -74,11 +74,9 @@ def _check_each(c: FrozenConfigDict) -> None:
     """Raises ValueError for a value out of its bounds or none of its choices."""
     for name, setting in settings.SETTINGS.items():
         value, choices = operator.attrgetter(name)(c), setting.choices
-        if setting.bounds() and not setting.allows(value):
+        if wanted := setting.refusal(value):
             why = _WHY_NOT_GREEDY if name == "temperature" else ""
-            raise ValueError(
-                f"--config.{name}={value}: must be {setting.bounds()}{why}"
-            )
+            raise ValueError(f"--config.{name}={value}: must be {wanted}{why}")
         if setting.may_be_own and ":" in value:
             continue
         allowed = sorted(choices() if callable(choices) else choices or [value])

@@ -50,6 +50,12 @@ class Setting(NamedTuple):
         }
         return ", ".join(f"{k} {v:g}" for k, v in limits.items() if v is not None)
 
+    def refusal(self, number: Real) -> str:
+        """What it must be instead, or nothing."""
+        if not self.bounds() or self.allows(number):
+            return ""
+        return self.bounds() if math.isfinite(number) else "a finite number"
+
     def allows(self, number: Real) -> bool:
         """Whether a number is finite and within the bounds."""
         return (

@@ -270,6 +270,41 @@ def test_a_token_that_the_model_lacks_is_refused(tiny_policy, token):
         engine.rollout(tiny_policy, [[3, 4], [5, token]], 1, 2)
 
 
+def test_a_base_that_is_another_model_is_refused(folder, tmp_path, tiny_policy):
+    rope = dataclasses.replace(tiny_policy.config.rope, theta=123.0)
+    config = dataclasses.replace(tiny_policy.config, rope=rope, max_positions=64)
+    other = transformer.Policy(config, tiny_policy.params)
+    with pytest.raises(
+        ValueError, match=r"max_position_embeddings \(128, the policy 64"
+    ):
+        hf.save(other, tmp_path / "out", base=folder)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="rope_parameters"):
+        hf.save(other, tmp_path / "out", base=folder)
+    with pytest.raises(ValueError, match="dtype='float64': must be one of"):
+        hf.save(tiny_policy, tmp_path / "out", dtype="float64")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        (
+            "model.safetensors.index.json",
+            "{}",
+            "index.json is not an index of .*weight_map",
+        ),
+        ("model.safetensors.index.json", "{nothing", "index.json is not an index of"),
+        ("config.json", "nothing", "^[^ ]*config.json is not JSON"),
+    ],
+)
+def test_a_broken_json_file_is_named_once(folder, name, text, said):
+    (folder / name).write_text(text)
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=said):
+        hf.load(folder)
+
+
 def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 

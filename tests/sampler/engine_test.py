@@ -515,3 +515,6 @@ def test_mistakes_are_named(tiny_policy):
             )
     with pytest.raises(ValueError, match="stop_strings need decode_text"):
         StopConditions(stop_strings=("a",))
+    for strings in ("12", ("",)):
+        with pytest.raises(ValueError, match="a tuple of texts that are not empty"):
+            StopConditions(stop_strings=strings, decode_text=str)

@@ -110,7 +110,12 @@ _MISTAKES = [
     ("p.jsonl", b'{"prompt": "caf\xe9"}', r"p.jsonl:1: not UTF-8: .*iconv"),
     ("p.csv", b"prompt\ncaf\xe9\n", r"p.csv:2: not UTF-8: .*iconv"),
     ("p.csv", f"{_LONG},2\n3+4,7\n", r"p.csv:2: no prompt.*a CSV file begins with"),
-    ("p.csv", "prompt;answer\n1+2;3\n", r"p.csv:2: no prompt.*\['prompt;answer'\]"),
+    ("p.csv", "prompt;answer\n1+2;3\n", r"p.csv:1: columns with ';' between, which must"),
+    ("p.csv", "prompt\n1+2\n".encode("utf-16"), r"not UTF-8: .*iconv -f UTF-16 -t"),
+    ("p.jsonl", "[" * 100_000, r"p.jsonl:1: a row must be a JSON object|not JSON"),
+    ("p.jsonl", '{"a": ' + "[" * 100_000, r"p.jsonl:1: not JSON"),
+    ("p.jsonl", f'{{"prompt": "1", "n": {"1" * 5000}}}', r"p.jsonl:1: a number of too many"),
+    ("p.jsonl", _prompt([{**_ASKED, "content": None}]), "without text .its content is null"),
     ("p.csv", "prompt,answer\n,3\n", r"p.csv:2: an empty prompt"),
     ("p.parquet", "no parquet", "p.parquet cannot be read as Parquet, is it whole"),
     ("p.jsonl.gz", "", r"\.gz; unpack it first"),
@@ -268,3 +273,27 @@ def test_responses_to_learn_from_are_found_by_their_prompts(tmp_path):
     dataset_io.write_jsonl(path, [{"prompt": "x", "completion": "y"}])
     with pytest.raises(ValueError, match="no 'prompt_tokens'; responses to learn from"):
         data.load_responses(str(path), [[5]], max_new_tokens=1)
+
+
+def test_messages_that_a_csv_file_holds_as_text_are_messages(tmp_path, tok):
+    import csv
+
+    messages = [{"role": "user", "content": "1+2"}]
+    with open(tmp_path / "p.csv", "w", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", " answer"])  # a space that is no part of the name
+        rows.writerow([json.dumps(messages), "3"])
+        rows.writerow([str(messages), "3"])
+        rows.writerow(["1+2", "3"])
+    found = data.load_prompts(str(tmp_path / "p.csv"), tok, 16)
+    assert _answers(found) == ["3"] * 3
+    assert found.tokens[0] == found.tokens[1] == found.tokens[2]
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path, tok):
+    import datasets
+
+    rows = [{"prompt": "1+2", "answer": "3"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    found = data.load_prompts(str(tmp_path / "saved"), tok, 16)
+    assert _texts(found) == ["1+2"] and _answers(found) == ["3"]

@@ -104,6 +104,18 @@ RIGHT = [
     ("E", r"\text{E}"),
     # A letter can be a number.
     ("e", "2.718282"),
+    # Names tell values apart, or their order does.
+    ("x=1, y=2", "(1,2)"),
+    ("1,2", "a=1,b=2"),
+    ("a=1,b=2", "b=2,a=1"),
+    ("1,2", "x=2,x=1"),
+    # Mixed numbers, units of more than one sign, Python's power.
+    ("2 1/2", "5/2"),
+    ("2.5", "2 1/2"),
+    ("10", "10 cm^2"),
+    ("60", "60 km/h"),
+    ("12", "12 USD"),
+    ("x^2", "x**2"),
     # A base left out is the one that was asked for.
     ("2516_8", "2516"),
     ("2516", "2516_8"),
@@ -221,6 +233,10 @@ WRONG = [
     (r"\textbf{(A)}", "B"),
     ("A", "a"),
     ("x", "X"),
+    ("x=1,y=2", "(2,1)"),
+    ("a=1,b=2", "2,1"),
+    ("a=1,b=2", "a=2,b=1"),
+    ("10", "10x^2"),
     # Bases.
     ("2516_8", "2516_9"),
     ("2516_8", "2516_{10}"),
