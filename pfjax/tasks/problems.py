@@ -71,13 +71,12 @@ def from_row(
         "answer": row.get("answer"),
         "final_answer": final,
         "ground_truth": row.get("ground_truth"),
-        _OF_VERL: nested,
+        "reward_model.ground_truth": nested,
     }
     is_named = fields.answer != "" and fields.answer in row  # pandas names indices ""
     if is_named:
         values = {fields.answer: row[fields.answer]}
-    # EMPO's files, of verl's form, list several ways to write one answer.
-    golds = ((name, gold_of(where, x, name == _OF_VERL)) for name, x in values.items())
+    golds = ((name, gold_of(where, x)) for name, x in values.items())
     answer, gold = next(((n, g) for n, g in golds if g is not None), ("", None))
     if gold is None and not is_named:
         gold = _marked(str(row.get("solution") or ""))
@@ -117,7 +116,6 @@ def _question(
 
 
 _QUESTIONS = ("prompt", "problem", "question")
-_OF_VERL = "reward_model.ground_truth"
 # Messages as JSON and Python print them.
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
 
@@ -171,15 +169,16 @@ def _message(where: str, field: str, m: Any) -> dict[str, Any]:
     return {**m, "content": content}
 
 
-def gold_of(where: str, value: Any, may_be_several: bool = False) -> str | None:
+def gold_of(where: str, value: Any) -> str | None:
     """What a right answer equals; None where there is none.
 
-    Of a list its one value counts (the first if it `may_be_several`), of an object its one value, as text of Python too, and of a worked solution the
+    Of a list, which holds several ways to write one answer (Minerva's, EMPO's), the first
+    counts, of an object its one value, as text of Python too, and of a worked solution the
     answer that it marks; words around an answer (`Answer: 5`) are dropped; a number has no
     decimal point that says nothing.
 
     Raises:
-      ValueError: for a list or an object of several values, and bytes that are no text.
+      ValueError: for an object of several values, and bytes that are no text.
     """
     if isinstance(value, str) and _CONTAINER.match(value):
         with contextlib.suppress(ValueError, SyntaxError):
@@ -189,12 +188,6 @@ def gold_of(where: str, value: Any, may_be_several: bool = False) -> str | None:
             got = dataset_io.brief(value)
             raise ValueError(f"{where}: an answer must be one string, got {got}")
         values = [*value.values()] if isinstance(value, dict) else value
-        if len({str(x) for x in values}) > 1 and not may_be_several:
-            got = dataset_io.brief(value)
-            raise ValueError(
-                f"{where}: an answer must be one value, got {got}: write several as one text, "
-                "'2, 3'"
-            )
         value = values[0] if values else None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
