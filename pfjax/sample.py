@@ -188,13 +188,11 @@ def _check_out() -> None:
     """Raises ValueError for what cannot be written, or must not be."""
     out = storage.place(FLAGS.out)
     storage.check_writable(out.parent)
+    if storage.is_remote(out):
+        return
     if out.is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
-    if (
-        FLAGS.prompts
-        and out.exists()
-        and out.resolve() == storage.place(FLAGS.prompts).resolve()
-    ):
+    if FLAGS.prompts and out.resolve() == storage.place(FLAGS.prompts).resolve():
         raise ValueError(f"--out={FLAGS.out} is the file of --prompts: name another")
 
 
