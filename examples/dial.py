@@ -36,12 +36,13 @@ from pfjax.targets import Target
 ALPHAS = (0.35, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NUM_SAMPLES = 16  # of which different correct ones are counted
 WEIGHTS = np.linspace(0, 2, 41)  # of a checkpoint's logits; the base has the rest
+# Of the dial: at 2e-3 two of five seeds of *stories* end far from the targets below alpha 1.
+RATES = {"sums": 2e-3, "stories": 1e-3}
 RUNS = {
     "dial": {
         "alpha_range": "0.25,8",
         "lora.rank": 32,
         "num_steps": 400,
-        "optim.learning_rate": 2e-3,
         "optim.clip_norm": 0.1,
         "residual_clip": 0.03,
     },
@@ -54,7 +55,8 @@ def train(
     folder: pathlib.Path, base: pathlib.Path, world: World, seed: int, values: dict
 ) -> pfjax.Policy:
     """A run of the smoke recipe on a world, or what is there of it."""
-    made = folder / ("dial" if "alpha_range" in values else "hf")
+    is_dial = "alpha_range" in values
+    made = folder / ("dial" if is_dial else "hf")
     if not made.exists():
         config = pfjax.recipe(
             "smoke",
@@ -67,6 +69,7 @@ def train(
                 "match_prompts": 0,
                 "optim.log_z_learning_rate": 1e-2,
                 "seed": seed,
+                **({"optim.learning_rate": RATES[world.name]} if is_dial else {}),
                 **values,
             },
         )
@@ -198,8 +201,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[1] not in exact.WORLDS or argv[1] not in worlds.WORLDS:
-        sys.exit(f"error: name one world of {', '.join(worlds.WORLDS)}; got {argv[1:]}")
+    if len(argv) != 2 or argv[1] not in RATES:
+        sys.exit(f"error: name one world of {', '.join(RATES)}; got {argv[1:]}")
     world, out = worlds.WORLDS[argv[1]], pathlib.Path(_OUT.value) / argv[1]
     seeds = range(_SEEDS.value)
     print(table([compare(out / str(seed), world, seed) for seed in seeds]))
