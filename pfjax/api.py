@@ -252,7 +252,7 @@ def log_probs(
 
     Raises:
       ValueError: for a token that the model does not have, or a sequence longer than its
-        positions, where the batch is not traced.
+        positions, where the batch is known: neither traced nor spread over processes.
 
     >>> import pfjax
     >>> policy, batch = pfjax.load("pfjax/toy"), pack([[2, 10, 3, 4]], [2])
@@ -265,7 +265,10 @@ def log_probs(
         raise ValueError(
             f"remat={remat!r}: must be one of {', '.join(transformer.REMAT)}"
         )
-    if not any(isinstance(x, jax.core.Tracer) for x in (batch.tokens, batch.positions)):
+    is_known = lambda x: (
+        not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    )
+    if is_known(batch.tokens) and is_known(batch.positions):
         transformer.check_tokens(policy.config, [np.asarray(batch.tokens).ravel()])
         last, room = int(np.max(batch.positions)), policy.config.max_positions
         if last >= room:

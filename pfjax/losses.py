@@ -8,8 +8,8 @@ the GFlowNet is 1 and does not appear.
 All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
 the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
 receive gradients. Every loss is of one residual, `targets.residual`, most its square, and is
-computed in float32 where arrays have fewer bits. Entries that a mask leaves out may be any finite
-numbers: at others JAX's gradient is NaN (0 times infinity), whatever the mask says. This module
+computed in float32 where arrays have fewer bits. Entries that a mask leaves out may be any numbers
+below 1e18 in size: at others JAX's gradient is NaN (0 times infinity), whatever the mask says. This module
 and `targets` need jax alone, to be imported by, or copied into, any trainer.
 """
 
@@ -204,14 +204,17 @@ def divergence(
     if isinstance(order, (int, float)) and order == 1:
         return residual**2
     # With x = (a - 1) delta it is delta^2 times 2 (e^x - 1 - x) / x^2, whose terms all but
-    # cancel where x is small: there by its series, without.
+    # cancel where x is small: there by its series.
     x = (order - 1) * residual
     is_small = jnp.abs(x) < 0.5
     small, large = jnp.where(is_small, x, 0.0), jnp.where(is_small, 1.0, x)
     series = sum(small**k * (2 / math.factorial(k + 2)) for k in range(10))
+    series = jnp.where(is_small, residual, 0.0) ** 2 * series
     edge = jnp.minimum(large, 20.0)
     exp = jnp.exp(edge) * (1 + large - edge)
-    return residual**2 * jnp.where(is_small, series, 2 * (exp - 1 - large) / large**2)
+    slope = jnp.where(is_small, 1.0, 1 - order)
+    whole = 2 / slope * (jnp.where(is_small, 0.0, residual) + (exp - 1) / slope)
+    return jnp.where(is_small, series, whole)
 
 
 def importance_weight(
@@ -340,9 +343,10 @@ def _arrays(**given: Any) -> list[jax.Array]:
 
 
 def _check_positive(name: str, x: Any) -> None:
-    """Raises for what is not positive and finite, where its value is known."""
+    """Raises for what is not positive, where its value is known."""
     if isinstance(x, jax.core.Tracer):
         return
     array = np.asarray(x)
-    if array.dtype.kind not in "fiu" or not np.all((array > 0) & np.isfinite(array)):
+    is_positive = array.dtype.kind not in "OSU" and np.all(array.astype(float) > 0)
+    if not is_positive:
         raise ValueError(f"{name} must be positive, got {x!r}")

@@ -19,6 +19,7 @@ writes.
 import contextlib
 import functools
 import json
+import os
 import sys
 import time
 
@@ -188,11 +189,10 @@ def _check_out() -> None:
     """Raises ValueError for what cannot be written, or must not be."""
     out = storage.place(FLAGS.out)
     storage.check_writable(out.parent)
-    if storage.is_remote(out):
-        return
-    if out.is_dir():
+    if not storage.is_remote(out) and out.is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
-    if FLAGS.prompts and out.resolve() == storage.place(FLAGS.prompts).resolve():
+    whole = lambda path: os.fspath(path) if storage.is_remote(path) else path.resolve()
+    if FLAGS.prompts and whole(out) == whole(storage.place(FLAGS.prompts)):
         raise ValueError(f"--out={FLAGS.out} is the file of --prompts: name another")
 
 

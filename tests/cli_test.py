@@ -48,7 +48,7 @@ _MISTAKES = [
     (TRAIN, [SMOKE, RUN, "--config.alpha=nan"], "alpha=nan: must be a finite number"),
     (TRAIN, [SMOKE, RUN, "--config.num_steps=0"], "must be positive"),
     (TRAIN, [SMOKE, "--workdir="], "--workdir is empty; give --workdir: folder of the run"),
-    (TRAIN, [SMOKE, RUN, "--config.lora.rank=100000"], "than the width of the model, 64"),
+    (TRAIN, [SMOKE, RUN, "--config.lora.rank=100000"], "lora.rank=100000: the largest matrix"),
     (TRAIN, [SMOKE, RUN, "--config.optim.learning_rate=-1e-6"], "must be at least 0"),
     (TRAIN, [SMOKE, RUN, "--config.optim.learning_rate=10"], "at most 1"),
     (TRAIN, [SMOKE, RUN, "--config.optim.warmup_steps=-1"], "must be at least 0"),

@@ -320,8 +320,12 @@ def test_no_order_cancels_away_its_own_digits(order):
     np.testing.assert_allclose(losses.divergence(x, order), want, rtol=2e-5)
     traced = jax.jit(losses.divergence)(x, order)
     np.testing.assert_allclose(traced, want, rtol=2e-5)
-    got = jax.vmap(jax.grad(lambda x: losses.divergence(x, order)))(x)
+    loss = lambda x: losses.divergence(x, order)
+    got = jax.vmap(jax.grad(loss))(x)
     np.testing.assert_allclose(got, slope, rtol=2e-5)
+    masked = lambda x: losses.masked_mean(loss(x), [True, False])
+    assert np.isfinite(jax.grad(masked)(jnp.array([0.5, -1e17]))).all()
+    np.testing.assert_array_equal(losses.divergence(x, order, clip=np.inf), loss(x))
 
 
 def test_alpha_may_be_traced_or_one_per_trajectory():
@@ -330,6 +334,8 @@ def test_alpha_may_be_traced_or_one_per_trajectory():
     want = [losses.powerflow(*args, alpha=a)[i] for i, a in enumerate((0.5, 4.0))]
     alpha = jnp.array([0.5, 4.0])
     np.testing.assert_array_equal(losses.powerflow(*args, alpha=alpha), want)
+    narrow = losses.powerflow(*args, alpha=alpha.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(narrow, want)
     traced = jax.jit(lambda a: losses.powerflow(*args, alpha=a))
     np.testing.assert_allclose(traced(alpha), want, rtol=1e-6)
     assert traced(4.0)[1] == pytest.approx(want[1])

@@ -1,8 +1,9 @@
 r"""How far a policy is from its target, estimated from samples of the policy and the base.
 
 Half of the responses to a prompt are drawn by the policy, half by the base, and both score
-them all. For alpha below 1 the base draws at temperature 1/alpha: much of such a target is text
-that it hardly says at 1. With q the density of that mixture, every sum over responses is a mean,
+them all. For alpha below 1 the base draws as many again at temperature 1/alpha: much of such a
+target is text that it hardly says at 1. With q the density of that mixture, every sum over
+responses is a mean,
 
 .. math:: \sum_y f(y) = E_q[f(y) / q(y)]
 
@@ -35,14 +36,12 @@ from pfjax.targets import Target
 
 class Samples(NamedTuple):
     """Responses of policy and base to P prompts, G of each; arrays `[P, 2 G]`, the policy's
-    first."""
+    first, or `[P, 3 G]` where the base drew at another temperature too."""
 
     log_p: np.ndarray  # log pi(y), in nats per response
     log_p_base: np.ndarray  # log p_0(y)
     length: np.ndarray  # tokens, the stop token included
-    log_p_hot: np.ndarray | None = (
-        None  # of the base as it drew, if not at temperature 1
-    )
+    log_p_hot: np.ndarray | None = None  # of the base at that temperature
     psi: np.ndarray | float = 0.0  # format term, see `Target.log_reward`
     reward: np.ndarray | float = 0.0
 
@@ -60,7 +59,7 @@ def score(
       policy, base: the models whose log-probs are returned.
       prompts: P lists of token ids.
       responses: those to a prompt side by side, as many of each.
-      base_temperature: at which the base drew its own.
+      base_temperature: at which the base drew the last third of them, if not 1.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
@@ -92,8 +91,10 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
     tilt = {"psi": np.asarray(samples.psi), "reward": np.asarray(samples.reward)}
     scale = samples.length if target.is_length_aware else np.ones_like(samples.length)
     log_r = target.log_density(samples.log_p_base, samples.length, 0.0, **tilt)
-    drawn = samples.log_p_base if samples.log_p_hot is None else samples.log_p_hot
-    log_q = np.logaddexp(samples.log_p, drawn) - np.log(2)
+    drawn_by = [samples.log_p, samples.log_p_base]
+    if samples.log_p_hot is not None:
+        drawn_by.append(samples.log_p_hot)
+    log_q = np.logaddexp.reduce(drawn_by) - np.log(len(drawn_by))
     sum_of_policy = np.exp(samples.log_p - log_q).mean(axis=1)
     log_z = _root(log_r - log_q, scale, np.log(sum_of_policy))
     log_target = log_r - log_z[:, None] * scale
@@ -101,7 +102,7 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
     of_target, of_policy, of_base = map(
         weight, (log_target, samples.log_p, samples.log_p_base)
     )
-    num_own = samples.log_p.shape[1] // 2
+    num_own = samples.log_p.shape[1] // len(drawn_by)
     gap = samples.log_p - log_target
     # What the slope is of: alpha log p_0 where policy and target agree.
     power = gap + target.alpha * samples.log_p_base

@@ -98,10 +98,16 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     parts = re.split(r":(?![^\[]*\])", source)  # not at a colon within brackets
     name, *config, split = parts if len(parts) > 1 else (source, "train")
     name, _, revision = name.partition("@")
+    saved = (storage.place(name) / "state.json").is_file()  # by `save_to_disk`
+    if saved and name != source:
+        raise ValueError(
+            f"{name} is a folder of save_to_disk, which has no splits: give it without "
+            f"{source.removeprefix(name)}"
+        )
     try:
         wanted = {"split": split, "revision": revision or None}
-        if (pathlib.Path(name) / "state.json").is_file():  # of `save_to_disk`
-            table = datasets.load_from_disk(name)
+        if saved:
+            table = datasets.load_from_disk(str(storage.place(name)))
         else:
             table = datasets.load_dataset(name, *config, **wanted)
     except Exception as error:
@@ -213,13 +219,12 @@ def _lines(path: epath.PathLike, content: bytes) -> list[tuple[str, str]]:
 
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
-        return _object(where, json.loads(text))
+        found = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     except ValueError as error:  # an integer of more digits than Python reads
-        if str(error).startswith(where):
-            raise
         raise ValueError(f"{where}: a number of too many digits") from error
+    return _object(where, found)
 
 
 def _object(where: str, row: Any) -> dict[str, Any]:

@@ -187,13 +187,15 @@ def load(
     return Policy(config, params)
 
 
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
 def _float_type(dtype: Any) -> str:
     """Its name. Raises ValueError for what no model is computed or kept in."""
-    names = ("float32", "bfloat16", "float16")
     with contextlib.suppress(TypeError):
-        if (name := jnp.dtype(dtype).name) in names:
+        if (name := jnp.dtype(dtype).name) in _FLOATS:
             return name
-    raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(names)}")
+    raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(_FLOATS)}")
 
 
 def _check_base(model: ModelConfig, base: str, folder: pathlib.Path) -> None:
@@ -309,7 +311,8 @@ def save(
     config = hf_config.language_part(config)
     of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
     of_base = config.get("dtype") or of_base
-    dtype = _float_type(dtype or of_base or policy.params["embed"].dtype)
+    of_base = of_base if of_base in _FLOATS else policy.params["embed"].dtype
+    dtype = _float_type(dtype or of_base)
     config = config or hf_config.to_json(policy.config, dtype)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
         folder = pathlib.Path(beside) / out.name

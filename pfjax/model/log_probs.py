@@ -363,6 +363,7 @@ def score(
     """
     if not temperature > 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
+    temperature = float(temperature)  # hashable: programs are compiled for it
     arrays, starts = packing.trajectories(sequences, prompt_lengths)
     if not arrays:
         return []

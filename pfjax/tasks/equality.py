@@ -14,6 +14,8 @@ math-verify compares mathematics. Rules before it decide what is not mathematics
   one that was asked for: `2516_8` = `2516`, but not `2516_9`.
 - *Tuples are ordered, lists are not*: `(1,2)` is neither `1,2` nor `(2,1)`, while
   `1,2` = `2,1` = `\{1,2\}`. `1,000` is a number and `1, 000` a list.
+- *Named values*: `x=1, y=2` = `(1,2)` = `1,2`, and not `2,1`, unless they are roots of one
+  unknown (`x_1=1, x_2=2`) or the gold is a bare list.
 - *Scientific notation*: `4.5e33` is 4.5 times 10 to the 33rd, not a product with Euler's
   number.
 - *Exact values exactly*: two fractions are equal only if they are, and so are equations
@@ -59,6 +61,8 @@ _WHOLE_BOX = math_verify.LatexExtractionConfig(
 def is_equal(gold: str, answer: str, tolerance: float | None) -> bool:
     """Whether `answer` is the same as `gold`; a number may be off by the tolerance."""
     gold, answer = notation.plain_pair(gold, answer)
+    if tolerance is None:
+        gold, answer = notation.in_order(gold, answer)
     if (by_rule := notation.equal_by_rule(gold, answer)) is not None:
         return by_rule
     if tolerance is not None and _are_close(gold, answer, tolerance):

@@ -43,14 +43,6 @@ _REWRITTEN = (
     (re.compile(r"(?:\\\s*)+$"), ""),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$"), r"\1\\frac{\2}{\3}"),
-    # Squares, cubes and quotients of units; math-verify drops the plain ones.
-    (
-        re.compile(
-            r"(?<=\d)\s*(?:(?:mm|cm|dm|km|in|ft|yd|mi)\^\{?[23]\}?"
-            r"|(?:m|cm|km|ft|mi)\s*/\s*(?:s|sec|min|h|hr|hour))$"
-        ),
-        "",
-    ),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
     (re.compile(r"(?<=\d)\s*(?:dollars?|cents?|USD|EUR)$"), ""),
@@ -68,16 +60,20 @@ _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _BESIDE_TIME = re.compile(r"\\text\w*\s*\{[^{}]*\}|[{}\s]|\\[,;: ]|[aApP]\.?[mM]\.?")
 _NAMED = re.compile(r"\s*([a-zA-Z]\w*)\s*=\s*([^=]+)")
+# Squares, cubes and quotients of units; math-verify drops the plain ones.
+_UNIT = re.compile(
+    r"(?<=\d)(?:\s*(?:mm|cm|dm|km|in|ft|yd|mi)\^\{?[23]\}?"
+    r"|(?:\s*(?:cm|km|ft|mi)|\s+m)\s*/\s*(?:s|sec|min|h|hr|hour))$"
+)
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(\d+)\s*\}?)?")
 
 
 def plain_pair(gold: str, answer: str) -> tuple[str, str]:
     """Both in LaTeX that math-verify reads."""
     gold, answer = _plain(gold), _plain(answer)
-    if (values := _named_values(gold)) and "=" not in answer:
-        gold, answer = f"({values})", _as_tuple(answer)
-    elif (values := _named_values(answer)) and "=" not in gold:
-        gold, answer = _as_tuple(gold), f"({values})"
+    units = [x and re.sub(r"\s", "", x[0]) for x in map(_UNIT.search, (gold, answer))]
+    if None in units or units[0] == units[1]:
+        gold, answer = (_UNIT.sub("", x) for x in (gold, answer))
     if _NUMBER.fullmatch(gold):
         answer = _DECIMAL_COMMA.sub(r"\1.\2", answer)
     return gold, answer
@@ -107,17 +103,23 @@ def equal_by_rule(gold: str, answer: str) -> bool | None:
     return False if is_mixed else None
 
 
-def _named_values(text: str) -> str:
-    """Of `x = 1, y = 2` the values, in the order that other names are not told in."""
+def in_order(gold: str, answer: str) -> tuple[str, str]:
+    """Both as tuples, if one names its values and the order of the other stands for names:
+    `x = 1, y = 2` is `(1,2)`, and not `2,1`. Of a gold that is a list the order says nothing."""
+    if (named := _named(gold)) and "=" not in answer and "\\{" not in answer:
+        ordered = answer if _is_ordered(answer) else f"({answer})"
+        return f"({','.join(named.values())})", ordered
+    if (named := _named(answer)) and _is_ordered(gold):
+        return gold, f"({','.join(named[x] for x in sorted(named))})"
+    return gold, answer
+
+
+def _named(text: str) -> dict[str, str]:
+    """Values by their names, none where these are of one letter: roots of one unknown."""
     parts = [_NAMED.fullmatch(x) for x in text.split(",")]
-    names = {x[1] for x in parts if x}
-    is_named = len(parts) > 1 and all(parts) and len(names) == len(parts)
-    return ",".join(x[2] for x in parts) if is_named else ""
-
-
-def _as_tuple(text: str) -> str:
-    """A list in its order, if it is one."""
-    return text if "," not in text or _is_ordered(text) else f"({text.strip(' {}')})"
+    out = {x[1]: x[2] for x in parts if x}
+    is_named = len({x[0] for x in out}) == len(parts) > 1
+    return out if is_named else {}
 
 
 def _plain(text: str) -> str:

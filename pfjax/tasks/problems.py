@@ -102,9 +102,7 @@ def _question(
     question = row[field]
     if question is None or question == [] or not str(question).strip():
         raise ValueError(f"{where}: an empty prompt ({field}): fill it or drop the row")
-    if isinstance(question, str) and _MESSAGES.match(
-        question
-    ):  # as CSV files have them
+    if ".csv:" in where and isinstance(question, str) and _MESSAGES.match(question):
         with contextlib.suppress(ValueError, SyntaxError):
             question = _literal(question)
     if isinstance(question, list):

@@ -132,7 +132,7 @@ def join(
             pairs = zip(responses, seeds, strict=True)
             chosen = [_choose(of, number, seed) for of, seed in pairs]
             parts.append(_as_rollout(chosen, max_new_tokens, stop_ids))
-    joined = functools.reduce(_join, parts)
+    joined = functools.reduce(join_samples, parts)
     return joined._replace(num_own=own, num_base=of_base)
 
 
@@ -162,7 +162,7 @@ def _as_rollout(
     )
 
 
-def _join(a: Rollout, b: Rollout) -> Rollout:
+def join_samples(a: Rollout, b: Rollout) -> Rollout:
     """The responses of both to each prompt."""
     of_both = lambda x, y: np.concatenate([x, y], axis=1)
     arrays = ("tokens", "lengths", "log_probs", "finished")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
+from pfjax.model.config import ModelConfig
 from pfjax.objectives import OBJECTIVES, ObjectiveConfig
 from pfjax.sampler.options import token_filters
 from pfjax.trainer import schedules, settings
@@ -377,6 +378,16 @@ def check_answers(
             f"--config.{who} grades responses, but {missing} of "
             f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
             f"need none: {', '.join(free)}"
+        )
+
+
+def check_rank(c: FrozenConfigDict, model: ModelConfig) -> None:
+    """Raises ValueError for adapters of a rank above the sides of all matrices."""
+    largest = max(model.embed_dim, model.mlp_dim, model.num_heads * model.head_dim)
+    if c.lora.rank > largest:
+        raise ValueError(
+            f"--config.lora.rank={c.lora.rank}: the largest matrix of the model has a side of "
+            f"{largest}"
         )
 
 

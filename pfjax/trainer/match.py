@@ -28,7 +28,7 @@ def measure(
 ) -> dict[str, Any]:
     """Draws from policy and base and estimates the match with the target.
 
-    The base draws at temperature 1, for alpha below 1 at 1/alpha.
+    For alpha below 1 the base draws as many again, at temperature 1/alpha.
 
     Args:
       policy, base, grader: of the run, at its end.
@@ -45,22 +45,25 @@ def measure(
       commonest response is another than the base's.
     """
     indices, target = list(range(len(prompts))), objective.target
+    draw = lambda step, num, of: behavior.rollout(
+        policy, base, prompts, step, indices, behavior=of, samples_per_prompt=num, **how
+    )
+    rollout = draw(0, 2 * SAMPLES, behavior.Behavior(base=0.5))
     temperature = max(1.0, 1 / target.alpha)
-    half = behavior.Behavior(base=0.5, base_temperature=temperature)
-    rollout = behavior.rollout(
-        policy, base, prompts, 0, indices,
-        behavior=half, samples_per_prompt=2 * SAMPLES, **how,
-    )  # fmt: skip
+    if temperature > 1:
+        hot = behavior.Behavior(base=1.0, base_temperature=temperature)
+        rollout = behavior.join_samples(rollout, draw(1, SAMPLES, hot))
+    num = rollout.lengths.shape[1]
     data = compute_rewards(indices, rollout, grader)
     reward = data.reward
     if objective.kind.reward:
-        reward = rewards.advantages(reward, 2 * SAMPLES, objective.advantage)
+        reward = rewards.advantages(reward, num, objective.advantage)
     samples = match.score(policy, base(), prompts, data.responses, temperature)
     shape = samples.log_p.shape
     tilt = {"psi": data.psi.reshape(shape), "reward": reward.reshape(shape)}
     out = match.measure(samples._replace(**tilt), target)
     texts = np.array(data.texts, object).reshape(shape)
-    own, others = texts[:, :SAMPLES], texts[:, SAMPLES:]
+    own, others = texts[:, :SAMPLES], texts[:, SAMPLES : 2 * SAMPLES]
     pairs = zip(map(_commonest, own), map(_commonest, others), strict=True)
     return out | {
         "repeats_across_prompts": diagnostics.repeats_across_prompts(own),
@@ -80,11 +83,13 @@ def describe(found: dict[str, Any], alpha: float) -> str:
     """The estimates as a person reads them, and what they warn of."""
     value = lambda name: f"{found[name]:.3f} ± {found[f'{name}_se']:.3f}"
     temperature = found["base_temperature"]
-    at = "" if temperature == 1 else f" at temperature {temperature:g}"
+    hot = (
+        "" if temperature == 1 else f", and of the base at temperature {temperature:g}"
+    )
     lines = [
         (
             f"match with the target, of {found['num_prompts']} prompts x "
-            f"{found['num_samples']} samples of the policy and of the base{at} each:"
+            f"{found['num_samples']} samples of the policy and of the base each{hot}:"
         ),
         f"  total variation {value('total_variation')}",
         (
@@ -99,6 +104,9 @@ def describe(found: dict[str, Any], alpha: float) -> str:
     return "\n".join([*lines, *(f"warning: {x}" for x in warnings(found, alpha))])
 
 
+_MORE = ". More steps, or samples of the base (--config.behavior.base=0.5), mend that"
+
+
 def warnings(found: dict[str, Any], alpha: float) -> list[str]:
     """What the estimates say against the match, in sentences."""
     out = []
@@ -106,19 +114,19 @@ def warnings(found: dict[str, Any], alpha: float) -> list[str]:
     if abs(exponent - alpha) > 0.2 * alpha + 2 * se:
         out.append(
             f"the policy is the base to the power of {exponent:.2f} rather than {alpha:g}: "
-            "what it seldom says is not where the target wants it. More steps, or samples of "
-            "the base (--config.behavior.base=0.5), mend that"
+            "what it seldom says is not where the target wants it"
+            + (_MORE if alpha > 1 else "")
         )
     if found["ess"] < 0.05:
         out.append(
-            f"{found['ess']:.1%} of the samples carry the target: neither policy nor base "
-            "says much of it, and these estimates are rough"
+            f"{found['ess']:.1%} of the samples carry the target: little of it is drawn, and "
+            "these estimates are rough"
         )
     if alpha < 1 and found["total_variation"] > 0.3:
         out.append(
-            "the policy is far from the target, much of which is text that the base hardly "
-            "ever says, as below alpha 1 it often is. More steps add more of such text: keep "
-            "the checkpoint whose responses you like (docs/limits.md, Flattening)"
+            "the policy is far from the target. Below alpha 1 much of a target is text that "
+            "the base hardly ever says, and more steps add more of it: keep the checkpoint "
+            "whose responses you like (docs/limits.md, Flattening)"
         )
     repeats = found["repeats_across_prompts"]
     if repeats > 0.5 and repeats > found["base_repeats_across_prompts"] + 0.3:

@@ -114,6 +114,7 @@ def setup(
     """Builds everything a run needs, cheap and fallible things first; also the first state,
     and what follows from the config, for the start of the log."""
     source, start, tok = _read_model(config)
+    config_checks.check_rank(config, start)
     terms = objective.of_config(config, functions.objective).reward_source
     all_terms = ", ".join(filter(None, (terms, config.format_term)))
     given = inputs.load(config, tok, start, all_terms)

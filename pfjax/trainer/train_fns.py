@@ -161,11 +161,6 @@ def policy_model(config: FrozenConfigDict, base_model: ModelConfig) -> ModelConf
                 "scale that depends on alpha; leave gate_proj, up_proj and down_proj out of "
                 "--config.lora.targets"
             )
-    if config.lora.rank > base_model.embed_dim:
-        raise ValueError(
-            f"--config.lora.rank={config.lora.rank}: more than the width of the model, "
-            f"{base_model.embed_dim}"
-        )
     return dataclasses.replace(
         base_model,
         lora_rank=config.lora.rank,

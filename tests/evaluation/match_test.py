@@ -57,8 +57,8 @@ def test_estimates_are_those_of_all_responses(is_length_aware, kind, seed, alpha
         pi, p, p0 = np.exp(log_pi), np.exp(wanted), np.exp(log_p)
         log_hot = min(alpha, 1) * log_p  # as a base at temperature 1/alpha
         log_hot -= np.logaddexp.reduce(log_hot)
-        both = [rng.choice(NUM, G, p=x / x.sum()) for x in (pi, np.exp(log_hot))]
-        at = np.concatenate(both)
+        by = (pi, p0, np.exp(log_hot))[: 2 + (alpha < 1)]
+        at = np.concatenate([rng.choice(NUM, G, p=x / x.sum()) for x in by])
         hot = (log_hot[at],) if alpha < 1 else ()
         drawn.append((log_pi[at], log_p[at], length[at], *hot))
         x = log_p - p0 @ log_p

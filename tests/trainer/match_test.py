@@ -47,6 +47,6 @@ def test_a_match_that_is_none_is_warned_of(changed, said):
 def test_below_alpha_1_a_target_may_be_what_the_base_hardly_says():
     found = FOUND | ERRORS | {"exponent": 0.5, "base_temperature": 2.0}
     assert match.warnings(found, 0.5) == []
-    assert "of the base at temperature 2 each" in match.describe(found, 0.5)
+    assert "each, and of the base at temperature 2:" in match.describe(found, 0.5)
     (warning,) = match.warnings(found | {"total_variation": 0.5}, 0.5)
     assert "text that the base hardly ever says" in warning
