@@ -158,7 +158,11 @@ def _encode(tok: Any, prompt: Any) -> list[int]:
             f"the policy has no tokenizer for the prompt {prompt!r}: give token ids, or "
             "pfjax.load a folder with a tokenizer"
         )
-    return tokenizer.encode_prompt(tok, prompt if is_text else list(prompt))
+    try:
+        return tokenizer.encode_prompt(tok, prompt if is_text else list(prompt))
+    except Exception as error:  # of jinja, or of what a template does with a value
+        said = f"no prompt can be made of {prompt!r:.200}: {error}"
+        raise ValueError(said) from error
 
 
 def pack(

@@ -84,7 +84,7 @@ def test_responses_end_where_the_tokenizer_says(toy):
         ([[3.0, 4.7]], r"\[3.0, 4.7\] is neither a text, nor a list of messages"),
         ([["3", "4"]], "is neither a text, nor"),
         ([[[3, 4]]], "is neither a text, nor"),
-        ([[{"role": "user"}]], "the chat template cannot render .*'role': 'user'"),
+        ([[{"role": "user"}]], "no prompt can be made of .*'role': 'user'"),
     ],
 )
 def test_prompts_of_another_kind_are_refused(toy, prompts, said):
