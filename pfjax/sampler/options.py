@@ -66,9 +66,8 @@ class StopConditions:
                 f"stop_strings must be a tuple of texts that are not empty, got "
                 f"{self.stop_strings!r}"
             )
-        if (
-            self.stop_ids is not None
-        ):  # hashable, for programs that are compiled for them
+        if self.stop_ids is not None:
+            # Hashable: programs are compiled for them.
             object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         if self.stop_strings and self.decode_text is None:
             raise ValueError(

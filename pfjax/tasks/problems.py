@@ -59,9 +59,8 @@ def from_row(
     field, question = _question(where, row, fields.prompt)
     final, tolerance = row.get("final_answer"), None
     if final and row.get("error"):  # OlympiadBench
-        with contextlib.suppress(
-            ValueError, TypeError
-        ):  # in other files it is no number
+        # In other files it may be no number.
+        with contextlib.suppress(ValueError, TypeError):
             tolerance = float(row["error"])
     if isinstance(final, list):  # there, one string per answer or all in one
         final = ",".join(map(str, final)).replace("$", "")
@@ -225,9 +224,9 @@ def _marked(text: str) -> str | None:
     r"""The answer that a worked solution marks: behind GSM8K's `####`, in `\boxed{}`."""
     if "####" in text:
         answer = text.rpartition("####")[2].strip().partition("\n")[0].strip()
-        return (
-            answer.replace(",", "") if _GROUPED.fullmatch(answer) else answer
-        ) or None
+        if _GROUPED.fullmatch(answer):
+            answer = answer.replace(",", "")
+        return answer or None
     answer = grading.last_boxed(text)
     return answer and " ".join(answer.split())
 

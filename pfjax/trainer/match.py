@@ -38,8 +38,8 @@ def measure(
       **how: what `engine.rollout` takes.
 
     Returns:
-      The estimates of `match.measure`; `num_prompts`, `num_samples` of them and
-      `base_temperature`; and of the
+      The estimates of `match.measure`; `num_prompts`, and `num_samples` to each of them of
+      the policy, of the base, and of the base at `base_temperature` if that is not 1; of the
       responses, for policy and base (`base_...`), `repeats_across_prompts`, the fraction
       that another prompt got too; and `commonest_changed`: the fraction of prompts whose
       commonest response is another than the base's.
@@ -115,7 +115,7 @@ def warnings(found: dict[str, Any], alpha: float) -> list[str]:
         out.append(
             f"the policy is the base to the power of {exponent:.2f} rather than {alpha:g}: "
             "what it seldom says is not where the target wants it"
-            + (_MORE if alpha > 1 else "")
+            + (_MORE if alpha >= 1 else "")
         )
     if found["ess"] < 0.05:
         out.append(

@@ -290,10 +290,13 @@ def test_messages_that_a_csv_file_holds_as_text_are_messages(tmp_path, tok):
     assert found.tokens[0] == found.tokens[1] == found.tokens[2]
 
 
-def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path, tok):
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path, tok, monkeypatch):
     import datasets
 
     rows = [{"prompt": "1+2", "answer": "3"}]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     found = data.load_prompts(str(tmp_path / "saved"), tok, 16)
     assert _texts(found) == ["1+2"] and _answers(found) == ["3"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="has no splits: give it without :test"):
+        data.load_prompts("saved:test", tok, 16)
