@@ -76,6 +76,7 @@ def measure(
     target: Target,
     is_correct: np.ndarray,
     reward: np.ndarray | float = 0.0,
+    log_p_rare: np.ndarray | None = None,
 ) -> Match:
     """Compares a policy with its target on all responses to one prompt.
 
@@ -84,9 +85,10 @@ def measure(
       length: `[n]` tokens, the stop token included.
       target: what the policy was trained toward; psi is 0 for all responses of a world.
       is_correct: `[n]`.
-      reward: `[n]`, see `Target.log_reward`.
+      reward, log_p_rare: `[n]`, see `Target.log_reward`.
     """
-    log_z, log_p = exact.target_on(log_p0, length, target, reward)
+    tilt = {"reward": reward, "log_p_rare": log_p_rare}
+    log_z, log_p = exact.target_on(log_p0, length, target, **tilt)
     base, policy, wanted = np.exp(log_p0), np.exp(log_pi), np.exp(log_p)
     mass, gap = policy.sum(), log_pi - log_p
     # What the slope is of: alpha log p_0 where policy and target agree.
@@ -126,12 +128,21 @@ class Listed(NamedTuple):
     length: np.ndarray
     is_correct: np.ndarray
     log_p0: np.ndarray
+    log_p_rare: np.ndarray | None = None  # of rare tokens, if some are to be
 
 
-def listed(world: World, base: pfjax.Policy, problems: Sequence[Any]) -> list[Listed]:
-    """Lists the responses to problems of a world and has the base score them."""
+def listed(
+    world: World,
+    base: pfjax.Policy,
+    problems: Sequence[Any],
+    eta_cutoff: float = 0.0,
+) -> list[Listed]:
+    """Lists the responses to problems of a world and has the base score them; and their rare
+    tokens, with a cutoff."""
     found = [world.responses(p) for p in problems]
     texts = [[r.text for r in responses] for responses in found]
+    asked = (base, base.tokenizer, problems, texts)
+    rare = exact.score_rare(*asked, eta_cutoff) if eta_cutoff else [None] * len(texts)
     return [
         Listed(
             problem,
@@ -139,13 +150,10 @@ def listed(world: World, base: pfjax.Policy, problems: Sequence[Any]) -> list[Li
             np.array([r.length for r in responses]),
             np.array([r.is_correct for r in responses]),
             log_p0,
+            log_p_rare,
         )
-        for problem, mine, responses, log_p0 in zip(
-            problems,
-            texts,
-            found,
-            exact.score(base, base.tokenizer, problems, texts),
-            strict=True,
+        for problem, mine, responses, log_p0, log_p_rare in zip(
+            problems, texts, found, exact.score(*asked), rare, strict=True
         )
     ]
 
@@ -161,7 +169,8 @@ def measure_all(
     scores = exact.score(policy, base.tokenizer, *asked)
     return [
         measure(
-            r.log_p0, log_pi, r.length, target, r.is_correct, verifier(r.is_correct)
+            *(r.log_p0, log_pi, r.length, target, r.is_correct),
+            *(verifier(r.is_correct), r.log_p_rare),
         )
         for r, log_pi in zip(rows, scores, strict=True)
     ]
@@ -208,7 +217,8 @@ def main(argv: list[str]) -> None:
         policy, base = (pfjax.load(x) for x in (_model_in(argv[1]), _BASE.value))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    rows = measure_all(policy, base, listed(world, base, problems), target)
+    found = listed(world, base, problems, _ETA_CUTOFF.value)
+    rows = measure_all(policy, base, found, target)
     if _JSON.value:
         print(json.dumps(mean(rows)._asdict()))
     else:
@@ -218,6 +228,8 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     _ALPHA = flags.DEFINE_float("alpha", 4.0, "power of the base", lower_bound=0)
     _BETA = flags.DEFINE_float("beta", 0.0, "nats that an incorrect response costs")
+    about = "under which tokens are rare, as in training"
+    _ETA_CUTOFF = flags.DEFINE_float("eta_cutoff", 0.0, about, lower_bound=0)
     _OBJECTIVE = flags.DEFINE_enum(
         "objective", "powerflow", list(OBJECTIVES), "whose target it is"
     )

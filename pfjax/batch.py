@@ -43,6 +43,7 @@ class PackedBatch(NamedTuple):
     dropout_seed: Any = None  # what of the adapters' inputs is dropped; None: nothing
     choices: Any = None  # recorded experts of a token, of all layers; None: chosen anew
     alpha: Any = None  # power of the base, where each prompt has its own
+    log_p_rare: Any = None  # log p_0 of the rare tokens, summed; None: none is rare
 
 
 # Dimensions, type and padding of each field: zeros, shapes and shardings come from here.
@@ -64,6 +65,7 @@ PACKED = PackedBatch(
     dropout_seed=("mbn", "uint32", 0),
     choices=("mbtc", "uint8", 255),  # `experts.UNKNOWN`
     alpha=("mbn", "float32", 0),
+    log_p_rare=("mbn", "float32", 0),
 )
 SCORES = PackedBatch._fields[8:]
 
@@ -182,6 +184,7 @@ class TrajectoryStats(NamedTuple):
     loss: Any = None  # this and the residual are filled in last
     residual: Any = None
     alpha: Any = None  # power of the base, where each prompt has its own
+    log_p_rare: Any = None  # log p_0 of the rare tokens, summed; None: none is rare
 
 
 def max_microbatches(

@@ -37,6 +37,8 @@ class ObjectiveConfig:
     alpha: Any = 4.0
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
     beta: Any = 0.0  # of the reward in the target
+    # Below alpha 1, under which tokens are rare and keep the power 1, see `log_probs.rare`.
+    eta_cutoff: float = 0.0
     # Terms of the reward that tilts the target or that policy gradients follow, see
     # `reward_functions.parse`; "" for the objective's own, if it has one.
     reward: str = ""
@@ -128,7 +130,8 @@ def _power(c: ObjectiveConfig, **how: Any) -> Target:
 
 def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:
     """What a target of these trajectories has beside the base: arguments of `Target`."""
-    return {"psi": y.psi, "reward": 0.0 if y.reward is None else y.reward}
+    out = {"psi": y.psi, "reward": 0.0 if y.reward is None else y.reward}
+    return out if y.log_p_rare is None else out | {"log_p_rare": y.log_p_rare}
 
 
 def at_alpha(c: ObjectiveConfig, y: TrajectoryStats | PackedBatch) -> ObjectiveConfig:

@@ -25,6 +25,15 @@ What beta does to a length-aware target depends on k:
   it. The odds grow with length: beta = 1 and 100 tokens are 100 nats. lambda absorbs a
   constant, so that group-normalised rewards may be used.
 
+Below alpha = 1 some tokens may be left out of the flattening. Of a vocabulary most words are
+hardly ever right, but they are many: raised to a power below 1, together they outweigh the
+few that are. With a set of *rare* tokens (`log_probs.rare`) these keep the power 1,
+
+.. math:: p_0^\alpha \;\to\; \prod_{t\ \text{common}} p_0(y_t)^\alpha
+   \prod_{t\ \text{rare}} p_0(y_t)
+
+so that what is likely is flattened, and what is not stays as unlikely as in the base.
+
 This is the only place that writes a target. Losses are squares of `residual`, the match
 metrics, the bounds of `evaluation.elbo` and the samplers of the power distribution read
 `log_density`: a new target is written here and named in `objectives.OBJECTIVES`.
@@ -67,6 +76,7 @@ class Target:
         length: Array,
         psi: Array | float = 0.0,
         reward: Array | float = 0.0,
+        log_p_rare: Array | None = None,
     ) -> Array:
         """log R(y), in nats per response.
 
@@ -75,9 +85,12 @@ class Target:
           length: `[*n]` |y|, the stop token included.
           psi: `[*n]` or scalar format term, in nats per token.
           reward: `[*n]` or scalar r(y), per response or per token.
+          log_p_rare: `[*n]` log p_0 of the rare tokens, summed; None: no token is rare.
         """
         tilted = log_p_base + psi * length if self.has_format else log_p_base
         out = self.alpha * tilted
+        if log_p_rare is not None:
+            out = out + (self.alpha < 1) * (1 - self.alpha) * log_p_rare
         if self.has_reward:
             is_per_token = self.is_length_aware and self.is_reward_per_token
             out = out + self.beta * reward * (length if is_per_token else 1)
@@ -91,7 +104,7 @@ class Target:
         Args:
           log_p_base, length: as in `log_reward`.
           log_z: `[*n]` or scalar, in nats per token or per response.
-          **tilt: `psi` and `reward`, as in `log_reward`.
+          **tilt: `psi`, `reward` and `log_p_rare`, as in `log_reward`.
         """
         log_reward = self.log_reward(log_p_base, length, **tilt)
         return log_reward - log_z * (length if self.is_length_aware else 1)

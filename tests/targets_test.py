@@ -47,6 +47,15 @@ def test_density_by_hand(target, log_reward, log_density):
         np.testing.assert_allclose(residual, nats / per_token, atol=1e-12)
 
 
+def test_rare_tokens_are_not_flattened():
+    alpha, rare = np.array([0.5, 0.25, 2.0]), np.array([-4.0, 0.0, -3.0])
+    got = Target(alpha, has_format=False).log_reward(
+        np.full(3, -6.0), np.full(3, 4.0), log_p_rare=rare
+    )
+    # 0.5 x -2 and -4; no rare token; above alpha 1 a rare token is as any.
+    np.testing.assert_allclose(got, [-5.0, -1.5, -12.0])
+
+
 LM = TabularModel(np.random.default_rng(1))
 # 1 for what ends in a stop token, as a verifier may say; and something finer.
 PASSES = jnp.array([float(y[-1] == 0) for y in LM.responses])

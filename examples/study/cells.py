@@ -23,7 +23,7 @@ import pfjax
 from examples import exact, worlds
 from examples.study import ends, unlisted
 from examples.study.ends import TRAIN
-from examples.study.methods import TRAINED, Base
+from examples.study.methods import ETA_CUTOFF, TRAINED, Base
 from pfjax.infra import dataset_io
 
 NUM_EVALUATED = 8  # samples per prompt, as at the evaluations of a run
@@ -107,8 +107,9 @@ def load_base(
     train, held_out = of_world.problems(base)
     asked = train[-num_validation:] if num_validation else held_out
     asked = train[:NUM_TRAINED_ON] if is_train else asked
-    rows = exact.listed(of_world, policy, asked)
-    draw = functools.partial(unlisted.draw, policy, rows, of_world.max_tokens)
+    rows = exact.listed(of_world, policy, asked, ETA_CUTOFF)
+    how = (policy, rows, of_world.max_tokens, ETA_CUTOFF)
+    draw = functools.partial(unlisted.draw, *how)
     return Base(of_world, policy, rows, functools.cache(draw))
 
 
@@ -163,6 +164,8 @@ def run(
         **method.settings(alpha),
         **more,
     }
+    if method.target is not None and alpha < 1:
+        values |= {"eta_cutoff": ETA_CUTOFF}
     if method.samples:
         samples = _samples_of(out, cell.world, cell.base, cell.method)
         values |= {"behavior.file": str(samples)}
@@ -171,6 +174,7 @@ def run(
             first = folder / "sharpened"
             pfjax.fine_tune(_config(cell, values | {"alpha": 2.0}), first)
             values |= {"alpha": 0.5, "model": str(first / "hf")}
+            values |= {"eta_cutoff": ETA_CUTOFF}
             # What it starts from no longer says what is to be raised.
             values |= {"behavior.base": 0.0, "updates_per_rollout": 1}
         policy = pfjax.fine_tune(_config(cell, values), folder)

@@ -20,6 +20,9 @@ from examples.worlds.world import World
 from pfjax.targets import Target
 
 CANDIDATES = 16  # of best-of-N
+# Under which tokens are rare. With it nearly all of a target below alpha 1 can be listed;
+# without, as good as nothing (docs/limits.md, Flattening).
+ETA_CUTOFF = 0.003
 
 
 class Base(NamedTuple):
@@ -43,21 +46,33 @@ def alpha_of(world: str) -> float:
 Prediction = Callable[[Base, float], list[np.ndarray]]
 
 
-def power(base: Base, alpha: float, is_length_aware: bool = True) -> list[np.ndarray]:
-    """p^alpha, length-aware or of whole sequences; of the lists alone by default."""
+def power(
+    base: Base, alpha: float, is_length_aware: bool = True, flattens_all: bool = False
+) -> list[np.ndarray]:
+    """p^alpha, length-aware or of whole sequences; of the lists alone by default. Rare tokens
+    keep the power 1, unless it `flattens_all`."""
     target = Target(alpha, is_length_aware=is_length_aware)
-    if base.unlisted is None:
-        return [of_worlds.target_on(r.log_p0, r.length, target)[1] for r in base.rows]
     out = []
-    for r, more in zip(base.rows, base.unlisted, strict=True):
-        log_p0 = np.append(r.log_p0, more.log_p0)
-        log_q = np.append(np.zeros_like(r.log_p0), more.log_q)
-        length = np.append(r.length, more.length)
-        out.append(of_worlds.target_on(log_p0, length, target, log_q=log_q)[1])
+    for r, more in zip(base.rows, base.unlisted or base.rows, strict=True):
+        log_p0, length, rare = r.log_p0, r.length, r.log_p_rare
+        log_q = np.zeros_like(log_p0)
+        if base.unlisted is not None:
+            log_p0, log_q, length, rare = (
+                np.append(*x)
+                for x in (
+                    (log_p0, more.log_p0),
+                    (log_q, more.log_q),
+                    (length, more.length),
+                    (rare, more.log_p_rare),
+                )
+            )
+        tilt = {"log_q": log_q, "log_p_rare": None if flattens_all else rare}
+        out.append(of_worlds.target_on(log_p0, length, target, **tilt)[1])
     return out
 
 
 _whole = functools.partial(power, is_length_aware=False)
+_whole_flattened = functools.partial(_whole, flattens_all=True)
 
 
 def tempered(base: Base, alpha: float) -> list[np.ndarray]:
@@ -105,7 +120,7 @@ class Method(NamedTuple):
     @property
     def is_power(self) -> bool:
         """Whether it should end at a power of whole responses."""
-        return self.prediction in (power, _whole)
+        return self.prediction in (power, _whole, _whole_flattened)
 
     def is_apt(self, world: str) -> bool:
         """Whether it can do what a world is about."""
@@ -137,7 +152,7 @@ TRAINED = {
     ),
     "power_distillation": Method(
         "SMC on p^alpha, likelihood",
-        _whole,
+        _whole_flattened,
         samples=lambda alpha: (
             "--method=smc",
             f"--alpha={alpha}",

@@ -29,6 +29,7 @@ import numpy as np
 import pfjax
 from examples.exact import Listed
 from pfjax.batch import Rollout
+from pfjax.model import log_probs
 from pfjax.tasks.grading import last_boxed
 
 NUM_DRAWN = 128  # per prompt, listed ones included
@@ -43,10 +44,12 @@ class Unlisted(NamedTuple):
     length: np.ndarray
     is_correct: np.ndarray
     group: np.ndarray
+    log_p_rare: np.ndarray | None = None  # part of log_p0
 
     def without(self, group: int) -> "Unlisted":
         """The others, as if fewer had been drawn."""
-        kept = Unlisted(*(x[self.group != group] for x in self))
+        left = self.group != group
+        kept = Unlisted(*(None if x is None else x[left] for x in self))
         return kept._replace(log_q=kept.log_q + np.log(1 - 1 / GROUPS))
 
 
@@ -54,6 +57,7 @@ def draw(
     policy: pfjax.Policy,
     rows: Sequence[Listed],
     max_tokens: int,
+    eta_cutoff: float,
     alpha: float,
     num: int = NUM_DRAWN,
 ) -> list[Unlisted]:
@@ -69,8 +73,12 @@ def draw(
     ]
     prompts = [x for x in drawn.prompts for _ in range(num)]
     sequences = [x + y for x, y in zip(prompts, responses, strict=True)]
-    log_q = pfjax.score(policy, sequences, [len(x) for x in prompts], 1 / alpha)
-    log_q = np.array([x.sum(dtype=float) for x in log_q]).reshape(-1, num)
+    asked = (policy, sequences, [len(x) for x in prompts])
+    total = lambda of_tokens: (
+        np.array([x.sum(dtype=float) for x in of_tokens]).reshape(-1, num)
+    )
+    log_q = total(pfjax.score(*asked, 1 / alpha))
+    rare = total(log_probs.rare_log_probs(*asked, eta_cutoff))
     log_p0 = drawn.log_probs.sum(axis=-1, dtype=float, where=_is_there(drawn))
     is_correct = np.array([row["correct"] for row in graded]).reshape(-1, num)
     out = []
@@ -79,7 +87,8 @@ def draw(
         mine = responses[i * num : (i + 1) * num]
         kept = np.array([g for g, y in enumerate(mine) if tuple(y) not in listed], int)
         of_row = (log_p0[i], log_q[i] + np.log(num), drawn.lengths[i], is_correct[i])
-        out.append(Unlisted(*(x[kept] for x in of_row), kept % GROUPS))
+        of_row = [x[kept] for x in of_row]
+        out.append(Unlisted(*of_row, kept % GROUPS, rare[i][kept]))
     return out
 
 

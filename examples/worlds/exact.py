@@ -6,8 +6,9 @@ are too many, it is estimated from exact samples of the same target of the gener
 weighted by what the model says of them: the two are close, so the weights are.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import pfjax
 from examples.worlds import grammar as grammars
 from examples.worlds.grammar import Grammar, Response
 from examples.worlds.world import World
-from pfjax.model import tokenizer
+from pfjax.model import log_probs, tokenizer
 from pfjax.targets import Target
 
 NUM_SAMPLES = 16  # of which different correct ones are counted
@@ -132,19 +133,37 @@ def score(
     temperature: float = 1.0,
 ) -> list[np.ndarray]:
     """log p of each text of each problem, each token sampled at a temperature."""
+    how = functools.partial(pfjax.score, temperature=temperature)
+    return _sums(how, policy, tok, problems, texts)
+
+
+def score_rare(
+    policy: pfjax.Policy,
+    tok: Any,
+    problems: Sequence[Any],
+    texts: Sequence[Sequence[str]],
+    eta_cutoff: float,
+) -> list[np.ndarray]:
+    """The part of `score` that is of rare tokens."""
+    how = functools.partial(log_probs.rare_log_probs, eta_cutoff=eta_cutoff)
+    return _sums(how, policy, tok, problems, texts)
+
+
+def _sums(
+    of_tokens: Callable[..., list[np.ndarray]],
+    policy: pfjax.Policy,
+    tok: Any,
+    problems: Sequence[Any],
+    texts: Sequence[Sequence[str]],
+) -> list[np.ndarray]:
     prompts = [tokenizer.encode_prompt(tok, p.prompt) for p in problems]
     sequences, starts = [], []
     for prompt, mine in zip(prompts, texts, strict=True):
         for text in mine:
             sequences.append(prompt + tok.encode(text) + [tok.eos_token_id])
             starts.append(len(prompt))
-    log_p = np.array(
-        [
-            x.sum(dtype=float)
-            for x in pfjax.score(policy, sequences, starts, temperature)
-        ]
-    )
-    return np.split(log_p, np.cumsum([len(mine) for mine in texts])[:-1])
+    sums = np.array([x.sum(dtype=float) for x in of_tokens(policy, sequences, starts)])
+    return np.split(sums, np.cumsum([len(mine) for mine in texts])[:-1])
 
 
 def target_on(
@@ -153,6 +172,7 @@ def target_on(
     target: Target,
     reward: np.ndarray | float = 0.0,
     log_q: np.ndarray | float = 0.0,
+    log_p_rare: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
     """log Z at which a target sums to 1 over a list, and its log density there, `[n]`.
 
@@ -160,12 +180,13 @@ def target_on(
       log_p0: `[n]`, of the base; in nats per response.
       length: `[n]` tokens, the stop token included.
       target: its psi is 0 for all responses.
-      reward: `[n]`, see `Target.log_reward`.
+      reward, log_p_rare: `[n]`, see `Target.log_reward`.
       log_q: of samples in the place of a list, the expected number of each; the density is
         then divided by it.
     """
     scale = length if target.is_length_aware else np.ones_like(length)
-    log_r = target.log_density(log_p0, length, 0.0, reward=reward) - log_q
+    tilt = {"reward": reward, "log_p_rare": log_p_rare}
+    log_r = target.log_density(log_p0, length, 0.0, **tilt) - log_q
     excess = lambda log_z: special.logsumexp(log_r - log_z * scale)
     # One term is 1 at the one end, all are at most 1/n at the other; the margin is for
     # lists of one.

@@ -44,6 +44,7 @@ class Samples(NamedTuple):
     log_p_hot: np.ndarray | None = None  # of the base at that temperature
     psi: np.ndarray | float = 0.0  # format term, see `Target.log_reward`
     reward: np.ndarray | float = 0.0
+    log_p_rare: np.ndarray | None = None  # log p_0 of rare tokens, where some are
 
 
 def score(
@@ -52,6 +53,7 @@ def score(
     prompts: list[list[int]],
     responses: Sequence[np.ndarray | list[int]],
     base_temperature: float = 1.0,
+    eta_cutoff: float = 0.0,
 ) -> Samples:
     """Scores responses by policy and base; psi and reward are left out.
 
@@ -60,6 +62,7 @@ def score(
       prompts: P lists of token ids.
       responses: those to a prompt side by side, as many of each.
       base_temperature: at which the base drew the last third of them, if not 1.
+      eta_cutoff: under which tokens are rare, see `log_probs.rare`; 0: none is.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
@@ -67,13 +70,19 @@ def score(
     sequences = [[*p, *map(int, y)] for p, y in pairs]
     starts = [len(p) for p in repeated]
 
+    total = lambda found: (
+        np.array([x.sum(dtype=float) for x in found]).reshape(shape)
+    )
+
     def log_p(model: Policy, temperature: float = 1.0) -> np.ndarray:
-        found = log_probs.score(model, sequences, starts, temperature)
-        return np.array([x.sum(dtype=float) for x in found]).reshape(shape)
+        return total(log_probs.score(model, sequences, starts, temperature))
 
     length = np.array([len(y) for y in responses]).reshape(shape)
     hot = None if base_temperature == 1 else log_p(base, base_temperature)
-    return Samples(log_p(policy), log_p(base), length, hot)
+    rare = None
+    if eta_cutoff:
+        rare = total(log_probs.rare_log_probs(base, sequences, starts, eta_cutoff))
+    return Samples(log_p(policy), log_p(base), length, hot, log_p_rare=rare)
 
 
 def measure(samples: Samples, target: Target) -> dict[str, float]:
@@ -89,6 +98,8 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
       `length`, `target_length`: mean length of the policy's responses and of the target's.
     """
     tilt = {"psi": np.asarray(samples.psi), "reward": np.asarray(samples.reward)}
+    if samples.log_p_rare is not None:
+        tilt["log_p_rare"] = samples.log_p_rare
     scale = samples.length if target.is_length_aware else np.ones_like(samples.length)
     log_r = target.log_density(samples.log_p_base, samples.length, 0.0, **tilt)
     drawn_by = [samples.log_p, samples.log_p_base]

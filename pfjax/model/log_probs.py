@@ -278,6 +278,26 @@ def stop_log_probs(
     return jnp.where(batch.is_response, log_p_stop, 0.0)
 
 
+def rare(
+    log_p: Float[Array, "*b"], entropy: Float[Array, "*b"], eta_cutoff: float
+) -> Float[Array, "*b"]:
+    r"""log p of the tokens that eta sampling would never draw; 0 for the others: those of
+
+    .. math:: p < \min(\eta, \sqrt\eta\,e^{-H})
+
+    with H the entropy of the distribution that the token is drawn from.
+
+    Args:
+      log_p, entropy: as `token_log_probs` returns them.
+
+    References:
+      Hewitt et al., arXiv 2210.15191, Eq. 7; `eta_cutoff` of transformers.
+    """
+    log_eta = np.log(eta_cutoff)
+    is_rare = log_p < jnp.minimum(log_eta, log_eta / 2 - entropy)
+    return jnp.where(is_rare, log_p, 0.0)
+
+
 def self_certainty(
     params: transformer.Params,
     hidden: Float[Array, "b t d"],
@@ -330,9 +350,12 @@ def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) ->
     return _dot("btd,btd->bt", before, words) - log_p
 
 
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
-def _score(config, params, batch, temperature):
-    return packed_log_probs(config, params, batch, temperature=temperature)[0]
+@functools.partial(jax.jit, static_argnames=("config", "temperature", "eta_cutoff"))
+def _score(config, params, batch, temperature, eta_cutoff=0.0):
+    log_p, entropy, _ = packed_log_probs(
+        config, params, batch, temperature=temperature
+    )
+    return rare(log_p, entropy, eta_cutoff) if eta_cutoff else log_p
 
 
 def score(
@@ -364,6 +387,26 @@ def score(
     if not temperature > 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
     temperature = float(temperature)  # hashable: programs are compiled for it
+    return _scores(policy, sequences, prompt_lengths, temperature)
+
+
+def rare_log_probs(
+    policy: transformer.Policy,
+    sequences: list[list[int]],
+    prompt_lengths: Sequence[int] | np.ndarray,
+    eta_cutoff: float,
+) -> list[np.ndarray]:
+    """As `score`, at temperature 1, of rare tokens (see `rare`); 0 of the others."""
+    return _scores(policy, sequences, prompt_lengths, 1.0, eta_cutoff)
+
+
+def _scores(
+    policy: transformer.Policy,
+    sequences: list[list[int]],
+    prompt_lengths: Sequence[int] | np.ndarray,
+    *how: float,
+) -> list[np.ndarray]:
+    """What `_score` says of each response token; `how` is what it takes."""
     arrays, starts = packing.trajectories(sequences, prompt_lengths)
     if not arrays:
         return []
@@ -387,6 +430,6 @@ def score(
         batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
     log_p = sharding.fetch(
-        [_score(c, params, part(i), temperature) for i in range(used)]
+        [_score(c, params, part(i), *how) for i in range(used)]
     )
     return packing.unpack_responses(np.stack(log_p), placement)

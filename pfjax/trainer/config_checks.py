@@ -56,6 +56,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
     objective = of_config(c, own_objective)
     _check_schedules(c, objective)
     _check_alpha_range(c, objective)
+    _check_eta_cutoff(c, objective)
     _check_behavior(c, objective)
     _check_staleness(c, objective)
     check_reward(c, objective)
@@ -255,6 +256,33 @@ def _check_alpha_range(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         raise ValueError(
             f"{said}: each prompt has its own alpha; leave that of "
             f"--config.schedules={c.schedules} out"
+        )
+
+
+def _check_eta_cutoff(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for rare tokens of which nothing would come."""
+    from pfjax.model import dial
+
+    said = f"--config.eta_cutoff={c.eta_cutoff:g}"
+    if not c.eta_cutoff:
+        return
+    others = dataclasses.replace(objective, alpha=2 * objective.alpha).target
+    if not objective.has_target or objective.target == others:
+        raise ValueError(
+            f"{said} has no effect on {c.objective}, which has no power of the base to "
+            "flatten: leave it out"
+        )
+    if objective.kind.has_prefixes or c.mask_clipped_tokens or c.data.target:
+        kin = "powerflow, tb_token, tb_traj, rl_traj and rl_token"
+        raise ValueError(
+            f"{said}: {kin} know rare tokens, without mask_clipped_tokens and data.target"
+        )
+    ends = dial.parse(c.alpha_range)
+    varied = [value for _, value in schedules.parse(c.schedules).get("alpha", ())]
+    if min([c.alpha, *ends, *varied]) >= 1:
+        raise ValueError(
+            f"{said} has no effect at alpha={c.alpha:g}: only powers below 1 raise what is "
+            "rare; leave it out"
         )
 
 

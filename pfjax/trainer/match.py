@@ -58,7 +58,8 @@ def measure(
     reward = data.reward
     if objective.kind.reward:
         reward = rewards.advantages(reward, num, objective.advantage)
-    samples = match.score(policy, base(), prompts, data.responses, temperature)
+    how_scored = (temperature, objective.eta_cutoff)
+    samples = match.score(policy, base(), prompts, data.responses, *how_scored)
     shape = samples.log_p.shape
     tilt = {"psi": data.psi.reshape(shape), "reward": reward.reshape(shape)}
     out = match.measure(samples._replace(**tilt), target)

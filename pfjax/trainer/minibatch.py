@@ -46,7 +46,7 @@ def prepare_minibatch(
         host = host._replace(alpha=alpha)
     batch = sharding.put_batch(mesh, host, dim=1)
     of_base = (base, batch._replace(choices=None), num_microbatches)
-    log_p_base, log_stop_base, _ = fns.score_base(*of_base)
+    log_p_base, log_stop_base, rare = fns.score_base(*of_base)
     reward, log_p = data.reward[indices], None
     is_group = fns.objective.log_z_source == "group"
     token_term = rewards.token_term(fns.objective.reward_source)
@@ -74,6 +74,8 @@ def prepare_minibatch(
         seeds = dropout_seeds(*seed, len(data.texts))[indices]
         batch = batch._replace(dropout_seed=placed(seeds))
     batch = batch._replace(log_p_base=log_p_base, log_stop_base=log_stop_base)
+    if rare is not None:
+        batch = batch._replace(log_p_rare=jax.vmap(packing.response_sum)(rare, batch))
     if is_group:
         of_group = _group_log_z(fns.objective, batch, log_p, len(data.prompts))
         batch = batch._replace(log_z=of_group)

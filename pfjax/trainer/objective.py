@@ -84,6 +84,8 @@ def _check(c: ObjectiveConfig) -> None:
     of_each = jax.ShapeDtypeStruct((num,), jnp.float32)
     y = TrajectoryStats(*[of_each] * len(TrajectoryStats._fields))
     y = y._replace(loss=None, residual=None, alpha=None)
+    if not c.eta_cutoff:
+        y = y._replace(log_p_rare=None)
     try:
         target = c.kind.target(c)
         if isinstance(target, Target):

@@ -105,6 +105,13 @@ _DECIDING: dict[str, Setting] = {
         "leave the base as it is at 1; each prompt of a step has its own, log-uniform; "
         "alpha is then that of evaluations and of hf/",
     ),
+    "eta_cutoff": _not_negative(
+        0.0,
+        "below alpha 1: tokens that the base gives less than eta_cutoff, or than "
+        "sqrt(eta_cutoff) e^(-entropy), keep the power 1, so that what is hardly ever right "
+        "is not raised; 0: all tokens are flattened",
+        at_most=1,
+    ),
     "beta": _not_negative(
         0.0, "weight of the reward in the target p_0^alpha e^{beta r}, in nats"
     )._replace(may_vary=True),

@@ -7,6 +7,7 @@ however many rows packing needed, and padding past them costs nothing.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -117,6 +118,7 @@ def _sum_over_tokens(
         length=batch.length,
         prompt_index=batch.prompt_index,
         alpha=batch.alpha,
+        log_p_rare=batch.log_p_rare,
     )
 
 
@@ -198,8 +200,9 @@ def _accumulate(
     stats = TrajectoryStats(*[zeros] * len(TrajectoryStats._fields))
     counts = jnp.zeros_like(batch.length)
     stats = stats._replace(length=counts, prompt_index=counts)
-    if batch.alpha is None:
-        stats = stats._replace(alpha=None)
+    for name in ("alpha", "log_p_rare"):
+        if getattr(batch, name) is None:
+            stats = stats._replace(**{name: None})
     log_p = jnp.zeros(batch.tokens.shape, jnp.float32)
     grads = jax.tree.map(jnp.zeros_like, params)
     start = (jnp.float32(0), grads, (stats, log_p))
@@ -214,12 +217,12 @@ def score_step(
     *,
     model: ModelConfig,
     stop_ids: tuple[int, ...] = (),
-    token_reward: str = "",
+    of_token: Callable[..., Array] | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """Scores packed rows under a frozen policy.
 
     Returns `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in
-    their places; and with `token_reward` its values (see `log_probs.TOKEN_REWARDS`).
+    their places; and with `of_token` its values (see `log_probs.TokenReward`).
     """
 
     def score(whole, batch):
@@ -229,17 +232,16 @@ def score_step(
         def microbatch(i, out):
             part = jax.tree.map(lambda x: x[i], batch)
             log_p, entropy, hidden = log_probs.packed_log_probs(model, params, part)
-            stop = reward = None
+            stop = values = None
             if stop_ids:
                 stop = log_probs.stop_log_probs(params, hidden, log_p, part, stop_ids)
-            if token_reward:
-                of_token = log_probs.TOKEN_REWARDS[token_reward].of_token
-                reward = of_token(params, hidden, log_p, entropy, part)
-            scores = (log_p, stop, reward)
+            if of_token:
+                values = of_token(params, hidden, log_p, entropy, part)
+            scores = (log_p, stop, values)
             return jax.tree.map(lambda all_, x: all_.at[i].set(x), out, scores)
 
         empty = jnp.zeros(batch.tokens.shape, jnp.float32)
-        out = (empty, empty if stop_ids else None, empty if token_reward else None)
+        out = (empty, empty if stop_ids else None, empty if of_token else None)
         return (), lax.fori_loop(0, num_microbatches, microbatch, out)
 
     return sharding.by_copy(score, dim=1)((params, num_microbatches), batch)[1]

@@ -14,7 +14,7 @@ from pfjax import batch
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, dial, experts, lora, transformer
+from pfjax.model import attention, dial, experts, log_probs, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
@@ -79,9 +79,12 @@ def train_fns(
     of_state, kind = shardings_of(state), objective.kind
     stops = stop_ids if kind.has_prefixes else ()
     score_base = bind(step.score_step, model=base_model, stop_ids=stops)
+    if eta := objective.eta_cutoff:
+        rare = lambda _p, _h, log_p, entropy, _b: log_probs.rare(log_p, entropy, eta)
+        score_base = bind(score_base, of_token=rare)
     term = rewards.token_term(objective.reward_source)
-    name = term.name if term else ""
-    score_policy = bind(step.score_step, model=model, token_reward=name)
+    of_token = log_probs.TOKEN_REWARDS[term.name].of_token if term else None
+    score_policy = bind(step.score_step, model=model, of_token=of_token)
     static = {"model": model, "objective": objective, "stop_ids": stop_ids}
     static |= {"optimizer": optimizer, "remat": config.remat}
     static |= {"dropout": config.lora.dropout}
@@ -240,6 +243,7 @@ def abstract_minibatch(
         "dropout_seed": fns.has_dropout,
         "choices": fns.shape.num_choices > 0,
         "alpha": bool(fns.model.alpha_range),
+        "log_p_rare": fns.objective.eta_cutoff > 0,
     }
     fields = {}
     for name, (dims, dtype, _) in batch.PACKED._asdict().items():

@@ -189,3 +189,19 @@ def test_a_temperature_divides_logits(tiny_policy):
         np.testing.assert_allclose(score(temperature), want, atol=1e-4)
     with pytest.raises(ValueError, match="must be positive, got 0"):
         score(0.0)
+
+
+def test_rare_tokens_are_those_that_eta_sampling_leaves_out(tiny_policy):
+    vocab = tiny_policy.config.vocab_size
+    every, starts = [[3, 4, v] for v in range(vocab)], [2] * vocab
+    log_p = np.concatenate(log_probs.score(tiny_policy, every, starts))
+    entropy = -(np.exp(log_p) * log_p).sum()
+    of_entropy = float(np.exp(-2 * entropy))  # a cutoff at which both bounds are one
+    found = {}
+    for eta in (of_entropy / 9, of_entropy * 9):
+        got = log_probs.rare_log_probs(tiny_policy, every, starts, eta)
+        bound = min(eta, eta**0.5 * np.exp(-entropy))
+        want = np.where(np.exp(log_p) < bound, log_p, 0)
+        np.testing.assert_allclose(np.concatenate(got), want, atol=1e-5)
+        found[eta] = (want != 0).sum()
+    assert 0 < min(found.values()) < max(found.values()) < vocab, found

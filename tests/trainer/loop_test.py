@@ -31,6 +31,7 @@ from tests.conftest import (
 from tests.model import small_families
 
 PROMPT = "a b"
+ETA = 0.3  # under which some tokens of the model whose responses can be listed are rare
 
 
 @pytest.fixture
@@ -209,23 +210,57 @@ def test_the_target_is_the_same_whoever_draws(
     )
 
 
-def test_below_alpha_1_the_match_is_of_the_whole_target(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("eta_cutoff", [0.0, ETA])
+def test_below_alpha_1_the_match_is_of_the_whole_target(
+    config, tmp_path, monkeypatch, eta_cutoff
+):
     """The base draws for it at temperature 2, and is scored as it drew."""
     use_one_device(
         monkeypatch
     )  # eight that share two cores may wait for each other too long
     monkeypatch.setattr(match, "SAMPLES", 512)
     config.alpha, config.match_prompts, config.num_steps = 0.5, 1, 2
-    config.mesh.data = 1
+    config.eta_cutoff, config.mesh.data = eta_cutoff, 1
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     (base, length), (trained, _) = map(
         _distribution, (config.model, tmp_path / "run/hf")
     )
-    target, log_z = length_aware_target(base, length, 0.5)
+    target, log_z = _flattened(base, length, eta_cutoff)
     found = json.loads((tmp_path / "run/match.json").read_text())
     want = total_variation(np.exp(trained), target)
     assert found["total_variation"] == pytest.approx(want, rel=0.1) and want > 0.1
     assert found["log_z"] == pytest.approx(log_z, abs=0.02)
+
+
+@pytest.mark.long_running
+@pytest.mark.slow
+@pytest.mark.parametrize("log_z", ["head", "group"])
+def test_rare_tokens_keep_the_power_1(converging, tmp_path, log_z):
+    config = converging
+    config.alpha, config.eta_cutoff, config.log_z = 0.5, ETA, log_z
+    config.optim.learning_rate, config.optim.schedule = 3e-3, "cosine"
+    config.num_steps = config.checkpoint_every = 200
+    base, length = _distribution(config.model)
+    target, want_log_z = _flattened(base, length, ETA)
+    assert total_variation(target, length_aware_target(base, length, 0.5)[0]) > 0.1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    trained, _ = _distribution(tmp_path / "run/hf")
+    assert total_variation(np.exp(trained), target) < 0.02
+    last = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["tb/logz_mean"] == pytest.approx(want_log_z, abs=0.05)
+    assert last["tb/exponent"] == pytest.approx(0.5, abs=0.05)
+
+
+def _flattened(log_p, length, eta_cutoff):
+    """The square root of the model, but for rare tokens; and its log Z'."""
+
+    def power(p, token):
+        entropy = -(p * np.log(p)).sum()
+        is_rare = p[token] < min(eta_cutoff, eta_cutoff**0.5 * np.exp(-entropy))
+        return np.log(p[token]) * (1.0 if is_rare else 0.5)
+
+    log_r = [sum(power(*x) for x in response) for response in _of_tokens(log_p)]
+    return length_aware_target(np.array(log_r), length, 1.0)
 
 
 @pytest.mark.long_running
@@ -257,18 +292,25 @@ def test_a_likelihood_ends_where_the_responses_come_from(converging, tmp_path, s
 
 def _tempered(log_p, temperature):
     """All responses of the model at a temperature of sampling, from their log-probs."""
+
+    def of_token(p, token):
+        hot = p ** (1 / temperature)
+        return hot[token] / hot.sum()
+
+    return np.array(
+        [np.prod([of_token(*x) for x in response]) for response in _of_tokens(log_p)]
+    )
+
+
+def _of_tokens(log_p):
+    """Of each response its tokens, each with the distribution that it is drawn from, from
+    the log-probs of all responses."""
     responses = [tuple(y) for y in all_responses(vocab=4, stop=1, max_tokens=3)]
     mass = collections.Counter()  # of all that begin so
     for y, p in zip(responses, np.exp(log_p), strict=True):
         mass.update({y[:t]: p for t in range(len(y) + 1)})
-
-    def of_token(y):
-        of_all = [mass[(*y[:-1], v)] ** (1 / temperature) for v in range(4)]
-        return of_all[y[-1]] / sum(of_all)
-
-    return np.array(
-        [np.prod([of_token(y[:t]) for t in range(1, len(y) + 1)]) for y in responses]
-    )
+    after = lambda y: np.array([mass[(*y, v)] for v in range(4)]) / mass[y]
+    return [[(after(y[:t]), y[t]) for t in range(len(y))] for y in responses]
 
 
 def _write_listed(path, counts):

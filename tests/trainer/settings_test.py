@@ -156,6 +156,19 @@ def test_a_number_out_of_its_bounds_is_refused(name):
                 {"schedules": "alpha:1@1,2@9"},
             )
         ),
+        ({"eta_cutoff": 0.003}, "eta_cutoff=0.003 has no effect at alpha=4"),
+        (
+            {"eta_cutoff": 0.003, "alpha": 0.5, "objective": "flowrl", "beta": 15.0},
+            "no power of the base to flatten",
+        ),
+        *(
+            ({"eta_cutoff": 0.003, "alpha": 0.5, **change}, "know rare tokens, without")
+            for change in (
+                {"objective": "subtb"},
+                {"mask_clipped_tokens": True},
+                {"data.target": "a.jsonl"},
+            )
+        ),
         ({"beta": 1.0}, "weighs a reward in the target: set --config.reward too"),
         ({"beta": 1.0, "objective": "grpo"}, "has no effect on grpo"),
         (

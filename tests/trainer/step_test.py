@@ -481,7 +481,7 @@ def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
 ):
     _, batch, _, used = _data(rng)
     score = jax.jit(
-        step.score_step, static_argnames=("model", "stop_ids", "token_reward")
+        step.score_step, static_argnames=("model", "stop_ids", "of_token")
     )
     _, log_p_stop, reward = score(
         tiny_policy.params,
@@ -489,7 +489,7 @@ def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
         jnp.int32(used),
         model=tiny_policy.config,
         stop_ids=(1, 5),
-        token_reward=name,
+        of_token=log_probs.TOKEN_REWARDS[name].of_token,
     )
     whole = _whole_log_softmax(tiny_policy, batch)
     at = batch.is_response
