@@ -43,13 +43,13 @@ class Unlisted(NamedTuple):
     log_q: np.ndarray  # expected number of times that each is here
     length: np.ndarray
     is_correct: np.ndarray
-    group: np.ndarray
-    log_p_rare: np.ndarray | None = None  # part of log_p0
+    log_p_rare: np.ndarray  # of rare tokens, part of log_p0
+    group: np.ndarray | None = None
 
     def without(self, group: int) -> "Unlisted":
         """The others, as if fewer had been drawn."""
         left = self.group != group
-        kept = Unlisted(*(None if x is None else x[left] for x in self))
+        kept = Unlisted(*(x[left] for x in self))
         return kept._replace(log_q=kept.log_q + np.log(1 - 1 / GROUPS))
 
 
@@ -87,8 +87,7 @@ def draw(
         mine = responses[i * num : (i + 1) * num]
         kept = np.array([g for g, y in enumerate(mine) if tuple(y) not in listed], int)
         of_row = (log_p0[i], log_q[i] + np.log(num), drawn.lengths[i], is_correct[i])
-        of_row = [x[kept] for x in of_row]
-        out.append(Unlisted(*of_row, kept % GROUPS, rare[i][kept]))
+        out.append(Unlisted(*(x[kept] for x in (*of_row, rare[i])), kept % GROUPS))
     return out
 
 

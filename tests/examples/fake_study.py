@@ -8,11 +8,16 @@ from examples.study import tables
 from examples.study.methods import Base
 
 
-def listed(log_p0, length, is_correct):
+def listed(log_p0, length, is_correct, log_p_rare=0.0):
     log_p0, length, is_correct = map(np.array, (log_p0, length, is_correct))
     texts = [str(i) for i in range(len(log_p0))]
     return types.SimpleNamespace(
-        problem=None, texts=texts, log_p0=log_p0, length=length, is_correct=is_correct
+        problem=None,
+        texts=texts,
+        log_p0=log_p0,
+        length=length,
+        is_correct=is_correct,
+        log_p_rare=np.broadcast_to(log_p_rare, log_p0.shape),
     )
 
 
@@ -20,7 +25,9 @@ def base():
     """Two prompts, of three responses and of one."""
     of_world = types.SimpleNamespace(name="sums")
     rows = [
-        listed(np.log([0.5, 0.3, 0.2]), [1, 2, 3], [False, True, True]),
+        listed(
+            np.log([0.5, 0.3, 0.2]), [1, 2, 3], [False, True, True], [0.0, 0.0, -1.0]
+        ),
         listed(np.log([1.0]), [2], [True]),
     ]
     return Base(of_world, None, rows)

@@ -35,19 +35,22 @@ def test_powers_count_what_is_not_listed(base):
     for is_length_aware in (True, False):
         whole = methods.power(base, 0.5, is_length_aware)
         cut, rest = _cut(base.rows[0], 1)
-        more = Unlisted(rest.log_p0, np.zeros(2), rest.length, rest.is_correct, None)
+        of_rest = (rest.log_p0, np.zeros(2), rest.length, rest.is_correct)
+        more = Unlisted(*of_rest, rest.log_p_rare)
         rows = base._replace(rows=[cut], unlisted=[more])
         (found,) = methods.power(rows, 0.5, is_length_aware)
         assert found == pytest.approx(whole[0])
         (of_list,) = methods.power(rows._replace(unlisted=None), 0.5, is_length_aware)
         assert of_list == pytest.approx([0.0])
+        all_flattened = methods.power(base, 0.5, is_length_aware, flattens_all=True)
+        assert all_flattened[0] != pytest.approx(whole[0])
 
 
 def _cut(row, num):
     parts = []
     for part in (slice(num), slice(num, None)):
-        arrays = (row.log_p0[part], row.length[part], row.is_correct[part])
-        parts.append(fake_study.listed(*arrays))
+        arrays = (row.log_p0, row.length, row.is_correct, row.log_p_rare)
+        parts.append(fake_study.listed(*(x[part] for x in arrays)))
     return parts
 
 
@@ -63,7 +66,8 @@ def test_what_is_not_listed_is_estimated_as_well_as_it_says(base):
         at = rng.choice(40, size=num, p=np.exp(log_q))
         group, at = np.arange(num)[at >= 10] % unlisted.GROUPS, at[at >= 10]
         log_m = log_q[at] + np.log(num)
-        return [Unlisted(log_p[at], log_m, row.length[at], row.is_correct[at], group)]
+        of_each = (row.length[at], row.is_correct[at], row.log_p_rare[at])
+        return [Unlisted(log_p[at], log_m, *of_each, group)]
 
     method = TRAINED["alpha_0.5"]
     target = np.exp(methods.power(base._replace(rows=[row]), 0.5)[0])
