@@ -73,7 +73,10 @@ def _target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
         return f"alpha from {ends}, evaluated at {c.alpha:g}"
     if c.schedules:
         return c.schedules.replace(",", ", ")
-    return f"alpha {c.alpha:g}" if objective.has_target else "without a target"
+    if not objective.has_target:
+        return "without a target"
+    rare = f", of rare tokens 1 (eta_cutoff {x:g})" if (x := c.eta_cutoff) else ""
+    return f"alpha {c.alpha:g}{rare}"
 
 
 def _trained(c: FrozenConfigDict, fns: TrainFns) -> str:

@@ -106,6 +106,8 @@ def own_metrics(
         "completions/repeats_across_prompts": repeats,
         **repetition_metrics(responses),
     }
+    if r.log_p_rare is not None:
+        out["completions/rare_frac"] = (r.log_p_rare < 0).mean()
     # These are means over samples of the policy.
     if objective.temperature != 1 or data.rollout.weights_step is not None:
         del out["tb/elbo"], out["tb/ess"]

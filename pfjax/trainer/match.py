@@ -126,8 +126,9 @@ def warnings(found: dict[str, Any], alpha: float) -> list[str]:
     if alpha < 1 and found["total_variation"] > 0.3:
         out.append(
             "the policy is far from the target. Below alpha 1 much of a target is text that "
-            "the base hardly ever says, and more steps add more of it: keep the checkpoint "
-            "whose responses you like (docs/limits.md, Flattening)"
+            "the base hardly ever says, unless rare tokens keep the power 1: "
+            "--config.eta_cutoff=0.003, or less where that leaves good words out "
+            "(docs/limits.md, Flattening)"
         )
     repeats = found["repeats_across_prompts"]
     if repeats > 0.5 and repeats > found["base_repeats_across_prompts"] + 0.3:

@@ -188,6 +188,13 @@ METRICS: dict[str, Metric] = {
         "",
         "toward 1 where the format term is on",
     ),
+    "completions/rare_frac": Metric(
+        "fraction of responses with a token that is rare under the base",
+        "",
+        "falls toward the base's; if most have one, eta_cutoff is too high: good words count "
+        "as rare",
+        "`eta_cutoff` above 0",
+    ),
     "completions/repeats_across_prompts": Metric(
         "fraction of responses that another prompt of the step got too",
         "",

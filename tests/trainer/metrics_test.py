@@ -14,7 +14,7 @@ from tests.conftest import use_one_device
 def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
     tmp_path, monkeypatch
 ):
-    """Two runs that have all that a metric may ask for."""
+    """Two runs that have, together, all that a metric may ask for."""
     use_one_device(monkeypatch)
     is_known = hardware.CHIPS["v5e"]._replace(kinds=("cpu",))
     monkeypatch.setitem(hardware.CHIPS, "x", is_known)
@@ -42,6 +42,8 @@ def test_every_metric_of_a_run_is_described_and_every_one_described_is_written(
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
     with c.unlocked():
         c.max_staleness, c.behavior.base = 1, 0.0
+        c.schedules, c.data.target = "alpha:0.5@1,beta:1@1", ""
+        c.eta_cutoff = 0.003
     loop.train_and_evaluate(c, str(tmp_path / "stale"))
     rows += dataset_io.read_jsonl(tmp_path / "stale/metrics.jsonl")
     written = {metrics.described(key) for row in rows for key in row} - {"step"}
