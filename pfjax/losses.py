@@ -106,6 +106,7 @@ def powerflow(
     alpha: jax.Array | float,
     psi: jax.Array | float = 0.0,
     weight: jax.Array | float = 1.0,
+    log_p_rare: jax.Array | float = 0.0,
 ) -> jax.Array:
     r"""The PowerFlow loss: length-aware balance towards the base's alpha-power.
 
@@ -124,6 +125,8 @@ def powerflow(
       alpha: `[*n]` or scalar power; above 1 sharpens, below 1 flattens; must be positive.
       psi: `[*n]` or scalar format term in nats per token; no gradient.
       weight: `[*n]` or scalar importance weight w; no gradient.
+      log_p_rare: `[*n]` or scalar, what of `log_p_base` is of rare tokens (`targets.rare`),
+        which below alpha = 1 keep the power 1; no gradient.
 
     Returns:
       `[*n]` losses, not reduced.
@@ -139,15 +142,18 @@ def powerflow(
     Array([2.25], dtype=float32)
     """
     _check_positive("alpha", alpha)
-    log_pf, log_p_base, length, alpha, psi, weight = _arrays(
+    log_pf, log_p_base, length, alpha, psi, weight, log_p_rare = _arrays(
         log_pf=log_pf,
         log_p_base=log_p_base,
         length=length,
         alpha=alpha,
         psi=psi,
         weight=weight,
+        log_p_rare=log_p_rare,
     )
-    log_reward = targets.Target(alpha).log_reward(log_p_base, length, psi)
+    log_reward = targets.Target(alpha).log_reward(
+        log_p_base, length, psi, log_p_rare=log_p_rare
+    )
     loss = length_aware_trajectory_balance(log_pf, log_reward, log_z, length)
     return lax.stop_gradient(weight) * loss
 

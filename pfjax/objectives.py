@@ -37,7 +37,7 @@ class ObjectiveConfig:
     alpha: Any = 4.0
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
     beta: Any = 0.0  # of the reward in the target
-    # Below alpha 1, under which tokens are rare and keep the power 1, see `log_probs.rare`.
+    # Below alpha 1, under which tokens are rare and keep the power 1, see `targets.rare`.
     eta_cutoff: float = 0.0
     # Terms of the reward that tilts the target or that policy gradients follow, see
     # `reward_functions.parse`; "" for the objective's own, if it has one.

@@ -27,7 +27,7 @@ What beta does to a length-aware target depends on k:
 
 Below alpha = 1 some tokens may be left out of the flattening. Of a vocabulary most words are
 hardly ever right, but they are many: raised to a power below 1, together they outweigh the
-few that are. With a set of *rare* tokens (`log_probs.rare`) these keep the power 1,
+few that are. With a set of *rare* tokens (`rare`) these keep the power 1,
 
 .. math:: p_0^\alpha \;\to\; \prod_{t\ \text{common}} p_0(y_t)^\alpha
    \prod_{t\ \text{rare}} p_0(y_t)
@@ -45,6 +45,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
@@ -137,6 +138,26 @@ def residual(
     if length is None:
         return log_z + log_pf - log_reward
     return log_z + (log_pf - log_reward) / tokens(length)
+
+
+def rare(log_p: jax.Array, entropy: jax.Array, eta_cutoff: float) -> jax.Array:
+    r"""log p of the tokens that eta sampling would never draw; 0 for the others: those of
+
+    .. math:: p < \min(\eta, \sqrt\eta\,e^{-H})
+
+    with H the entropy of the distribution that the token is drawn from.
+
+    Args:
+      log_p: `[*n]` of tokens, in nats.
+      entropy: `[*n]` of the distributions that they are drawn from.
+      eta_cutoff: between 0 and 1.
+
+    References:
+      Hewitt et al., arXiv 2210.15191, Eq. 7; `eta_cutoff` of transformers.
+    """
+    log_eta = np.log(eta_cutoff)
+    is_rare = log_p < jnp.minimum(log_eta, log_eta / 2 - entropy)
+    return jnp.where(is_rare, log_p, 0.0)
 
 
 def tokens(length: Array) -> Array:

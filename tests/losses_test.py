@@ -1,5 +1,7 @@
 """The losses: numbers by hand, gradients, and the distributions that minimise them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -355,3 +357,14 @@ def test_lists_are_taken_and_narrow_types_computed_in_float32():
     one, zero = jnp.ones(2000, jnp.bfloat16), jnp.zeros(2000, jnp.int32)
     assert losses.group_log_z(one, 0.0, 1, zero, 1)[0] == -1
     assert losses.group_log_z(one, one * 0, 1, 0, 1).shape == (2000,)
+
+
+def test_rare_tokens_keep_the_power_1_below_alpha_1():
+    rare, z = jnp.array([-1.5, 0.0, -0.5]), jnp.float32(0.2)
+    args = (jnp.array([-3.0, -2.0, -1.0]), jnp.array([-4.0, -3.0, -2.0]), z)
+    length = jnp.array([2, 3, 1])
+    loss = functools.partial(losses.powerflow, *args, length, alpha=0.5)
+    # 0.5 x log p_0 + 0.5 x rare, as a format term would have it.
+    np.testing.assert_allclose(loss(log_p_rare=rare), loss(psi=rare / length))
+    above = functools.partial(losses.powerflow, *args, length, alpha=2.0)
+    np.testing.assert_array_equal(above(log_p_rare=rare), above())

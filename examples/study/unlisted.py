@@ -74,8 +74,8 @@ def draw(
     prompts = [x for x in drawn.prompts for _ in range(num)]
     sequences = [x + y for x, y in zip(prompts, responses, strict=True)]
     asked = (policy, sequences, [len(x) for x in prompts])
-    total = lambda of_tokens: (
-        np.array([x.sum(dtype=float) for x in of_tokens]).reshape(-1, num)
+    total = lambda of_tokens: np.array([x.sum(dtype=float) for x in of_tokens]).reshape(
+        -1, num
     )
     log_q = total(pfjax.score(*asked, 1 / alpha))
     rare = total(log_probs.rare_log_probs(*asked, eta_cutoff))

@@ -62,7 +62,7 @@ def score(
       prompts: P lists of token ids.
       responses: those to a prompt side by side, as many of each.
       base_temperature: at which the base drew the last third of them, if not 1.
-      eta_cutoff: under which tokens are rare, see `log_probs.rare`; 0: none is.
+      eta_cutoff: under which tokens are rare, see `targets.rare`; 0: none is.
     """
     shape = (len(prompts), len(responses) // len(prompts))
     repeated = [p for p in prompts for _ in range(shape[1])]
@@ -70,9 +70,7 @@ def score(
     sequences = [[*p, *map(int, y)] for p, y in pairs]
     starts = [len(p) for p in repeated]
 
-    total = lambda found: (
-        np.array([x.sum(dtype=float) for x in found]).reshape(shape)
-    )
+    total = lambda found: np.array([x.sum(dtype=float) for x in found]).reshape(shape)
 
     def log_p(model: Policy, temperature: float = 1.0) -> np.ndarray:
         return total(log_probs.score(model, sequences, starts, temperature))

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from pfjax import batch as packing
+from pfjax import targets
 from pfjax.batch import Array, PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.model import attention, dial, lora, transformer
@@ -278,26 +279,6 @@ def stop_log_probs(
     return jnp.where(batch.is_response, log_p_stop, 0.0)
 
 
-def rare(
-    log_p: Float[Array, "*b"], entropy: Float[Array, "*b"], eta_cutoff: float
-) -> Float[Array, "*b"]:
-    r"""log p of the tokens that eta sampling would never draw; 0 for the others: those of
-
-    .. math:: p < \min(\eta, \sqrt\eta\,e^{-H})
-
-    with H the entropy of the distribution that the token is drawn from.
-
-    Args:
-      log_p, entropy: as `token_log_probs` returns them.
-
-    References:
-      Hewitt et al., arXiv 2210.15191, Eq. 7; `eta_cutoff` of transformers.
-    """
-    log_eta = np.log(eta_cutoff)
-    is_rare = log_p < jnp.minimum(log_eta, log_eta / 2 - entropy)
-    return jnp.where(is_rare, log_p, 0.0)
-
-
 def self_certainty(
     params: transformer.Params,
     hidden: Float[Array, "b t d"],
@@ -352,10 +333,8 @@ def _log_totals(before: Array, head: Array, log_p: Array, batch: PackedBatch) ->
 
 @functools.partial(jax.jit, static_argnames=("config", "temperature", "eta_cutoff"))
 def _score(config, params, batch, temperature, eta_cutoff=0.0):
-    log_p, entropy, _ = packed_log_probs(
-        config, params, batch, temperature=temperature
-    )
-    return rare(log_p, entropy, eta_cutoff) if eta_cutoff else log_p
+    log_p, entropy, _ = packed_log_probs(config, params, batch, temperature=temperature)
+    return targets.rare(log_p, entropy, eta_cutoff) if eta_cutoff else log_p
 
 
 def score(
@@ -396,7 +375,7 @@ def rare_log_probs(
     prompt_lengths: Sequence[int] | np.ndarray,
     eta_cutoff: float,
 ) -> list[np.ndarray]:
-    """As `score`, at temperature 1, of rare tokens (see `rare`); 0 of the others."""
+    """As `score`, at temperature 1, of rare tokens (see `targets.rare`); 0 of the others."""
     return _scores(policy, sequences, prompt_lengths, 1.0, eta_cutoff)
 
 
@@ -429,7 +408,5 @@ def _scores(
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
-    log_p = sharding.fetch(
-        [_score(c, params, part(i), *how) for i in range(used)]
-    )
+    log_p = sharding.fetch([_score(c, params, part(i), *how) for i in range(used)])
     return packing.unpack_responses(np.stack(log_p), placement)

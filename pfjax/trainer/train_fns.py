@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from pfjax import batch
+from pfjax import batch, targets
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
@@ -80,7 +80,7 @@ def train_fns(
     stops = stop_ids if kind.has_prefixes else ()
     score_base = bind(step.score_step, model=base_model, stop_ids=stops)
     if eta := objective.eta_cutoff:
-        rare = lambda _p, _h, log_p, entropy, _b: log_probs.rare(log_p, entropy, eta)
+        rare = lambda _p, _h, log_p, entropy, _b: targets.rare(log_p, entropy, eta)
         score_base = bind(score_base, of_token=rare)
     term = rewards.token_term(objective.reward_source)
     of_token = log_probs.TOKEN_REWARDS[term.name].of_token if term else None

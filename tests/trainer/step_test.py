@@ -480,9 +480,7 @@ def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
     rng, tiny_policy, name
 ):
     _, batch, _, used = _data(rng)
-    score = jax.jit(
-        step.score_step, static_argnames=("model", "stop_ids", "of_token")
-    )
+    score = jax.jit(step.score_step, static_argnames=("model", "stop_ids", "of_token"))
     _, log_p_stop, reward = score(
         tiny_policy.params,
         batch,
