@@ -11,6 +11,7 @@ from pfjax.trainer import settings
 
 def get_config() -> ml_collections.ConfigDict:
     c = settings.default_config()
+    # The paper flattens all tokens; eta_cutoff leaves rare ones out (docs/limits.md).
     c.alpha = 0.5
     c.format_penalty = 0.0
     c.data.train = "prompts.jsonl"
