@@ -283,7 +283,7 @@ def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
         **{name: getattr(c, ours) for name, ours in _FIELDS.items()},
         **c.json_constants,
         "rope_parameters": rope.to_json(c.rope),
-        "eos_token_id": list(c.stop_ids),
+        "eos_token_id": list(c.stop_ids) or None,
         "pad_token_id": None,  # some families have one beyond a small vocabulary
         "dtype": dtype,
     }
