@@ -309,6 +309,7 @@ def test_a_base_that_is_another_model_is_refused(folder, tmp_path, tiny_policy):
             "index.json is not an index of .*weight_map",
         ),
         ("model.safetensors.index.json", "{nothing", "index.json is not an index of"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 5}}', "is not an index"),
         ("config.json", "nothing", "^[^ ]*config.json is not JSON"),
     ],
 )
@@ -636,3 +637,69 @@ def test_the_same_weights_again_are_neither_fetched_nor_part_of_a_fingerprint(
     assert hf.fingerprint(folder) == before
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
     assert hf.fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_their_tensor(
+    tmp_path, tiny_policy, dtype, value
+):
+    hf.save(tiny_policy, tmp_path / "m", dtype=dtype)
+
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+
+    _edit_tensors(tmp_path / "m", spoil)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors holds NaN .*1.mlp.up_proj"
+    ):
+        hf.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("size", [1, weights._CHECKED, 2 * weights._CHECKED + 3])
+def test_every_number_is_looked_at(size):
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        dtype = jax.numpy.dtype(dtype)
+        largest = np.full(size, np.float64(jax.numpy.finfo(dtype).max)).astype(dtype)
+        assert weights._is_finite(largest) and weights._is_finite(-largest)
+        for at in {0, size // 2, size - 1}:
+            spoilt = largest.copy()
+            spoilt[at] = np.inf
+            assert not weights._is_finite(spoilt)
+
+
+def test_what_float16_cannot_hold_is_refused(folder, tmp_path, tiny_policy):
+    params = {
+        **tiny_policy.params,
+        "embed": tiny_policy.params["embed"].at[0, 0].set(1e6),
+    }
+    policy = tiny_policy._replace(params=params)
+    said = r"embed_tokens.weight holds values that float16 .* bfloat16 or float32"
+    with pytest.raises(ValueError, match=said):
+        hf.save(policy, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    hf.save(policy, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(ValueError, match=said):
+        hf.load(tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool"])
+def test_tensors_that_are_no_weights_are_refused(folder, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    _edit_tensors(folder, lambda t: t.update({name: t[name].astype(dtype)}))
+    with pytest.raises(
+        ValueError, match=f"{name} is of type [UIB][A-Z0-9]+, no weights"
+    ):
+        hf.load(folder)
+
+
+def test_a_tied_checkpoint_may_hold_the_matrix_by_its_other_name(folder):
+    """As transformers."""
+    _edit_config(folder, tie_word_embeddings=True)
+    _edit_tensors(folder, lambda t: t.pop("lm_head.weight", None))
+    want = hf.load(folder)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    _edit_tensors(folder, lambda t: t.update({names[0]: t.pop(names[1])}))
+    found = hf.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
+    assert weights.stored_dtype(folder) == "float32"
