@@ -135,7 +135,7 @@ def _refuse_other_folders(folder: pathlib.Path, name: str, path: os.PathLike) ->
             "transformers would add to it: merge them first, or move them elsewhere"
         )
     if adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        base = hf_config.read_object(adapter).get("base_model_name_or_path") or "BASE"
         raise ValueError(
             f"{name} is an adapter, not a model: train from it with --config.model={base} "
             f"--config.lora.init_from={name}, or make a model of both with peft "

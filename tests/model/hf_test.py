@@ -191,8 +191,10 @@ INERT = {
     "_model_name_or_path": "a/b", "_commit_hash": "abc", "sep_token_id": 5,
     "decoder_start_token_id": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
     "typical_p": 1.0, "num_beams": 1, "max_length": 20, "pruned_heads": {},
-    "is_decoder": False, "task_specific_params": None, "bad_words_ids": None,
-    "tf_legacy_loss": False, "tokenizer_class": "PreTrainedTokenizerFast",
+    "task_specific_params": None, "bad_words_ids": None,
+    "tf_legacy_loss": False, "is_decoder": True, "gradient_checkpointing": True,
+    "use_bfloat16": True, "loss_type": "ForCausalLMLoss", "max_sequence_length": 2048,
+    "hidden_act": "swish", "qkv_bias": True, "some_penalty": 0, "some_share": 0.0, "tokenizer_class": "PreTrainedTokenizerFast",
 }  # fmt: skip
 
 
@@ -205,7 +207,7 @@ def test_what_changes_nothing_is_passed_over(folder, tiny_policy):
     "field",
     [
         {"final_logit_softcapping": 30.0},
-        {"is_decoder": True},
+        {"is_encoder_decoder": True},
         {"pruned_heads": {"0": [1]}},
         {"logit_scale": 0.5},
     ],
@@ -703,3 +705,37 @@ def test_a_tied_checkpoint_may_hold_the_matrix_by_its_other_name(folder):
     found = hf.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
     assert weights.stored_dtype(folder) == "float32"
+
+
+def test_fields_of_other_implementations_may_say_what_is_so_anyway(
+    tmp_path, tiny_config
+):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    said = hf_config.to_json(config, "float32")
+    # As of Qwen3-Coder.
+    same = {
+        "use_qk_norm": True,
+        "qkv_bias": False,
+        "shared_expert_intermediate_size": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said | same))
+    read = dataclasses.replace(hf_config.read(tmp_path), load_tokenizer=None)
+    assert read == dataclasses.replace(config, dtype=read.dtype)
+    for name, value in (
+        ("use_qk_norm", False),
+        ("qkv_bias", True),
+        ("shared_expert_intermediate_size", 64),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said | {name: value}))
+        with pytest.raises(ValueError, match=f"sets {name}={value}: not supported"):
+            hf_config.read(tmp_path)
+
+
+def test_a_width_of_heads_that_is_null_is_that_of_the_hidden_size(
+    tmp_path, tiny_config
+):
+    config = small_families.config_of("qwen3_5", tiny_config, window=0)
+    said = hf_config.to_json(config, "float32") | {"head_dim": None}
+    said["num_attention_heads"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert hf_config.read(tmp_path).head_dim == config.embed_dim // 2
