@@ -118,7 +118,12 @@ def main() -> None:
             add = stack.enter_context(uploads.growing(FLAGS.out))
         if FLAGS.method == "tokens" and FLAGS.alpha is not None:
             policy = lora.at_alpha(policy, FLAGS.alpha)
-        room = policy.config.max_positions - max(len(p) for p in prompts)
+        positions, longest = policy.config.max_positions, max(map(len, prompts))
+        if (room := positions - longest) < 1:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room for a response: the model has "
+                f"{positions} positions"
+            )
         limit = FLAGS.max_new_tokens or min(512, room)
 
         found = None
@@ -331,7 +336,7 @@ def _prompts(tok) -> tuple[list, list[list[int]]]:
         return found.problems, found.tokens
     texts = [text + FLAGS.suffix for text in FLAGS.prompt]
     asked = [problems.Problem(str(i), text, None) for i, text in enumerate(texts)]
-    return asked, [tokenizer.encode_prompt(tok, text) for text in texts]
+    return asked, [data.encode(tok, text, "--prompt") for text in texts]
 
 
 if __name__ == "__main__":

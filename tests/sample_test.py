@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def test_the_best_of_samples_are_the_likeliest_of_each_group(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
+    raising = shutil.copytree(ROOT / "pfjax/assets/toy", tmp_path / "raising")
+    (raising / "chat_template.jinja").write_text("{{ raise_exception('no one') }}")
     mine = tmp_path / "prompts.jsonl"
     mine.write_text('{"prompt": "1+1"}\n')
     for args, message in [
@@ -89,6 +92,14 @@ def test_mistakes_are_one_line(tmp_path):
         (("--prompt=1", "--method=best_of", "--temperature=0"), "one and the same"),
         (("--prompt=1", "--method=best_of", "--stop=;"), "takes no --stop"),
         (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
+        (
+            (f"--prompt={'1+' * 600}",),
+            "tokens leaves no room for a response: the model",
+        ),
+        (
+            ("--prompt=1", f"--model={raising}"),
+            "--prompt: no prompt can be made of it: no",
+        ),
         (("--prompt=1", "--stop="), "texts that are not empty"),
         (("--prompt=1", f"--out={tmp_path}"), "is a folder: name a file in it"),
         ((f"--prompts={mine}", f"--out={mine}"), "is the file of --prompts"),

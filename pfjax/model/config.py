@@ -52,6 +52,8 @@ class ModelConfig:
     json_aliases: ClassVar[dict[str, str]] = {}
     # Fields of config.json that have one value, if any; the activation first.
     json_constants: ClassVar[dict[str, Any]] = {"hidden_act": "silu"}
+    # Fields that only other implementations have -> what the family does anyway.
+    json_implied: ClassVar[dict[str, Any]] = {}
     # The type of `layer_types` that layers have which are not FULL.
     other_type: ClassVar[str] = SLIDING
     # Fields of config.json that are read beside those with fields of their names here.

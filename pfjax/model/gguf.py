@@ -18,7 +18,7 @@ from pfjax.infra import storage
 from pfjax.model import gguf_tokenizer, rope, weights
 
 # Part of the cache's names: raised whenever the same file is converted differently.
-_VERSION = 1
+_VERSION = 2
 _FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -31,6 +31,7 @@ _FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _INERT = ("vocab_size", "rope.scaling.finetuned")
+_CAUSAL = "attention.causal"  # alone in that its absence means what is on
 _TOP = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -144,8 +145,10 @@ def _config(path: pathlib.Path, values: dict, tensors: dict) -> dict[str, Any]:
     own = {
         name.removeprefix(f"{family}."): _shortest(value)
         for name, value in values.items()
-        if name.startswith(f"{family}.") and value
+        if name.startswith(f"{family}.") and (value or name.endswith(_CAUSAL))
     }
+    if own.get(_CAUSAL):
+        del own[_CAUSAL]
     own = {name: value for name, value in own.items() if name not in _INERT}
     optional = ("attention.head_count_kv", "attention.key_length")
     if missing := [x for x in _FIELDS if x not in own and x not in optional]:

@@ -1,5 +1,6 @@
 """The tokenizer in a GGUF file's metadata -> files of Hugging Face, without torch."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -30,7 +31,8 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
 
     get = lambda name, default=None: values.get(f"tokenizer.ggml.{name}", default)
     kind, pre = get("model"), get("pre")
-    # transformers makes a tokenizer of Qwen2's own of whatever stands beside a Qwen2.
+    # transformers makes a tokenizer of Qwen2's own of whatever stands beside a Qwen2: an
+    # export would be read with other tokens.
     is_qwen2 = values["general.architecture"] == "qwen2"
     if kind != "gpt2" or pre not in _SPLITS or (is_qwen2 and "qwen" not in pre):
         raise ValueError(
@@ -44,8 +46,11 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
     named = {name: tokens[i] for name, i in ids.items() if i is not None}
     special = [t for t, x in zip(tokens, types, strict=True) if x == _CONTROL]
     plain = [t for t, x in zip(tokens, types, strict=True) if x == _USER_DEFINED]
-    merges = [tuple(pair.split(" ", 1)) for pair in get("merges")]
-    backend = _backend(tokens, merges, pre, plain)
+    try:
+        merges = [tuple(pair.split(" ", 1)) for pair in get("merges")]
+        backend = _backend(tokens, merges, pre, plain)
+    except Exception as error:  # of kinds that only the library has
+        raise ValueError(f"{path} has a damaged tokenizer: {error}") from error
     if get("add_bos_token", pre in _LLAMA_3):
         _prepend(backend, named["bos_token"], ids["bos_token"])
     PreTrainedTokenizerFast(
@@ -54,6 +59,11 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
         additional_special_tokens=[t for t in special if t not in named.values()],
         **named,
     ).save_pretrained(folder)
+    # By the names of transformers 4, which 5 reads too.
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    said["additional_special_tokens"] = said.pop("extra_special_tokens", [])
+    file.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def _backend(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax.infra import sharding, storage
-from pfjax.model import gguf, hf_config, lora, transformer, weights
+from pfjax.model import gguf, hf_config, lora, rope, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 
@@ -36,6 +36,18 @@ _FILES = [
     "*.txt",
     "*.model",
 ]
+# Of those on the hub: the same weights again, and folders of checkpoints or other formats.
+_NOT_FETCHED = ["consolidated*", "*/*.json", "*/*.safetensors"]
+# What an export takes from its base, beside the config: none of it is weights, tells of how
+# the base came to be, or describes it.
+_SIDE_FILES = [
+    "tokenizer*", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
+    "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json",
+    "special_tokens_map.json", "generation_config.json", "*processor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+# A policy is trained to be sampled as it is; transformers would take the 50 likeliest tokens.
+_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def resolve(
@@ -57,14 +69,32 @@ def resolve(
     path = storage.place(name)
     is_there = storage.exists(path)
     if file := gguf.find(path):
-        return gguf.convert(storage.local_copy(file))
-    if is_there and path.is_dir():
+        local = storage.local_copy(file)
+        _refuse_pointers([local])
+        return gguf.convert(local)
+    if is_there and not path.is_dir():
+        raise ValueError(
+            f"{name} is a file: give the folder of the model, {path.parent}"
+        )
+    if is_there:
         folder = storage.local_copy(path, [*files, _METRICS])
-        _refuse_other_folders(folder, name, path)
-        return folder
-    fetched = _fetch(name, files)
-    _refuse_other_folders(fetched, name, fetched)
-    return fetched
+    else:
+        folder = path = _fetch(name, files)
+    _refuse_other_folders(folder, name, path)
+    _refuse_pointers([file for x in files for file in folder.glob(x)])
+    return folder
+
+
+def _refuse_pointers(files: list[pathlib.Path]) -> None:
+    """Raises ValueError for what git puts in the place of a large file."""
+    said = b"version https://git-lfs"
+    for file in files:
+        is_small = file.is_file() and file.stat().st_size < 1024
+        if is_small and file.read_bytes().startswith(said):
+            raise ValueError(
+                f"{file} is a pointer of git LFS, not the file itself: run `git lfs pull` in "
+                "its folder"
+            )
 
 
 def _fetch(name: str, files: list[str]) -> pathlib.Path:
@@ -80,6 +110,7 @@ def _fetch(name: str, files: list[str]) -> pathlib.Path:
 
     hub_id, _, revision = name.partition("@")
     wanted = {"revision": revision or None, "allow_patterns": files}
+    wanted["ignore_patterns"] = _NOT_FETCHED
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
@@ -104,7 +135,7 @@ def _refuse_other_folders(folder: pathlib.Path, name: str, path: os.PathLike) ->
             "transformers would add to it: merge them first, or move them elsewhere"
         )
     if adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        base = hf_config.read_object(adapter).get("base_model_name_or_path") or "BASE"
         raise ValueError(
             f"{name} is an adapter, not a model: train from it with --config.model={base} "
             f"--config.lora.init_from={name}, or make a model of both with peft "
@@ -150,6 +181,8 @@ def fingerprint(folder: pathlib.Path, config: str = "config.json") -> str:
     names, sizes and 16 samples of each file of weights."""
     digest = hashlib.sha256((folder / config).read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
+        if file.name.startswith("consolidated"):  # the same weights again
+            continue
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as f:
@@ -351,24 +384,22 @@ def check_replaceable(out_dir: str | os.PathLike) -> None:
 def _write_configs(
     folder: pathlib.Path, config: dict, model: ModelConfig, dtype: str
 ) -> None:
-    """Writes `config.json`, and into `generation_config.json` what ends a response."""
-    stop_ids = {"eos_token_id": list(model.stop_ids)}
-    _update(folder / "generation_config.json", stop_ids)
-    config |= {"tie_word_embeddings": model.tied_embeddings}
-    text = json.dumps(config | stop_ids | {"dtype": dtype}, indent=2) + "\n"
-    (folder / "config.json").write_text(text)
-
-
-def _update(path: pathlib.Path, values: dict) -> None:
-    """Sets values of a JSON file that may not be there."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(content | values, indent=2) + "\n")
+    """Writes `config.json`, and `generation_config.json`: what ends a response, and nothing
+    of how the base was to be sampled."""
+    stop_ids = {"eos_token_id": list(model.stop_ids) or None}
+    path = folder / "generation_config.json"
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    kept = {k: old[k] for k in ("bos_token_id", "pad_token_id") if k in old}
+    path.write_text(json.dumps(kept | stop_ids | _SAMPLING, indent=2) + "\n")
+    config |= rope.older_names(config) | {"tie_word_embeddings": model.tied_embeddings}
+    # The second name is that of transformers 4.
+    config |= stop_ids | {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:
-    # Neither weights nor what describes the base.
-    left_out = (".bin", ".pth", ".pt", ".md", ".jsonl")
-    for file in source.iterdir():
-        is_weight = ".safetensors" in file.name
-        if file.is_file() and not is_weight and file.suffix not in left_out:
-            shutil.copyfile(file, out / file.name)
+    for file in {file for x in _SIDE_FILES for file in source.glob(x)}:
+        if file.is_file():
+            place = out / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)

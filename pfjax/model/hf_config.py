@@ -39,12 +39,12 @@ _INERT = re.compile(
     r"|attn_implementation|bad_words_ids|(begin_)?suppress_tokens|cache_implementation"
     r"|chunk_size_feed_forward"
     r"|diversity_penalty|do_sample|early_stopping|exponential_decay_length_penalty"
-    r"|finetuning_task|id2label|initializer_range|is_llama_config|label2id"
-    r"|length_penalty|mamba_ssm_dtype|mtp_.*|(encoder_)?no_repeat_ngram_size|prefix"
+    r"|finetuning_task|gradient_checkpointing|id2label|initializer_range|is_decoder"
+    r"|is_llama_config|label2id|length_penalty|loss_type|max_sequence_length|mamba_ssm_dtype|mtp_.*|(encoder_)?no_repeat_ngram_size|prefix"
     r"|pretraining_tp|problem_type"
     r"|remove_invalid_values|repetition_penalty|return_dict(_in_generate)?"
     r"|task_specific_params|temperature|tokenizer_class|torchscript"
-    r"|transformers_version|use_cache"
+    r"|transformers_version|use_bfloat16|use_cache"
 )
 
 
@@ -55,7 +55,7 @@ def read(folder: pathlib.Path) -> ModelConfig:
       ValueError: for a field whose effect is not implemented, or not known.
     """
     path = folder / "config.json"
-    found = _read_object(path)
+    found = read_object(path)
     try:
         given = language_part(found)
         family = _family(given)
@@ -115,6 +115,8 @@ def _with_defaults(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, An
     for name, ours in family.json_aliases.items():
         if name in c and c.get(ours) in (None, c[name]):
             c = {k: v for k, v in c.items() if k != name} | {ours: c[name]}
+    if c.get("hidden_act") == "swish":  # as transformers calls silu too
+        c = c | {"hidden_act": "silu"}
     is_left_out = lambda x: x not in c or (c[x] is None and x not in _NULLABLE)
     return c | {k: v for k, v in family.json_defaults.items() if is_left_out(k)}
 
@@ -135,7 +137,8 @@ def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """What a JSON file says; ValueError, with its name, if that is no object."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:  # JSON, or UTF-8
@@ -210,14 +213,16 @@ def _refuse_unsupported(family: type[ModelConfig], c: dict[str, Any]) -> None:
         != [family.architecture],
         "auto_map": "auto_map" in c,  # remote code is never run
         **{k: c.get(k, x) != x for k, x in family.json_constants.items()},
+        **{k: c.get(k, x) not in (x, None) for k, x in family.json_implied.items()},
     }
     for field, is_set in unsupported.items():
         if is_set:
             raise ValueError(f"sets {field}={c.get(field)!r}: not supported")
     # Off, or nothing: `pruned_heads` is {} in folders of transformers 4.
-    is_off = lambda value: value is None or value is False or value in ([], {})
+    is_off = lambda value: value is None or value in (False, 0, [], {})
     known = _KNOWN | {
-        *family.json_constants, *family.own_fields(), *family.json_fields
+        *family.json_constants, *family.json_implied, *family.own_fields(),
+        *family.json_fields,
     }  # fmt: skip
     is_known = lambda name: name in known or _INERT.fullmatch(name)
     unknown = {k: v for k, v in c.items() if not (is_known(k) or is_off(v))}
@@ -259,7 +264,7 @@ def _kind_of(quantization: Any) -> str:
 
 def _stop_ids(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, ...]:
     path = folder / "generation_config.json"
-    generation = _read_object(path) if path.is_file() else {}
+    generation = read_object(path) if path.is_file() else {}
     found = [x.get("eos_token_id") for x in (config, generation)]
     lists = [x if isinstance(x, list) else [x] for x in found if x is not None]
     ids = [x for some in lists for x in some]
@@ -283,7 +288,7 @@ def to_json(c: ModelConfig, dtype: str) -> dict[str, Any]:
         **{name: getattr(c, ours) for name, ours in _FIELDS.items()},
         **c.json_constants,
         "rope_parameters": rope.to_json(c.rope),
-        "eos_token_id": list(c.stop_ids),
+        "eos_token_id": list(c.stop_ids) or None,
         "pad_token_id": None,  # some families have one beyond a small vocabulary
         "dtype": dtype,
     }

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pfjax.batch import Array, PackedBatch
 from pfjax.infra import storage
-from pfjax.model import dial, transformer, weights
+from pfjax.model import dial, hf_config, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.families import FAMILIES
 from pfjax.model.transformer import Params, Policy
@@ -227,7 +227,7 @@ def read_peft(folder: pathlib.Path) -> Adapter:
       ValueError: if it is damaged, or not plain LoRA on projections.
     """
     path = folder / "adapter_config.json"
-    c = json.loads(path.read_text())
+    c = hf_config.read_object(path)
     plain = {"peft_type": "LORA", "bias": "none"}
     other = {k: c.get(k) for k, value in plain.items() if c.get(k, value) != value}
     other |= {k: x for k, x in c.items() if x and k not in _INERT | plain.keys()}
@@ -246,15 +246,25 @@ def read_peft(folder: pathlib.Path) -> Adapter:
     modules = {of_expert.sub(".*.", match[1]) for match in found.values() if match}
     unknown = sorted(modules - _MODULES.keys())
     unknown += [name for name, match in found.items() if not match]
-    if unknown or not modules or "r" not in c or "lora_alpha" not in c:
+    rank, alpha = c.get("r"), c.get("lora_alpha")
+    are_numbers = type(rank) is int and rank > 0 and type(alpha) in (int, float)
+    if unknown or not modules or not are_numbers:
         raise ValueError(
             f"{folder} holds more or less than adapters of {', '.join(_TARGETS)}: rank "
-            f"{c.get('r')}, alpha {c.get('lora_alpha')}, {unknown[:3] or 'no tensors'}"
+            f"{rank!r}, alpha {alpha!r}, {unknown[:3] or f'{len(found)} tensors'}"
         )
     found = {_MODULES[x] for x in modules}
     targets = tuple(k for k in _TARGETS.values() if k in found)
     base = c.get("base_model_name_or_path") or ""
-    return Adapter(folder, int(c["r"]), float(c["lora_alpha"]), targets, base)
+    return Adapter(folder, rank, float(alpha), targets, base)
+
+
+def is_for(adapter: Adapter, model: str) -> bool:
+    """Whether adapters may have been made for a model, a folder or hub id, by its name."""
+    name = lambda x: x.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    place = lambda x: pathlib.Path(x).expanduser().resolve()
+    one, other = adapter.base, model
+    return not one or name(one) == name(other) or place(one) == place(other)
 
 
 def load_peft(adapter: Adapter, config: ModelConfig, where: Params) -> Params:
@@ -275,10 +285,14 @@ def save_peft(
     they were trained with."""
     config = policy.config
     _check_at_one(config)
+    name, _, revision = base.partition("@")
+    if not revision or storage.exists(base):
+        name, revision = base, None
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": dropout,

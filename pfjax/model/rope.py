@@ -209,6 +209,21 @@ def to_json(c: RopeConfig) -> dict[str, Any]:
     return out | {name: getattr(c, name) for name in KINDS[c.kind]}
 
 
+def older_names(json: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads in the place of the `rope_parameters` of a config.json, where
+    it is not there."""
+    p = json.get("rope_parameters") or {}
+    full, local = (p.get(x) or {} for x in _LAYER_TYPES)
+    full = full or p
+    out = {"rope_theta": full.get("rope_theta")}
+    if full.get("rope_type", "default") != "default":
+        out["rope_scaling"] = full
+    if json.get("model_type") == "gemma3_text":
+        out["rope_local_base_freq"] = local.get("rope_theta")
+    is_new = lambda name, value: value is not None and json.get(name) is None
+    return {name: value for name, value in out.items() if is_new(name, value)}
+
+
 def _yarn_attention_factor(p: dict[str, Any]) -> float:
     """YaRN's temperature, as a factor of cosine and sine: 0.1 m ln(factor) + 1."""
     if p.get("attention_factor") is not None:

@@ -5,13 +5,20 @@ import functools
 import json
 import os
 import pathlib
-import re
+import string
 from typing import Any
 
 from pfjax.model import hf
 from pfjax.model.config import ModelConfig
 
-_TIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# What a template is given in the place of transformers' function of this name, which knows no
+# time but now, and is the only one that transformers hands on to it. The line break at the
+# end is none of what is rendered.
+_STRFTIME = (
+    "{%% macro strftime_now(format) %%}{%% set out = namespace(text=format) %%}"
+    "{%% for code, value in %s %%}{%% set out.text = out.text.replace(code, value) %%}"
+    "{%% endfor %%}{{ out.text }}{%% endmacro %%}\n"
+)
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -30,30 +37,81 @@ def load(
       ValueError: if the folder holds none that loads without remote code, or the
         arguments are no JSON object.
     """
-    from transformers import AutoTokenizer
-
     folder = hf.resolve(path_or_hub_id)
     said = f"no tokenizer could be read from {folder}"
     # Without any, transformers 5 makes an empty tokenizer of the model's type.
     if not is_in(folder):
         raise ValueError(f"{said}: none of {_VOCABULARIES} is there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _read(folder)
     except Exception as error:
         raise ValueError(f"{said}: {error}") from error
     if asks_for_time(folder):
-        time = _time(clock or now())
+        told = _told(_time(clock or now()))
         template = tokenizer.chat_template
-        if isinstance(template, str):
-            # transformers hands no functions on to a template: it gets what they return.
-            told = lambda call: repr(time.strftime(call[2]))
-            tokenizer.chat_template = _TIME.sub(told, template)
+        if isinstance(template, dict):
+            named = {name: told + text for name, text in template.items()}
+            tokenizer.chat_template = named
+        elif template is not None:
+            tokenizer.chat_template = told + template
     if template_kwargs:
         bound = functools.partial(
             tokenizer.apply_chat_template, **_parse(template_kwargs)
         )
         tokenizer.apply_chat_template = bound
     return tokenizer
+
+
+def _read(folder: pathlib.Path) -> Any:
+    """As `AutoTokenizer`, with the tokens that the folder's own file gives."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model = folder / "tokenizer.model"
+    if not (folder / "tokenizer.json").is_file():
+        # Otherwise it is none of sentencepiece.
+        if model.is_file() and model.read_bytes().startswith(b"\n"):
+            return _read_sentencepiece(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if type(found) is PreTrainedTokenizerFast:
+        return found
+    # Other classes of transformers 5 take no more than the vocabulary from the file, and cut
+    # text as the first model of their name did.
+    plain = PreTrainedTokenizerFast.from_pretrained(folder)
+    known, given = plain.get_vocab(), plain.special_tokens_map
+    of_class = found.special_tokens_map.items()
+    missing = {k: x for k, x in of_class if k not in given and str(x) in known}
+    if missing:
+        plain = PreTrainedTokenizerFast.from_pretrained(folder, **missing)
+    return plain
+
+
+def _read_sentencepiece(folder: pathlib.Path) -> Any:
+    """The tokenizer of a `tokenizer.model` alone, as transformers 4 made it: with a BOS unless
+    the folder says otherwise, and spaces as sentencepiece itself has them."""
+    from tokenizers import decoders, normalizers
+    from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+    said = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        said |= json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    of = str(said.get("tokenizer_class") or said.get("model_type")).lower()
+    adds = {"add_bos_token": said.get("add_bos_token", True)}
+    adds |= {"add_eos_token": said.get("add_eos_token", False)}
+    if of.startswith("gemma"):
+        return GemmaTokenizer.from_pretrained(folder, **adds)
+    if said.get("legacy") is False:
+        return LlamaTokenizer.from_pretrained(folder, **adds)
+    made = PreTrainedTokenizerFast.from_pretrained(folder, **adds)
+    backend, has_prefix = made.backend_tokenizer, said.get("add_prefix_space", True)
+    spaces = normalizers.Replace(" ", "▁")
+    first = [normalizers.Prepend("▁")] if has_prefix is not False else []
+    backend.normalizer = normalizers.Sequence([*first, spaces])
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    back += [decoders.Strip(" ", 1, 0)] if first else []
+    backend.decoder = decoders.Sequence(back)
+    return made
 
 
 def is_in(folder: pathlib.Path) -> bool:
@@ -73,10 +131,18 @@ def _time(clock: str) -> datetime.datetime:
         raise ValueError(f"clock must be a time in ISO 8601, got {clock!r}") from None
 
 
+def _told(time: datetime.datetime) -> str:
+    """What comes before a chat template so that it is told a time."""
+    codes = [f"%{flag}{c}" for c in string.ascii_letters for flag in ("", "-")]
+    values = [(code, time.strftime(code)) for code in codes]
+    return _STRFTIME % [x for x in values if x[0] != x[1]]
+
+
 def asks_for_time(path_or_hub_id: str | os.PathLike) -> bool:
     """Whether the chat template of a model folder writes today's date into prompts."""
     folder = hf.resolve(path_or_hub_id)
-    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    files = [folder / "tokenizer_config.json", *folder.glob("*.jinja")]
+    files += folder.glob("additional_chat_templates/*.jinja")
     return any(f.is_file() and "strftime_now" in f.read_text("utf-8") for f in files)
 
 
@@ -102,7 +168,8 @@ def encode_prompt(
     encoded as it is.
 
     Raises:
-      ValueError: for messages when the tokenizer has no chat template.
+      ValueError: for messages when the tokenizer has no chat template, or when it renders
+        nothing of the question.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if isinstance(prompt, str):
@@ -115,7 +182,18 @@ def encode_prompt(
             "give prompts as plain strings"
         )
     how = {"tokenize": False, "add_generation_prompt": True}
-    text = tokenizer.apply_chat_template(prompt, **how)
+    render = lambda messages: tokenizer.apply_chat_template(messages, **how)
+    text = render(prompt)
+    asked = prompt[-1].get("content") if prompt else None
+    if isinstance(asked, str) and asked.strip() not in text:
+        # It may have been trimmed or changed, or left out whatever it is.
+        other = [*prompt[:-1], {**prompt[-1], "content": f"pfjax {asked} pfjax"}]
+        if text == render(other):
+            raise ValueError(
+                f"the chat template leaves out the text of the prompt ({asked!r:.60}): it may "
+                "be for content in parts; give the model another chat_template.jinja, or "
+                "prompts as plain text"
+            )
     # The template writes a BOS itself where the model wants one.
     return tokenizer.encode(text, add_special_tokens=False)
 
@@ -188,7 +266,10 @@ def _ends_of_turn(tokenizer: Any) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # noqa: BLE001, a template without turns of an assistant
         return []
-    behind = text.rpartition("pfjax")[2].lstrip()
+    _, marker, behind = text.rpartition("pfjax")
+    if not marker:  # it changes what messages say, or leaves them out
+        return []
+    behind = behind.lstrip()
     specials = tokenizer.get_added_vocab()
     return [specials[t] for t in specials if t and behind.startswith(t)]
 

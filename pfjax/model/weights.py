@@ -21,6 +21,9 @@ from pfjax.model.transformer import EMBED_TENSOR, HEAD_TENSOR
 
 MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_READ = ("F64", *_DTYPES.values())  # as safetensors names types
+# Numbers that are looked at together: few enough to stay in a processor's cache.
+_CHECKED = 2**16
 
 # Rows of two matrices that are compared at once.
 _COMPARED_ROWS = 8192
@@ -73,6 +76,7 @@ class _Stored(NamedTuple):
     file: pathlib.Path
     name: str
     shape: list[int]
+    kind: str  # its type, as safetensors names it
 
     def read(self, index: Any = ..., opened: Any = None) -> np.ndarray:
         handle = (opened or _open)(self.file)
@@ -100,7 +104,8 @@ def _open_folder(
         pass
     elif index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = json.loads(index.read_text())["weight_map"].values()
+            names = sorted({str(pathlib.PurePath(file)) for file in files})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{index} is not an index of safetensors files: {error!r}"
@@ -121,8 +126,8 @@ def _open_folder(
                         raise ValueError(
                             f"{file} holds {name} in {kind}: quantized models are not read"
                         )
-                    shape = list(stored.get_shape())
-                    tensors[name.removeprefix(prefix)] = _Stored(file, name, shape)
+                    found = _Stored(file, name, list(stored.get_shape()), kind)
+                    tensors[name.removeprefix(prefix)] = found
         except (OSError, safetensors.SafetensorError) as e:
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
     return _language_part(tensors)
@@ -153,10 +158,26 @@ def _check(folder: pathlib.Path, tensors: dict, layouts: list[_Layout]) -> None:
         for n, shape in wanted.items()
         if n in present and tensors[n].shape != shape
     ]
+    problems += [
+        f"{n} is of type {tensors[n].kind}, no weights"
+        for n in wanted
+        if n in present and tensors[n].kind not in _READ
+    ]
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{folder} does not match its config:\n  {shown}{more}")
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Whether there is neither NaN nor infinity, at the speed at which memory is read."""
+    if not np.issubdtype(x.dtype, np.floating) and x.dtype.kind != "V":
+        return True
+    # Of which the exponent's bits are all ones; NumPy itself has no fast test in 16 bits.
+    ones = np.array(np.inf, x.dtype).view(f"u{x.itemsize}")
+    bits = np.ascontiguousarray(x).reshape(-1).view(ones.dtype)
+    parts = (bits[i : i + _CHECKED] for i in range(0, bits.size, _CHECKED))
+    return not any(((part & ones) == ones).any() for part in parts)
 
 
 def names(folder: pathlib.Path, stem: str, prefix: str) -> list[str]:
@@ -181,9 +202,8 @@ def has_own_head(folder: pathlib.Path) -> bool:
 
 def stored_dtype(folder: pathlib.Path) -> str:
     """Type of the weights in the files; float32 for one that is not written here."""
-    stored = _open_folder(folder)[EMBED_TENSOR]
-    with safetensors.safe_open(stored.file, "numpy") as handle:
-        kind = handle.get_slice(stored.name).get_dtype()
+    tensors = _open_folder(folder)
+    kind = tensors.get(EMBED_TENSOR, tensors.get(HEAD_TENSOR)).kind
     return next((name for name, x in _DTYPES.items() if x == kind), "float32")
 
 
@@ -200,10 +220,17 @@ def load(
     files as `write_tensors` names them.
 
     Raises:
-      ValueError: if the tensors are not exactly those of the `abstract` parameters.
+      ValueError: if the tensors are not exactly those of the `abstract` parameters, or one
+        holds NaN, infinity, or what `dtype` cannot hold.
     """
     tensors = _open_folder(folder, stem, prefix)
     layouts = _layouts(config, abstract)
+    if (
+        config.tied_embeddings
+        and EMBED_TENSOR not in tensors
+        and HEAD_TENSOR in tensors
+    ):
+        tensors[EMBED_TENSOR] = tensors.pop(HEAD_TENSOR)
     _check(folder, tensors, [layout for layout, _ in layouts])
 
     def place(layout, leaf, at):
@@ -227,8 +254,14 @@ def load(
                 opened = functools.lru_cache(maxsize=2)(_open)
                 for i, name in np.ndenumerate(wanted[layer]):
                     part = tensors[name].read(tuple(cut), opened)
+                    if not _is_finite(part):
+                        raise ValueError(
+                            f"{tensors[name].file} holds NaN or infinity in {name}: it is "
+                            "damaged, or of a run that diverged; take another checkpoint"
+                        )
                     part = part.reshape([sizes[d] for d in order])
                     out[layer + i] = part.transpose(np.argsort(order))
+                    _refuse_overflow(name, out[layer + i])
             return out
 
         return jax.make_array_from_callback(leaf.shape, at, read)
@@ -297,8 +330,19 @@ def _write_file(path: os.PathLike, tensors: dict[str, Lazy], dtype: np.dtype) ->
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, values in tensors.values():
-            file.write(values().tobytes())
+        for name, (_, values) in tensors.items():
+            x = values()
+            _refuse_overflow(name, x)
+            file.write(x.tobytes())
+
+
+def _refuse_overflow(name: str, x: np.ndarray) -> None:
+    """Raises ValueError if values did not fit the type that they were given."""
+    if x.dtype == np.float16 and not _is_finite(x):
+        raise ValueError(
+            f"{name} holds values that float16 cannot (above 65,504): give the dtype bfloat16 "
+            "or float32"
+        )
 
 
 def _hf_tensors(

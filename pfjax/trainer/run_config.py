@@ -3,6 +3,7 @@ of the run that a folder holds already."""
 
 import importlib.metadata
 import json
+import logging
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from pfjax.infra import distributed, storage
 from pfjax.model import hf, lora, tokenizer
 from pfjax.trainer import settings
 
+_LOG = logging.getLogger(__name__)
 WEIGHTS = "weights of the model"  # in an identity: their fingerprint
 # In an identity; may change as `data.eval` may, and as a mistake in a reward has to.
 EVAL_PROMPTS, REWARD_CODE = "prompts of the evaluation", "code of the reward"
@@ -45,6 +47,11 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     if not c.lora.init_from:
         return c
     adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
+    if not lora.is_for(adapter, c.model):
+        _LOG.warning(
+            f"the adapter {c.lora.init_from} was made for {adapter.base}, and is added to "
+            f"--config.model={c.model}: beside other weights it means nothing"
+        )
     names = ",".join(lora.target_names(adapter.targets))
     found = {"rank": adapter.rank, "alpha": adapter.alpha, "targets": names}
     for name, value in found.items():

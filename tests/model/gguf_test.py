@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp writes them: the same policy, and the same tokens."""
 
+import json
 import shutil
 import sys
 
@@ -57,7 +58,16 @@ def _model(family, **changes):
     return model
 
 
-def _write(path, model, kind="F32", pre="qwen2", extra=(), tensors=(), arch=None):
+def _write(
+    path,
+    model,
+    kind="F32",
+    pre="qwen2",
+    extra=(),
+    tensors=(),
+    arch=None,
+    merges=MERGES,
+):
     """As `convert_hf_to_gguf.py` of llama.cpp, and its names from its package."""
     c, kind = model.config, gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(path, arch or c.model_type)
@@ -83,7 +93,7 @@ def _write(path, model, kind="F32", pre="qwen2", extra=(), tensors=(), arch=None
     types = dict.fromkeys(SPECIAL, gguf.TokenType.CONTROL)
     types[WHOLE] = gguf.TokenType.USER_DEFINED
     writer.add_token_types([types.get(t, gguf.TokenType.NORMAL) for t in tokens])
-    writer.add_token_merges(MERGES)
+    writer.add_token_merges(merges)
     writer.add_eos_token_id(c.eos_token_id)
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_chat_template(TEMPLATE)
@@ -261,8 +271,10 @@ def test_a_folder_with_one_file_is_that_file_and_is_converted_once(
     [
         ({"arch": "gemma2"}, "architecture 'gemma2': not supported"),
         ({"extra": {"llama.expert_count": 8}}, "'expert_count': 8}: not supported"),
+        ({"extra": {"llama.attention.causal": 0}}, "'attention.causal': 0}: not supported"),
         ({"extra": {"split.count": 3}}, "one of 3 parts.* --merge"),
         ({"extra": {"llama.rope.scaling.type": 9}}, "rope_parameters.*not supported"),
+        ({"merges": ["h e", "z q"]}, "m.gguf has a damaged tokenizer: "),
         ({"pre": "viking"}, "pre 'viking'; .* Hugging Face folder"),
         ({"tensors": {"blk.0.x.weight": np.ones(3, np.float32)}}, "holds blk.0.x.weight"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 2, np.float32)}}, "of Llama 3"),
@@ -294,3 +306,21 @@ def test_no_file_no_gguf_and_no_package_are_said_in_one_line(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r"m.gguf: .*pip install pfjax\[gguf\]"):
         hf.load(tmp_path / "m.gguf")
+
+
+def test_what_says_that_nothing_is_unusual_is_passed_over(tmp_path):
+    extra = {"llama.attention.causal": 1, "llama.expert_count": 0}
+    assert hf.load(_write(tmp_path / "m.gguf", _model("llama"), extra=extra))
+
+
+def test_the_tokenizer_is_written_by_the_names_of_transformers_4_too(tmp_path):
+    import transformers
+
+    folder = hf.resolve(_write(tmp_path / "m.gguf", _model("llama")))
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert set(said["additional_special_tokens"]) == {"<|im_start|>"}
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = tokenizer.load(folder)
+    assert theirs.encode(TEXT) == ours.encode(TEXT)
+    assert theirs.all_special_tokens == ours.all_special_tokens

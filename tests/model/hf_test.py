@@ -12,9 +12,18 @@ import pytest
 import safetensors.numpy
 
 from pfjax.infra import sharding, storage
-from pfjax.model import hf, hf_config, log_probs, tokenizer, transformer, weights
+from pfjax.model import (
+    hf,
+    hf_config,
+    log_probs,
+    rope,
+    tokenizer,
+    transformer,
+    weights,
+)
 from pfjax.sampler import engine
 from tests.conftest import run_on_two_processes
+from tests.model import small_families
 
 
 @pytest.fixture
@@ -182,8 +191,10 @@ INERT = {
     "_model_name_or_path": "a/b", "_commit_hash": "abc", "sep_token_id": 5,
     "decoder_start_token_id": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
     "typical_p": 1.0, "num_beams": 1, "max_length": 20, "pruned_heads": {},
-    "is_decoder": False, "task_specific_params": None, "bad_words_ids": None,
-    "tf_legacy_loss": False, "tokenizer_class": "PreTrainedTokenizerFast",
+    "task_specific_params": None, "bad_words_ids": None,
+    "tf_legacy_loss": False, "is_decoder": True, "gradient_checkpointing": True,
+    "use_bfloat16": True, "loss_type": "ForCausalLMLoss", "max_sequence_length": 2048,
+    "hidden_act": "swish", "qkv_bias": True, "some_penalty": 0, "some_share": 0.0, "tokenizer_class": "PreTrainedTokenizerFast",
 }  # fmt: skip
 
 
@@ -196,7 +207,7 @@ def test_what_changes_nothing_is_passed_over(folder, tiny_policy):
     "field",
     [
         {"final_logit_softcapping": 30.0},
-        {"is_decoder": True},
+        {"is_encoder_decoder": True},
         {"pruned_heads": {"0": [1]}},
         {"logit_scale": 0.5},
     ],
@@ -246,12 +257,18 @@ def test_stop_tokens_of_the_policy_are_exported(folder, tmp_path, tiny_policy):
     """Those it was trained with, in both places that others read them from."""
     import transformers
 
-    (folder / "generation_config.json").write_text('{"eos_token_id": 9, "top_k": 5}')
+    generation = {"eos_token_id": 9, "pad_token_id": 0, "top_k": 5, "temperature": 0.6}
+    generation |= {"repetition_penalty": 1.1, "min_p": 0.1, "max_length": 20}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     config = dataclasses.replace(tiny_policy.config, stop_ids=(1, 3))
     hf.save(tiny_policy._replace(config=config), tmp_path / "out", base=folder)
     assert hf.load(tmp_path / "out").config.stop_ids == (1, 3)
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
-    assert generation.eos_token_id == [1, 3] and generation.top_k == 5
+    assert generation.eos_token_id == [1, 3] and generation.pad_token_id == 0
+    # Nothing else shapes what is sampled: the policy was not trained to be sampled so.
+    said = json.loads((tmp_path / "out/generation_config.json").read_text())
+    shaping = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    assert said == {"eos_token_id": [1, 3], "pad_token_id": 0} | shaping
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == [
         1,
         3,
@@ -294,6 +311,7 @@ def test_a_base_that_is_another_model_is_refused(folder, tmp_path, tiny_policy):
             "index.json is not an index of .*weight_map",
         ),
         ("model.safetensors.index.json", "{nothing", "index.json is not an index of"),
+        ("model.safetensors.index.json", '{"weight_map": {"x": 5}}', "is not an index"),
         ("config.json", "nothing", "^[^ ]*config.json is not JSON"),
     ],
 )
@@ -488,3 +506,236 @@ def test_a_model_is_saved_to_a_bucket_and_loaded_from_it(bucket):
             hf.resolve(f"{bucket}/{name}")
     with pytest.raises(ValueError, match="something other than a model"):
         hf.save(policy, f"{bucket}/other")
+
+
+def test_a_model_without_stop_tokens_is_saved_with_none(folder, tmp_path, tiny_policy):
+    """transformers fails on an empty list."""
+    config = dataclasses.replace(tiny_policy.config, stop_ids=())
+    for kwargs in ({}, {"base": folder}):
+        hf.save(tiny_policy._replace(config=config), tmp_path / "out", **kwargs)
+        for name in ("config.json", "generation_config.json"):
+            said = json.loads((tmp_path / "out" / name).read_text())
+            assert said["eos_token_id"] is None
+        assert hf.load(tmp_path / "out").config.stop_ids == ()
+
+
+YARN = rope.RopeConfig(2e4, "yarn", factor=4.0, original_positions=32)
+
+
+@pytest.mark.parametrize("scaling", [rope.RopeConfig(2e4), YARN])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo3"])
+def test_a_saved_config_says_the_same_in_the_names_of_transformers_4(
+    name, scaling, tmp_path, tiny_config
+):
+    import transformers
+
+    config = small_families.config_of(name, tiny_config, window=4)
+    config = dataclasses.replace(config, rope=scaling, stop_ids=(1,))
+    policy = transformer.Policy(
+        config, transformer.init_params(config, jax.random.key(0))
+    )
+    hf.save(policy, tmp_path / "out", dtype="bfloat16")
+    # Of a base in the newer names alone, too.
+    path = tmp_path / "out/config.json"
+    said = json.loads(path.read_text())
+    older = ("rope_theta", "rope_scaling", "torch_dtype", "rope_local_base_freq")
+    new = {k: x for k, x in said.items() if k not in older}
+    shutil.copytree(tmp_path / "out", tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(new))
+    hf.save(policy, tmp_path / "again", base=tmp_path / "base")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == said
+    assert said["torch_dtype"] == said["dtype"] == "bfloat16"
+    assert said["rope_theta"] == 2e4
+    assert said.get("rope_local_base_freq") == (100.0 if name == "gemma3" else None)
+    assert said.get("rope_scaling", {}).get("factor") == (
+        4.0 if scaling is YARN else None
+    )
+    assert hf.load(tmp_path / "out").config == config
+    found, want = (
+        transformers.AutoConfig.from_pretrained(tmp_path / x) for x in ("out", "base")
+    )
+    assert found.rope_parameters == want.rope_parameters
+    # Alone they are read as the same model, but for a window's own rope.
+    (tmp_path / "out/config.json").write_text(
+        json.dumps({k: x for k, x in said.items() if k != "rope_parameters"})
+    )
+    if name != "olmo3":
+        assert hf.load(tmp_path / "out").config == config
+
+
+def test_of_a_base_only_what_belongs_to_its_tokenizer_and_its_terms_is_exported(
+    folder, tmp_path, tiny_policy
+):
+    kept = (
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+        "merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
+        "special_tokens_map.json", "preprocessor_config.json", "LICENSE",
+    )  # fmt: skip
+    left = (
+        "model.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx", "rust_model.ot",
+        "pytorch_model.bin.index.json", "trainer_state.json", "eval_results.json",
+        "params.json", "consolidated.safetensors", ".gitattributes", "mergekit.yml",
+        "onnx/config.json", "adapter_model.bin", "README.md", "data.jsonl",
+    )  # fmt: skip
+    for name in (*kept, *left):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    hf.save(tiny_policy, tmp_path / "out", base=folder)
+    found = [x for x in (tmp_path / "out").rglob("*") if x.is_file()]
+    found = {str(x.relative_to(tmp_path / "out")) for x in found}
+    own = {"config.json", "generation_config.json", "model.safetensors"}
+    assert found == {*kept, *own}
+
+
+def test_a_pointer_of_git_lfs_is_named(folder):
+    assert hf.resolve(folder) == folder
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1044992\n"
+    )
+    for name in ("tokenizer.model", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text(pointer)
+        said = rf"{folder}/{name} is a pointer of git LFS.* `git lfs pull`"
+        with pytest.raises(ValueError, match=said):
+            hf.resolve(folder)
+        assert hf.resolve_config(folder) == folder
+        (folder / name).unlink()
+    (folder / "m.gguf").write_text(pointer)
+    with pytest.raises(ValueError, match="m.gguf is a pointer"):
+        hf.resolve(folder / "m.gguf")
+
+
+def test_a_file_of_a_model_is_answered_with_its_folder(folder):
+    for name in ("config.json", "model.safetensors"):
+        said = f"{name} is a file: give the folder of the model, {folder}$"
+        with pytest.raises(ValueError, match=said):
+            hf.resolve(folder / name)
+
+
+def test_the_same_weights_again_are_neither_fetched_nor_part_of_a_fingerprint(
+    folder, monkeypatch
+):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [
+        "config.json", "model-00001-of-00002.safetensors", "tokenizer.model",
+        "model.safetensors.index.json", "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
+    others = [
+        "consolidated.safetensors", "checkpoint-500/model.safetensors", "pytorch_model.bin",
+        "checkpoint-500/trainer_state.json", "original/params.json", "onnx/model.onnx",
+    ]  # fmt: skip
+    found = []
+
+    def fetch(hub_id, revision, **patterns):
+        found.extend(filter_repo_objects([*wanted, *others], **patterns))
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    hf.resolve("someone/some-model")
+    assert found == wanted
+    before = hf.fingerprint(folder)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert hf.fingerprint(folder) == before
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    assert hf.fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_their_tensor(
+    tmp_path, tiny_policy, dtype, value
+):
+    hf.save(tiny_policy, tmp_path / "m", dtype=dtype)
+
+    def spoil(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+
+    _edit_tensors(tmp_path / "m", spoil)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors holds NaN .*1.mlp.up_proj"
+    ):
+        hf.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("size", [1, weights._CHECKED, 2 * weights._CHECKED + 3])
+def test_every_number_is_looked_at(size):
+    for dtype in ("float16", "bfloat16", "float32", "float64"):
+        dtype = jax.numpy.dtype(dtype)
+        largest = np.full(size, np.float64(jax.numpy.finfo(dtype).max)).astype(dtype)
+        assert weights._is_finite(largest) and weights._is_finite(-largest)
+        for at in {0, size // 2, size - 1}:
+            spoilt = largest.copy()
+            spoilt[at] = np.inf
+            assert not weights._is_finite(spoilt)
+
+
+def test_what_float16_cannot_hold_is_refused(folder, tmp_path, tiny_policy):
+    params = {
+        **tiny_policy.params,
+        "embed": tiny_policy.params["embed"].at[0, 0].set(1e6),
+    }
+    policy = tiny_policy._replace(params=params)
+    said = r"embed_tokens.weight holds values that float16 .* bfloat16 or float32"
+    with pytest.raises(ValueError, match=said):
+        hf.save(policy, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    hf.save(policy, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(ValueError, match=said):
+        hf.load(tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool"])
+def test_tensors_that_are_no_weights_are_refused(folder, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    _edit_tensors(folder, lambda t: t.update({name: t[name].astype(dtype)}))
+    with pytest.raises(
+        ValueError, match=f"{name} is of type [UIB][A-Z0-9]+, no weights"
+    ):
+        hf.load(folder)
+
+
+def test_a_tied_checkpoint_may_hold_the_matrix_by_its_other_name(folder):
+    """As transformers."""
+    _edit_config(folder, tie_word_embeddings=True)
+    _edit_tensors(folder, lambda t: t.pop("lm_head.weight", None))
+    want = hf.load(folder)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    _edit_tensors(folder, lambda t: t.update({names[0]: t.pop(names[1])}))
+    found = hf.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, found.params, want.params)
+    assert weights.stored_dtype(folder) == "float32"
+
+
+def test_fields_of_other_implementations_may_say_what_is_so_anyway(
+    tmp_path, tiny_config
+):
+    config = small_families.config_of("qwen3_moe", tiny_config, window=0)
+    said = hf_config.to_json(config, "float32")
+    # As of Qwen3-Coder.
+    same = {
+        "use_qk_norm": True,
+        "qkv_bias": False,
+        "shared_expert_intermediate_size": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said | same))
+    read = dataclasses.replace(hf_config.read(tmp_path), load_tokenizer=None)
+    assert read == dataclasses.replace(config, dtype=read.dtype)
+    for name, value in (
+        ("use_qk_norm", False),
+        ("qkv_bias", True),
+        ("shared_expert_intermediate_size", 64),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(said | {name: value}))
+        with pytest.raises(ValueError, match=f"sets {name}={value}: not supported"):
+            hf_config.read(tmp_path)
+
+
+def test_a_width_of_heads_that_is_null_is_that_of_the_hidden_size(
+    tmp_path, tiny_config
+):
+    config = small_families.config_of("qwen3_5", tiny_config, window=0)
+    said = hf_config.to_json(config, "float32") | {"head_dim": None}
+    said["num_attention_heads"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert hf_config.read(tmp_path).head_dim == config.embed_dim // 2

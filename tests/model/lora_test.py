@@ -230,3 +230,37 @@ def test_a_whole_model_is_saved_with_its_adapters_merged(adapted, tmp_path):
     saved = hf.load(tmp_path / "m")
     assert not saved.config.lora_rank
     np.testing.assert_allclose(_logits(saved), _logits(adapted), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{bad", "adapter_config.json is not JSON"),
+        ("[]", "adapter_config.json holds a list"),
+        ('{"r": "x", "lora_alpha": 4}', "rank 'x', alpha 4"),
+        ('{"r": null, "lora_alpha": 4}', "rank None, alpha 4"),
+        ('{"r": 4, "lora_alpha": []}', r"rank 4, alpha \[\]"),
+    ],
+)
+def test_a_damaged_config_of_adapters_is_named(adapted, tmp_path, text, said):
+    lora.save_peft(adapted, tmp_path, "a/b")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{said}"):
+        lora.read_peft(tmp_path)
+    if "JSON" in said:
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{said}"):
+            hf.resolve(tmp_path)
+
+
+def test_the_revision_of_a_base_is_a_field_of_its_own(adapted, tmp_path):
+    """As peft has it, which looks for a base of the whole name otherwise."""
+    import peft
+
+    lora.save_peft(adapted, tmp_path / "adapter", "a/b@v2")
+    said = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (said.base_model_name_or_path, said.revision) == ("a/b", "v2")
+    (tmp_path / "x@y").mkdir()
+    for base in (f"{tmp_path}/x@y", "a/b"):
+        lora.save_peft(adapted, tmp_path / "adapter", base)
+        said = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+        assert (said.base_model_name_or_path, said.revision) == (base, None)

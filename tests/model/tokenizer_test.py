@@ -236,3 +236,161 @@ def test_a_folder_without_a_tokenizer_is_said(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ValueError, match="no tokenizer could be read"):
         tokenizer.load(tmp_path)
+
+
+_GPT_4 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+PROBES = ("the sum 2023", " a  b", "two\n\n3.14", "</s> the", "<s>the</s>sum", "É's")
+
+
+def _bytes_tokenizer():
+    """Of bytes, cut as by Llama 3; beside it, what other classes would take it for."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    how = {"add_prefix_space": False, "use_regex": False}
+    cut = [pre_tokenizers.Split(Regex(_GPT_4), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cut, pre_tokenizers.ByteLevel(**how)]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **special)
+    made.train_from_iterator(["the sum of 2023 and 202"] * 9, trainer)
+    return made
+
+
+def _spaces_tokenizer(prefix):
+    """Of pieces with spaces as sentencepiece has them, but for the one in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"thesumofwan2034.1b", "th", "the", "▁the"]
+    ids = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    made = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))
+    first = [normalizers.Prepend("▁")] if prefix else []
+    spaces = [*first, normalizers.Replace(" ", "▁")]
+    made.normalizer = normalizers.Sequence(spaces)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "named", ["LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast", None]
+)
+def test_a_tokenizer_file_decides_whatever_class_the_folder_names(
+    family, named, tmp_path
+):
+    """transformers 5 makes what the class says of it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    said = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    if named:
+        text = json.dumps(said | {"tokenizer_class": named})
+        (tmp_path / "tokenizer_config.json").write_text(text)
+    for made in (_bytes_tokenizer(), _spaces_tokenizer(True), _spaces_tokenizer(False)):
+        made.save(str(tmp_path / "tokenizer.json"))
+        tok = tokenizer.load(tmp_path)
+        for text in PROBES:
+            want = made.encode(text).ids
+            assert tok.encode(text) == want, text
+            assert tok.decode(want) == made.decode(want, skip_special_tokens=False)
+        if named:
+            assert (tok.bos_token, tok.eos_token) == ("<s>", "</s>")
+            assert tok.chat_template == TEMPLATE
+
+
+def test_special_tokens_that_only_the_class_names_are_those_of_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    _spaces_tokenizer(False).save(str(tmp_path / "tokenizer.json"))
+    for named, eos in (("LlamaTokenizer", "</s>"), ("GPT2Tokenizer", None)):
+        text = json.dumps({"tokenizer_class": named})
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        tok = tokenizer.load(tmp_path)
+        assert (tok.eos_token, len(tok)) == (eos, 25)
+        assert tokenizer.decode(tok, tok.encode("</s>the")) == "the"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("said", [None, {}, {"add_bos_token": False}])
+def test_a_sentencepiece_model_alone_is_read_as_by_sentencepiece(kind, said, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sum of two and three is five"] * 50),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type=kind,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    model = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    tok = tokenizer.load(tmp_path)
+    bos = [] if said else [1]
+    for text in ("the sum", "  two  and", "three\nfive", "é2 is"):
+        assert tok.encode(text) == bos + model.encode(text)
+        assert tokenizer.decode(tok, tok.encode(text)) == text
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    named |= {"tokenizer_class": "GemmaTokenizer", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    if kind == "bpe":
+        assert tokenizer.load(tmp_path).encode("two")[0] == 1
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_every_way_to_ask_for_the_time_is_told_the_clock(folder, tmp_path, is_named):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (
+        "\n  {% set how = '%d %b %Y, %-d' %}\n"
+        "{% macro f() %}{{ strftime_now(how) }}{% endmacro %}"
+        "{{ f() }}|{{ messages[0]['content'] }}{{ strftime_now is defined }}"
+    )
+    plain = text.replace("strftime_now(how)", "'31 Dec 1999, 31'")
+    for template in (text, plain):
+        named = [{"name": x, "template": template} for x in ("default", "tool_use")]
+        path = tmp_path / "tokenizer_config.json"
+        said = json.loads(path.read_text())
+        said["chat_template"] = named if is_named else template
+        path.write_text(json.dumps(said))
+        tok = tokenizer.load(tmp_path, "", "1999-12-31T23:59:59")
+        how = {"tokenize": False}
+        found = tok.apply_chat_template([{"role": "user", "content": "two"}], **how)
+        assert found == "\n31 Dec 1999, 31|twoTrue"
+
+
+def test_a_template_that_leaves_out_the_question_is_refused(folder):
+    tok = tokenizer.load(folder)
+    parts_only = (
+        "{% for m in messages %}{% for p in m.content if p.type == 'text' %}"
+        "{{ p.text }}{% endfor %}{% endfor %}"
+    )
+    for lost in (parts_only, "{% for m in messages %}{{ m.text }}{% endfor %}"):
+        tok.chat_template = lost
+        with pytest.raises(ValueError, match=r"leaves out .* \('two and'\)"):
+            tokenizer.encode_prompt(tok, "two and")
+    tok.chat_template = parts_only
+    parts = [{"type": "text", "text": "two"}]
+    ids = tokenizer.encode_prompt(tok, [{"role": "user", "content": parts}])
+    assert tokenizer.decode(tok, ids) == "two"
+    # Changed is not lost.
+    for kept in ("content | upper", "content.split('two')[-1]", "content | tojson"):
+        tok.chat_template = "{% for m in messages %}{{ m." + kept + " }}{% endfor %}"
+        assert tokenizer.encode_prompt(tok, ' two "and" ')
+
+
+def test_no_token_ends_turns_where_a_template_shows_none(folder):
+    tok = tokenizer.load(folder)
+    tok.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    for hidden in (
+        "{% for m in messages if m.role == 'user' %}<|im_end|>{{ m.content }}{% endfor %}",
+        "{% for m in messages %}<|im_end|>{{ m.content | upper }}{% endfor %}",
+    ):
+        tok.chat_template = hidden
+        assert tokenizer.stop_ids(tok, _stopping(7)) == (2, 7)

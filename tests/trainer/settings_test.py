@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import re
 
 import jax
@@ -308,6 +310,27 @@ def test_an_adapter_decides_its_rank_alpha_and_targets(adapter):
         found = (*found[1:], found[0])
         with pytest.raises(ValueError, match=said):
             run_config.with_adapter(_config(**start, **{f"lora.{name}": value}))
+
+
+def test_an_adapter_of_another_model_is_said(adapter, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tmp_path, tmp_path / "c")
+    path = pathlib.Path(adapter) / "adapter_config.json"
+    made_for = json.loads(path.read_text())
+    for base, model, is_other in (
+        ("a/b", "a/b", False),
+        ("a/b", "/models/B/", False),
+        ("a/b", "a/b@main", False),
+        ("c", str(tmp_path), False),
+        ("", "x/y", False),
+        ("a/b", "a/b-Instruct", True),
+        ("a/b", "pfjax/toy", True),
+    ):
+        path.write_text(json.dumps(made_for | {"base_model_name_or_path": base}))
+        caplog.clear()
+        run_config.with_adapter(_config(**{"lora.init_from": adapter, "model": model}))
+        said = f"{adapter} was made for {base}, and is added to --config.model={model}"
+        assert (said in caplog.text) == is_other == bool(caplog.text), model
 
 
 def test_an_adapter_that_is_not_there_is_refused(adapter, tmp_path):

@@ -20,6 +20,7 @@ class Block(layers.Block):
 class Config(ModelConfig):
     model_type, architecture, block = "qwen2", "Qwen2ForCausalLM", Block
     json_defaults = {"max_window_layers": 28, "sliding_window": 4096}
+    json_implied = {"qkv_bias": True}
     # The biases are always there, whatever `attention_bias` says.
     json_fields = (
         "attention_bias",

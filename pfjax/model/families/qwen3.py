@@ -26,5 +26,6 @@ class Block(layers.Block):
 class Config(qwen2.Config):
     model_type, architecture, block = "qwen3", "Qwen3ForCausalLM", Block
     json_defaults = qwen2.Config.json_defaults | {"head_dim": 128}
+    json_implied = {"qkv_bias": False, "use_qk_norm": True}
 
     attention_bias: bool = False

@@ -167,13 +167,10 @@ class Config(ModelConfig):
             own = ("mrope_interleaved", "mrope_section", "partial_rotary_factor")
             plain = {name: x for name, x in p.items() if name not in own}
         part = 0.25 if part is None else part
+        width = json["head_dim"] or json["hidden_size"] // json["num_attention_heads"]
         is_number = isinstance(part, int | float) and not isinstance(part, bool)
         is_part = is_number and 0 < part <= 1
-        if (
-            not is_part
-            or int(json["head_dim"] * part) % 2
-            or json["head_dim"] * part < 2
-        ):
+        if not is_part or int(width * part) % 2 or width * part < 2:
             raise ValueError(
                 f"sets partial_rotary_factor={part!r}: an even number of dimensions must turn"
             )

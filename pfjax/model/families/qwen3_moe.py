@@ -43,6 +43,7 @@ class Block(qwen3.Block):
 @dataclasses.dataclass(frozen=True)
 class Config(ModelConfig):
     model_type, architecture, block = "qwen3_moe", "Qwen3MoeForCausalLM", Block
+    json_implied = qwen3.Config.json_implied | {"shared_expert_intermediate_size": 0}
     json_constants = ModelConfig.json_constants | {
         "decoder_sparse_step": 1,  # every layer has experts
         "use_sliding_window": False,  # of all layers, or not, by version of transformers
