@@ -9,6 +9,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -199,6 +200,22 @@ def read_bytes(path: epath.PathLike) -> bytes:
 def read_text(path: epath.PathLike) -> str:
     """As `read_bytes`, of UTF-8."""
     return read_bytes(path).decode()
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """As `read_text`, of JSON.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:  # or no text
+        if isinstance(error, BucketError):
+            raise
+        raise ValueError(
+            f"{path} is damaged, it holds no JSON: {error}; bring it back, or remove it"
+        ) from None
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -291,6 +291,10 @@ METRICS: dict[str, Metric] = {
         "0.35 to 0.5; what is compiled in a step counts against it",
         "devices of known peak",
     ),
+    "evaluation/fingerprint": Metric(
+        "a number that evaluations share which asked the same (prompts, samples, how they are "
+        "drawn): only those are compared"
+    ),
     # Evaluation: of the policy, on held-out prompts, k samples each.
     "eval/avg@k": Metric(
         "mean accuracy over prompts and their k samples",
