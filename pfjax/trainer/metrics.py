@@ -5,7 +5,8 @@ The page of metrics in docs/ is made from here, and a test compares the keys wit
 runs. Formulas are LaTeX. Means are over the responses of a step (E) unless a prompt is
 named; sums over t run over the tokens of a response, its stop token included. In what
 follows m and m_0 are the log-probs per token of policy and base, and delta is the residual
-of the target (see `targets.Target.residual`).
+of the target (see `targets.Target.residual`). What cannot be known is left out: a spread
+among the responses to a prompt that has one, an error over one prompt.
 """
 
 import re

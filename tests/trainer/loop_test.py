@@ -1281,6 +1281,7 @@ def test_a_step_is_saved_before_it_is_evaluated_and_rated_after(config, tmp_path
     run(None, on_evaluation)
     rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
     assert seen[-1][0] == 3 and "eval/avg@1" in rows[3] and (folder / "hf").exists()
+    assert "eval/avg@1_se" not in rows[3]  # of one prompt there is none
     assert len({row["evaluation/fingerprint"] for row in rows}) == 1
     assert "3" in {x.parts[-3] for x in rated()}
 
