@@ -14,7 +14,7 @@ from flax import traverse_util
 from configs import default
 from pfjax.model import lora, transformer
 from pfjax.sampler import options
-from pfjax.trainer import config_checks, run_config, settings
+from pfjax.trainer import config_checks, recipes, run_config, settings
 
 
 def _config(**changes):
@@ -201,6 +201,15 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             {"teacher_decay": 0.9, "reward": "majority", "beta": 1.0},
             "which powerflow does not follow",
         ),
+        ({"lora.alpha": 16.0}, "lora.alpha=16.0 without adapters: give their rank"),
+        (
+            {"behavior.base_temperature": 2.0},
+            "behavior.base_temperature=2.0 has no effect without samples of the base: set",
+        ),
+        ({"behavior.from_file": 0.5}, "behavior.from_file=0.5 has no effect without a file"),
+        ({"reward_per": "token"}, "reward_per=token has no effect without a reward: set"),
+        ({"profile_steps": (501, 503)}, "none of these is a step of the run"),
+        ({"profile_steps": (0, 1)}, "none of these is a step of the run"),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
         ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),
         ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),
@@ -209,6 +218,26 @@ def test_a_number_out_of_its_bounds_is_refused(name):
 def test_values_that_cannot_be_meant_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_checks.check(_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.alpha": 16.0, "lora.init_from": "a"},
+        {"behavior.base_temperature": 2.0, "schedules": "behavior.base:0@1,0.5@9"},
+        {"behavior.from_file": 0.5, "behavior.file": "a.jsonl"},
+        {"reward_per": "token", "objective": "flowrl", "beta": 15.0},
+        {"reward_per": "token", "reward": "accuracy", "beta": 1.0},
+        {"profile_steps": (500, 900)},
+    ],
+)
+def test_what_something_reads_is_taken(changes):
+    config_checks.check(_config(**changes))
+
+
+@pytest.mark.parametrize("name", recipes.recipe_paths())
+def test_every_recipe_is_taken(name):
+    config_checks.check(ml_collections.FrozenConfigDict(recipes.recipe(name)))
 
 
 def test_a_likelihood_takes_any_responses_but_the_policys():
