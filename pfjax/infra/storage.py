@@ -236,7 +236,11 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         return
     make_folder(path.parent)
     tmp = path.with_suffix(".tmp")
-    tmp.write_bytes(content)
+    try:
+        tmp.write_bytes(content)
+    except OSError as error:  # a full disk does not say of which file
+        error.filename = error.filename or str(path)
+        raise
     tmp.replace(path)
 
 

@@ -104,7 +104,7 @@ def _refuse_other_folders(folder: pathlib.Path, name: str, path: os.PathLike) ->
             "transformers would add to it: merge them first, or move them elsewhere"
         )
     if adapter.is_file():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "BASE"
+        base = storage.read_json(adapter).get("base_model_name_or_path") or "BASE"
         raise ValueError(
             f"{name} is an adapter, not a model: train from it with --config.model={base} "
             f"--config.lora.init_from={name}, or make a model of both with peft "
@@ -230,7 +230,7 @@ def _places(
 
 def _load_dial(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Policy:
     """A policy for every alpha, its base from where it was trained from."""
-    said = json.loads((folder / DIAL).read_text())
+    said = storage.read_json(folder / DIAL)
     base = resolve(said["base"])
     if said["base_fingerprint"] != fingerprint(base):
         raise ValueError(
@@ -307,7 +307,7 @@ def save(
     source = None if base is None else resolve(base)
     if source is not None:
         _check_base(policy.config, os.fspath(base), source)
-    config = {} if source is None else json.loads((source / "config.json").read_text())
+    config = {} if source is None else storage.read_json(source / "config.json")
     config = hf_config.language_part(config)
     of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
     of_base = config.get("dtype") or of_base
@@ -361,7 +361,7 @@ def _write_configs(
 
 def _update(path: pathlib.Path, values: dict) -> None:
     """Sets values of a JSON file that may not be there."""
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = storage.read_json(path) if path.is_file() else {}
     path.write_text(json.dumps(content | values, indent=2) + "\n")
 
 

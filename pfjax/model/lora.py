@@ -227,7 +227,7 @@ def read_peft(folder: pathlib.Path) -> Adapter:
       ValueError: if it is damaged, or not plain LoRA on projections.
     """
     path = folder / "adapter_config.json"
-    c = json.loads(path.read_text())
+    c = storage.read_json(path)
     plain = {"peft_type": "LORA", "bias": "none"}
     other = {k: c.get(k) for k, value in plain.items() if c.get(k, value) != value}
     other |= {k: x for k, x in c.items() if x and k not in _INERT | plain.keys()}

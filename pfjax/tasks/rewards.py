@@ -72,6 +72,9 @@ def check(text: str) -> None:
                 f"({', '.join(known)}, {', '.join(f'{x}:...' for x in _WITH_ARGUMENT)}, "
                 "or a function FILE.py:NAME)"
             )
+        file = reward_functions.source(term.name) if term.is_function else ""
+        if file.endswith(".py") and not storage.exists(file):
+            raise ValueError(f"--config.reward={text}: there is no file {file}")
         kind, given = reward_functions.argument(term.name)
         if term.is_function and kind in _WITH_ARGUMENT:
             try:

@@ -31,6 +31,12 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
         token_filters(c.eval_sampling.to_dict())
     except ValueError as error:
         raise ValueError(f"--config.eval_sampling.{error}") from None
+    strings = c.eval_sampling.stop_strings
+    if not all(isinstance(x, str) and x for x in strings):
+        raise ValueError(
+            f"--config.eval_sampling.stop_strings={strings}: must be texts that are not "
+            """empty, as in '("Question:",)'"""
+        )
     steps = c.profile_steps
     are_numbers = all(isinstance(x, int) for x in steps)
     if len(steps) != 2 or not are_numbers or not 0 <= steps[0] <= steps[1]:
@@ -405,10 +411,12 @@ def check_answers(
         return
     if missing:
         who = f"reward={c.reward}" if c.reward else f"objective={c.objective}"
+        cure = f"objectives that need none: {', '.join(free)}"
+        if c.reward:
+            cure = "give them (data.answer_field names their column), or another reward"
         raise ValueError(
             f"--config.{who} grades responses, but {missing} of "
-            f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
-            f"need none: {', '.join(free)}"
+            f"{len(answers)} prompts of {c.data.train} have no answer; {cure}"
         )
 
 

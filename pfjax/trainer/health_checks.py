@@ -151,8 +151,8 @@ def suspicions(
         out.append(
             f"{last[repeats]:.0%} of the responses are given to other prompts of the step "
             f"too, {first[repeats]:.0%} at the start ({repeats}): the policy is about to say "
-            "one thing to all. A smaller optim.learning_rate, or samples of the base "
-            "(behavior.base=0.5), mend that, unless the target itself repeats: compare "
+            "one thing to all. A smaller optim.learning_rate, or more samples of the base "
+            "(behavior.base), mend that, unless the target itself repeats: compare "
             "pfjax sample --method=mh"
         )
     length, cut = "completions/mean_length", "completions/clipped_ratio"
@@ -189,7 +189,7 @@ def _far_exponent(
         (
             f"the residual has become small ({_SPREAD}), yet the policy is the base to the power "
             f"of {last['tb/exponent']:.2f} rather than {alpha:g} (tb/exponent): what it seldom "
-            "says is not where the target wants it. Samples of the base (behavior.base=0.5) "
+            "says is not where the target wants it. More samples of the base (behavior.base) "
             "teach it that"
         )
     ]

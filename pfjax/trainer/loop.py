@@ -177,11 +177,13 @@ def _log_z_head(
 def _check_finite(values: dict[str, float], step: int) -> None:
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm, or a residual_clip, is the usual cure"
+            cure = (
+                "the last checkpoint, if there is one, is good. Look at grad_norm and tb/residual_p95_abs of the steps before; a smaller "
+                "optim.learning_rate or clip_norm, or a residual_clip, is the usual cure"
             )
+            if step == 1:
+                cure = "nothing was learned yet: look at the loss, the reward and the model"
+            raise FloatingPointError(f"{name} is {values[name]} at step {step}; {cure}")
 
 
 class _Run:

@@ -105,7 +105,7 @@ def describe(found: dict[str, Any], alpha: float) -> str:
     return "\n".join([*lines, *(f"warning: {x}" for x in warnings(found, alpha))])
 
 
-_MORE = ". More steps, or samples of the base (--config.behavior.base=0.5), mend that"
+_MORE = ". More steps, or more samples of the base (--config.behavior.base), mend that"
 
 
 def warnings(found: dict[str, Any], alpha: float) -> list[str]:

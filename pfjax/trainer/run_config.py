@@ -69,7 +69,7 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     path = folder / "config.json"
     if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
         return  # nothing that would be continued
-    old, new = json.loads(storage.read_text(path))["config"], json.loads(c.to_json())
+    old, new = storage.read_json(path)["config"], json.loads(c.to_json())
     said = f"{folder} holds a run with another config"
     check_same(said, identity(old), identity(new))
 
@@ -80,7 +80,7 @@ def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
     if c.data.clock or not tokenizer.asks_for_time(c.model):
         return c
     path = folder / "config.json"
-    old = json.loads(storage.read_text(path))["config"] if path.exists() else {}
+    old = storage.read_json(path)["config"] if path.exists() else {}
     clock = old.get("data", {}).get("clock", "") or tokenizer.now()
     return with_values(c, {"data.clock": distributed.text_from_first(clock)})
 
@@ -123,7 +123,7 @@ def read_config(folder: epath.Path) -> FrozenConfigDict:
       ValueError: if the folder holds no run, or one of another version of pfjax.
     """
     path = folder / "config.json"
-    content = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    content = storage.read_json(path) if storage.exists(path) else {}
     if "config" not in content:
         raise ValueError(f"{folder} holds no run: it has no config.json of one")
     out = settings.default_config()

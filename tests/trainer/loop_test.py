@@ -494,6 +494,10 @@ def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
     pathlib.Path(config.data.train).write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match="1 of 1 prompts of .* have no answer"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.objective, config.reward, config.beta = "powerflow", "accuracy", 1.0
+    with pytest.raises(ValueError, match="no answer; give them .data.answer_field"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.reward, config.beta = "", 0.0
     config.objective, config.samples_per_prompt = "ttrl", 1
     with pytest.raises(ValueError, match="samples_per_prompt must be at least 2"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
@@ -1318,3 +1322,13 @@ def test_a_row_that_is_lost_is_not_taken_from_an_earlier_step(whole, tmp_path):
     assert [row["step"] for row in found] == [0, 1, 2, 4]
     assert found[-1]["eval/avg@16"] == rows[-1]["eval/avg@16"]
     assert "tb/loss" not in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [(1, "step 1; nothing was learned yet"), (2, "the last checkpoint")],
+)
+def test_a_first_step_that_is_not_finite_speaks_of_no_checkpoint(step, said):
+    with pytest.raises(FloatingPointError, match=said) as error:
+        loop._check_finite({"loss": np.nan, "grad_norm": 1.0}, step)
+    assert ("checkpoint" in str(error.value)) == (step > 1)

@@ -201,13 +201,32 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             {"teacher_decay": 0.9, "reward": "majority", "beta": 1.0},
             "which powerflow does not follow",
         ),
+        (
+            {"eval_sampling.stop_strings": (12,)},
+            "--config.eval_sampling.stop_strings=(12,): must be texts that are not empty",
+        ),
+        ({"eval_sampling.stop_strings": ("",)}, "must be texts that are not empty"),
+        (
+            {"reward": "nowhere.py:f", "beta": 1.0},
+            "--config.reward=nowhere.py:f: there is no file nowhere.py",
+        ),
+        (
+            {"format_term": "nowhere.py:f"},
+            "--config.format_term=nowhere.py:f: there is no file nowhere.py",
+        ),
         ({"lora.alpha": 16.0}, "lora.alpha=16.0 without adapters: give their rank"),
         (
             {"behavior.base_temperature": 2.0},
             "behavior.base_temperature=2.0 has no effect without samples of the base: set",
         ),
-        ({"behavior.from_file": 0.5}, "behavior.from_file=0.5 has no effect without a file"),
-        ({"reward_per": "token"}, "reward_per=token has no effect without a reward: set"),
+        (
+            {"behavior.from_file": 0.5},
+            "behavior.from_file=0.5 has no effect without a file",
+        ),
+        (
+            {"reward_per": "token"},
+            "reward_per=token has no effect without a reward: set",
+        ),
         ({"profile_steps": (501, 503)}, "none of these is a step of the run"),
         ({"profile_steps": (0, 1)}, "none of these is a step of the run"),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
@@ -359,3 +378,16 @@ def test_other_values_are_of_a_copy():
 
 def test_a_setting_that_is_gone_is_a_difference():
     assert run_config.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]
+
+
+def test_a_config_that_was_cut_short_is_named(tmp_path):
+    folder = epath.Path(tmp_path)
+    run_config.write_config(_config(), folder)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text()[:40])
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    said = rf"^{path} is damaged, it holds no JSON[^\n]*$"
+    with pytest.raises(ValueError, match=said):
+        run_config.read_config(folder)
+    with pytest.raises(ValueError, match=said):
+        run_config.check_workdir(_config(), folder)
