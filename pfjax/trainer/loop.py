@@ -82,7 +82,6 @@ def train_and_evaluate(
         storage.make_folder(folder)
         if distributed.is_first():
             stack.enter_context(Lease(folder))
-            run_config.write_config(config, folder)
         callbacks = Callbacks(on_step, on_evaluation)
         run = _Run(config, folder, trainer, callbacks, stack)
         state = run.train(state, about)
@@ -178,8 +177,9 @@ def _check_finite(values: dict[str, float], step: int) -> None:
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
             cure = (
-                "the last checkpoint, if there is one, is good. Look at grad_norm and tb/residual_p95_abs of the steps before; a smaller "
-                "optim.learning_rate or clip_norm, or a residual_clip, is the usual cure"
+                "the last checkpoint, if there is one, is good. Look at grad_norm and "
+                "tb/residual_p95_abs of the steps before; a smaller optim.learning_rate or "
+                "clip_norm, or a residual_clip, is the usual cure"
             )
             if step == 1:
                 cure = "nothing was learned yet: look at the loss, the reward and the model"
@@ -198,6 +198,7 @@ class _Run:
         stack: contextlib.ExitStack,
     ):
         self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
+        self.settings = config
         self.num_steps, self.eval_every = config.num_steps, config.eval_every
         self.checkpoint_every = config.checkpoint_every
         self.has_evaluation = bool(config.data.eval or config.data.target)
@@ -226,6 +227,8 @@ class _Run:
     def train(self, state: TrainState, about: str) -> TrainState:
         """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
+        if distributed.is_first():  # of a run that may be continued
+            run_config.write_config(self.settings, self.folder)
         args = (start or -1, self.config, self.wandb_project)
         self.writer = Writer(self.folder, *args)
         self.progress = Progress(start, self.num_steps, self.log_every)

@@ -4,6 +4,8 @@ of the run that a folder holds already."""
 import importlib.metadata
 import json
 import operator
+import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,13 +109,29 @@ def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default, and of
-    other things an older run may know less."""
+    other things an older run may know less. Where a file is does not count: identities have
+    fingerprints of what is in it."""
     default = {k: s.default for k, s in settings.SETTINGS.items()}
     free = {*CHANGES, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
+    old, new = _without_folders(old), _without_folders(new)
     names = sorted((old.keys() | (new.keys() & default.keys())) - free)
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
     pairs = [(k, value(old, k), value(new, k)) for k in names]
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
+
+
+_PLACES = {"model", "base", "lora.init_from", "data.train", "data.target"}
+_PLACES |= {"behavior.file"}
+_WITH_FILES = {"reward", "format_term", "objective"}  # among other words
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """An identity in which files go by their names alone."""
+    name_of = lambda x: pathlib.PurePath(x).name
+    in_text = lambda x: re.sub(r"[^\s,*:]*/(?=[^/\s,*:]+\.(py|toml)\b)", "", x)
+    out = {in_text(k) if k.startswith("code of ") else k: x for k, x in values.items()}
+    out |= {k: name_of(out[k]) for k in _PLACES & out.keys()}
+    return out | {k: in_text(out[k]) for k in _WITH_FILES & out.keys()}
 
 
 def read_config(folder: epath.Path) -> FrozenConfigDict:

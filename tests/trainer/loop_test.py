@@ -1332,3 +1332,25 @@ def test_a_first_step_that_is_not_finite_speaks_of_no_checkpoint(step, said):
     with pytest.raises(FloatingPointError, match=said) as error:
         loop._check_finite({"loss": np.nan, "grad_norm": 1.0}, step)
     assert ("checkpoint" in str(error.value)) == (step > 1)
+
+
+def test_a_run_goes_on_with_its_prompts_from_elsewhere_but_no_others(config, tmp_path):
+    """And what is refused leaves the folder as it was."""
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    config.data.train = str(shutil.copy(config.data.train, place))
+    config.num_steps = 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    kept = (tmp_path / "run/config.json").read_text()
+    assert str(place) in kept and len(_deterministic(tmp_path / "run")) == 3
+    other = place / "other" / pathlib.Path(config.data.train).name
+    other.parent.mkdir()
+    other.write_text('{"prompt": "b a"}\n')
+    config.data.train = str(other)
+    with pytest.raises(
+        ValueError, match=r"another run.*\n(.*\n)*  prompts: \w+ -> \w+"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert (tmp_path / "run/config.json").read_text() == kept

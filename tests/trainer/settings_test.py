@@ -391,3 +391,35 @@ def test_a_config_that_was_cut_short_is_named(tmp_path):
         run_config.read_config(folder)
     with pytest.raises(ValueError, match=said):
         run_config.check_workdir(_config(), folder)
+
+
+def test_where_a_file_is_does_not_make_another_run():
+    old = {
+        "model": "models/a",
+        "data.train": "./tr.jsonl",
+        "behavior.file": "x/given.jsonl",
+        "reward": "0.1 * code/mine.py:f, accuracy",
+        "objective": "own.py:f",
+        "code of own.py": "0123",
+    }
+    new = {
+        "model": "/home/me/models/a/",
+        "data.train": "/home/me/tr.jsonl",
+        "behavior.file": "../x/given.jsonl",
+        "reward": "0.1 * /home/me/code/mine.py:f, accuracy",
+        "objective": "/home/me/own.py:f",
+        "code of /home/me/own.py": "0123",
+    }
+    assert run_config.differences(old, new) == []
+    assert run_config.differences(new, old) == []
+    for name, value in {
+        "model": "/home/me/models/b",
+        "data.train": "tr2.jsonl",
+        "behavior.file": "",
+        "reward": "0.2 * code/mine.py:f, accuracy",
+        "objective": "own.py:g",
+        "code of /home/me/own.py": "4567",
+    }.items():
+        assert len(run_config.differences(old, new | {name: value})) == 1, name
+    # A pattern is no file.
+    assert run_config.differences({"reward": 'regex:"a/b"'}, {"reward": 'regex:"c/b"'})
