@@ -10,6 +10,7 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${PFJAX_VENV:-$ROOT/.venv}
+[[ $VENV == /* ]] || VENV=$PWD/$VENV # scripts change the folder
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -26,10 +27,20 @@ answer_help() { # argument ...
   done
 }
 
+is_supported() { # python
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
 find_python() {
   local candidate
-  for candidate in ${PFJAX_PYTHON:+"$PFJAX_PYTHON"} python3 python3.13 python3.12 python3.11 python; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  if [[ -n ${PFJAX_PYTHON:-} ]]; then
+    is_supported "$PFJAX_PYTHON" ||
+      fail "PFJAX_PYTHON=$PFJAX_PYTHON is no Python 3.11 or newer; name another, or leave it out"
+    command -v "$PFJAX_PYTHON"
+    return
+  fi
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if is_supported "$candidate"; then
       command -v "$candidate"
       return
     fi
@@ -69,6 +80,10 @@ has_tpu() {
   return 1
 }
 
+is_ready() { # stamp
+  [[ -x $PYTHON && -f $VENV/.pfjax-ready && $(<"$VENV/.pfjax-ready") == "$1" ]]
+}
+
 prepare() {
   local extras stamp python log free pins=()
   extras=$(printf '%s\n' "$@" "${PFJAX_EXTRAS:-}" "$(accelerator)" | sed '/^$/d' | paste -sd, -)
@@ -78,11 +93,19 @@ prepare() {
   # Without an accelerator JAX need not look for one: its TPU library, which the tests
   # compile with, complains at length.
   if [[ -z $(accelerator) ]]; then export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}; fi
-  if [[ -x $PYTHON && -f $VENV/.pfjax-ready && $(<"$VENV/.pfjax-ready") == "$stamp" ]]; then
-    return
-  fi
+  if is_ready "$stamp"; then return; fi
   python=$(find_python) || exit 1
   mkdir -p "$VENV" 2>/dev/null || fail "cannot write $VENV; choose another place: PFJAX_VENV=/path"
+  # Of several that start at once one makes it, and the others wait. A file system may not
+  # know locks.
+  if command -v flock >/dev/null; then
+    exec 9>"$VENV/.pfjax-lock"
+    flock 9 || true
+    if is_ready "$stamp"; then
+      exec 9>&-
+      return
+    fi
+  fi
   free=$(df -Pk "$VENV" | awk 'NR == 2 {print int($4 / 1048576)}')
   ((free >= 4)) || fail "$VENV has $free GiB of free disk; the environment needs 4. Choose another place: PFJAX_VENV=/path"
   log=$VENV/install.log
@@ -102,6 +125,7 @@ prepare() {
     fail "installing the project failed (whole log: $log)"
   fi
   printf '%s\n' "$stamp" >"$VENV/.pfjax-ready"
+  exec 9>&-
 }
 
 # Run by itself it has nothing to do but this.

@@ -63,7 +63,7 @@ choose_python() {
     PFJAX_PYTHON=python$PYTHON_VERSION
   elif ! PFJAX_PYTHON=$(python_by_uv); then
     # Ends this if there is none.
-    PFJAX_PYTHON=$(find_python)
+    PFJAX_PYTHON=$(PFJAX_PYTHON='' find_python)
     echo "$host: no Python $PYTHON_VERSION can be had (above); taking $("$PFJAX_PYTHON" --version)" >&2
   fi
   export PFJAX_PYTHON

@@ -22,7 +22,7 @@ with epy.lazy_imports():
 
     from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
     from pfjax.model import dial, hf
-    from pfjax.trainer import checkpoint, export, run_config
+    from pfjax.trainer import checkpoint, evaluations, export, run_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("step", None, "checkpoint to take; default: the latest")
@@ -48,6 +48,7 @@ def main(args: list[str]) -> None:
     with jax.set_mesh(mesh := sharding.make_mesh()):
         policy = export.load(config, folder, step, mesh)
         rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+        rows = evaluations.comparable(rows)  # with what config.json has
         history = [row for row in rows if row["step"] <= step]
         export.write(policy, config, history, out, adapter, repo)
     print(f"model of step {step}: {out}")

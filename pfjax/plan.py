@@ -27,7 +27,10 @@ _ALL = flags.DEFINE_bool("all", False, "estimate a table of topologies instead")
 _SEARCH = flags.DEFINE_bool("search", False, "compare the meshes of --topology instead")
 _JSON = flags.DEFINE_bool("json", False, "print JSON")
 _RESPONSE = flags.DEFINE_integer(
-    "response_tokens", None, "mean length of a response; a third of max_new_tokens"
+    "response_tokens",
+    None,
+    "mean length of a response; a third of max_new_tokens",
+    lower_bound=1,
 )
 
 # What `--all` looks at; number of devices follows from the name.
@@ -61,6 +64,11 @@ def main() -> None:
         config, config.data.max_prompt_tokens, base.max_positions
     )
     response = _RESPONSE.value or max(config.max_new_tokens // 3, 1)
+    if response > config.max_new_tokens:
+        raise ValueError(
+            f"--response_tokens={response}: no response has more than "
+            f"--config.max_new_tokens={config.max_new_tokens}"
+        )
     plan_for = lambda x, can: planner.make_plan(config, base, x, response, can)
     if _ALL.value:
         _print_all([plan_for(x, False) for x in TOPOLOGIES])

@@ -173,7 +173,8 @@ def test_the_card_says_what_the_hub_asks_for(run, tmp_path):
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
     assert "tilted power distribution" in text and "distribution of me/other" in text
     assert "without labels" not in text
-    c.beta, c.schedules = 0.0, "alpha:1@1,3@9,beta:0@1,7@9"
+    # At its 4 steps, not where the schedule would end.
+    c.beta, c.schedules = 0.0, "alpha:1@0,5@8,beta:0@0,14@8"
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
     assert "of 3, times e to the power of 7 times the reward" in text
     assert f"(value@step): `{c.schedules}`" in text

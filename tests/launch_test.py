@@ -34,7 +34,10 @@ case $1 in
   -c) exit "${VERSION_STATUS:-0}" ;;
   -m)
     if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; fi
-    if [[ $2 == pip ]]; then echo "${PIP_SAYS:-}"; exit "${PIP_STATUS:-0}"; fi ;;
+    if [[ $2 == pip ]]; then
+      [[ -z ${PIP_SECONDS:-} ]] || sleep "$PIP_SECONDS"
+      echo "${PIP_SAYS:-}"; exit "${PIP_STATUS:-0}"
+    fi ;;
 esac
 """
 
@@ -175,6 +178,32 @@ def test_a_machine_without_a_device_is_told_so(launch, tmp_path):
 def test_extras_are_installed_besides(launch):
     _, asked = launch("test.sh", PFJAX_EXTRAS="wandb,gguf")
     assert any("[dev,wandb,gguf]" in line for line in asked if "pip" in line)
+
+
+def test_a_python_that_is_named_is_taken_or_refused(launch, tmp_path):
+    done, asked = launch("local.sh", PFJAX_PYTHON="/nowhere/python")
+    assert done.returncode == 1 and not asked
+    assert "PFJAX_PYTHON=/nowhere/python is no Python 3.11 or newer" in done.stderr
+    _, asked = launch("local.sh", PFJAX_PYTHON=str(tmp_path / "bin/python"))
+    assert any("-m venv" in line for line in asked)
+
+
+def test_a_relative_place_of_the_environment_is_of_where_it_was_given(launch, tmp_path):
+    _, asked = launch("local.sh", PFJAX_VENV="an env")
+    assert f"-m venv {tmp_path / 'an env'}" in asked
+
+
+def test_of_two_that_start_at_once_one_makes_the_environment(launch, tmp_path):
+    for tool in ("flock", "sleep"):
+        os.symlink(shutil.which(tool), tmp_path / "bin" / tool)
+    record = tmp_path / "record"
+    command = ["bash", str(launch.checkout / "launch/local.sh")]
+    env = {"PATH": str(tmp_path / "bin"), "RECORD": str(record), "PIP_SECONDS": "1"}
+    both = [subprocess.Popen(command, env=env, cwd=tmp_path) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    asked = record.read_text().splitlines()
+    assert sum("pip install" in line for line in asked) == 1
+    assert sum("pfjax.train" in line for line in asked) == 2
 
 
 @pytest.fixture

@@ -536,6 +536,10 @@ def test_command_line_of_a_run_that_does_not_fit():
     "given, message",
     [
         (["--topology=v9:2x2"], "give KIND:GRID for TPUs"),
+        (["--topology=h100:0"], "give KIND:GRID for TPUs"),
+        (["--topology=v5e:0x4"], "give KIND:GRID for TPUs"),
+        (["--topology=h100:1", "--response_tokens=0"], "--response_tokens"),
+        (["--topology=h100:1", "--response_tokens=99999"], "no response has more than"),
         ([], "give --topology=NAME or --all"),
         (
             ["--topology=h200:8", "--config.mesh.tensor=3"],
@@ -551,6 +555,13 @@ def test_mistakes_are_one_message(given, message):
     status, out, error = _run(*given)
     assert status == 1 and not out
     assert error.startswith("error: ") and message in error
+
+
+def test_a_grid_that_no_tpu_has_is_one_message():
+    pytest.importorskip("libtpu")
+    status, _, error = _run("--topology=v5e:3x3")
+    assert status == 1 and error.count("\n") == 1
+    assert error.startswith("error: --topology=v5e:3x3: there is no such TPU: ")
 
 
 @pytest.mark.parametrize(

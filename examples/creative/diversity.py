@@ -319,7 +319,7 @@ def diversity_scores(
     for name, values in per_prompt.items():
         scores[name] = float(np.mean(values))
         scores[f"{name}_se"] = estimators.standard_error(np.array(values))
-    return scores
+    return {name: x for name, x in scores.items() if x is not None}
 
 
 def _scores_of_prompt(

@@ -242,8 +242,9 @@ def quality(judgements: Judgements, rows: list[Row]) -> dict[str, float]:
     if not by_prompt:
         raise ValueError(f"none of {len(rows)} responses has a score from the judge")
     means = np.array([np.mean(scores) for scores in by_prompt.values()])
-    return {
+    found = {
         "quality": float(means.mean()),
         "quality_se": estimators.standard_error(means),
         "judged_frac": sum(map(len, by_prompt.values())) / len(rows),
     }
+    return {name: x for name, x in found.items() if x is not None}

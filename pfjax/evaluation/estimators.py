@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 
-def standard_error(per_problem: Float[np.ndarray, "p"]) -> float:
-    """Standard error of a mean over problems; 0 for fewer than two.
+def standard_error(per_problem: Float[np.ndarray, "p"]) -> float | None:
+    """Standard error of a mean over problems; None for fewer than two, which do not tell.
 
     Problems are what was drawn from a population: more samples per problem do not
     shrink the spread between problems.
     """
     n = len(per_problem)
-    return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    return float(np.std(per_problem, ddof=1) / np.sqrt(n)) if n > 1 else None
 
 
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:

@@ -84,7 +84,8 @@ def score(
 
 
 def measure(samples: Samples, target: Target) -> dict[str, float]:
-    """Estimates, means over prompts, each with its standard error over prompts, `NAME_se`.
+    """Estimates, means over prompts, each with its standard error over prompts, `NAME_se`,
+    unless there is one prompt alone.
 
     Returns:
       `log_z`: where the target sums to 1, nats per token (or per response).
@@ -129,7 +130,7 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
         out[name], out[f"{name}_se"] = float(values.mean()), standard_error(values)
     for name, mass in {"exponent": of_base, "exponent_target": of_target}.items():
         out[name], out[f"{name}_se"] = slope(power, samples.log_p_base, mass)
-    return out
+    return {name: x for name, x in out.items() if x is not None}
 
 
 def _root(log_weight: np.ndarray, scale: np.ndarray, log_sum: np.ndarray) -> np.ndarray:
@@ -148,13 +149,16 @@ def _root(log_weight: np.ndarray, scale: np.ndarray, log_sum: np.ndarray) -> np.
     return (low + high) / 2
 
 
-def slope(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Slope of y on x `[P, n]` within prompts by weighted least squares, and its standard
-    error over prompts; 0 where x is constant."""
+def slope(
+    y: np.ndarray, x: np.ndarray, weight: np.ndarray
+) -> tuple[float, float | None]:
+    """Slope of y on x `[P, n]` within prompts by weighted least squares, 0 where x is
+    constant; and its standard error over prompts, None for one."""
     weight = weight / weight.sum(axis=1, keepdims=True)
     x, y = (v - (weight * v).sum(axis=1, keepdims=True) for v in (x, y))
     xx, xy = (weight * x * x).sum(axis=1), (weight * x * y).sum(axis=1)
     total = max(xx.sum(), np.finfo(np.float32).tiny)
     out = xy.sum() / total
     rest = xy - out * xx
-    return float(out), float(np.sqrt((rest**2).sum()) / total)
+    error = float(np.sqrt((rest**2).sum()) / total) if len(x) > 1 else None
+    return float(out), error

@@ -101,7 +101,7 @@ class Record:
         self._write(self._read() | scores)
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(storage.read_text(self._scores))
+        return storage.read_json(self._scores)
 
     def _write(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -111,7 +111,7 @@ class Record:
 def clock_of(folder: epath.Path, names: Iterable[str]) -> str:
     """The time that prompts of the first of these sets were told; "" for none."""
     scores = [(folder / pathlib.PurePath(n).stem).with_suffix(".json") for n in names]
-    there = (json.loads(storage.read_text(x)) for x in scores if storage.exists(x))
+    there = (storage.read_json(x) for x in scores if storage.exists(x))
     found = (content["settings"] for content in there)
     return next((settings.get("clock", "") for settings in found), "")
 

@@ -132,7 +132,7 @@ def summarise(
     Returns:
       `length_mean`, `truncated`, `boxed_frac`, `distinct` (fraction of a prompt's
       responses that differ); where answers are known `avg@k`, its standard error over
-      problems `avg@k_se`, `maj@k`, `pass@k`, `answer_classes` and `answer_entropy` of a
+      problems `avg@k_se` (of two and more), `maj@k`, `pass@k`, `answer_classes` and `answer_entropy` of a
       problem (nats), `grader_timeouts`.
     """
     problems = [rows[i : i + k] for i in range(0, len(rows), k)]
@@ -157,4 +157,4 @@ def summarise(
             "answer_entropy": np.mean([estimators.answer_entropy(c) for c in classes]),
             "grader_timeouts": grader.timeouts,
         }
-    return {name: float(value) for name, value in scores.items()}
+    return {name: float(x) for name, x in scores.items() if x is not None}

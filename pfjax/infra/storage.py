@@ -9,6 +9,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -201,6 +202,22 @@ def read_text(path: epath.PathLike) -> str:
     return read_bytes(path).decode()
 
 
+def read_json(path: epath.PathLike) -> Any:
+    """As `read_text`, of JSON.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:  # or no text
+        if isinstance(error, BucketError):
+            raise
+        raise ValueError(
+            f"{path} is not JSON: {error}; if it is damaged, bring it back or remove it"
+        ) from None
+
+
 def write_text(path: epath.PathLike, text: str) -> None:
     """The file appears whole or not at all."""
     write_bytes(path, text.encode())
@@ -219,7 +236,11 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         return
     make_folder(path.parent)
     tmp = path.with_suffix(".tmp")
-    tmp.write_bytes(content)
+    try:
+        tmp.write_bytes(content)
+    except OSError as error:  # a full disk does not say of which file
+        error.filename = error.filename or str(path)
+        raise
     tmp.replace(path)
 
 

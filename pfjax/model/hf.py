@@ -263,7 +263,7 @@ def _places(
 
 def _load_dial(folder: pathlib.Path, mesh: Mesh | None, dtype: str) -> Policy:
     """A policy for every alpha, its base from where it was trained from."""
-    said = json.loads((folder / DIAL).read_text())
+    said = storage.read_json(folder / DIAL)
     base = resolve(said["base"])
     if said["base_fingerprint"] != fingerprint(base):
         raise ValueError(
@@ -340,7 +340,7 @@ def save(
     source = None if base is None else resolve(base)
     if source is not None:
         _check_base(policy.config, os.fspath(base), source)
-    config = {} if source is None else json.loads((source / "config.json").read_text())
+    config = {} if source is None else storage.read_json(source / "config.json")
     config = hf_config.language_part(config)
     of_base = config.pop("torch_dtype", None)  # as transformers 4 named it
     of_base = config.get("dtype") or of_base
@@ -388,7 +388,7 @@ def _write_configs(
     of how the base was to be sampled."""
     stop_ids = {"eos_token_id": list(model.stop_ids) or None}
     path = folder / "generation_config.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    old = storage.read_json(path) if path.is_file() else {}
     kept = {k: old[k] for k in ("bos_token_id", "pad_token_id") if k in old}
     path.write_text(json.dumps(kept | stop_ids | _SAMPLING, indent=2) + "\n")
     config |= rope.older_names(config) | {"tie_word_embeddings": model.tied_embeddings}

@@ -4,12 +4,12 @@ A field that is neither read here nor known to be without effect is an error tha
 it: a wrong rope base or an ignored scaling gives fluent and wrong text.
 """
 
-import json
 import math
 import pathlib
 import re
 from typing import Any
 
+from pfjax.infra import storage
 from pfjax.model import rope, weights
 from pfjax.model.config import FULL, SLIDING, ModelConfig
 from pfjax.model.families import FAMILIES
@@ -139,10 +139,7 @@ def _own_fields(family: type[ModelConfig], c: dict[str, Any]) -> dict[str, Any]:
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """What a JSON file says; ValueError, with its name, if that is no object."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:  # JSON, or UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    found = storage.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object")  # noqa: TRY004
     return found

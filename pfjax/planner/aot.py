@@ -38,7 +38,9 @@ def parse(topology: str) -> tuple[hardware.Chip, int]:
     kind, _, grid = topology.partition(":")
     try:
         chip = hardware.CHIPS[kind]
-        devices = math.prod(int(x) for x in grid.split("x"))
+        devices = math.prod(max(int(x), 0) for x in grid.split("x"))
+        if devices < 1:
+            raise ValueError
     except (KeyError, ValueError):
         raise ValueError(
             f"--topology={topology}: give KIND:GRID for TPUs (v5e:4x4, v5p:4x4x4) or "
@@ -79,7 +81,13 @@ def tpu_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
     os.environ |= _ENVIRONMENT
     # Otherwise two devices per chip, which nobody uses.
     chip = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    found = topologies.get_topology_desc(topology, "tpu", **chip)
+    try:
+        found = topologies.get_topology_desc(topology, "tpu", **chip)
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"--topology={topology}: there is no such TPU: {said}"
+        ) from error
     return sharding.make_mesh(*sizes, **named, devices=found.devices)
 
 

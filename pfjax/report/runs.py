@@ -5,7 +5,6 @@ group. Every number of a group is a mean over its runs, at a step that all of th
 """
 
 import collections
-import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from pfjax.infra import dataset_io, storage
+from pfjax.trainer import evaluations
 
 # Settings that do not make another experiment (whole sections by their name): the seed,
 # and what touches speed, memory or records only.
@@ -105,7 +105,7 @@ def _scores_by_alpha(folder: epath.Path) -> list[epath.Path]:
 def _read_scores(folder: epath.Path) -> dict[str, dict[float, dict[str, float]]]:
     out = collections.defaultdict(dict)
     for path in _scores_by_alpha(folder):
-        about = json.loads(storage.read_text(path))
+        about = storage.read_json(path)
         values = about.get("scores", {})
         accuracy = next((k for k in values if re.fullmatch(r"avg@\d+", k)), None)
         if accuracy is not None:  # there are answers, and they are graded
@@ -136,15 +136,17 @@ def _find(folder: epath.Path) -> Iterator[epath.Path]:
 def _read(folder: epath.Path) -> Run:
     path = folder / "config.json"
     try:
-        about = json.loads(storage.read_text(path))
+        about = storage.read_json(path)
         config, versions = _flatten(about["config"]), about["versions"]
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no config of a run: {error!r}") from error
     label, match = folder / "label.txt", folder / "match.json"
-    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
-    if rows and match.exists():  # of the last step
-        found = json.loads(storage.read_text(match))
-        rows[-1] |= {f"match/{name}": value for name, value in found.items()}
+    rows = evaluations.comparable(dataset_io.read_jsonl(folder / "metrics.jsonl"))
+    if rows and match.exists():
+        found = storage.read_json(match)
+        # An older pfjax did not say of which weights it is: of the last, then.
+        if found.pop("step", rows[-1]["step"]) == rows[-1]["step"]:
+            rows[-1] |= {f"match/{name}": value for name, value in found.items()}
     return Run(
         folder=folder,
         config=config,

@@ -1,7 +1,6 @@
 """Reward functions that come with pfjax; they run in processes as those of one's own do."""
 
 import importlib.util
-import json
 import re
 import resource
 import warnings
@@ -43,7 +42,7 @@ def check_reward_model(folder: str) -> None:
     config = storage.place(folder) / "config.json"
     if not storage.exists(config):
         raise ValueError(f"reward_model:{folder}: there is no {config}")
-    kinds = json.loads(storage.read_text(config)).get("architectures") or []
+    kinds = storage.read_json(config).get("architectures") or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         found = ", ".join(kinds) or "nothing"
         raise ValueError(

@@ -72,6 +72,9 @@ def check(text: str) -> None:
                 f"({', '.join(known)}, {', '.join(f'{x}:...' for x in _WITH_ARGUMENT)}, "
                 "or a function FILE.py:NAME)"
             )
+        file = reward_functions.source(term.name) if term.is_function else ""
+        if file.endswith(".py") and not storage.exists(file):
+            raise ValueError(f"--config.reward={text}: there is no file {file}")
         kind, given = reward_functions.argument(term.name)
         if term.is_function and kind in _WITH_ARGUMENT:
             try:
@@ -181,7 +184,11 @@ class Reward(contextlib.AbstractContextManager):
         args = (problems, texts, responses, grader, step, votes)
         with _of_setting(self.setting):
             for term in self.terms:
-                out += term.weight * self._of_term(term, *args)
+                values = term.weight * self._of_term(term, *args)
+                # What failed must not be better than what did not: a verifier gives 0 or
+                # -1, and a weight may turn the best into the worst.
+                worst = np.nanmin(values, initial=0.0)
+                out += np.where(np.isnan(values), worst, values)
         return out.astype(np.float32)
 
     def _of_term(
@@ -194,6 +201,7 @@ class Reward(contextlib.AbstractContextManager):
         step: int,
         votes: list[str] | None,
     ) -> np.ndarray:
+        """Its values, NaN where a function failed."""
         samples = len(texts) // max(len(problems), 1)
         if term.is_function:
             groups = [
@@ -205,10 +213,7 @@ class Reward(contextlib.AbstractContextManager):
                 )
                 for i, problem in enumerate(problems)
             ]
-            values = np.array(self.functions[term.name](groups), np.float64).ravel()
-            # What failed must not be better than what did not: a verifier gives 0 or -1.
-            worst = min(np.nanmin(values), 0.0)
-            return np.where(np.isnan(values), worst, values)
+            return np.array(self.functions[term.name](groups), np.float64).ravel()
         if term.name in OF_ANSWERS:
             answers = [last_boxed(text) for text in texts]
             golds = [problem.gold for problem in problems]

@@ -77,6 +77,7 @@ class Actor:
       indices_of: of prompts by their places in the endless order.
       prompts: by these indices.
       prompts_per_step, num_steps, checkpoint_every, max_staleness: of the run.
+      eval_every: of the run, which saves before it evaluates; 0 if it never does.
       ahead: steps that rounds run ahead of training; at most `max_staleness`.
     """
 
@@ -93,6 +94,7 @@ class Actor:
         prompts_per_step: int,
         num_steps: int,
         checkpoint_every: int,
+        eval_every: int = 0,
         max_staleness: int,
         ahead: int,
     ):
@@ -100,7 +102,7 @@ class Actor:
         self._send, self._send_base = send, send_base
         self._indices_of, self._prompts = indices_of, prompts
         self._num, self._num_steps = prompts_per_step, num_steps
-        self._checkpoint_every = checkpoint_every
+        self._saved_every = [n for n in (checkpoint_every, eval_every) if n]
         self._max_staleness, self._ahead = max_staleness, ahead
         self._rounds: dict[int, concurrent.futures.Future[Drawn]] = {}
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "pfjax-actor")
@@ -135,8 +137,8 @@ class Actor:
         return self._rounds.pop(step).result()
 
     def _begin(self, cursor: Cursor, step: int) -> None:
-        every = self._checkpoint_every
-        self._end = min(-(-step // every) * every, self._num_steps)
+        saved = (-(-step // every) * every for every in self._saved_every)
+        self._end = min(*saved, self._num_steps)
         self._streams = []  # before others take their memory
         with jax.set_mesh(self._mesh):
             self._streams = self._make_streams()

@@ -17,8 +17,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +40,20 @@ class Checkpoints:
     Args:
       directory: local or `gs://`.
       keep_best: checkpoints kept beside the latest two, those of the best metric.
+      best_of: which metric, and how it is measured. What checkpoints have of another is
+        dropped, as it cannot be compared; an older pfjax did not say.
     """
 
-    def __init__(self, directory: epath.Path, keep_best: int):
+    def __init__(self, directory: epath.Path, keep_best: int, best_of: str = ""):
         # Orbax reports every file, and what it then raises as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         storage.make_folder(directory)
-        self._directory = directory
-        self._remove_damaged_metrics()
+        self._directory, self._best_of = directory, best_of
+        self._remove_unusable_metrics()
+        self._metrics = _read_metrics(directory)
         policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["best"],
-            n=keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
         latest = policies.LatestN(2)  # one should the other be damaged
+        best = _Best(self._metrics, keep_best)
         kept = policies.AnyPreservationPolicy([latest, best])
         self._checkpointer = ocp.training.Checkpointer(
             _absolute(directory),
@@ -90,7 +89,7 @@ class Checkpoints:
         Args:
           step, state: updates done, and arrays.
           about: ready for JSON; `identity` in it says of which run this is.
-          metric: the larger, the better; without it never one of the best.
+          metric: the larger, the better; without it, or `rate`, never one of the best.
           replay: more arrays, of any shapes.
 
         Raises:
@@ -101,14 +100,33 @@ class Checkpoints:
         about, parts = {**about, "checksums": _checksums(state)}, {"state": state}
         if replay:
             about["replay"], parts["replay"] = _digest(replay), replay
+        if metric is not None:
+            self._metrics[step] = metric
         with self._said():
             self._checkpointer.save_checkpointables_async(
                 step,
                 {**parts, "about": _sealed(about)},
                 # Every one, also while the one before is being written.
                 force=True,
-                metrics=None if metric is None else {"best": metric},
+                metrics=None if metric is None else self._best(metric),
             )
+
+    def rate(self, step: int, metric: float | None) -> None:
+        """Gives a checkpoint, if there is one of the step, a metric that came after it."""
+        if (
+            metric is None
+            or step not in self.steps
+            or self._metrics.get(step) == metric
+        ):
+            return
+        self.wait()
+        self._metrics[step] = metric
+        if distributed.is_first():
+            text = json.dumps(self._best(metric))
+            storage.write_text(self._directory / f"{step}/{_METRICS}", text)
+
+    def _best(self, metric: float) -> dict[str, Any]:
+        return {"best": metric, "of": self._best_of}
 
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises OSError if it is not."""
@@ -176,15 +194,21 @@ class Checkpoints:
         multihost_utils.sync_global_devices("pfjax.checkpoint")
         self._checkpointer.reload()
 
-    def _remove_damaged_metrics(self) -> None:
-        """Orbax reads them all before anything else, and would not open."""
+    def _remove_unusable_metrics(self) -> None:
+        """Those that are damaged, as Orbax reads them all before anything else and would
+        not open; and those of another metric."""
         if distributed.is_first():
-            for file in self._directory.glob("[0-9]*/metrics/metrics"):
+            for file in self._directory.glob(f"[0-9]*/{_METRICS}"):
                 try:
-                    json.loads(storage.read_text(file))["best"]
+                    found = json.loads(storage.read_text(file))
+                    wrong = "is damaged" if "best" not in found else ""
+                    if found.get("of", self._best_of) != self._best_of:
+                        wrong = f"is of {found['of']}, not of {self._best_of}"
                 # Bytes that are no text are a ValueError.
-                except (ValueError, KeyError):
-                    print(f"{file} is damaged: that checkpoint counts without it")
+                except (ValueError, AttributeError):
+                    wrong = "is damaged"
+                if wrong:
+                    print(f"{file} {wrong}: that checkpoint counts without it")
                     file.unlink()
         multihost_utils.sync_global_devices("pfjax.checkpoint")
 
@@ -205,6 +229,30 @@ class Checkpoints:
             ) from error
 
 
+_METRICS = "metrics/metrics"  # of a checkpoint, where Orbax has it
+
+
+class _Best(NamedTuple):
+    """A policy of Orbax: keeps those of the best metrics, which may come after a save."""
+
+    metrics: dict[int, float]  # by step
+    number: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        rated = [x.step for x in checkpoints if x.step in self.metrics]
+        rated.sort(key=self.metrics.__getitem__)
+        best = rated[max(len(rated) - self.number, 0) :]
+        return [x.step in best for x in checkpoints]
+
+
+def _read_metrics(directory: epath.Path) -> dict[int, float]:
+    files = {n: directory / f"{n}/{_METRICS}" for n in saved_steps(directory)}
+    there = {n: x for n, x in files.items() if x.exists()}
+    return {n: storage.read_json(x)["best"] for n, x in there.items()}
+
+
 def saved_steps(directory: epath.Path) -> list[int]:
     """Of the checkpoints in a folder that a run may be writing to, ascending. This and
     what follows change nothing there."""
@@ -218,10 +266,8 @@ def saved_steps(directory: epath.Path) -> list[int]:
 
 def best_step(directory: epath.Path) -> int | None:
     """The one of the best metric; None if none has any."""
-    files = {n: directory / f"{n}/metrics/metrics" for n in saved_steps(directory)}
-    there = {n: x for n, x in files.items() if x.exists()}
-    found = {n: json.loads(storage.read_text(x)) for n, x in there.items()}
-    return max(found, key=lambda n: found[n]["best"], default=None)
+    found = _read_metrics(directory)
+    return max(found, key=found.__getitem__, default=None)
 
 
 def read_policy(

@@ -31,12 +31,23 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
         token_filters(c.eval_sampling.to_dict())
     except ValueError as error:
         raise ValueError(f"--config.eval_sampling.{error}") from None
+    strings = c.eval_sampling.stop_strings
+    if not all(isinstance(x, str) and x for x in strings):
+        raise ValueError(
+            f"--config.eval_sampling.stop_strings={strings}: must be texts that are not "
+            """empty, as in '("Question:",)'"""
+        )
     steps = c.profile_steps
     are_numbers = all(isinstance(x, int) for x in steps)
     if len(steps) != 2 or not are_numbers or not 0 <= steps[0] <= steps[1]:
         raise ValueError(
             f"--config.profile_steps={steps}: must be the first step to trace and the first "
             "after it, as in (10, 13)"
+        )
+    if any(steps) and not range(max(steps[0], 1), min(steps[1], c.num_steps + 1)):
+        raise ValueError(
+            f"--config.profile_steps={steps}: none of these is a step of the run, which are "
+            f"1 to num_steps={c.num_steps}"
         )
     _check_adapters(c)
     if c.clip_low > c.clip_high:
@@ -54,6 +65,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
             f"prompts_per_step={c.prompts_per_step}"
         )
     objective = of_config(c, own_objective)
+    _check_read(c, objective)
     _check_schedules(c, objective)
     _check_alpha_range(c, objective)
     _check_eta_cutoff(c, objective)
@@ -105,13 +117,38 @@ def _check_adapters(c: FrozenConfigDict) -> None:
         lora.projections(c.lora.targets)
     except ValueError as error:
         raise ValueError(f"--config.lora.targets={c.lora.targets}: {error}") from None
-    for name in ("targets", "dropout"):
-        value, default = c.lora[name], settings.SETTINGS[f"lora.{name}"].default
-        if value != default and not (c.lora.rank or c.lora.init_from):
-            raise ValueError(
-                f"--config.lora.{name}={value} without adapters: give their rank with "
-                "--config.lora.rank=16, say"
-            )
+
+
+_NO_ADAPTERS = "without adapters: give their rank with --config.lora.rank=16, say"
+# Settings that nothing reads unless one of others is set, and what is said then. None that a
+# recipe may set beside those others: they are turned off to try something else.
+_READ_WITH = {
+    "lora.alpha": (("lora.rank", "lora.init_from"), _NO_ADAPTERS),
+    "lora.targets": (("lora.rank", "lora.init_from"), _NO_ADAPTERS),
+    "lora.dropout": (("lora.rank", "lora.init_from"), _NO_ADAPTERS),
+    "behavior.base_temperature": (
+        ("behavior.base",),
+        "has no effect without samples of the base: set --config.behavior.base=0.5, say",
+    ),
+    "behavior.from_file": (
+        ("behavior.file",),
+        "has no effect without a file: set --config.behavior.file",
+    ),
+    "reward_per": (("reward",), "has no effect without a reward: set --config.reward"),
+}
+
+
+def _check_read(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
+    """Raises ValueError for settings that nothing reads without others."""
+    by_step = schedules.parse(c.schedules)
+    is_set = lambda name: operator.attrgetter(name)(c) or name in by_step
+    for name, (others, said) in _READ_WITH.items():
+        value = operator.attrgetter(name)(c)
+        is_read = any(map(is_set, others))
+        if name == "reward_per":
+            is_read = objective.reward_source or objective.own
+        if value != settings.SETTINGS[name].default and not is_read:
+            raise ValueError(f"--config.{name}={value} {said}")
 
 
 def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
@@ -402,10 +439,12 @@ def check_answers(
         return
     if missing:
         who = f"reward={c.reward}" if c.reward else f"objective={c.objective}"
+        cure = f"objectives that need none: {', '.join(free)}"
+        if c.reward:
+            cure = "give them (data.answer_field names their column), or another reward"
         raise ValueError(
             f"--config.{who} grades responses, but {missing} of "
-            f"{len(answers)} prompts of {c.data.train} have no answer; objectives that "
-            f"need none: {', '.join(free)}"
+            f"{len(answers)} prompts of {c.data.train} have no answer; {cure}"
         )
 
 

@@ -1,7 +1,8 @@
 """Metrics of one step.
 
 They come from host arrays with one entry per trajectory, so that each can be tested on a
-batch made by hand. Means are over responses unless said otherwise.
+batch made by hand. Means are over responses unless said otherwise. What cannot be known,
+such as the spread of one response, is None, and no metric.
 """
 
 import collections
@@ -62,7 +63,9 @@ def step_metrics(
     if objective.reward_source:
         reward = np.concatenate([m.reward for m in minibatches])
         groups = reward.reshape(len(data.prompts), -1)
-        out |= {"reward/mean": reward.mean(), "reward/std": groups.std(axis=1).mean()}
+        out["reward/mean"] = reward.mean()
+        if groups.shape[1] > 1:
+            out["reward/std"] = groups.std(axis=1).mean()
         out |= {"reward/min": reward.min(), "reward/max": reward.max()}
     out |= clock.done()
     out["perf/tokens_per_s"] = lengths.sum() / out["time/step"]
@@ -70,7 +73,7 @@ def step_metrics(
     mfu = hardware.mfu(work, out["time/base_pass"] + out["time/update"])
     if mfu is not None:  # the peak of the devices is known
         out["perf/mfu"] = mfu
-    return {k: float(v) for k, v in out.items()}
+    return {k: float(v) for k, v in out.items() if v is not None}
 
 
 def staleness_metrics(drawn: Drawn, step: int) -> dict[str, float]:
@@ -130,15 +133,18 @@ def _in_order(
 def balance_metrics(r: TrajectoryStats, clip_range: tuple[float, float]) -> dict:
     """Statistics of the residual, and the gap of log Z to each prompt's own estimate."""
     by_prompt = [r.residual[r.prompt_index == q] for q in np.unique(r.prompt_index)]
+    num_prompts, several = len(by_prompt), [x for x in by_prompt if len(x) > 1]
     at_clamp = np.isclose(r.weight, clip_range[0]) | np.isclose(r.weight, clip_range[1])
     return {
         "tb/loss": r.loss.mean(),
         "tb/residual_mean": r.residual.mean(),
-        "tb/residual_std": r.residual.std(),
+        "tb/residual_std": r.residual.std() if len(r.residual) > 1 else None,
         "tb/residual_p95_abs": np.quantile(np.abs(r.residual), 0.95),
-        "tb/residual_std_within_prompt": np.sqrt(np.mean([x.var() for x in by_prompt])),
+        "tb/residual_std_within_prompt": np.sqrt(np.mean([x.var() for x in several]))
+        if several
+        else None,
         "tb/logz_mean": r.log_z.mean(),
-        "tb/logz_std": r.log_z.std(),
+        "tb/logz_std": r.log_z.std() if num_prompts > 1 else None,
         "tb/logz_gap": np.mean([abs(x.mean()) for x in by_prompt]),
         "is/w_mean": r.weight.mean(),
         "is/w_at_clamp_frac": at_clamp.mean(),
@@ -172,9 +178,10 @@ def exponent_metrics(
     return out
 
 
-def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
+def exponent(r: TrajectoryStats, target: Target) -> tuple[float | None, float | None]:
     """Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
-    optimum; and its standard error. The base has 1 where the target is of whole sequences.
+    optimum; and its standard error. Neither is known where no prompt has responses that
+    differ in log p_0, and no error of one prompt. The base has 1 where the target is of whole sequences.
 
     Where each prompt has its own alpha it is the slope on alpha log p_0: 1 at the optimum.
     """
@@ -184,10 +191,13 @@ def exponent(r: TrajectoryStats, target: Target) -> tuple[float, float]:
     x = r.log_p_base * (1 if r.alpha is None else r.alpha)
     x = x - mean_by_prompt(x, r.prompt_index)
     y = y - mean_by_prompt(y, r.prompt_index)
-    xx = max(x @ x, np.finfo(np.float32).tiny)
+    xx = x @ x
+    if not xx:
+        return None, None
     slope = x @ y / xx
     by_prompt = np.bincount(r.prompt_index, x * (y - slope * x))
-    return slope, np.sqrt((by_prompt**2).sum()) / xx
+    error = np.sqrt((by_prompt**2).sum()) / xx
+    return slope, error if len(np.unique(r.prompt_index)) > 1 else None
 
 
 def match_metrics(r: TrajectoryStats, target: Target) -> dict:
@@ -204,6 +214,8 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
       e^{-residual}, per token for a length-aware target; 1 at the optimum.
     - `tb/inversion_rate`: fraction of a prompt's pairs of different responses that policy
       and target rank the other way round by log-prob; 0 at the optimum.
+
+    Where each prompt has one sample only the bound is known.
     """
     n = r.num_loss_tokens
     log_reward = target.log_reward(r.log_p_base, n, **tilt(r))
@@ -216,16 +228,19 @@ def match_metrics(r: TrajectoryStats, target: Target) -> dict:
         gap, scale = r.length * within, targets.tokens(n)
     policy, wanted = r.log_pf / scale, log_reward / scale
     groups = [r.prompt_index == q for q in np.unique(r.prompt_index)]
+    groups = [g for g in groups if g.sum() > 1]
+    bound = {"tb/elbo": -gap.mean()}
+    if not groups:
+        return bound | {"tb/ess": None}
     weights = [np.exp(within[g].min() - within[g]) for g in groups]
     corr, slope = _regression(policy, wanted, r.prompt_index)
     inverted = [_inverted(r.log_pf[g], density[g]) for g in groups]
     pairs = sum(n for _, n in inverted)
     ranks = (_ranks(policy, groups), _ranks(wanted, groups))
-    return {
+    return bound | {
         "tb/corr_logp_target": corr,
         "tb/slope": slope,
         "tb/rank_corr": _regression(*ranks, r.prompt_index)[0],
-        "tb/elbo": -gap.mean(),
         "tb/ess": np.mean([w.sum() ** 2 / (len(w) * (w**2).sum()) for w in weights]),
         "tb/inversion_rate": sum(n for n, _ in inverted) / max(pairs, 1),
     }

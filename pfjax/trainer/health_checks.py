@@ -141,17 +141,18 @@ def suspicions(
     rows = [r for r in history if all(k in r for k in _WATCHED)]
     if len(rows) < 2 * patience:
         return out
-    first, last = (
-        {k: sum(r[k] for r in some) / patience for k in _WATCHED}
-        for some in (rows[:patience], rows[-patience:])
-    )
+    ends = rows[:patience], rows[-patience:]
+    # With one response per prompt there are no groups.
+    known = [k for k in _OF_GROUPS if all(k in r for some in ends for r in some)]
+    mean = lambda k, some: sum(r[k] for r in some) / patience
+    first, last = ({k: mean(k, x) for k in (*_WATCHED, *known)} for x in ends)
     repeats = "completions/repeats_across_prompts"
     if last[repeats] > max(0.5, first[repeats] + 0.3):
         out.append(
             f"{last[repeats]:.0%} of the responses are given to other prompts of the step "
             f"too, {first[repeats]:.0%} at the start ({repeats}): the policy is about to say "
-            "one thing to all. A smaller optim.learning_rate, or samples of the base "
-            "(behavior.base=0.5), mend that, unless the target itself repeats: compare "
+            "one thing to all. A smaller optim.learning_rate, or more samples of the base "
+            "(behavior.base), mend that, unless the target itself repeats: compare "
             "pfjax sample --method=mh"
         )
     length, cut = "completions/mean_length", "completions/clipped_ratio"
@@ -164,7 +165,7 @@ def suspicions(
             f"{last[length]:.1f}: what is cut has not paid for its end, and the target asks "
             "for more of it. Raise max_new_tokens, or look at repetition/loop_frac"
         )
-    if alpha is not None and alpha != 1:
+    if alpha is not None and alpha != 1 and len(known) == len(_OF_GROUPS):
         out += _far_exponent(first, last, alpha)
     return out
 
@@ -173,9 +174,8 @@ _WATCHED = (
     "completions/mean_length",
     "completions/clipped_ratio",
     "completions/repeats_across_prompts",
-    _SPREAD,
-    "tb/exponent",
 )
+_OF_GROUPS = (_SPREAD, "tb/exponent")
 
 
 def _far_exponent(
@@ -189,7 +189,7 @@ def _far_exponent(
         (
             f"the residual has become small ({_SPREAD}), yet the policy is the base to the power "
             f"of {last['tb/exponent']:.2f} rather than {alpha:g} (tb/exponent): what it seldom "
-            "says is not where the target wants it. Samples of the base (behavior.base=0.5) "
+            "says is not where the target wants it. More samples of the base (behavior.base) "
             "teach it that"
         )
     ]
@@ -197,13 +197,22 @@ def _far_exponent(
 
 def _constant_reward(history: Sequence[dict[str, Any]], patience: int) -> list[str]:
     rows = [r for r in history if "reward/mean" in r][-patience:]
-    seen = {(r["reward/mean"], r["reward/std"]) for r in rows}
-    if len(rows) < patience or len(seen) > 1 or rows[-1]["reward/std"]:
+    names = (
+        "mean",
+        "std",
+        "min",
+        "max",
+    )  # an older run has no min, one response no std
+    seen = {tuple(r.get(f"reward/{k}") for k in names) for r in rows}
+    if len(rows) < patience or len(seen) > 1:
+        return []
+    ((_, std, low, high),) = seen
+    if std or (std is None and low != high):
         return []
     mean = rows[-1]["reward/mean"]
     said = (
         f"every response of the last {patience} steps had the same reward, {mean:g} "
-        "(reward/mean, reward/std): nothing is learned. Likely the answers are not of the "
+        "(reward/mean, reward/min, reward/max): nothing is learned. Likely the answers are not of the "
         "form that responses give them in; compare `gold` and `answer` in completions/"
     )
     return [said]
@@ -222,9 +231,10 @@ def reward_scale(
     if "reward/mean" not in row:
         return []
     low, high = row["reward/min"], row["reward/max"]
+    std = row.get("reward/std")
+    within = "" if std is None else f", std within a prompt {std:.3g}"
     said = (
-        f"reward: mean {row['reward/mean']:.3g}, std within a prompt "
-        f"{row['reward/std']:.3g}, from {low:.3g} to {high:.3g}"
+        f"reward: mean {row['reward/mean']:.3g}{within}, from {low:.3g} to {high:.3g}"
     )
     length = row.get("completions/mean_length")
     if beta is None or (is_per_token and length is None):

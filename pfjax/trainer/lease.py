@@ -20,8 +20,8 @@ _RENEWED_EVERY = 20.0
 class Lease(contextlib.AbstractContextManager):
     """`owner.json` in a folder: host, process and time, renewed while the process lives.
 
-    One whose process is gone is taken over. Of another host that is known by the time,
-    which then does not change.
+    One whose process is gone is taken over. Of another host, or of a container whose
+    processes cannot be seen from here, that is known by the time, which then does not change.
 
     Raises:
       ValueError: on entering, if the owner lives.
@@ -30,6 +30,7 @@ class Lease(contextlib.AbstractContextManager):
     def __init__(self, folder: epath.Path):
         self._path, self._is_over = folder / "owner.json", threading.Event()
         self._me = {"host": socket.gethostname(), "process": _name_of(os.getpid())}
+        self._me["processes"] = _processes()
 
     def __enter__(self) -> "Lease":  # noqa: PYI034
         owner = self._read()
@@ -63,10 +64,12 @@ class Lease(contextlib.AbstractContextManager):
             return None
 
     def _is_mine(self, owner: dict[str, Any] | None) -> bool:
-        return bool(owner) and all(owner[k] == v for k, v in self._me.items())
+        return bool(owner) and all(owner.get(k) == v for k, v in self._me.items())
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:
-        if owner["host"] == self._me["host"]:
+        # An older pfjax did not say whose numbers they are.
+        numbers = owner.get("processes", self._me["processes"])
+        if (owner["host"], numbers) == (self._me["host"], self._me["processes"]):
             pid = int(owner["process"].partition("@")[0])
             return pid != os.getpid() and owner["process"] == _name_of(pid)
         # Clocks of hosts differ: it lives if it renews.
@@ -76,6 +79,15 @@ class Lease(contextlib.AbstractContextManager):
             if self._read() != owner:
                 return self._read() is not None
         return False
+
+
+def _processes() -> str:
+    """Where numbers of processes mean the same: a boot of a machine, or a container in it."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""
 
 
 def _name_of(pid: int) -> str:

@@ -21,6 +21,7 @@ from pfjax.trainer import (
     checkpoint,
     config_checks,
     diagnostics,
+    evaluations,
     export,
     health_checks,
     match,
@@ -81,7 +82,6 @@ def train_and_evaluate(
         storage.make_folder(folder)
         if distributed.is_first():
             stack.enter_context(Lease(folder))
-            run_config.write_config(config, folder)
         callbacks = Callbacks(on_step, on_evaluation)
         run = _Run(config, folder, trainer, callbacks, stack)
         state = run.train(state, about)
@@ -176,11 +176,14 @@ def _log_z_head(
 def _check_finite(values: dict[str, float], step: int) -> None:
     for name in ("loss", "grad_norm"):
         if not np.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}; the last checkpoint is "
-                "good. Look at grad_norm and tb/residual_p95_abs of the steps before; "
-                "a smaller optim.learning_rate or clip_norm, or a residual_clip, is the usual cure"
+            cure = (
+                "the last checkpoint, if there is one, is good. Look at grad_norm and "
+                "tb/residual_p95_abs of the steps before; a smaller optim.learning_rate or "
+                "clip_norm, or a residual_clip, is the usual cure"
             )
+            if step == 1:
+                cure = "nothing was learned yet: look at the loss, the reward and the model"
+            raise FloatingPointError(f"{name} is {values[name]} at step {step}; {cure}")
 
 
 class _Run:
@@ -195,17 +198,22 @@ class _Run:
         stack: contextlib.ExitStack,
     ):
         self.folder, self.trainer, self.callbacks = folder, trainer, callbacks
+        self.settings = config
         self.num_steps, self.eval_every = config.num_steps, config.eval_every
         self.checkpoint_every = config.checkpoint_every
+        self.has_evaluation = bool(config.data.eval or config.data.target)
         self.best_metric, self.log_every = config.best_metric, config.log_every
         self.health, self.wandb_project = config.health_checks, config.wandb_project
         weights = hf.fingerprint(hf.resolve(config.model))
         self.config = json.loads(config.to_json())
         values = run_config.identity(self.config)
         self.identity = values | {run_config.WEIGHTS: weights} | trainer.inputs
+        asked = trainer.inputs.get(run_config.EVAL_PROMPTS, "")
+        self.evaluation = evaluations.fingerprint(config, asked)
+        best_of = evaluations.best_of(config, self.evaluation)
         self.preempted = stack.enter_context(preemption.Preemption())
         self.checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(folder / "checkpoints", config.keep_best)
+            checkpoint.Checkpoints(folder / "checkpoints", config.keep_best, best_of)
         )
         self.grader = stack.enter_context(grading.Grader())
         self.rewards = [trainer.reward, trainer.own_psi]
@@ -219,6 +227,8 @@ class _Run:
     def train(self, state: TrainState, about: str) -> TrainState:
         """Runs all steps that are left; `state` is donated, `about` said first."""
         state, start, cursor = self._restore(state)
+        if distributed.is_first():  # of a run that may be continued
+            run_config.write_config(self.settings, self.folder)
         args = (start or -1, self.config, self.wandb_project)
         self.writer = Writer(self.folder, *args)
         self.progress = Progress(start, self.num_steps, self.log_every)
@@ -252,6 +262,9 @@ class _Run:
                 self.callbacks.on_step(step, values)
                 self._finish_step(state, cursor, step, values)
         self.checkpoints.wait()
+        self.preempted.stop_at_once(
+            "interrupted after the last step, which is saved; the same command does what is left"
+        )
         return state
 
     def measure_match(self, policy: Policy) -> dict[str, Any]:
@@ -262,6 +275,7 @@ class _Run:
         base = lambda: trainer.at_alpha(trainer.base_policy())
         found = trainer.measure_match(trainer.at_alpha(policy), base, self.grader)
         if distributed.is_first():
+            found = {"step": self.num_steps} | found
             text = json.dumps(found, indent=2) + "\n"
             storage.write_text(self.folder / "match.json", text)
         return found
@@ -285,7 +299,7 @@ class _Run:
     def _finish_step(
         self, state: TrainState, cursor: Cursor, step: int, values: dict[str, Any]
     ) -> None:
-        """Checks health, evaluates, saves, and stops when preempted."""
+        """Checks health, saves, evaluates, and stops when preempted."""
         wrong = self._symptoms()
         is_preempted, has_failed, is_wrong = self._agree(bool(wrong))
         if is_wrong and self.health.action == "stop":
@@ -296,26 +310,33 @@ class _Run:
             )
         for symptom in wrong + self._suspicions():
             self.progress.note(f"warning: {symptom}")
-        is_last = step == self.num_steps
-        may_evaluate = not has_failed and (is_last or not is_preempted)
-        if may_evaluate and self._is_due(step, self.eval_every):
-            self.writer.write(step, values | self._evaluate(state, step))
+        must_stop = is_preempted or has_failed
+        may_evaluate = self.has_evaluation and not must_stop
+        is_evaluated = may_evaluate and self._is_due(step, self.eval_every)
+        is_due = is_evaluated or self._is_due(step, self.checkpoint_every)
+        if must_stop or is_due:
+            self._save(state, cursor, step)
+        # After the save: who preempts may not wait for its end, and a run that is continued
+        # makes it up.
+        if is_evaluated:
+            self._evaluate(state, step, values)
             is_preempted, has_failed, _ = self._agree()
-        if is_preempted or has_failed or self._is_due(step, self.checkpoint_every):
-            about = {"step": step, "prompts": cursor.end, "skipped": cursor.skipped}
-            about["identity"] = self.identity
-            metric = metrics.value_of(self.best_metric, self.writer.history[-1])
-            replay = self.trainer.rollouts.replay.arrays()
-            self.writer.flush()  # a resumed run finds the rows of the steps before
-            self.checkpoints.save(step, state, about, metric, replay)
         if has_failed:
             self.checkpoints.wait()
             self.callbacks.raise_error(step)
-        if is_preempted and not is_last:
+        if is_preempted:
             self.checkpoints.wait()
             raise preemption.Preempted(
                 f"interrupted and saved after step {step}; the same command continues"
             )
+
+    def _save(self, state: TrainState, cursor: Cursor, step: int) -> None:
+        about = {"step": step, "prompts": cursor.end, "skipped": cursor.skipped}
+        about["identity"] = self.identity
+        metric = metrics.value_of(self.best_metric, self.writer.history[-1])
+        replay = self.trainer.rollouts.replay.arrays()
+        self.writer.flush()  # a resumed run finds the rows of the steps before
+        self.checkpoints.save(step, state, about, metric, replay)
 
     def _agree(self, is_wrong: bool = False) -> tuple[bool, bool, bool]:
         """Whether any process was told to stop, has a callback that failed, or `is_wrong`:
@@ -328,14 +349,20 @@ class _Run:
 
     def _evaluate_at_the_start(self, state: TrainState, start: int) -> None:
         """Evaluates the base; or does the evaluation that a resumed run missed."""
-        history = self.writer.history
-        row = history[-1] if start and history else {"step": 0}
+        rows = {row["step"]: row for row in self.writer.history}
+        row = rows.get(start, {"step": start})  # without one, the file was cut or lost
         if self._is_due(start, self.eval_every) and "time/eval" not in row:
-            self.writer.write(start, row | self._evaluate(state, start))
+            self._evaluate(state, start, row)
         if self._agree()[1]:
             self.callbacks.raise_error(start)
 
-    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+    def _evaluate(self, state: TrainState, step: int, row: dict[str, Any]) -> None:
+        """Adds scores to the row of a step, and to its checkpoint."""
+        row = row | self._scores(state, step)
+        self.writer.write(step, row)
+        self.checkpoints.rate(step, metrics.value_of(self.best_metric, row))
+
+    def _scores(self, state: TrainState, step: int) -> dict[str, float]:
         begin = time.perf_counter()
         policy = self.trainer.at_alpha(self.trainer.policy(state))
         values, rows = self.trainer.evaluate(policy, self.grader)
@@ -351,6 +378,7 @@ class _Run:
             self.progress.note("  ".join([f"step {step}  {of_set}".rstrip(), *scores]))
         values = {f"eval/{k}": v for k, v in values.items()}
         self.callbacks.on_evaluation(step, values, rows)
+        values[evaluations.FINGERPRINT] = self.evaluation
         return values | {"time/eval": time.perf_counter() - begin}
 
     def _note_reward(self, values: dict[str, float]) -> None:

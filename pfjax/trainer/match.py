@@ -82,7 +82,8 @@ def _commonest(texts: np.ndarray) -> str:
 
 def describe(found: dict[str, Any], alpha: float) -> str:
     """The estimates as a person reads them, and what they warn of."""
-    value = lambda name: f"{found[name]:.3f} ± {found[f'{name}_se']:.3f}"
+    error = lambda x: "" if x is None else f" ± {x:.3f}"  # one prompt has none
+    value = lambda name: f"{found[name]:.3f}{error(found.get(f'{name}_se'))}"
     temperature = found["base_temperature"]
     hot = (
         "" if temperature == 1 else f", and of the base at temperature {temperature:g}"
@@ -105,13 +106,13 @@ def describe(found: dict[str, Any], alpha: float) -> str:
     return "\n".join([*lines, *(f"warning: {x}" for x in warnings(found, alpha))])
 
 
-_MORE = ". More steps, or samples of the base (--config.behavior.base=0.5), mend that"
+_MORE = ". More steps, or more samples of the base (--config.behavior.base), mend that"
 
 
 def warnings(found: dict[str, Any], alpha: float) -> list[str]:
     """What the estimates say against the match, in sentences."""
     out = []
-    exponent, se = found["exponent"], found["exponent_se"]
+    exponent, se = found["exponent"], found.get("exponent_se", 0.0)
     if abs(exponent - alpha) > 0.2 * alpha + 2 * se:
         out.append(
             f"the policy is the base to the power of {exponent:.2f} rather than {alpha:g}: "

@@ -5,7 +5,8 @@ The page of metrics in docs/ is made from here, and a test compares the keys wit
 runs. Formulas are LaTeX. Means are over the responses of a step (E) unless a prompt is
 named; sums over t run over the tokens of a response, its stop token included. In what
 follows m and m_0 are the log-probs per token of policy and base, and delta is the residual
-of the target (see `targets.Target.residual`).
+of the target (see `targets.Target.residual`). What cannot be known is left out: a spread
+among the responses to a prompt that has one, an error over one prompt.
 """
 
 import re
@@ -297,6 +298,10 @@ METRICS: dict[str, Metric] = {
         "",
         "0.35 to 0.5; what is compiled in a step counts against it",
         "devices of known peak",
+    ),
+    "evaluation/fingerprint": Metric(
+        "a number that evaluations share which asked the same (prompts, samples, how they are "
+        "drawn): only those are compared"
     ),
     # Evaluation: of the policy, on held-out prompts, k samples each.
     "eval/avg@k": Metric(

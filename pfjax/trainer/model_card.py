@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
 from pfjax.model import hf, tokenizer
-from pfjax.trainer import run_config, schedules
+from pfjax.trainer import evaluations, run_config, schedules
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
 _SCORES = ("avg", "maj", "pass")  # of evaluations, as others know them
@@ -29,7 +29,10 @@ def model_card(
     import huggingface_hub
 
     source = hf.resolve(config.model)
-    evaluated, found = evaluations(history), schedules.parse(config.schedules)
+    steps = history[-1]["step"] if history else 0
+    evaluated = evaluations.evaluated(history)
+    found = schedules.parse(config.schedules)
+    value = lambda name: schedules.value(found, name, steps, config[name])
     results = _results(config, evaluated[-1] if evaluated else {})
     data = huggingface_hub.ModelCardData(
         **_license(source),
@@ -49,9 +52,9 @@ def model_card(
         name=name,
         base=hub_id(config.model) or pathlib.PurePath(config.model).name,
         c=config,
-        end={k: schedules.final(found, k, config[k]) for k in ("alpha", "beta")},
+        end={name: value(name) for name in ("alpha", "beta")},
         is_chat=getattr(tok, "chat_template", None) is not None,
-        steps=history[-1]["step"] if history else 0,
+        steps=steps,
         rows=evaluated[:1] + evaluated[1:][-1:],
         metrics=[k for k in (evaluated or [{}])[-1] if _is_shown(k)],
         prompt=json.dumps("..." + config.data.suffix),
@@ -62,11 +65,6 @@ def model_card(
 
 def _is_shown(key: str) -> bool:
     return key.startswith("eval/") and not key.endswith(("_se", "/grader_timeouts"))
-
-
-def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of steps that were evaluated."""
-    return [row for row in history if any(k.startswith("eval/") for k in row)]
 
 
 def command(config: FrozenConfigDict) -> str:

@@ -34,7 +34,7 @@ def of_config(c: FrozenConfigDict, given: Any = None) -> ObjectiveConfig:
     same = {name: c[name] for name in names & set(c)}
     found = schedules.parse(c.schedules)
     same["residual_clip"] = c.residual_clip or None
-    same |= {k: schedules.final(found, k, c[k]) for k in ("alpha", "beta")}
+    same |= {k: schedules.value(found, k, c.num_steps, c[k]) for k in ("alpha", "beta")}
     out = ObjectiveConfig(c.objective, kl=c.reward_kl, **same)
     if ":" not in c.objective:
         return out

@@ -14,7 +14,8 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """A context manager in which the first SIGTERM or SIGINT is only noted.
+    """A context manager in which the first SIGTERM or SIGINT is only noted, until there is
+    nothing more to save.
 
     The second does what it always did: a save that hangs can be stopped.
     """
@@ -23,6 +24,7 @@ class Preemption:
 
     def __init__(self):
         self.is_asked = False
+        self._said = ""
 
     def __enter__(self) -> "Preemption":  # noqa: PYI034
         self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
@@ -32,8 +34,16 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def stop_at_once(self, said: str) -> None:
+        """From here on a signal raises Preempted; one that was noted does so now."""
+        self._said = said
+        if self.is_asked:
+            raise Preempted(said)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
-        name = signal.Signals(number).name
-        print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
         self.__exit__()
+        name = signal.Signals(number).name
+        if self._said:
+            raise Preempted(f"{name}: {self._said}")
+        print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)

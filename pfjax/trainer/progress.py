@@ -7,7 +7,7 @@ from etils import epath
 
 from pfjax.infra import distributed
 from pfjax.sampler.progress import Bar
-from pfjax.trainer.model_card import evaluations
+from pfjax.trainer import evaluations
 
 _SHOWN = {
     "tb/loss": "loss",
@@ -39,11 +39,11 @@ class Progress(Bar):
 
 
 def before_and_after(history: list[dict[str, Any]], workdir: epath.Path) -> str:
-    """The table a run ends with: the first and the last evaluation."""
+    """The table a run ends with: the last evaluation, and the first that asked the same."""
     import rich.console
     import rich.table
 
-    evaluated = evaluations(history)
+    evaluated = evaluations.evaluated(history)
     console = rich.console.Console(width=min(100, rich.console.Console().width))
     with console.capture() as captured:
         if evaluated:

@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import logging
 import operator
+import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,7 +78,7 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     path = folder / "config.json"
     if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
         return  # nothing that would be continued
-    old, new = json.loads(storage.read_text(path))["config"], json.loads(c.to_json())
+    old, new = storage.read_json(path)["config"], json.loads(c.to_json())
     said = f"{folder} holds a run with another config"
     check_same(said, identity(old), identity(new))
 
@@ -87,7 +89,7 @@ def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
     if c.data.clock or not tokenizer.asks_for_time(c.model):
         return c
     path = folder / "config.json"
-    old = json.loads(storage.read_text(path))["config"] if path.exists() else {}
+    old = storage.read_json(path)["config"] if path.exists() else {}
     clock = old.get("data", {}).get("clock", "") or tokenizer.now()
     return with_values(c, {"data.clock": distributed.text_from_first(clock)})
 
@@ -114,13 +116,29 @@ def check_same(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` of what differs; a setting that is absent has its default, and of
-    other things an older run may know less."""
+    other things an older run may know less. Where a file is does not count: identities have
+    fingerprints of what is in it."""
     default = {k: s.default for k, s in settings.SETTINGS.items()}
     free = {*CHANGES, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
+    old, new = _without_folders(old), _without_folders(new)
     names = sorted((old.keys() | (new.keys() & default.keys())) - free)
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
     pairs = [(k, value(old, k), value(new, k)) for k in names]
     return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
+
+
+_PLACES = {"model", "base", "lora.init_from", "data.train", "data.target"}
+_PLACES |= {"behavior.file"}
+_WITH_FILES = {"reward", "format_term", "objective"}  # among other words
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    """An identity in which files go by their names alone."""
+    name_of = lambda x: pathlib.PurePath(x).name
+    in_text = lambda x: re.sub(r"[^\s,*:]*/(?=[^/\s,*:]+\.(py|toml)\b)", "", x)
+    out = {in_text(k) if k.startswith("code of ") else k: x for k, x in values.items()}
+    out |= {k: name_of(out[k]) for k in _PLACES & out.keys()}
+    return out | {k: in_text(out[k]) for k in _WITH_FILES & out.keys()}
 
 
 def read_config(folder: epath.Path) -> FrozenConfigDict:
@@ -130,7 +148,7 @@ def read_config(folder: epath.Path) -> FrozenConfigDict:
       ValueError: if the folder holds no run, or one of another version of pfjax.
     """
     path = folder / "config.json"
-    content = json.loads(storage.read_text(path)) if storage.exists(path) else {}
+    content = storage.read_json(path) if storage.exists(path) else {}
     if "config" not in content:
         raise ValueError(f"{folder} holds no run: it has no config.json of one")
     out = settings.default_config()

@@ -61,11 +61,6 @@ def value(
     return float(np.interp(step, steps, values))
 
 
-def final(schedules: Mapping[str, Points], name: str, default: float) -> float:
-    """What a setting is from the last point of its schedule on."""
-    return schedules[name][-1][1] if name in schedules else default
-
-
 def _check_name(text: str, name: str) -> None:
     allowed = [k for k, s in settings.SETTINGS.items() if s.may_vary]
     if name not in allowed:

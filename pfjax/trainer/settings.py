@@ -411,7 +411,9 @@ _FREE: dict[str, Setting] = {
     ),
     # Records.
     "log_every": _positive(1, "steps between lines when stderr is no terminal"),
-    "checkpoint_every": _positive(40, "steps between checkpoints"),
+    "checkpoint_every": _positive(
+        40, "steps between checkpoints; one is saved before each evaluation too"
+    ),
     "keep_best": _not_negative(1, "best checkpoints kept beside the latest two"),
     "best_metric": Setting(
         "eval/avg",

@@ -251,6 +251,7 @@ def actor_of(
         prompts_per_step=c.prompts_per_step,
         num_steps=c.num_steps,
         checkpoint_every=c.checkpoint_every,
+        eval_every=c.eval_every if c.data.eval or c.data.target else 0,
         max_staleness=c.max_staleness,
         ahead=actor.AHEAD if c.mesh.rollout else 0,
     )

@@ -56,7 +56,7 @@ class Tracker:
         import wandb
 
         path = workdir / "wandb.json"
-        known = json.loads(storage.read_text(path)) if path.exists() else {}
+        known = storage.read_json(path) if path.exists() else {}
         if known.get("project") != project:
             known, rows = {"project": project, "id": secrets.token_hex(4)}, []
         self._sent = {row["step"]: row for row in rows}

@@ -99,3 +99,12 @@ def test_log_z_of_a_few_samples_by_hand():
     # Weights 1/2 and 2 over lengths 1 and 2 sum to 2 x exp(0): e^-x / 2 + 2 e^-2x = 2.
     x = match._root(np.log([[0.5, 2.0]]), np.array([[1.0, 2.0]]), np.zeros(1))
     assert np.exp(-x) / 2 + 2 * np.exp(-2 * x) == pytest.approx(2.0)
+
+
+def test_of_one_prompt_no_error_is_known(rng):
+    log_p, log_p_base = -rng.uniform(1, 9, (2, 3, 8))
+    several = match.Samples(log_p, log_p_base, np.full((3, 8), 4))
+    one = match.Samples(log_p[:1], log_p_base[:1], np.full((1, 8), 4))
+    found, alone = (match.measure(x, Target(2.0)) for x in (several, one))
+    errors = {k for k in found if k.endswith("_se")}
+    assert "exponent_se" in errors and alone.keys() == found.keys() - errors

@@ -1,6 +1,7 @@
 """Paths on this machine and in buckets, which an emulator plays."""
 
 import ast
+import errno
 import http.server
 import json
 import pathlib
@@ -362,3 +363,24 @@ def test_no_path_goes_around_storage():
     around = {where: call for call, where in found.items() if call not in _OURS}
     assert not around, "go through pfjax.infra.storage, which knows buckets too"
     assert not _OURS.keys() - found.keys(), "no longer there"
+
+
+def test_json_that_was_cut_short_is_named_in_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    for content in (b'{"a": ', b"\xff{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{path} is damaged[^\n]*$"):
+            storage.read_json(path)
+    path.write_text('{"a": 1}')
+    assert storage.read_json(path) == {"a": 1}
+    with pytest.raises(FileNotFoundError):
+        storage.read_json(tmp_path / "b.json")
+
+
+def test_a_full_disk_says_of_which_file(tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(storage.place(tmp_path)), "write_bytes", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.json'"):
+        storage.write_text(tmp_path / "a.json", "{}")

@@ -133,3 +133,19 @@ def test_the_match_of_a_run_is_read_as_of_its_last_step(tmp_path):
     (run,) = runs.load([str(folder)])
     assert run.rows[-1]["match/exponent"] == 3.6 and run.rows[-1]["step"] == 4
     assert "match/exponent" not in run.rows[0]
+
+
+def test_the_match_of_an_older_step_is_not_shown_as_that_of_the_last(tmp_path):
+    folder = fake_runs.make(tmp_path / "a")
+    (folder / "match.json").write_text('{"step": 4, "exponent": 3.6}')
+    assert runs.load([str(folder)])[0].rows[-1]["match/exponent"] == 3.6
+    (folder / "match.json").write_text('{"step": 2, "exponent": 3.6}')
+    (run,) = runs.load([str(folder)])
+    assert not any("match/exponent" in row for row in run.rows)
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path):
+    folder = fake_runs.make(tmp_path / "a")
+    (folder / "match.json").write_text('{"exponent"')
+    with pytest.raises(ValueError, match=r"^[^\n]*match\.json is damaged[^\n]*$"):
+        runs.load([str(folder)])

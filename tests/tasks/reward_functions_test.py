@@ -376,3 +376,20 @@ def test_what_is_no_reward_model_is_said_before_anything_starts(tmp_path):
         rewards.check("reward_model:nowhere")
     with pytest.raises(ValueError, match="ForSequenceClassification, .* names Qwen2"):
         rewards.check(f"accuracy, reward_model:{ROOT / 'pfjax/assets/toy'}")
+
+
+@pytest.mark.parametrize(("weight", "worst"), [(2.0, 0.0), (-2.0, -4.0)])
+def test_a_failure_is_no_better_than_the_worst_whatever_the_weight(
+    tmp_path, weight, worst
+):
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "def lengths(completions, **kwargs):\n"
+        "    return [1 / (x != 'x') * len(x) for x in completions]\n"
+    )
+    texts, ids = ["x", "a", "aa"], [np.zeros(1)] * 3
+    problem = Problem("0", "q", None, columns={})
+    text = f"{weight} * {code}:lengths"
+    with rewards.Reward(text) as reward, grading.Grader() as grader:
+        got = reward.values([problem], texts, ids, grader)
+    np.testing.assert_array_equal(got, [worst, weight, 2 * weight])

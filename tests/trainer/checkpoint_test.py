@@ -176,3 +176,32 @@ def test_responses_of_another_checkpoint_are_not_taken_for_its_own(tmp_path, cap
     assert about["step"] == 3
     said = "checkpoint 4 is damaged and passed over: replay is not what was saved"
     assert said in capsys.readouterr().out
+
+
+def _kept(folder, ratings, best_of=""):
+    """Saves a checkpoint per step, each rated afterwards; the steps that are kept."""
+    state = _state(sharding.make_mesh(1, -1, 1))
+    with checkpoint.Checkpoints(epath.Path(folder), 1, best_of) as checkpoints:
+        for step, value in ratings.items():
+            checkpoints.save(step, state, _about(step))
+            checkpoints.rate(step, value)
+        checkpoints.wait()
+        found = checkpoints.restore(_abstract(state), IDENTITY)
+        assert found[1]["step"] == max(ratings)
+        return checkpoints.steps
+
+
+def test_a_metric_may_come_after_the_checkpoint(tmp_path):
+    folder = epath.Path(tmp_path)
+    assert _kept(folder, {1: 0.5, 2: 0.9, 3: 0.1, 4: None, 5: 0.2}) == [2, 4, 5]
+    assert checkpoint.best_step(folder) == 2
+    assert _kept(folder, {6: 0.3, 7: None, 8: 0.4}) == [2, 7, 8]
+
+
+def test_a_metric_of_another_evaluation_is_dropped(tmp_path, capsys):
+    folder = epath.Path(tmp_path)
+    assert _kept(folder, {1: 0.9, 2: 0.1, 3: 0.2}, "eval/avg of 7") == [1, 2, 3]
+    assert _kept(folder, {4: 0.3}, "eval/avg of 7") == [1, 3, 4]
+    assert _kept(folder, {5: 0.2, 6: 0.1, 7: 0.1}, "eval/avg of 8") == [5, 6, 7]
+    assert checkpoint.best_step(folder) == 5
+    assert "is of eval/avg of 7, not of eval/avg of 8" in capsys.readouterr().out

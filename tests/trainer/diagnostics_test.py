@@ -1,5 +1,6 @@
 """Metrics on a batch made by hand."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -181,3 +182,29 @@ def test_exponent_by_hand():
 def test_responses_that_other_prompts_got_by_hand():
     texts = [["a", "a", "b"], ["a", "c", "c"]]
     assert diagnostics.repeats_across_prompts(texts) == 3 / 6
+
+
+def test_what_one_response_or_one_prompt_cannot_tell_is_none():
+    single = jax.tree.map(lambda x: x[1:3], RECORD)  # of each prompt one
+    got = diagnostics.balance_metrics(single, (0.8, 1.28))
+    assert got["tb/residual_std_within_prompt"] is None
+    assert got["tb/residual_std"] == 1.0 and got["tb/logz_std"] == 0.5
+    assert diagnostics.exponent(single, Target(2.0)) == (None, None)
+    match = diagnostics.match_metrics(single, Target(2.0))
+    assert {k for k, x in match.items() if x is not None} == {"tb/elbo"}
+    alone = jax.tree.map(lambda x: x[:2], RECORD)  # of one prompt two
+    got = diagnostics.balance_metrics(alone, (0.8, 1.28))
+    assert got["tb/residual_std_within_prompt"] == 1.5 and got["tb/logz_std"] is None
+    slope, error = diagnostics.exponent(alone, Target(2.0))
+    assert np.isfinite(slope) and error is None
+    got = diagnostics.balance_metrics(
+        jax.tree.map(lambda x: x[:1], RECORD), (0.8, 1.28)
+    )
+    assert got["tb/residual_std"] is None
+    # Beside a prompt of two, one of one tells nothing.
+    some = jax.tree.map(lambda x: x[:3], RECORD)
+    assert diagnostics.balance_metrics(some, (0.8, 1.28))[
+        "tb/residual_std_within_prompt"
+    ] == pytest.approx(1.5)
+    both = (diagnostics.match_metrics(x, Target(2.0))["tb/ess"] for x in (some, alone))
+    assert len(set(both)) == 1

@@ -335,3 +335,26 @@ def test_the_first_signal_is_noted_and_the_second_does_what_it_did(capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert "SIGINT: saving after this step" in capfd.readouterr().err
+
+
+def test_a_run_of_one_response_per_prompt_is_watched_too():
+    """It has no spread among responses, and no exponent."""
+    of_groups = ("tb/residual_std_within_prompt", "tb/exponent")
+    drop = lambda rows: [
+        {k: v for k, v in row.items() if k not in of_groups} for row in rows
+    ]
+    rows = drop(_quiet(**{"completions/repeats_across_prompts": 0.9}))
+    (found,) = health_checks.suspicions(rows, 3, 4.0)
+    assert "given to other prompts" in found
+    assert health_checks.suspicions(drop(_quiet()), 3, 4.0) == []
+
+
+@pytest.mark.parametrize(("low", "is_constant"), [(0.5, True), (0.0, False)])
+def test_rewards_of_one_response_per_prompt_are_constant_if_all_are_equal(
+    low, is_constant
+):
+    row = {"reward/mean": 0.5, "reward/min": low, "reward/max": 0.5}
+    found = health_checks.suspicions([{"step": i} | row for i in range(3)], patience=3)
+    assert len(found) == is_constant
+    said = health_checks.reward_scale(row, None, False)[0]
+    assert said == f"reward: mean 0.5, from {low:g} to 0.5"

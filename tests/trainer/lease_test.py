@@ -58,3 +58,19 @@ def test_damage_is_no_owner(folder):
     (folder / "owner.json").write_text('{"host"')
     with Lease(folder):
         pass
+
+
+def test_a_container_with_the_same_name_has_processes_of_its_own(folder, monkeypatch):
+    """Number 7 there is none of ours, so that only its signs tell that it lives."""
+    monkeypatch.setattr(lease, "_RENEWED_EVERY", 0.2)
+    mine = Lease(folder)._me
+    assert "pid:[" in mine["processes"]
+    other = Lease(folder)
+    other._me = mine | {"process": "7@7", "processes": "another pid:[1]"}
+    with other, pytest.raises(ValueError, match="alive: process 7@7 on"):
+        Lease(folder).__enter__()
+    # Nor is one there with our number us, or gone at once.
+    _owned(folder, **mine | {"processes": "another pid:[1]"})
+    assert not Lease(folder)._is_mine(Lease(folder)._read())
+    with Lease(folder):
+        pass

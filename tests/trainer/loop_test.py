@@ -2,23 +2,34 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import re
 import shutil
+import signal
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
 from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
 from pfjax.report import runs
-from pfjax.trainer import behavior, checkpoint, config_checks, loop, match, setup
+from pfjax.trainer import (
+    behavior,
+    checkpoint,
+    config_checks,
+    loop,
+    match,
+    preemption,
+    setup,
+)
 from tests.conftest import (
     all_responses,
     count_compiles,
@@ -525,6 +536,10 @@ def test_what_grades_answers_refuses_prompts_without(config, tmp_path):
     pathlib.Path(config.data.train).write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match="1 of 1 prompts of .* have no answer"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.objective, config.reward, config.beta = "powerflow", "accuracy", 1.0
+    with pytest.raises(ValueError, match="no answer; give them .data.answer_field"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    config.reward, config.beta = "", 0.0
     config.objective, config.samples_per_prompt = "ttrl", 1
     with pytest.raises(ValueError, match="samples_per_prompt must be at least 2"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
@@ -1284,3 +1299,100 @@ def test_in_a_bucket_metrics_of_a_step_are_written_before_its_checkpoint(
     monkeypatch.setattr(checkpoint.Checkpoints, "save", look)
     loop.train_and_evaluate(config, f"{bucket}/run")
     assert found == [(2, [0, 1, 2]), (4, [0, 1, 2, 3, 4])]
+
+
+def test_a_step_is_saved_before_it_is_evaluated_and_rated_after(config, tmp_path):
+    """Also where steps between two checkpoints are evaluated; a stop at the last step leaves
+    the rest to the next call, which makes the evaluation up."""
+    config.data.eval, config.eval_every, config.eval_samples = config.data.train, 1, 1
+    config.num_steps, config.checkpoint_every, config.keep_best = 3, 100, 1
+    folder, seen = tmp_path / "run", []
+
+    def on_evaluation(step, values, rows):
+        saved = checkpoint.saved_steps(epath.Path(folder / "checkpoints"))
+        seen.append((step, saved))
+
+    def on_step(step, values):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = functools.partial(loop.train_and_evaluate, config, str(folder))
+    with pytest.raises(preemption.Preempted, match="saved after step 3"):
+        run(on_step, on_evaluation)
+    # The save of step 2 may still be written while it is evaluated.
+    assert [step for step, _ in seen] == [0, 1, 2] and 1 in seen[-1][1]
+    assert not (folder / "hf").exists()
+    rated = lambda: [*(folder / "checkpoints").glob("*/metrics/metrics")]
+    assert {x.parts[-3] for x in rated()} == {"2"}
+    run(None, on_evaluation)
+    rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+    assert seen[-1][0] == 3 and "eval/avg@1" in rows[3] and (folder / "hf").exists()
+    assert "eval/avg@1_se" not in rows[3]  # of one prompt there is none
+    assert len({row["evaluation/fingerprint"] for row in rows}) == 1
+    assert "3" in {x.parts[-3] for x in rated()}
+
+
+def test_a_stop_after_the_last_step_ends_the_rest_at_once(
+    config, tmp_path, monkeypatch
+):
+    config.num_steps = 1
+    write = loop.export.write
+
+    def told(*args):
+        signal.raise_signal(signal.SIGTERM)
+        write(*args)
+
+    monkeypatch.setattr(loop.export, "write", told)
+    with pytest.raises(
+        preemption.Preempted, match="SIGTERM: interrupted after the last"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run/hf").exists()
+    monkeypatch.undo()
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert (tmp_path / "run/hf").exists()
+
+
+def test_a_row_that_is_lost_is_not_taken_from_an_earlier_step(whole, tmp_path):
+    config, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    rows = dataset_io.read_jsonl(path)
+    dataset_io.write_jsonl(path, rows[:3])  # up to an evaluation, of step 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    found = dataset_io.read_jsonl(path)
+    assert [row["step"] for row in found] == [0, 1, 2, 4]
+    assert found[-1]["eval/avg@16"] == rows[-1]["eval/avg@16"]
+    assert "tb/loss" not in found[-1]
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [(1, "step 1; nothing was learned yet"), (2, "the last checkpoint")],
+)
+def test_a_first_step_that_is_not_finite_speaks_of_no_checkpoint(step, said):
+    with pytest.raises(FloatingPointError, match=said) as error:
+        loop._check_finite({"loss": np.nan, "grad_norm": 1.0}, step)
+    assert ("checkpoint" in str(error.value)) == (step > 1)
+
+
+def test_a_run_goes_on_with_its_prompts_from_elsewhere_but_no_others(config, tmp_path):
+    """And what is refused leaves the folder as it was."""
+    config.num_steps = 1
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    config.data.train = str(shutil.copy(config.data.train, place))
+    config.num_steps = 2
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    kept = (tmp_path / "run/config.json").read_text()
+    assert str(place) in kept and len(_deterministic(tmp_path / "run")) == 3
+    other = place / "other" / pathlib.Path(config.data.train).name
+    other.parent.mkdir()
+    other.write_text('{"prompt": "b a"}\n')
+    config.data.train = str(other)
+    with pytest.raises(
+        ValueError, match=r"another run.*\n(.*\n)*  prompts: \w+ -> \w+"
+    ):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert (tmp_path / "run/config.json").read_text() == kept

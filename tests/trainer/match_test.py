@@ -50,3 +50,11 @@ def test_below_alpha_1_a_target_may_be_what_the_base_hardly_says():
     assert "each, and of the base at temperature 2:" in match.describe(found, 0.5)
     (warning,) = match.warnings(found | {"total_variation": 0.5}, 0.5)
     assert "text that the base hardly ever says" in warning
+
+
+def test_of_one_prompt_there_is_no_error():
+    found = FOUND | {"num_prompts": 1}
+    assert "total variation 0.020\n" in match.describe(found, 4.0)
+    assert "exponent 3.600 over" in match.describe(found, 4.0)
+    (warning,) = match.warnings(found | {"exponent": 3.0}, 4.0)
+    assert "the power of 3.00" in warning

@@ -159,3 +159,10 @@ def test_an_objective_of_ones_own_may_take_a_reward_as_it_is(config, mine):
     config.reward, config.beta = "", 1.0
     with pytest.raises(ValueError, match="set --config.reward too"):
         _check(config)
+
+
+def test_the_objective_of_the_end_is_that_of_the_last_step(config):
+    config.schedules, config.num_steps = "alpha:1@0,4@100", 20
+    assert of_config(config).alpha == pytest.approx(1.6)
+    config.num_steps = 200
+    assert of_config(config).alpha == 4.0

@@ -8,14 +8,11 @@ def test_values_are_linear_between_points_and_constant_outside():
     alpha = [schedules.value(found, "alpha", s, 7.0) for s in (0, 1, 2, 5, 7, 9, 99)]
     assert alpha == [1.0, 1.0, 1.5, 3.0, 2.5, 2.0, 2.0]
     assert schedules.value(found, "beta", 5, 7.0) == 0.0
-    assert schedules.final(found, "alpha", 7.0) == 2.0
 
 
 def test_without_a_schedule_the_default_holds():
     assert schedules.parse("") == {}
-    assert (
-        schedules.value({}, "alpha", 3, 7.0) == schedules.final({}, "alpha", 7.0) == 7
-    )
+    assert schedules.value({}, "alpha", 3, 7.0) == 7
 
 
 @pytest.mark.parametrize(

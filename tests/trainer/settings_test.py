@@ -16,7 +16,7 @@ from flax import traverse_util
 from configs import default
 from pfjax.model import lora, transformer
 from pfjax.sampler import options
-from pfjax.trainer import config_checks, run_config, settings
+from pfjax.trainer import config_checks, recipes, run_config, settings
 
 
 def _config(**changes):
@@ -216,6 +216,34 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             {"teacher_decay": 0.9, "reward": "majority", "beta": 1.0},
             "which powerflow does not follow",
         ),
+        (
+            {"eval_sampling.stop_strings": (12,)},
+            "--config.eval_sampling.stop_strings=(12,): must be texts that are not empty",
+        ),
+        ({"eval_sampling.stop_strings": ("",)}, "must be texts that are not empty"),
+        (
+            {"reward": "nowhere.py:f", "beta": 1.0},
+            "--config.reward=nowhere.py:f: there is no file nowhere.py",
+        ),
+        (
+            {"format_term": "nowhere.py:f"},
+            "--config.format_term=nowhere.py:f: there is no file nowhere.py",
+        ),
+        ({"lora.alpha": 16.0}, "lora.alpha=16.0 without adapters: give their rank"),
+        (
+            {"behavior.base_temperature": 2.0},
+            "behavior.base_temperature=2.0 has no effect without samples of the base: set",
+        ),
+        (
+            {"behavior.from_file": 0.5},
+            "behavior.from_file=0.5 has no effect without a file",
+        ),
+        (
+            {"reward_per": "token"},
+            "reward_per=token has no effect without a reward: set",
+        ),
+        ({"profile_steps": (501, 503)}, "none of these is a step of the run"),
+        ({"profile_steps": (0, 1)}, "none of these is a step of the run"),
         ({"reward": "acuracy", "beta": 1.0}, "did you mean accuracy?"),
         ({"reward": "format", "beta": 1.0, "objective": "subtb"}, "every prefix"),
         ({"temperature": 0.0}, "--config.eval_sampling.temperature=0"),
@@ -224,6 +252,26 @@ def test_a_number_out_of_its_bounds_is_refused(name):
 def test_values_that_cannot_be_meant_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         config_checks.check(_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora.alpha": 16.0, "lora.init_from": "a"},
+        {"behavior.base_temperature": 2.0, "schedules": "behavior.base:0@1,0.5@9"},
+        {"behavior.from_file": 0.5, "behavior.file": "a.jsonl"},
+        {"reward_per": "token", "objective": "flowrl", "beta": 15.0},
+        {"reward_per": "token", "reward": "accuracy", "beta": 1.0},
+        {"profile_steps": (500, 900)},
+    ],
+)
+def test_what_something_reads_is_taken(changes):
+    config_checks.check(_config(**changes))
+
+
+@pytest.mark.parametrize("name", recipes.recipe_paths())
+def test_every_recipe_is_taken(name):
+    config_checks.check(ml_collections.FrozenConfigDict(recipes.recipe(name)))
 
 
 def test_a_likelihood_takes_any_responses_but_the_policys():
@@ -366,3 +414,48 @@ def test_other_values_are_of_a_copy():
 
 def test_a_setting_that_is_gone_is_a_difference():
     assert run_config.differences({"rows": 2}, {}) == ["rows: 2 -> (absent)"]
+
+
+def test_a_config_that_was_cut_short_is_named(tmp_path):
+    folder = epath.Path(tmp_path)
+    run_config.write_config(_config(), folder)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text()[:40])
+    (tmp_path / "checkpoints/2").mkdir(parents=True)
+    said = rf"^{path} is not JSON[^\n]*$"
+    with pytest.raises(ValueError, match=said):
+        run_config.read_config(folder)
+    with pytest.raises(ValueError, match=said):
+        run_config.check_workdir(_config(), folder)
+
+
+def test_where_a_file_is_does_not_make_another_run():
+    old = {
+        "model": "models/a",
+        "data.train": "./tr.jsonl",
+        "behavior.file": "x/given.jsonl",
+        "reward": "0.1 * code/mine.py:f, accuracy",
+        "objective": "own.py:f",
+        "code of own.py": "0123",
+    }
+    new = {
+        "model": "/home/me/models/a/",
+        "data.train": "/home/me/tr.jsonl",
+        "behavior.file": "../x/given.jsonl",
+        "reward": "0.1 * /home/me/code/mine.py:f, accuracy",
+        "objective": "/home/me/own.py:f",
+        "code of /home/me/own.py": "0123",
+    }
+    assert run_config.differences(old, new) == []
+    assert run_config.differences(new, old) == []
+    for name, value in {
+        "model": "/home/me/models/b",
+        "data.train": "tr2.jsonl",
+        "behavior.file": "",
+        "reward": "0.2 * code/mine.py:f, accuracy",
+        "objective": "own.py:g",
+        "code of /home/me/own.py": "4567",
+    }.items():
+        assert len(run_config.differences(old, new | {name: value})) == 1, name
+    # A pattern is no file.
+    assert run_config.differences({"reward": 'regex:"a/b"'}, {"reward": 'regex:"c/b"'})
