@@ -37,8 +37,6 @@ class ObjectiveConfig:
     alpha: Any = 4.0
     log_z: str = "head"  # "head" or "group", where the objective leaves the choice
     beta: Any = 0.0  # of the reward in the target
-    # Below alpha 1, under which tokens are rare and keep the power 1, see `targets.rare`.
-    eta_cutoff: float = 0.0
     # Terms of the reward that tilts the target or that policy gradients follow, see
     # `reward_functions.parse`; "" for the objective's own, if it has one.
     reward: str = ""
@@ -46,6 +44,8 @@ class ObjectiveConfig:
     temperature: float = 1.0  # that responses are sampled at
     divergence: float = 1.0  # order of the loss of a residual; 1 squares it
     residual_clip: Any = None  # nats per token, beyond which that loss is linear
+    # Below alpha 1, under which tokens are rare and keep the power 1, see `targets.rare`.
+    eta_cutoff: float = 0.0
     kl: float = 0.0  # of KL(pi || p_0) per token, in the objectives of a reward
     clip_low: float = 0.8  # of ratios pi / pi_old
     clip_high: float = 1.28

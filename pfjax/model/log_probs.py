@@ -380,10 +380,7 @@ def rare_log_probs(
 
 
 def _scores(
-    policy: transformer.Policy,
-    sequences: list[list[int]],
-    prompt_lengths: Sequence[int] | np.ndarray,
-    *how: float,
+    policy: Any, sequences: Any, prompt_lengths: Any, *how: float
 ) -> list[np.ndarray]:
     """What `_score` says of each response token; `how` is what it takes."""
     arrays, starts = packing.trajectories(sequences, prompt_lengths)

@@ -262,9 +262,7 @@ def read_peft(folder: pathlib.Path) -> Adapter:
 def is_for(adapter: Adapter, model: str) -> bool:
     """Whether adapters may have been made for a model, a folder or hub id, by its name."""
     name = lambda x: x.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
-    place = lambda x: pathlib.Path(x).expanduser().resolve()
-    one, other = adapter.base, model
-    return not one or name(one) == name(other) or place(one) == place(other)
+    return not adapter.base or name(adapter.base) == name(model)
 
 
 def load_peft(adapter: Adapter, config: ModelConfig, where: Params) -> Params:

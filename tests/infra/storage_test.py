@@ -333,6 +333,7 @@ _OURS = {
     "open('/proc/meminfo')": "of the machine",
     "pathlib.Path(f'/proc/{pid}/stat')": "of the machine",
     "pathlib.Path(os.devnull)": "of the machine",
+    "pathlib.Path('/proc/sys/kernel/random/boot_id')": "of the machine",
     "pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache'))": "of the machine",
     "pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()": "as above",
     "pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))": "a download",
@@ -340,7 +341,7 @@ _OURS = {
     "pathlib.Path(self._stack.enter_context(new))": "a temporary folder",
     "pathlib.Path(storage.place(out_dir))": "after what is in a bucket has returned",
     "shutil.rmtree(out)": "as above",
-    "shutil.copyfile(file, out / file.name)": "into a temporary folder",
+    "shutil.copyfile(file, place)": "into a temporary folder",
     "open(path, 'wb')": "below storage.local_folder",
     "pathlib.Path(workdir)": "replaced where it is in a bucket",
     "pathlib.Path(head)": "code: a recipe of this checkout",
@@ -369,7 +370,7 @@ def test_json_that_was_cut_short_is_named_in_one_line(tmp_path):
     path = tmp_path / "a.json"
     for content in (b'{"a": ', b"\xff{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^{path} is damaged[^\n]*$"):
+        with pytest.raises(ValueError, match=rf"^{path} is not JSON[^\n]*$"):
             storage.read_json(path)
     path.write_text('{"a": 1}')
     assert storage.read_json(path) == {"a": 1}

@@ -147,5 +147,5 @@ def test_the_match_of_an_older_step_is_not_shown_as_that_of_the_last(tmp_path):
 def test_a_file_that_was_cut_short_is_named(tmp_path):
     folder = fake_runs.make(tmp_path / "a")
     (folder / "match.json").write_text('{"exponent"')
-    with pytest.raises(ValueError, match=r"^[^\n]*match\.json is damaged[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*match\.json is not JSON[^\n]*$"):
         runs.load([str(folder)])

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 
@@ -360,16 +359,13 @@ def test_an_adapter_decides_its_rank_alpha_and_targets(adapter):
             run_config.with_adapter(_config(**start, **{f"lora.{name}": value}))
 
 
-def test_an_adapter_of_another_model_is_said(adapter, tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    os.symlink(tmp_path, tmp_path / "c")
+def test_an_adapter_of_another_model_is_said(adapter, caplog):
     path = pathlib.Path(adapter) / "adapter_config.json"
     made_for = json.loads(path.read_text())
     for base, model, is_other in (
         ("a/b", "a/b", False),
         ("a/b", "/models/B/", False),
         ("a/b", "a/b@main", False),
-        ("c", str(tmp_path), False),
         ("", "x/y", False),
         ("a/b", "a/b-Instruct", True),
         ("a/b", "pfjax/toy", True),
