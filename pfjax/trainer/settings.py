@@ -107,7 +107,7 @@ _DECIDING: dict[str, Setting] = {
     ),
     "eta_cutoff": _not_negative(
         0.0,
-        "below alpha 1: tokens that the base gives less than eta_cutoff, or than "
+        "below alpha 1: tokens that the base gives less than eta_cutoff, and less than "
         "sqrt(eta_cutoff) e^(-entropy), keep the power 1, so that what is hardly ever right "
         "is not raised; 0: all tokens are flattened",
         at_most=1,
