@@ -354,8 +354,11 @@ def test_steps_without_samples_of_the_policy_train_and_say_nothing_of_it(
     assert rows[1]["tb/logz_mean"] < rows[0]["tb/logz_mean"] - 0.1
     of_policy = rows[2].keys() - rows[1].keys()
     assert {"entropy", "tb/slope", "rollout/kl", "completions/boxed_frac"} < of_policy
+    # The file has one response, which tells no slope.
     assert rows[1].keys() - rows[0].keys() == {
         "rollout/waste",
+        "tb/exponent",
+        "tb/exponent_se",
         "tb/exponent_base",
         "tb/exponent_base_se",
     }
