@@ -120,11 +120,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     fingerprints of what is in it."""
     default = {k: s.default for k, s in settings.SETTINGS.items()}
     free = {*CHANGES, *(k for k, s in settings.SETTINGS.items() if s.may_change)}
-    old, new = _without_folders(old), _without_folders(new)
-    names = sorted((old.keys() | (new.keys() & default.keys())) - free)
+    both = (old, new)
+    named = [_without_folders(x) for x in both]
+    names = sorted((named[0].keys() | (named[1].keys() & default.keys())) - free)
     value = lambda values, k: values.get(k, default.get(k, "(absent)"))
-    pairs = [(k, value(old, k), value(new, k)) for k in names]
-    return [f"{k}: {a} -> {b}" for k, a, b in pairs if a != b]
+    different = [k for k in names if value(named[0], k) != value(named[1], k)]
+    # Keys of code are without their folders.
+    shown = [n | x for n, x in zip(named, both, strict=True)]
+    return [f"{k}: {value(shown[0], k)} -> {value(shown[1], k)}" for k in different]
 
 
 _PLACES = {"model", "base", "lora.init_from", "data.train", "data.target"}

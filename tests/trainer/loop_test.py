@@ -894,7 +894,7 @@ def test_several_sets_are_evaluated_each_as_alone(config, tmp_path, capsys):
     )
     assert "  1 of 2 have answers: the others are not graded" in shown
     assert f"data.train {config.data.train}: 1 prompts from column prompt" in shown
-    assert shown.count("first prompt, as the model sees it: 'ab'") == 3
+    assert shown.count("first prompt, as the model sees it: 'a b'") == 3
     assert "step 0  two  length_mean" in shown
     assert "eval/two/avg@4" in shown  # in the table of before and after
     rows = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")
