@@ -19,7 +19,7 @@ from examples.study.unlisted import Unlisted
 from examples.worlds import exact as of_worlds
 from examples.worlds.world import VOCAB_SIZE, WORDS
 from pfjax.infra import dataset_io
-from pfjax.model import tokenizer, transformer
+from pfjax.model import log_probs, tokenizer, transformer
 from pfjax.model.transformer import Policy
 from pfjax.targets import Target
 from tests.examples import fake_study
@@ -115,22 +115,27 @@ def test_samples_of_a_model_give_what_is_not_listed(policy):
     first = [[x] for x in range(VOCAB_SIZE) if x != stop]
     all_ = [[stop], *([*x, y] for x in first for y in range(VOCAB_SIZE))]
     sequences = [prompt + y for y in all_]
-    log_p = pfjax.score(policy, sequences, [len(prompt)] * len(all_))
-    log_p0 = np.array([x.sum(dtype=float) for x in log_p])
+    asked, eta = (policy, sequences, [len(prompt)] * len(all_)), 0.01
+    total = lambda of_tokens: np.array([x.sum(dtype=float) for x in of_tokens])
+    log_p0 = total(pfjax.score(*asked))
+    rare = total(log_probs.rare_log_probs(*asked, eta))
+    assert 0.2 < np.mean(rare < 0) < 0.99
     assert np.exp(log_p0).sum() == pytest.approx(1, abs=1e-4)
     length = np.array([len(y) for y in all_])
     texts = ["", *WORDS[2:20]]
     ids = [[*tok.encode(text), stop] for text in texts]
     at = np.array([all_.index(y) for y in ids])
-    row = fake_study.listed(log_p0[at], length[at], np.zeros(len(at), bool))
+    of_list = (log_p0[at], length[at], np.zeros(len(at), bool), rare[at])
+    row = fake_study.listed(*of_list)
     row.texts, row.problem = texts, problem
     world = worlds.WORLDS["detour"]
     for alpha in (0.5, 2.0):
-        (drawn,) = unlisted.draw(policy, [row], 2, alpha, num=2048)
+        (drawn,) = unlisted.draw(policy, [row], 2, eta, alpha, num=2048)
         base = Base(world, policy, [row], lambda _, drawn=drawn: [drawn])
         for is_length_aware, name in ((True, "powerflow"), (False, "tb_traj")):
             target = Target(alpha, is_length_aware=is_length_aware)
-            density = np.exp(of_worlds.target_on(log_p0, length, target)[1])
+            how = {"log_p_rare": rare}
+            density = np.exp(of_worlds.target_on(log_p0, length, target, **how)[1])
             method = TRAINED[name]._replace(own_alpha=alpha)
             found = ends.predict(base, method)
             error = found["all/listed_se"]
