@@ -132,8 +132,8 @@ def summarise(
     Returns:
       `length_mean`, `truncated`, `boxed_frac`, `distinct` (fraction of a prompt's
       responses that differ); where answers are known `avg@k`, its standard error over
-      problems `avg@k_se` (of two and more), `maj@k`, `pass@k`, `answer_classes` and `answer_entropy` of a
-      problem (nats), `grader_timeouts`.
+      problems `avg@k_se` (of two and more), `maj@k`, `pass@k`, `answer_classes` and
+      `answer_entropy` of a problem (nats), `grader_timeouts`.
     """
     problems = [rows[i : i + k] for i in range(0, len(rows), k)]
     scores = {

@@ -225,11 +225,8 @@ def load(
     """
     tensors = _open_folder(folder, stem, prefix)
     layouts = _layouts(config, abstract)
-    if (
-        config.tied_embeddings
-        and EMBED_TENSOR not in tensors
-        and HEAD_TENSOR in tensors
-    ):
+    there = tensors.keys() & {EMBED_TENSOR, HEAD_TENSOR}
+    if config.tied_embeddings and there == {HEAD_TENSOR}:
         tensors[EMBED_TENSOR] = tensors.pop(HEAD_TENSOR)
     _check(folder, tensors, [layout for layout, _ in layouts])
 

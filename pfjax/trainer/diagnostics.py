@@ -181,7 +181,8 @@ def exponent_metrics(
 def exponent(r: TrajectoryStats, target: Target) -> tuple[float | None, float | None]:
     """Slope of log pi, less the tilt of the target, on log p_0 within prompts: alpha at the
     optimum; and its standard error. Neither is known where no prompt has responses that
-    differ in log p_0, and no error of one prompt. The base has 1 where the target is of whole sequences.
+    differ in log p_0, and no error of one prompt. The base has 1 where the target is of
+    whole sequences.
 
     Where each prompt has its own alpha it is the slope on alpha log p_0: 1 at the optimum.
     """

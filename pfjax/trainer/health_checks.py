@@ -197,12 +197,8 @@ def _far_exponent(
 
 def _constant_reward(history: Sequence[dict[str, Any]], patience: int) -> list[str]:
     rows = [r for r in history if "reward/mean" in r][-patience:]
-    names = (
-        "mean",
-        "std",
-        "min",
-        "max",
-    )  # an older run has no min, one response no std
+    # An older run has no min and max, one response per prompt no std.
+    names = ("mean", "std", "min", "max")
     seen = {tuple(r.get(f"reward/{k}") for k in names) for r in rows}
     if len(rows) < patience or len(seen) > 1:
         return []
