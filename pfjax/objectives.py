@@ -125,7 +125,8 @@ def _power(c: ObjectiveConfig, **how: Any) -> Target:
     """p_0^alpha, with e^{beta r} if a reward is named."""
     per_token = c.reward_per == "token"
     beta = c.beta if c.reward else 0.0
-    return Target(c.alpha, beta, is_reward_per_token=per_token, **how)
+    how = {"is_reward_per_token": per_token, "eta_cutoff": c.eta_cutoff, **how}
+    return Target(c.alpha, beta, **how)
 
 
 def tilt(y: TrajectoryStats | PackedBatch) -> dict[str, Any]:

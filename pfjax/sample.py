@@ -5,8 +5,9 @@ in training. Responses go to --out as JSON lines, each as soon as it has ended.
 
 --method=mh and --method=smc draw from the model's power distribution p^alpha without
 training it (times e^{-log_z |y|}, which with PowerFlow's log Z' is what it trains toward,
-and e^{beta r} with --reward); their lines come at the end. --method=low_temperature draws
-at temperature 1 / alpha, which sharpens each token on its own. --method=best_of draws
+and e^{beta r} with --reward); their lines come at the end. Below alpha 1 --eta_cutoff leaves
+rare tokens out of the flattening, as in training. --method=low_temperature draws at
+temperature 1 / alpha, which sharpens each token on its own. --method=best_of draws
 --candidates for each response and keeps the likeliest; with --alpha and --log_z the one of
 highest alpha log p - log_z |y|.
 
@@ -69,6 +70,12 @@ flags.DEFINE_string(
 )
 flags.DEFINE_float(
     "beta", 0.0, "nats per response that r(y) is weighed by; mh, smc", lower_bound=0.0
+)
+flags.DEFINE_float(
+    "eta_cutoff",
+    0.0,
+    "below alpha 1: rare tokens keep the power 1, as in training; mh, smc",
+    lower_bound=0.0,
 )
 flags.DEFINE_integer(
     "candidates", 16, "best_of: that each response is the best of", lower_bound=1
@@ -173,6 +180,11 @@ def _check_flags() -> None:
     if FLAGS.reward and method not in _OF_SEQUENCES:
         raise ValueError("--reward needs --method=smc or mh")
     target_reward.check(FLAGS.reward)
+    if FLAGS.eta_cutoff and not (method in _OF_SEQUENCES and 0 < (alpha or 0) < 1):
+        raise ValueError(
+            f"--eta_cutoff={FLAGS.eta_cutoff:g} is of powers that flatten: it needs "
+            "--method=smc or mh, and --alpha below 1"
+        )
     given = [f"--{n}" for n in _REFUSED[method] if FLAGS[n].present]
     if given:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
@@ -271,7 +283,9 @@ def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     """Samples the power distribution; also returns what smc found of its particles."""
     what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
     _say(f"{what} by {FLAGS.method}")
-    target = targets.Target(FLAGS.alpha, FLAGS.beta, has_format=False)
+    target = targets.Target(
+        FLAGS.alpha, FLAGS.beta, has_format=False, eta_cutoff=FLAGS.eta_cutoff
+    )
     args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
     stop_ids = tokenizer.stop_ids(tok, policy.config)
     kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
@@ -282,7 +296,8 @@ def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     population = {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
     rollout, found = smc.sequential_monte_carlo(*args, **kwargs, **population)
     tilt = " e^(beta r)" if reward else ""
-    what = f"log of the sum of p^alpha e^(-log_z |y|){tilt} over all responses"
+    rare = ", of rare tokens p" if FLAGS.eta_cutoff else ""
+    what = f"log of the sum of p^alpha{rare} e^(-log_z |y|){tilt} over all responses"
     _say(f"{what}, mean over prompts: {found.log_sum.mean():.3f}")
     _say(smc.describe(rollout, found, **population))
     return rollout, found
@@ -305,6 +320,8 @@ def _row(response, tok, asked: list, prompts: list[list[int]], found) -> dict:
     }
     if FLAGS.method in _OF_SEQUENCES:  # as --config.data.target takes them
         row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
+        if FLAGS.eta_cutoff:
+            row["eta_cutoff"] = FLAGS.eta_cutoff
     if found:
         row["ancestors"] = int(found.ancestors[response.prompt])
         row["min_ess"] = float(found.min_ess[response.prompt])

@@ -65,6 +65,7 @@ class Target:
     is_length_aware: bool = True
     is_reward_per_token: bool = False  # k = 1; of length-aware targets only
     log_sum: float = 0.0  # of exp(log R) at the optimal log Z, before it is taken off
+    eta_cutoff: float = 0.0  # below alpha 1, under which tokens are rare; 0: none is
 
     @property
     def has_reward(self) -> bool:

@@ -423,6 +423,28 @@ def length_aware_target(log_p, length, alpha: float) -> tuple[np.ndarray, float]
     return np.exp(alpha * log_p - lam * length), lam
 
 
+def of_tokens(log_p):
+    """Of each response of the enumerable model its tokens, each with the distribution that it
+    is drawn from, from the log-probs of all responses."""
+    responses = [tuple(y) for y in all_responses(vocab=4, stop=1, max_tokens=3)]
+    mass = collections.Counter()  # of all that begin so
+    for y, p in zip(responses, np.exp(log_p), strict=True):
+        mass.update({y[:t]: p for t in range(len(y) + 1)})
+    after = lambda y: np.array([mass[(*y, v)] for v in range(4)]) / mass[y]
+    return [[(after(y[:t]), y[t]) for t in range(len(y))] for y in responses]
+
+
+def log_power(log_p, alpha: float, eta_cutoff: float = 0.0) -> np.ndarray:
+    """log p^alpha of all responses of that model, of rare tokens log p."""
+
+    def of_token(p, token):
+        entropy = -(p * np.log(p)).sum()
+        is_rare = p[token] < min(eta_cutoff, eta_cutoff**0.5 * np.exp(-entropy))
+        return np.log(p[token]) * (1.0 if is_rare else alpha)
+
+    return np.array([sum(of_token(*x) for x in y) for y in of_tokens(log_p)])
+
+
 def power_target(log_p, alpha: float) -> tuple[np.ndarray, float]:
     """p^alpha / Z and log Z."""
     weight = np.exp(alpha * np.asarray(log_p, np.float64))

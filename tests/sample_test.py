@@ -112,6 +112,10 @@ def test_mistakes_are_one_line(tmp_path):
         (("--prompt=1", "--method=mh", "--alpha=2", "--top_k=3"), "takes no --top_k"),
         (("--prompt=1", "--alpha=2"), "--alpha needs --method"),
         (
+            ("--prompt=1", "--method=mh", "--alpha=2", "--eta_cutoff=0.003"),
+            "--eta_cutoff=0.003 is of powers that flatten",
+        ),
+        (
             ("--prompt=1", "--samples=4", "--method=smc", "--alpha=2", "--particles=2"),
             "must not be fewer",
         ),

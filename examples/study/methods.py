@@ -46,11 +46,9 @@ def alpha_of(world: str) -> float:
 Prediction = Callable[[Base, float], list[np.ndarray]]
 
 
-def power(
-    base: Base, alpha: float, is_length_aware: bool = True, flattens_all: bool = False
-) -> list[np.ndarray]:
+def power(base: Base, alpha: float, is_length_aware: bool = True) -> list[np.ndarray]:
     """p^alpha, length-aware or of whole sequences; of the lists alone by default. Rare tokens
-    keep the power 1, unless it `flattens_all`."""
+    keep the power 1."""
     target = Target(alpha, is_length_aware=is_length_aware)
     out = []
     for r, more in zip(base.rows, base.unlisted or base.rows, strict=True):
@@ -66,13 +64,12 @@ def power(
                     (rare, more.log_p_rare),
                 )
             )
-        tilt = {"log_q": log_q, "log_p_rare": None if flattens_all else rare}
+        tilt = {"log_q": log_q, "log_p_rare": rare}
         out.append(of_worlds.target_on(log_p0, length, target, **tilt)[1])
     return out
 
 
 _whole = functools.partial(power, is_length_aware=False)
-_whole_flattened = functools.partial(_whole, flattens_all=True)
 
 
 def tempered(base: Base, alpha: float) -> list[np.ndarray]:
@@ -120,7 +117,7 @@ class Method(NamedTuple):
     @property
     def is_power(self) -> bool:
         """Whether it should end at a power of whole responses."""
-        return self.prediction in (power, _whole, _whole_flattened)
+        return self.prediction in (power, _whole)
 
     def is_apt(self, world: str) -> bool:
         """Whether it can do what a world is about."""
@@ -152,11 +149,12 @@ TRAINED = {
     ),
     "power_distillation": Method(
         "SMC on p^alpha, likelihood",
-        _whole_flattened,
+        _whole,
         samples=lambda alpha: (
             "--method=smc",
             f"--alpha={alpha}",
             "--ramp=10",
+            *([f"--eta_cutoff={ETA_CUTOFF}"] if alpha < 1 else []),
         ),
     ),
     "best_of_distillation": Method(

@@ -54,13 +54,15 @@ def bounds(
 
     def gap(responses: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """log target - log pi, and what psi adds to it, of each sequence; `[P, G]`."""
-        found = match.score(policy, base, samples.prompts, responses)
+        asked = (policy, base, samples.prompts, responses)
+        found = match.score(*asked, eta_cutoff=target.eta_cutoff)
         texts = [tokenizer.decode(tok, y) for y in responses]
         psi = rewards.format_term(texts, format_penalty).reshape(-1, num)
         r = reward(numbers, responses).reshape(-1, num) if reward else 0.0
         sums = (found.log_p_base, found.length, samples.log_z)
-        density = target.log_density(*sums, psi=psi, reward=r)
-        plain = target.log_density(*sums, reward=r)
+        tilt = {"reward": r, "log_p_rare": found.log_p_rare}
+        density = target.log_density(*sums, psi=psi, **tilt)
+        plain = target.log_density(*sums, **tilt)
         return density - found.log_p, density - plain
 
     how = {"seed": seed, "stop": StopConditions(stop_ids)}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from pfjax import targets
 from pfjax.batch import Array, Rollout
 from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
@@ -58,6 +59,8 @@ class Chains(NamedTuple):
     length: Int[Array, "s"]
     is_stopped: Bool[Array, "s"]
     cache: Any
+    # What of log_p is of rare tokens, if the target has some.
+    log_p_rare: Float[Array, "s r"] | None = None
 
 
 def _check(target: Target, reward: Reward | None, temperature: float | None) -> None:
@@ -193,6 +196,8 @@ def begin(
         is_stopped=jnp.zeros(count, bool),
         cache=decode.empty_cache(s, count, s.plan.response_widths(spec.width)),
     )
+    if spec.target.eta_cutoff:
+        empty = empty._replace(log_p_rare=jnp.zeros_like(empty.log_p))
     return Run(spec, state, log_z, tokens, length, prompt_id, cached), empty
 
 
@@ -232,6 +237,11 @@ def one_token(
     where = (slot, jnp.where(is_active, at, run.spec.max_new_tokens))
     put = lambda x, new: x.at[where].set(new, mode="drop")
     stops = jnp.isin(token, jnp.array(s.stop_ids, jnp.int32))
+    log_p_rare = y.log_p_rare
+    if log_p_rare is not None:
+        entropy = jax.scipy.special.entr(jnp.exp(log_p)).sum(axis=-1)
+        drawn = (take(log_p, token), entropy, run.spec.target.eta_cutoff)
+        log_p_rare = put(log_p_rare, targets.rare(*drawn))
     return Chains(
         tokens=put(y.tokens, token),
         log_p=put(y.log_p, take(log_p, token)),
@@ -239,6 +249,7 @@ def one_token(
         length=y.length + is_active,
         is_stopped=y.is_stopped | (stops & is_active),
         cache=cache,
+        log_p_rare=log_p_rare,
     )
 
 
@@ -259,8 +270,10 @@ def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array,
         length = jnp.where(is_left, 0, y.length)
         reward = run.spec.reward(y.tokens, length, prompt)
         reward = jnp.where(is_left, 0.0, reward)
-    log_p = sum_from(y.log_p, y)
-    return target.log_density(log_p, y.length, run.log_z, reward=reward)
+    tilt = {"reward": reward}
+    if y.log_p_rare is not None:
+        tilt["log_p_rare"] = sum_from(y.log_p_rare, y)
+    return target.log_density(sum_from(y.log_p, y), y.length, run.log_z, **tilt)
 
 
 def sum_from(x: Float[Array, "s r"], y: Chains, first: Any = 0) -> Float[Array, "s"]:

@@ -209,12 +209,16 @@ def _check_rows(
     found: list[tuple[str, dict]], log_z: float | None, target: Target, reward: str
 ) -> None:
     """Raises ValueError for samples of another target than the run's."""
-    wanted = {"alpha": target.alpha, "log_z": log_z, "beta": 0.0, "reward": ""}
+    # What rows lack that were drawn without a reward, and before there were rare tokens.
+    untold = {"beta": 0.0, "reward": "", "eta_cutoff": 0.0}
+    wanted = {"alpha": target.alpha, "log_z": log_z, **untold}
     command = f"--method=smc --alpha={target.alpha:g} --log_z=..."
+    if target.eta_cutoff:
+        wanted |= {"eta_cutoff": target.eta_cutoff}
+        command += f" --eta_cutoff={target.eta_cutoff:g}"
     if target.has_reward:
         wanted |= {"beta": target.beta, "reward": reward}
         command += f" --reward={shlex.quote(reward)} --beta={target.beta:g}"
-    untold = {"beta": 0.0, "reward": ""}  # of rows drawn without a reward
     for where, row in found:
         for name, want in wanted.items():
             value = row.get(name, untold.get(name))

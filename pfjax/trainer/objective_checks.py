@@ -99,11 +99,9 @@ def _check_eta_cutoff(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
             f"{said} has no effect on {c.objective}, which has no power of the base to "
             "flatten: leave it out"
         )
-    if objective.kind.has_prefixes or c.mask_clipped_tokens or c.data.target:
+    if objective.kind.has_prefixes or c.mask_clipped_tokens:
         kin = "powerflow, tb_token, tb_traj, rl_traj and rl_token"
-        raise ValueError(
-            f"{said}: {kin} know rare tokens, without mask_clipped_tokens and data.target"
-        )
+        raise ValueError(f"{said}: {kin} know rare tokens, without mask_clipped_tokens")
     ends = dial.parse(c.alpha_range)
     varied = [value for _, value in schedules.parse(c.schedules).get("alpha", ())]
     if min([c.alpha, *ends, *varied]) >= 1:

@@ -6,6 +6,7 @@ from pfjax.model import log_probs
 from tests.conftest import (
     all_responses,
     length_aware_target,
+    log_power,
     power_target,
     total_variation,
 )
@@ -26,12 +27,14 @@ def base_log_probs(policy) -> np.ndarray:
     return np.array([x.sum() for x in scores])
 
 
-def exact_target(policy, alpha, is_length_aware) -> tuple[np.ndarray, float]:
+def exact_target(
+    policy, alpha, is_length_aware, eta_cutoff=0.0
+) -> tuple[np.ndarray, float]:
     """Probabilities of all responses, and the log Z that goes with them."""
-    base = base_log_probs(policy)
+    log_r = log_power(base_log_probs(policy), alpha, eta_cutoff)
     if is_length_aware:
-        return length_aware_target(base, LENGTH, alpha)
-    return power_target(base, alpha)
+        return length_aware_target(log_r, LENGTH, 1.0)
+    return power_target(log_r, 1.0)
 
 
 def frequencies(rollout) -> np.ndarray:

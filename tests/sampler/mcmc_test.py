@@ -23,18 +23,28 @@ def policy(enumerable_folder):
 @pytest.mark.parametrize(
     "is_length_aware", [pytest.param(False, marks=pytest.mark.slow), True]
 )
-@pytest.mark.parametrize("alpha", [2.0, pytest.param(0.5, marks=pytest.mark.slow)])
-def test_draws_from_the_exact_target(policy, alpha, is_length_aware):
-    target, log_z = enumerable.exact_target(policy, alpha, is_length_aware)
+@pytest.mark.parametrize(
+    "alpha, eta_cutoff",
+    [
+        (2.0, 0.0),
+        pytest.param(0.5, 0.0, marks=pytest.mark.slow),
+        pytest.param(0.35, 0.05, marks=pytest.mark.slow),
+    ],
+)
+def test_draws_from_the_exact_target(policy, alpha, eta_cutoff, is_length_aware):
+    args = (policy, alpha, is_length_aware)
+    target, log_z = enumerable.exact_target(*args, eta_cutoff)
     floor = enumerable.floor(target)
     base = np.exp(enumerable.base_log_probs(policy))
     assert total_variation(base, target) > 5 * floor
+    if eta_cutoff:
+        assert total_variation(enumerable.exact_target(*args)[0], target) > 5 * floor
     log_z = log_z if is_length_aware else 0.0
     # Two blocks: the first ends where responses may not.
     out = mcmc.metropolis_hastings(
         policy,
         PROMPTS[:1],
-        Target(alpha, has_format=False),
+        Target(alpha, has_format=False, eta_cutoff=eta_cutoff),
         SAMPLES,
         3,
         log_z=log_z,

@@ -32,19 +32,24 @@ def policy(enumerable_folder):
         pytest.param(2.0, False, {"ramp": 60}, 2, marks=pytest.mark.slow),
         # So poor a proposal that particles have to be resampled.
         (4.0, False, {"ramp": 1, "temperature": 1.0}, 2),
+        (0.35, True, {"ramp": 2, "eta_cutoff": 0.05}, 1),
     ],
 )
 def test_draws_from_the_exact_target_and_estimates_its_sum(
     policy, alpha, is_length_aware, more, margin
 ):
-    target, log_z = enumerable.exact_target(policy, alpha, is_length_aware)
+    eta_cutoff = more.pop("eta_cutoff", 0.0)
+    args = (policy, alpha, is_length_aware)
+    target, log_z = enumerable.exact_target(*args, eta_cutoff)
     floor = enumerable.floor(target)
     base = np.exp(enumerable.base_log_probs(policy))
     assert total_variation(base, target) > 5 * floor
+    if eta_cutoff:
+        assert total_variation(enumerable.exact_target(*args)[0], target) > 5 * floor
     out, found = smc.sequential_monte_carlo(
         policy,
         PROMPTS[:1],
-        Target(alpha, has_format=False),
+        Target(alpha, has_format=False, eta_cutoff=eta_cutoff),
         SAMPLES,
         3,
         log_z=log_z if is_length_aware else 0.0,

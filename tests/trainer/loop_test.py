@@ -34,6 +34,8 @@ from tests.conftest import (
     all_responses,
     count_compiles,
     length_aware_target,
+    log_power,
+    of_tokens,
     power_target,
     run_command,
     total_variation,
@@ -264,14 +266,7 @@ def test_rare_tokens_keep_the_power_1(converging, tmp_path, log_z):
 
 def _flattened(log_p, length, eta_cutoff):
     """The square root of the model, but for rare tokens; and its log Z'."""
-
-    def power(p, token):
-        entropy = -(p * np.log(p)).sum()
-        is_rare = p[token] < min(eta_cutoff, eta_cutoff**0.5 * np.exp(-entropy))
-        return np.log(p[token]) * (1.0 if is_rare else 0.5)
-
-    log_r = [sum(power(*x) for x in response) for response in _of_tokens(log_p)]
-    return length_aware_target(np.array(log_r), length, 1.0)
+    return length_aware_target(log_power(log_p, 0.5, eta_cutoff), length, 1.0)
 
 
 @pytest.mark.long_running
@@ -309,19 +304,8 @@ def _tempered(log_p, temperature):
         return hot[token] / hot.sum()
 
     return np.array(
-        [np.prod([of_token(*x) for x in response]) for response in _of_tokens(log_p)]
+        [np.prod([of_token(*x) for x in response]) for response in of_tokens(log_p)]
     )
-
-
-def _of_tokens(log_p):
-    """Of each response its tokens, each with the distribution that it is drawn from, from
-    the log-probs of all responses."""
-    responses = [tuple(y) for y in all_responses(vocab=4, stop=1, max_tokens=3)]
-    mass = collections.Counter()  # of all that begin so
-    for y, p in zip(responses, np.exp(log_p), strict=True):
-        mass.update({y[:t]: p for t in range(len(y) + 1)})
-    after = lambda y: np.array([mass[(*y, v)] for v in range(4)]) / mass[y]
-    return [[(after(y[:t]), y[t]) for t in range(len(y))] for y in responses]
 
 
 def _write_listed(path, counts):
@@ -1189,16 +1173,19 @@ def test_a_kernel_that_attends_wrongly_is_refused(config, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("psi", "beta"), [(0.0, 0.0), (-0.5, 0.0), (-0.5, 1.5)])
+@pytest.mark.parametrize(
+    ("alpha", "psi", "beta", "eta_cutoff"),
+    [(2.0, 0.0, 0.0, 0), (2.0, -0.5, 0.0, 0), (2.0, -0.5, 1.5, 0), (0.1, 0, 0, 0.05)],
+)
 def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
-    config, tmp_path, rng, psi, beta
+    config, tmp_path, rng, alpha, psi, beta, eta_cutoff
 ):
     """Of the base, before the first step: every expectation is a sum over responses."""
-    alpha, lam, samples = 2.0, -0.4, 1000
+    lam, samples = -0.4, 1000
     base, length = _distribution(config.model)
     responses = all_responses(vocab=4, stop=1, max_tokens=3)
     reward = 0.5 * np.array([y.count(3) for y in responses])
-    log_drawn_from = alpha * base + beta * reward - lam * length
+    log_drawn_from = log_power(base, alpha, eta_cutoff) + beta * reward - lam * length
     drawn_from = np.exp(log_drawn_from)
     tilt = {}
     if beta:
@@ -1220,12 +1207,14 @@ def test_bounds_on_the_targets_sum_are_those_of_the_listed_target(
                 {
                     "prompt_id": 0, "alpha": alpha, "log_z": lam,
                     "prompt_tokens": [2, 3], "completion_tokens": responses[i],
+                    "eta_cutoff": eta_cutoff,
                 } | tilt
             ) + "\n"
             for i in chosen
         )
     )  # fmt: skip
     config.data.target, config.alpha, config.format_penalty = str(target), alpha, psi
+    config.eta_cutoff = eta_cutoff
     config.num_steps = config.eval_every = 1
     loop.train_and_evaluate(config, str(tmp_path / "run"))
     row = dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
@@ -1257,6 +1246,10 @@ def test_samples_of_another_target_are_refused(config, tmp_path):
         (
             [{"alpha": 4.0, "log_z": 0.0, "beta": 1.0, "reward": "format"}],
             "target.jsonl:1: beta is 1.0, expected 0.0",
+        ),
+        (
+            [{"alpha": 4.0, "log_z": 0.0, "eta_cutoff": 0.003}],
+            "target.jsonl:1: eta_cutoff is 0.003, expected 0.0",
         ),
     ]:
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))

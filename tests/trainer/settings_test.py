@@ -167,7 +167,6 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             for change in (
                 {"objective": "subtb"},
                 {"mask_clipped_tokens": True},
-                {"data.target": "a.jsonl"},
             )
         ),
         ({"beta": 1.0}, "weighs a reward in the target: set --config.reward too"),
