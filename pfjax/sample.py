@@ -296,7 +296,7 @@ def _draw_power(policy, tok, prompts, max_new_tokens, reward):
     population = {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
     rollout, found = smc.sequential_monte_carlo(*args, **kwargs, **population)
     tilt = " e^(beta r)" if reward else ""
-    rare = ", of rare tokens p" if FLAGS.eta_cutoff else ""
+    rare = " (of rare tokens p)" if FLAGS.eta_cutoff else ""
     what = f"log of the sum of p^alpha{rare} e^(-log_z |y|){tilt} over all responses"
     _say(f"{what}, mean over prompts: {found.log_sum.mean():.3f}")
     _say(smc.describe(rollout, found, **population))
