@@ -145,7 +145,11 @@ TRAINED = {
     "self_distillation": Method(
         "sampled at 1/alpha, likelihood (SSD)",
         tempered,
-        settings=lambda alpha: {"behavior.base_temperature": 1 / alpha},
+        # Hot samples are mostly of what the base hardly ever says: there is more to learn.
+        settings=lambda alpha: (
+            {"behavior.base_temperature": 1 / alpha}
+            | ({} if alpha > 1 else {"optim.learning_rate": 3e-3})
+        ),
     ),
     "power_distillation": Method(
         "SMC on p^alpha, likelihood",
