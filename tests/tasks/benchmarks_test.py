@@ -193,6 +193,7 @@ def test_a_row_of_another_form_is_named(tmp_path):
         ({"answer": "Answer: 12"}, "12"),
         ({"answer": "The final answer is $5$."}, "$5$"),
         ({"answer": "**Answer:** 5"}, "5"),
+        ({"answer": "The correct answer is: (B)"}, "(B)"),
         ({"answer": "**5**"}, "5"),
         ({"answer": r"\[x^2\]"}, "x^2"),
         ({"answer": "2**3"}, "2**3"),
