@@ -21,7 +21,9 @@ _SYMBOLS = str.maketrans(
     {
         "°": r"^\circ ", "∞": r"\infty ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ",
         "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "−": "-", "∪": r"\cup ",
-        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "º": r"^\circ ",
+        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "º": r"^\circ ", "–": "-", "⁄": "/",
+        "。": ".", "、": ",", "٫": ".", "٬": ",", "٪": "%", "’": "'", "\u2009": " ",
+        **dict.fromkeys("\u200b\u2060\ufeff"),
     }
 )  # fmt: skip
 _REWRITTEN = (
@@ -65,7 +67,7 @@ _DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
 _HALF = re.compile(r"([ap])\.?\s*m\b", re.IGNORECASE)  # of the day
 # Two numbers are a range or a score, three a date: no differences or quotients.
-_RANGE = re.compile(r"\d+\s*[-–]{1,2}\s*\d+|\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
+_RANGE = re.compile(r"\d+\s*-{1,2}\s*\d+|\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
 _RATIO = re.compile(r"(?:.*=)?([^:=,]+(?::[^:=,]+){2,})")
 # "2 hours 30 minutes", \text{} aside.
 _QUANTITIES = re.compile(r"(?:\d+(?:\.\d+)?\s*[a-zA-Z]{2,}\.?\s*(?:and\s+)?){2,}")
@@ -144,8 +146,8 @@ def _named(text: str) -> dict[str, str]:
 
 def _plain(text: str) -> str:
     """Without dollars, a final full stop and separators of thousands; in LaTeX."""
-    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
-    text = _ascii(text.translate(_SYMBOLS)).strip()
+    text = _ascii(unicodedata.normalize("NFC", text).translate(_SYMBOLS))
+    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".").strip()
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     if number := _THOUSANDS.fullmatch(_BEHIND_NUMBER.sub("", text)):
