@@ -68,7 +68,9 @@ _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.
 _HALF = re.compile(r"([ap])\.?\s*m\b", re.IGNORECASE)  # of the day
 # Two numbers are a range or a score, three a date: no differences or quotients.
 _RANGE = re.compile(r"\d+\s*-{1,2}\s*\d+|\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
-_RATIO = re.compile(r"(?:.*=)?([^:=,]+(?::[^:=,]+){2,})")
+_RATIO = re.compile(
+    r"(?!\(?[A-J][.:)]+\s|.*(?<![\\a-zA-Z])[a-zA-Z]{2})(?:.*=)?([^:=,]+(?::[^:=,]+){2,})"
+)
 # "2 hours 30 minutes", \text{} aside.
 _QUANTITIES = re.compile(r"(?:\d+(?:\.\d+)?\s*[a-zA-Z]{2,}\.?\s*(?:and\s+)?){2,}")
 _TIME = re.compile(r"\d{1,2}:\d\d")
