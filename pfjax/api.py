@@ -199,6 +199,11 @@ def pack(
         lengths = np.array([*map(len, arrays)], np.int64)
         rows, _, _ = packing.best_fit(lengths, pack_length, segments)
         shape = (_power_of_two(int(rows.max(initial=0)) + 1), pack_length)
+    if len(np.shape(shape)) != 1 or len(shape) != 2 or min(shape) < 1:
+        said = (
+            f"shape must be rows and tokens per row, such as (8, 1024), got {shape!r}"
+        )
+        raise ValueError(said)
     rows, pack_length = shape
     segments = packing.segments_per_row(pack_length, pack_length)
     whole = PackShape(1, rows, pack_length, segments)
@@ -243,6 +248,8 @@ def log_probs(
 
     It can be jitted and differentiated: `jax.grad` of a loss of `policy` is a policy of
     gradients, and `optax.apply_updates` adds updates to one. See `examples/own_loss.py`.
+    Under your own `jax.pmap`, or `jax.shard_map(check_vma=False)` over all axes, it is of a
+    device's part of the batch.
 
     Args:
       policy: of parameters that gradients flow to; `Policy(config, params)` makes one.
@@ -256,7 +263,8 @@ def log_probs(
 
     Raises:
       ValueError: for a token that the model does not have, or a sequence longer than its
-        positions, where the batch is known: neither traced nor spread over processes.
+        positions, where the batch is known: neither traced nor spread over processes; for
+        a batch on a mesh of explicit axes.
 
     >>> import pfjax
     >>> policy, batch = pfjax.load("pfjax/toy"), pack([[2, 10, 3, 4]], [2])
@@ -268,6 +276,11 @@ def log_probs(
     if remat not in transformer.REMAT:
         raise ValueError(
             f"remat={remat!r}: must be one of {', '.join(transformer.REMAT)}"
+        )
+    if jax.typeof(batch.tokens).sharding.mesh.explicit_axes:
+        raise ValueError(
+            "the batch is on a mesh of explicit axes: make it by "
+            "pfjax.infra.sharding.make_mesh, or jax.make_mesh(axis_types=...Auto)"
         )
     is_known = lambda x: (
         not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)

@@ -262,7 +262,8 @@ def pack(
     if used > shape.num_microbatches:
         raise ValueError(
             f"{len(sequences)} trajectories of {lengths.sum()} tokens need {used} "
-            f"micro-batches of {shape.microbatch_size} x {shape.pack_length} tokens, but "
+            f"micro-batches of {shape.microbatch_size} x {shape.pack_length} tokens "
+            f"(at most {shape.max_segments} trajectories per row), but "
             f"only {shape.num_microbatches} were given; make them larger "
             "(microbatch_size, pack_length; for pfjax.pack its shape)"
         )

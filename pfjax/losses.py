@@ -8,12 +8,13 @@ the GFlowNet is 1 and does not appear.
 All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
 the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
 receive gradients. Every loss is of one residual, `targets.residual`, most its square, and is
-computed in float32 where arrays have fewer bits. Entries that a mask leaves out may be any
-numbers below 1e15 in size: larger ones overflow, and JAX's gradient is then NaN (0 times
+computed in float32 where arrays have fewer bits or hold integers. Entries that a mask leaves out may
+be any numbers below 1e15 in size: larger ones overflow, and JAX's gradient is then NaN (0 times
 infinity), whatever the mask says. This module and `targets` need jax alone, to be imported by,
 or copied into, any trainer.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -93,7 +94,7 @@ def length_aware_trajectory_balance(
     log_pf, log_reward, log_z, length = _arrays(
         log_pf=log_pf, log_reward=log_reward, log_z=log_z, length=length
     )
-    log_reward = lax.stop_gradient(log_reward)
+    log_reward, length = lax.stop_gradient((log_reward, length))
     return targets.residual(log_pf, log_reward, log_z, length) ** 2
 
 
@@ -142,9 +143,10 @@ def powerflow(
     Array([2.25], dtype=float32)
     """
     _check_positive("alpha", alpha)
-    log_pf, log_p_base, length, alpha, psi, weight, log_p_rare = _arrays(
+    log_pf, log_p_base, log_z, length, alpha, psi, weight, log_p_rare = _arrays(
         log_pf=log_pf,
         log_p_base=log_p_base,
+        log_z=log_z,
         length=length,
         alpha=alpha,
         psi=psi,
@@ -188,7 +190,7 @@ def divergence(
       `[*n]` losses, not reduced.
 
     Raises:
-      ValueError: if `clip` is not positive, where it is not traced.
+      ValueError: if `clip` is not positive, where it is not traced, or of another shape.
 
     References:
       Fawkes and Hartford, arXiv 2605.15417; Huber, Robust Estimation of a Location
@@ -201,13 +203,14 @@ def divergence(
     >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
     0.213 0.297
     """
-    (residual,) = _arrays(residual=residual)
     if clip is not None:
         _check_positive("clip", clip)
-        inner = lax.stop_gradient(jnp.clip(residual, -clip, clip))
+        residual, clip = _arrays(residual=residual, clip=lax.stop_gradient(clip))
+        inner = jnp.clip(residual, -clip, clip)
         one = jnp.ones_like(inner)
         value, slope = jax.jvp(lambda x: divergence(x, order), (inner,), (one,))
         return value + slope * (residual - inner)
+    (residual,) = _arrays(residual=residual)
     if isinstance(order, (int, float)) and order == 1:
         return residual**2
     # With x = (a - 1) delta it is delta^2 times 2 (e^x - 1 - x) / x^2, whose terms all but
@@ -299,16 +302,15 @@ def group_log_z(
     log_pf, log_reward, length = jnp.broadcast_arrays(
         *_arrays(log_pf=log_pf, log_reward=log_reward, length=length, group=group)[:3]
     )
-    group = jnp.broadcast_to(jnp.asarray(group), log_pf.shape)
-    is_member = (group >= 0) & (group < num_groups)
-    index = jnp.where(is_member, group, 0).reshape(-1)
-    per_token = targets.residual(log_pf, log_reward, 0.0, length)
-    per_token = jnp.where(is_member, per_token, 0.0).reshape(-1)
-    zeros = jnp.zeros(num_groups, per_token.dtype)
-    total = zeros.at[index].add(per_token)
-    count = zeros.at[index].add(is_member.reshape(-1).astype(zeros.dtype))
-    mean = total / jnp.maximum(count, 1.0)
-    estimate = jnp.where(is_member, -mean[index].reshape(log_pf.shape), 0.0)
+    group = jnp.broadcast_to(jnp.asarray(group), log_pf.shape)[..., None]
+    # Compared rather than indexed: a scatter over devices is refused on meshes of
+    # explicit axes, which `jax.make_mesh` makes.
+    is_in = group == jnp.arange(num_groups).reshape((1,) * log_pf.ndim + (-1,))
+    per_token = targets.residual(log_pf, log_reward, 0.0, length)[..., None]
+    of_group = functools.partial(jnp.sum, axis=range(log_pf.ndim), keepdims=True)
+    total = of_group(jnp.where(is_in, per_token, 0.0))
+    mean = total / jnp.maximum(of_group(is_in.astype(total.dtype)), 1.0)
+    estimate = jnp.sum(jnp.where(is_in, -mean, 0.0), axis=-1)
     return lax.stop_gradient(estimate)
 
 
@@ -331,7 +333,7 @@ def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
     >>> masked_mean(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True]))
     Array(2., dtype=float32)
     """
-    (x,), where = _arrays(x=x), jnp.asarray(where) != 0
+    (x,), where = _arrays(x=x), jnp.asarray(where).astype(bool)
     if x.shape != where.shape:
         raise ValueError(f"x has shape {x.shape} but where has shape {where.shape}")
     total = jnp.sum(jnp.where(where, x, 0))
@@ -339,14 +341,15 @@ def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def _arrays(**given: Any) -> list[jax.Array]:
-    """As arrays, of float32 at least where they hold no integers; raises if two differ in
-    shape, as [n] against [n, 1] would broadcast."""
+    """As arrays of one type, float32 at least; raises if two differ in shape, as [n] against
+    [n, 1] would broadcast."""
     arrays = {name: jnp.asarray(x) for name, x in given.items()}
     shapes = {name: x.shape for name, x in arrays.items() if x.ndim}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"shapes must agree (or be scalar), got {shapes}")
-    narrow = (jnp.bfloat16, jnp.float16)
-    return [x.astype(jnp.float32) if x.dtype in narrow else x for x in arrays.values()]
+    wide = [x for x in arrays.values() if x.dtype in (jnp.float32, jnp.float64)]
+    dtype = jnp.result_type(*wide) if wide else jnp.float32
+    return [x.astype(dtype) for x in arrays.values()]
 
 
 def _check_positive(name: str, x: Any) -> None:

@@ -92,7 +92,9 @@ class Target:
         tilted = log_p_base + psi * length if self.has_format else log_p_base
         out = self.alpha * tilted
         if log_p_rare is not None:
-            out = out + (self.alpha < 1) * (1 - self.alpha) * log_p_rare
+            # 0 above alpha 1.
+            lacking = (1 - self.alpha + abs(1 - self.alpha)) / 2
+            out = out + lacking * log_p_rare
         if self.has_reward:
             is_per_token = self.is_length_aware and self.is_reward_per_token
             out = out + self.beta * reward * (length if is_per_token else 1)
@@ -163,4 +165,5 @@ def rare(log_p: jax.Array, entropy: jax.Array, eta_cutoff: float) -> jax.Array:
 
 def tokens(length: Array) -> Array:
     """Replaces 0 by 1 in `length`, for means over tokens."""
-    return length + (length == 0)
+    where = jnp.where if isinstance(length, jax.Array) else np.where
+    return where(length == 0, 1, length)

@@ -107,6 +107,10 @@ def test_prompts_of_another_kind_are_refused(toy, prompts, said):
         (lambda p: pfjax.score(p, [[2, 3]], [1.5]), "whole numbers, got"),
         (lambda _: pfjax.pack([[2, 3.9]], [1]), "sequence 0: .*not a list of token"),
         (lambda _: pfjax.pack([[2, 3, 4]] * 9, [1] * 9, (1, 8)), "for pfjax.pack its shape"),
+        (lambda _: pfjax.pack([[2, 3]], [1], 64), "rows and tokens per row, .* got 64"),
+        (lambda _: pfjax.pack([[2, 3]], [1], (0, 64)), "per row, .* got .0, 64."),
+        (lambda _: pfjax.pack([[2, 3]] * 17, [1] * 17, (1, 128)), "at most 16 trajectories"),
+        (lambda p: pfjax.log_probs(p, _explicit(pfjax.pack([[2, 3]], [1]))), "explicit axes"),
         (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 99]], [1])), "token id 99, the model"),
         (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 3] * 400], [1])), "512 positions"),
         (lambda p: pfjax.log_probs(p, pfjax.pack([[2, 3]], [1]), remat="ful"), "'ful': must"),
@@ -119,6 +123,11 @@ def test_mistakes_are_one_line(toy, monkeypatch, f, said):
         monkeypatch.setattr(pfjax, name, inspect.unwrap(getattr(pfjax, name)))
     with pytest.raises(ValueError, match=said):
         f(toy)
+
+
+def _explicit(batch):
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
+    return jax.device_put(batch, jax.NamedSharding(mesh, jax.P()))
 
 
 def test_new_tokens_fit_the_positions(toy, monkeypatch):
@@ -148,6 +157,24 @@ def test_log_probs_are_those_of_score_and_come_back_by_index(toy):
         zip(batch.prompt_index[batch.is_real], log_pf[batch.is_real], strict=True)
     )
     np.testing.assert_allclose([got[i] for i in range(3)], want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_log_probs_are_of_a_part_where_a_trainer_splits_by_hand(toy):
+    """By axes of its own; and with 64 bits they are the same."""
+    batch, auto = pfjax.pack(SEQUENCES * 2, PROMPT_LENGTHS * 2, (8, 8)), jax.P("data")
+    of_part = lambda policy, batch: pfjax.log_probs(policy, batch)
+    want = jax.jit(of_part)(toy, batch)
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    how = {"in_specs": (jax.P(), auto), "out_specs": auto, "check_vma": False}
+    over = jax.shard_map(of_part, mesh=mesh, **how)
+    got = over(jax.device_put(toy, jax.NamedSharding(mesh, jax.P())), batch)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    apart = jax.tree.map(lambda x: x[:, None], batch)
+    got = jax.pmap(of_part, in_axes=(None, 0))(toy, apart)
+    np.testing.assert_allclose(got[:, 0], want, atol=1e-5)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax.jit(of_part)(toy, batch), want, atol=1e-5)
 
 
 @pytest.mark.slow

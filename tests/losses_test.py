@@ -131,6 +131,8 @@ def test_only_policy_and_log_z_receive_gradients():
         lambda x: losses.group_log_z(x, LOG_P_BASE, LENGTH, jnp.zeros(3, int), 1).sum()
     )(LOG_PF)
     assert (grad == 0).all()
+    of_length = lambda x: losses.powerflow(LOG_PF, LOG_P_BASE, 0.5, x, alpha=4.0).sum()
+    assert (jax.grad(of_length)(LENGTH.astype(float)) == 0).all()
 
 
 def test_base_policy_at_alpha_one_has_no_loss_and_no_gradient():
@@ -149,6 +151,10 @@ def test_mistakes_are_named():
         losses.powerflow(
             LOG_PF, LOG_P_BASE, jnp.float32(0), LENGTH, alpha=4.0, psi=jnp.zeros(2)
         )
+    with pytest.raises(ValueError, match=r"log_p_base': \(3,\), 'log_z': \(3, 1\)"):
+        losses.powerflow(LOG_PF, LOG_P_BASE, jnp.zeros((3, 1)), LENGTH, alpha=4.0)
+    with pytest.raises(ValueError, match=r"clip': \(3, 1\)"):
+        losses.divergence(LOG_PF, clip=jnp.ones((3, 1)))
 
 
 class TabularModel:
@@ -296,6 +302,12 @@ def test_beyond_the_clip_the_loss_goes_on_as_a_straight_line(order):
     np.testing.assert_allclose(slope, want_slope, atol=1e-6)
     beyond = x - jnp.clip(x, -0.5, 0.5)
     np.testing.assert_allclose(value, want + want_slope * beyond, atol=1e-5)
+    curved = lambda clip: jax.vmap(
+        jax.grad(jax.grad(lambda x: losses.divergence(x, order, clip)))
+    )
+    is_inside = jnp.abs(x) < 0.5
+    np.testing.assert_allclose(curved(0.5)(x)[is_inside], curved(None)(x)[is_inside])
+    assert (curved(0.5)(x)[~is_inside] == 0).all()
 
 
 def test_a_residual_far_off_has_a_finite_loss_and_gradient():
@@ -357,6 +369,45 @@ def test_lists_are_taken_and_narrow_types_computed_in_float32():
     one, zero = jnp.ones(2000, jnp.bfloat16), jnp.zeros(2000, jnp.int32)
     assert losses.group_log_z(one, 0.0, 1, zero, 1)[0] == -1
     assert losses.group_log_z(one, one * 0, 1, 0, 1).shape == (2000,)
+    # Squares of integers wrap around at 2^31.
+    assert losses.trajectory_balance([-300_000], [0], 0)[0] == 9e10
+    assert losses.divergence([300_000])[0] == 9e10
+
+
+def test_groups_may_be_spread_over_a_mesh_of_explicit_axes():
+    """Such as `jax.make_mesh` makes, unless told otherwise."""
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))
+    spread = jax.NamedSharding(mesh, jax.P("data"))
+    group = np.array([[5, 0], [-1, 2], [2, 7], [0, 0], [1, 3], [0, 1], [9, 2], [1, 1]])
+    log_pf = -np.arange(16, dtype=np.float32).reshape(8, 2)
+    length = np.abs(group) + 1
+    args = (log_pf, 2 * log_pf, length, group)
+    per_token = log_pf / length
+    want = [[per_token[group == g].mean() if g in range(6) else 0] for g in group.flat]
+    want = np.reshape(want, (8, 2))
+    args = jax.device_put(args, spread)
+    for f in (losses.group_log_z, jax.jit(losses.group_log_z, static_argnums=4)):
+        got = f(*args, 6)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert got.sharding.spec[0] == "data"
+    assert (losses.group_log_z(*args, 0) == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 4.0])
+def test_types_are_promoted_by_no_rule_of_jax(alpha):
+    args, rare = (LOG_PF, LOG_P_BASE, jnp.float32(0.5), LENGTH), LOG_P_BASE / 2
+
+    def both(alpha):
+        loss = losses.powerflow(*args, alpha=alpha, log_p_rare=rare)
+        return losses.masked_mean(loss, LENGTH > 0)
+
+    want = both(alpha)
+    with jax.numpy_dtype_promotion("strict"):
+        assert both(alpha) == want
+        assert jax.jit(both)(jnp.float32(alpha)) == pytest.approx(want)
+        zero = jnp.zeros(3, int)
+        losses.group_log_z(LOG_PF, LOG_P_BASE, LENGTH, zero, 1)
+        losses.divergence(LOG_PF, jnp.float32(0.5), clip=jnp.ones(3))
 
 
 def test_rare_tokens_keep_the_power_1_below_alpha_1():

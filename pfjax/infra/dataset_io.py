@@ -64,7 +64,11 @@ def _check_is_readable(source: str, path: epath.Path) -> None:
             cure = 'write it as .jsonl, one {"prompt": "..."} per line'
         raise ValueError(f"{path}: {suffix or 'a file without a suffix'}; {cure}")
     could_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[^/]+)?", source)
-    if is_there or (suffix not in (*FILES, *_PACKED) and could_be_on_hub):
+    is_folder = storage.place(
+        _data_set(source)[0]
+    ).is_dir()  # of which a split is named
+    is_file = suffix in (*FILES, *_PACKED)
+    if is_there or (not is_file and (could_be_on_hub or is_folder)):
         return
     beside = [x.name for x in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
@@ -95,10 +99,9 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     datasets.disable_progress_bars()
     # Of each try; what comes of it is said below.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    parts = re.split(r":(?![^\[]*\])", source)  # not at a colon within brackets
-    name, *config, split = parts if len(parts) > 1 else (source, "train")
-    name, _, revision = name.partition("@")
-    saved = (storage.place(name) / "state.json").is_file()  # by `save_to_disk`
+    name, revision, config, split = _data_set(source)
+    folder = storage.place(name)
+    saved = (folder / "state.json").is_file()  # by `save_to_disk`
     if saved and name != source:
         raise ValueError(
             f"{name} is a folder of save_to_disk, which has no splits: give it without "
@@ -107,12 +110,13 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
     try:
         wanted = {"split": split, "revision": revision or None}
         if saved:
-            table = datasets.load_from_disk(str(storage.place(name)))
+            table = datasets.load_from_disk(str(folder))
         else:
-            table = datasets.load_dataset(name, *config, **wanted)
+            what = str(folder) if folder.is_dir() else name
+            table = datasets.load_dataset(what, *config, **wanted)
     except Exception as error:
         what = f"{source!r} is no {', '.join(FILES)} file and"
-        if (folder := storage.place(name)).is_dir():
+        if folder.is_dir():
             files = sorted(x.name for x in folder.iterdir() if x.suffix in FILES)[:3]
             hint = f", such as {', '.join(files)}" if files else ""
             what = f"{name!r} is a folder (give a file{hint}) which"
@@ -121,6 +125,14 @@ def _read_data_set(source: str) -> list[tuple[str, dict[str, Any]]]:
             f"fetched from there can be given instead): {one_line(error)}"
         ) from error
     return [(f"{source} row {i}", row) for i, row in enumerate(table)]
+
+
+def _data_set(source: str) -> tuple[str, str, list[str], str]:
+    """Name, revision, config (one or none) and split of a data set."""
+    parts = re.split(r":(?![^\[]*\])", source)  # not at a colon within brackets
+    name, *config, split = parts if len(parts) > 1 else (source, "train")
+    name, _, revision = name.partition("@")
+    return name, revision, config, split
 
 
 def one_line(error: Exception, width: int = 300) -> str:

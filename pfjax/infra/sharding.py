@@ -172,13 +172,15 @@ def mesh_sizes(
 
 
 def _sizes(mesh: AnyMesh) -> Mapping[str, int]:
-    """Devices along each axis of a mesh, which must have those of `make_mesh`."""
-    if set(MESH_AXES) - set(mesh.shape):
-        raise ValueError(
-            f"the mesh has the axes {', '.join(mesh.shape)} and needs {', '.join(MESH_AXES)}: "
-            "make it by pfjax.infra.sharding.make_mesh(devices=...)"
-        )
-    return mesh.shape
+    """Devices along each axis of a mesh of `make_mesh`; 1 where a caller splits by hand."""
+    if set(MESH_AXES) <= set(mesh.shape):
+        return mesh.shape
+    if set(mesh.shape) <= set(mesh.manual_axes):  # its own `shard_map` or `pmap`
+        return dict.fromkeys(MESH_AXES, 1)
+    raise ValueError(
+        f"the mesh has the axes {', '.join(mesh.shape)} and needs {', '.join(MESH_AXES)}: "
+        "make it by pfjax.infra.sharding.make_mesh(devices=...)"
+    )
 
 
 def spec(

@@ -47,7 +47,7 @@ def attend(
             -1, b, num_kv, x.shape[4] * block, c
         )
 
-    numbers = jnp.arange(k.shape[1] // block)[None]
+    numbers = jnp.arange(k.shape[1] // block, dtype=jnp.int32)[None]
     number = part(numbers, q.shape[1] // block, split)[0]
     start = part(_first_seen(segment_ids, window), q.shape[1], split)
     start = start.reshape(b, -1, block).swapaxes(0, 1)
@@ -82,7 +82,7 @@ _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _logits(scale: float, q: Array, k: Array, start: Array, i: Array, j: Array):
     """Of a block of queries and one of keys, masked: [b, k, g * n, n], float32."""
     n = k.shape[-2]
-    at = jnp.arange(n)
+    at = jnp.arange(n, dtype=jnp.int32)
     query, key = (i * n + at)[None, :, None], (j * n + at)[None, None]
     is_seen = (key <= query) & (key >= start[..., None])
     logits = scale * _dot("bkmc,bknc->bkmn", q, k)

@@ -6,6 +6,7 @@ file or data set. Rows of all are read by `problems.from_row`, as those of train
 
 import difflib
 import hashlib
+import itertools
 import logging
 import pathlib
 import random
@@ -110,9 +111,11 @@ def read_rows(
                 f"no benchmark {name!r}, file or data set (owner/name) of the hub; {hint}"
             )
         found = enumerate(dataset_io.read(name))
-        return [
+        rows = [
             (where, from_row(where, row, i, 0, fields)) for i, (where, row) in found
         ]
+        _check_choices(name, [problem for _, problem in rows])
+        return rows
     source = _source_of(name, known, folder)
     out = []
     for i, (where, row) in enumerate(dataset_io.read(source)):
@@ -191,6 +194,21 @@ def _check_content(name: str, problems: list[Problem]) -> None:
             f"the {len(problems)} questions read as {name} are {what}: their scores are "
             f"not comparable with published ones of {name}"
         )
+
+
+def _check_choices(name: str, problems: list[Problem]) -> None:
+    """Warns of choices in a column of their own, which the question does not show."""
+    for problem, column in itertools.product(problems, ("choices", "options")):
+        texts = problem.columns.get(column)
+        if isinstance(texts, dict):  # ARC's, or texts by their letters
+            texts = texts.get("text", [*texts.values()])
+        is_some = isinstance(texts, list) and all(isinstance(x, str) for x in texts)
+        if is_some and not all(x in text_of(problem) for x in texts):
+            _LOG.warning(
+                f"{name}: the model is not shown the column {column}: put it in the prompt, "
+                "with letters, and let the answer be a letter"
+            )
+            return
 
 
 def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:

@@ -20,7 +20,11 @@ math-verify compares mathematics. Rules before it decide what is not mathematics
   number.
 - *Exact values exactly*: two fractions are equal only if they are, and so are equations
   but for a factor. math-verify would find `1/2004!` = `1/2006!` and `x^2+1=0` = `x^2+2=0`.
-- *Choices and times*: `C. 45` is the choice `C`, `7:30 \text{ p.m.}` the time `7:30`.
+- *Choices and times*: `C. 45` is the choice `C`, `7:30 \text{ p.m.}` the time `7:30`,
+  and not `7:30 \text{ a.m.}`.
+- *No arithmetic*: a gold that is a date, a range or a score (`10-20`) has the same numbers in
+  the same order, `3:4:5` the same ratios, `2 hours 30 minutes` the same units. math-verify
+  would find `2024-01-05` = `2018`, `3:4:5` = `3:5:4`, and read two hours.
 - *A decimal comma* is one where the gold is one number: `0,5` = `0.5`.
 - *All or nothing*: an answer that does not parse as a whole is compared as a string.
   math-verify would grade its last number, and find `3` in `\frac{1}{2} & 3`.

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import tomllib
+import urllib.parse
 from typing import Any, NamedTuple
 
 from pfjax.infra import storage
@@ -67,9 +68,17 @@ def read(path: str) -> JudgeConfig:
         if not isinstance(values[name], str):
             got = f"got {values[name]!r}"
             raise ValueError(f"judge {path}: {name} must be text, {got}")  # noqa: TRY004
-    if not re.match(r"https?://", values["url"]):
+    try:
+        parts = urllib.parse.urlsplit(values["url"])
+        is_url = (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        )
+        json.dumps(values["options"], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"judge {path}: {error}") from None
+    if not is_url:
         got = f"got {values['url']!r}"
-        raise ValueError(f"judge {path}: url must begin with http, {got}")
+        raise ValueError(f"judge {path}: url must be http://HOST/v1, or https, {got}")
     if "{completion}" not in values["prompt"]:
         raise ValueError(f"judge {path}: the prompt must contain {{completion}}")
     match values["scale"]:
@@ -154,7 +163,9 @@ class Judge(contextlib.AbstractContextManager):
         import httpx2
 
         places = asyncio.Semaphore(_CONCURRENT)
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{KEY} has characters that no key can have")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Each response has a limit of its own, below.
         async with httpx2.AsyncClient(headers=headers, timeout=None) as client:

@@ -6,6 +6,7 @@ What of it is graded how, and why, says `pfjax.tasks.equality`.
 import contextlib
 import itertools
 import re
+import unicodedata
 
 _WRAPPED = re.compile(
     r"(?P<text>\\(?:text\w*|math(?:rm|bf|it|sf)|[mh]box|emph|operatorname)\s*)?\{(.*)\}"
@@ -20,8 +21,9 @@ _SYMBOLS = str.maketrans(
     {
         "°": r"^\circ ", "∞": r"\infty ", "π": r"\pi ", "≤": r"\le ", "≥": r"\ge ",
         "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "−": "-", "∪": r"\cup ",
-        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
-        "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+        "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "º": r"^\circ ", "–": "-", "⁄": "/",
+        "。": ".", "、": ",", "٫": ".", "٬": ",", "٪": "%", "’": "'", "\u2009": " ",
+        **dict.fromkeys("\u200b\u2060\ufeff"),
     }
 )  # fmt: skip
 _REWRITTEN = (
@@ -38,14 +40,20 @@ _REWRITTEN = (
     (re.compile(r"\\(?:mathrm|text)\s*\{([ie])\}"), r"\1"),
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"\\text\s*\{\s*infinity\s*\}"), r"\\infty"),
-    (re.compile(r"^(?:€|£|USD)\s*(?=\d)"), ""),
+    (re.compile(r"^(?:[€£¥₹]|USD)\s*(?=\d)"), ""),
     (re.compile(r"(?:\\[,;: ]|\s)+(?=\\?%)"), ""),
     (re.compile(r"(?:\\\s*)+$"), ""),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"(?<=\d)\s*percent$"), r"\\%"),
-    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?|USD|EUR)$"), ""),
+    (re.compile(r"(?<=\d)\s*(?:dollars?|cents?|USD|EUR|[€£¥₹])$"), ""),
+    # A name of its own, as math-verify drops it; of a function it is left.
+    (re.compile(r"\^\{?\s*\\prime\s*\}?"), "'"),
+    (re.compile(r"\b([a-zA-Z])''(?![a-z'(])"), r"\1_{pp}"),
+    (re.compile(r"\b([a-zA-Z])'(?![a-z'(])"), r"\1_{p}"),
+    (re.compile(r"\\langle"), "("),
+    (re.compile(r"\\rangle"), ")"),
     (
         re.compile(r"(?<![\w.\\])(\d+\.?\d*)[eE]([-+]?\d+)(?![\w.])"),
         r"\1 \\times 10^{\2}",
@@ -57,6 +65,14 @@ _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 _PERCENT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))(\\?%)?")
 _DECIMAL_COMMA = re.compile(r"([-+]?\d+)(?:,|\{,\})(\d+)")
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?([A-J])\)?\}?\s*[.:)}]\s*\S.*", re.DOTALL)
+_HALF = re.compile(r"([ap])\.?\s*m\b", re.IGNORECASE)  # of the day
+# Two numbers are a range or a score, three a date: no differences or quotients.
+_RANGE = re.compile(r"\d+\s*-{1,2}\s*\d+|\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
+_RATIO = re.compile(
+    r"(?!\(?[A-J][.:)]+\s|.*(?<![\\a-zA-Z])[a-zA-Z]{2})(?:.*=)?([^:=,]+(?::[^:=,]+){2,})"
+)
+# "2 hours 30 minutes", \text{} aside.
+_QUANTITIES = re.compile(r"(?:\d+(?:\.\d+)?\s*[a-zA-Z]{2,}\.?\s*(?:and\s+)?){2,}")
 _TIME = re.compile(r"\d{1,2}:\d\d")
 _BESIDE_TIME = re.compile(r"\\text\w*\s*\{[^{}]*\}|[{}\s]|\\[,;: ]|[aApP]\.?[mM]\.?")
 _NAMED = re.compile(r"\s*([a-zA-Z]\w*)\s*=\s*([^=]+)")
@@ -89,9 +105,17 @@ def equal_by_rule(gold: str, answer: str) -> bool | None:
     (word, is_text), (other, is_other_text) = _word(gold), _word(answer)
     if word and len(word) == 1 and (choice := _CHOICE.fullmatch(answer)):
         return choice[1] == word
-    if _TIME.fullmatch(gold):
-        return _BESIDE_TIME.sub("", answer).lstrip("0") == gold.lstrip("0")
-    if word and other and (is_text or is_other_text or len(word) != 2):
+    if _TIME.fullmatch(time := _BESIDE_TIME.sub("", gold)):
+        halves = {x[1].lower() for x in map(_HALF.search, (gold, answer)) if x}
+        is_same = _BESIDE_TIME.sub("", answer).lstrip("0") == time.lstrip("0")
+        return is_same and len(halves) < 2
+    for read in (_parts, _quantities):
+        if (parts := read(gold)) or (read is _quantities and read(answer)):
+            return parts == read(answer)
+    if (is_text or is_other_text) and _inside(gold) == _inside(answer):
+        return True
+    is_product = word and len(word) == 2 and word.isascii()
+    if word and other and (is_text or is_other_text or not is_product):
         return word == other or (len(word) > 1 and word.casefold() == other.casefold())
     based, other_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
     if based and other_based and (base := based[2] or other_based[2]):
@@ -124,15 +148,62 @@ def _named(text: str) -> dict[str, str]:
 
 def _plain(text: str) -> str:
     """Without dollars, a final full stop and separators of thousands; in LaTeX."""
-    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".")
-    text = text.translate(_SYMBOLS).strip()
+    text = _ascii(unicodedata.normalize("NFC", text).translate(_SYMBOLS))
+    text = text.replace("\\$", "").replace("$", "").strip().removesuffix(".").strip()
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     if number := _THOUSANDS.fullmatch(_BEHIND_NUMBER.sub("", text)):
         return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
+    if ratio := _RATIO.fullmatch(
+        text
+    ):  # by its first number; math-verify would divide on
+        first, *others = ratio[1].split(":")
+        return f"(1,{','.join(f'({x})/({first})' for x in others)})"
     if text.count("\\pm") == 1:
         return ",".join(text.replace("\\pm", sign) for sign in "+-")
     return text
+
+
+def _ascii(text: str) -> str:
+    """Digits of other scripts, raised, lowered, wide and fractions of one character in LaTeX."""
+    if text.isascii():
+        return text
+    out = [_ascii_of(char) for char in text]
+    return "".join(out).replace("}^{", "").replace("}_{", "")
+
+
+def _ascii_of(char: str) -> str:
+    kind, _, codes = unicodedata.decomposition(char).partition(" ")
+    plain = "".join(chr(int(x, 16)) for x in codes.split()).replace("−", "-")
+    if kind in ("<super>", "<sub>") and re.fullmatch(r"[\d+n-]", plain):
+        return f"{'^' if kind == '<super>' else '_'}{{{plain}}}"
+    if kind == "<fraction>":
+        return rf"\frac{{{plain.replace(chr(0x2044), '}{')}}} "
+    if kind == "<wide>":
+        return plain
+    return str(unicodedata.digit(char, char))
+
+
+def _parts(text: str) -> list[int] | None:
+    """The numbers of a range, a score or a date."""
+    return [*map(int, re.findall(r"\d+", text))] if _RANGE.fullmatch(text) else None
+
+
+def _quantities(text: str) -> list[str] | None:
+    """Numbers and units of a quantity in several units, of which math-verify reads the first."""
+    plain = re.sub(r"\\text\w*\s*\{|[{}~]|\\[,;: ]", " ", text).strip()
+    if not _QUANTITIES.fullmatch(plain):
+        return None
+    return [
+        x.rstrip("s") for x in re.findall(r"[\d.]*\d|[a-zA-Z]+", plain) if x != "and"
+    ]
+
+
+def _inside(text: str) -> str:
+    r"""What stands in one `\text{}`, or the text itself, without spaces."""
+    wrapped = _WRAPPED.fullmatch(text)
+    inside = wrapped[2] if wrapped and wrapped["text"] else text
+    return re.sub(r"\s", "", inside)
 
 
 def _word(text: str) -> tuple[str | None, bool]:

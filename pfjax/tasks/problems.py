@@ -210,7 +210,7 @@ _MISSING = ("", "None", "null", "nan", "NaN", "N/A", "<NA>", "[]", "{}")
 # A list or an object as Python and JSON print it: it begins with a quote, unlike intervals.
 _CONTAINER = re.compile(r"""\s*[\[{]\s*["']""")
 _AROUND = re.compile(
-    r"<answer>(.*)</answer>|\**(?:the )?(?:final )?answer\**(?: is:?|:)\**\s*(.+?)\.?"
+    r"<answer>(.*)</answer>|\**(?:the )?(?:final |correct )?answer\**(?: is:?|:)\**\s*(.+?)\.?"
     r"|\*\*([^*]+)\*\*|\\\[(.*)\\\]",
     re.IGNORECASE | re.DOTALL,
 )

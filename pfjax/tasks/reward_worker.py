@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+_TOO_LARGE = 3e38  # for float32, which rewards become
+
 
 class Invalid(Exception):
     """A function returned something else than one number for each response."""
@@ -94,8 +96,9 @@ def numbers(values: Any, num: int) -> list[float | None]:
     if len(values) != num:
         raise Invalid(f"returned {len(values)} values for {num} responses")
     for v in values:
-        if not isinstance(v, int | float | None) or (v is not None and v - v != 0):
-            raise Invalid(f"returned {v!r} for a response, not a finite number")
+        is_number = isinstance(v, int | float) and abs(v) < _TOO_LARGE
+        if v is not None and not is_number:
+            raise Invalid(f"returned {v!r:.80} for a response, not a finite number")
     return [None if v is None else float(v) for v in values]
 
 
@@ -118,8 +121,11 @@ def describe(error: Exception) -> str:
 
 def _serve(spec: str, *argument: str) -> None:
     """Answers what is read from standard input until it closes."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the function prints does not disturb the answers
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    # What the function prints does not disturb the answers, and what it or a program of
+    # its own reads does not take the requests: there is nothing to be read.
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def answer(**what: Any) -> None:
         print(json.dumps(what), file=answers, flush=True)
@@ -133,7 +139,7 @@ def _serve(spec: str, *argument: str) -> None:
             error=str(error) if type(error) is ValueError else describe(error)
         )
     answer(ready=True)
-    for line in sys.stdin:
+    for line in requests:
         try:
             answer(values=call(function, json.loads(line)))
         except Invalid as error:

@@ -143,6 +143,24 @@ def test_a_set_is_recognised_by_its_questions(tmp_path, caplog, monkeypatch):
         assert message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("row", "is_hidden"),
+    [
+        ({"question": "2+2?", "choices": ["3", "4"], "answer": 1}, True),
+        ({"question": "2+2?", "options": ["3", "4"], "answer": "B"}, True),
+        ({"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}, True),
+        ({"question": "2+2? A. 3 B. 4", "choices": ["3", "4"], "answer": "B"}, False),
+        ({"question": "2+2?", "options": {"A": "3", "B": "4"}}, True),
+        ({"question": "2+2?", "choices": 2, "options": {"seed": 0}}, False),
+    ],
+)
+def test_choices_that_are_not_asked_are_said(tmp_path, caplog, row, is_hidden):
+    _write(tmp_path, "p.jsonl", row, row)
+    with caplog.at_level(logging.WARNING):
+        benchmarks.read(str(tmp_path / "p.jsonl"))
+    assert caplog.text.count("is not shown the column") == is_hidden
+
+
 def test_a_row_of_another_form_is_named(tmp_path):
     for answer in (None, "", " ", [], [""], {"target": []}, float("nan"), "#### "):
         row = {"question": "?", "answer": answer}
@@ -193,6 +211,7 @@ def test_a_row_of_another_form_is_named(tmp_path):
         ({"answer": "Answer: 12"}, "12"),
         ({"answer": "The final answer is $5$."}, "$5$"),
         ({"answer": "**Answer:** 5"}, "5"),
+        ({"answer": "The correct answer is: (B)"}, "(B)"),
         ({"answer": "**5**"}, "5"),
         ({"answer": r"\[x^2\]"}, "x^2"),
         ({"answer": "2**3"}, "2**3"),

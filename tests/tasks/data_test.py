@@ -300,3 +300,22 @@ def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path, tok, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="has no splits: give it without :test"):
         data.load_prompts("saved:test", tok, 16)
+
+
+def test_a_split_of_a_folder_is_read_wherever_the_folder_is(tmp_path, tok):
+    import datasets
+
+    one = datasets.Dataset.from_list([{"prompt": "1+2"}])
+    two = datasets.Dataset.from_list([{"prompt": "3+4"}, {"prompt": "5+6"}])
+    splits = datasets.DatasetDict(train=one, test=two)
+    splits.save_to_disk(str(tmp_path / "saved"))
+    for name, split in splits.items():
+        split.to_parquet(tmp_path / f"cloned/data/{name}-00000-of-00001.parquet")
+    for folder in ("saved", "cloned"):
+        found = data.load_prompts(str(tmp_path / folder), tok, 16)
+        assert _texts(found) == ["1+2"]
+        for split, texts in [("test", ["3+4", "5+6"]), ("test[:1]", ["3+4"])]:
+            found = data.load_prompts(f"{tmp_path / folder}:{split}", tok, 16)
+            assert _texts(found) == texts
+    with pytest.raises(ValueError, match="p.jsonl does not exist"):
+        data.load_prompts(str(tmp_path / "saved@p.jsonl"), tok, 16)

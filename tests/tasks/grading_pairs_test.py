@@ -14,7 +14,6 @@ KNOWN = {
     (r"\frac{1}{9}", r"0.\overline{1}"),
     (r"14\text{ cm}", r"14\text{ m}"),
     (r"3\text{ hours}", r"3\text{ minutes}"),
-    (r"4:45 \text{ p.m.}", r"4:45 \text{ a.m.}"),
     ("9.81", r"9.81\ \mathrm{m/s^2}"),
     (r"(-\infty,-2)\cup(5,\infty)", r"x<-2 \text{ or } x>5"),
     ("(0,1)", "]0,1["),
@@ -54,5 +53,5 @@ def test_pairs_are_graded_right(grader, kind):
 
 def test_the_table_is_as_large_as_the_docs_say():
     rows = [row for kind in PAIRS.values() for row in kind]
-    assert sum(len(right) for _, right, _ in rows) == 359
-    assert sum(len(wrong) for *_, wrong in rows) == 317
+    assert sum(len(right) for _, right, _ in rows) == 413
+    assert sum(len(wrong) for *_, wrong in rows) == 374

@@ -114,6 +114,14 @@ def test_a_judge_is_asked_what_the_file_says(endpoint, file, monkeypatch):
     asked = "Q: 1+1 A: {answer} Right: 2 {x}"
     assert body["messages"] == [{"role": "user", "content": asked}]
     assert (body["model"], body["temperature"]) == ("a-judge", 0)
+    monkeypatch.setenv("PFJAX_JUDGE_KEY", "secret\n")  # as files end
+    _scores(file, ["a"])
+    assert endpoint.asked[1][1]["Authorization"] == "Bearer secret"
+    for key in ("sécret", "a\nb"):
+        monkeypatch.setenv("PFJAX_JUDGE_KEY", key)
+        with pytest.raises(ValueError, match="KEY has characters that no key") as error:
+            _scores(file, ["a"])
+        assert key not in str(error.value)
 
 
 def test_a_reply_without_a_score_costs_that_response_its_reward(endpoint, file):
@@ -164,7 +172,13 @@ def test_a_judge_is_a_term_of_a_reward(file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("http:", "ftp:", "url must begin with http, got 'ftp:"),
+        ("http:", "ftp:", "url must be http://HOST/v1, or https, got 'ftp:"),
+        ("127.0.0.1", "", "url must be http://HOST/v1, or https, got 'http://:"),
+        ("127.0.0.1", "[::1", "Invalid IPv6 URL"),
+        ("127.0.0.1", "127.0.0.1:PORT", "Port could not be cast to integer"),
+        ("127.0.0.1", "127.0.0.1:99999/", "Port out of range"),
+        ("= 0 }", "= 2026-01-01 }", "date is not JSON serializable"),
+        ("= 0 }", "= nan }", "not JSON compliant"),
         ("completion", "response", r"the prompt must contain {completion}"),
         ("[0, 10]", "[10, 0]", r"least and the greatest .*, got \[10, 0\]"),
         ("model", "name", "look at model, name"),

@@ -47,6 +47,13 @@ def fragile(completions, **kwargs):
             raise KeyError("no such thing")
     return [1] * len(completions)
 
+def reads(completions, **kwargs):
+    import subprocess  # a program that reads is at its input's end at once, and so is this
+    sorted_lines = subprocess.run(["sort"], stdout=subprocess.PIPE).stdout
+    return [float(sorted_lines == b"" and not sys.stdin.read())] * len(completions)
+
+def huge(completions, **kwargs): return [1e300, 0]
+def long_int(completions, **kwargs): return [0, 10**400]
 def text(completions, **kwargs): return "good"
 def words(completions, **kwargs): return ["good"] * len(completions)
 def nothing(completions, **kwargs): return None
@@ -96,6 +103,7 @@ def test_functions_as_trl_calls_them(mine):
     assert _values(f"{mine}:matches", *groups) == [[1.0, 0.0], [0.0]]
     assert _values(f"{mine}:arrays", group) == [[0.0, 1.0]]
     assert _values(f"{mine}:tokens", group) == [[1.0, 20.0]]
+    assert _values(f"{mine}:reads", group, group) == [[1.0, 1.0]] * 2
 
 
 def test_what_hangs_dies_or_raises_costs_its_own_reward_alone(mine):
@@ -141,13 +149,15 @@ def test_any_program_may_answer_over_a_pipe(tmp_path):
         ("nothing", "returned None, not a list of numbers"),
         ("nan", "returned nan for a response, not a finite number"),
         ("infinite", "returned -inf for a response, not a finite number"),
+        ("huge", "returned 1e+300 for a response, not a finite number"),
+        ("long_int", "returned 10000000"),
         ("mapping", "returned {'a': 1.0, 'b': 1.0}, not a list of numbers"),
         ("pairs", "returned [1.0] for a response, not a finite number"),
         ("column", "returned [1.0] for a response, not a finite number"),
         ("few", "returned 1 values for 2 responses"),
         ("hangs", "failed for every response: ended or took more than 0.2 s"),
         ("exits", "failed for every response: ended or took more than 0.2 s"),
-        ("always", "failed for every response: RuntimeError at mine.py:54: out of"),
+        ("always", "failed for every response: RuntimeError at mine.py:61: out of"),
         ("missing", "has no function 'missing' (it has: reward_len"),
         ("not_callable", "has no function 'not_callable'"),
     ],
