@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import shlex
@@ -113,7 +114,9 @@ def define_sampling_flags() -> None:
     for field in dataclasses.fields(options.TokenFilters):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same")
+    flags.DEFINE_integer(
+        "seed", 0, "the same seed draws the same", 0, settings.LARGEST_SEED
+    )
 
 
 def token_filters() -> options.TokenFilters:
@@ -170,6 +173,8 @@ def _parse(argv: list[str]) -> list[str]:
     for flag in _own_flags():
         if flag.default is None and flag.present and flag.value == "":
             raise ValueError(f"--{flag.name} is empty; give --{flag.name}: {flag.help}")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value}: must be a finite number")
     if takes_config:
         _configs.append(_load_config(flags.FLAGS.config, overrides))
     return rest

@@ -32,7 +32,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.infra import distributed, storage, uploads
-    from pfjax.model import hf, lora, tokenizer
+    from pfjax.model import hf, hf_config, lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
@@ -50,7 +50,9 @@ flags.DEFINE_string("prompts", "", "file of prompts, or hub data set")
 flags.DEFINE_string("prompt_field", "", "column of prompts in it; else found")
 flags.DEFINE_string("suffix", "", "added to each prompt")
 flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
-flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
+flags.DEFINE_integer(
+    "max_total_tokens", None, "of all responses together", lower_bound=1
+)
 flags.DEFINE_integer(
     "slots", None, "decoded at once; what memory holds when not given", lower_bound=1
 )
@@ -90,6 +92,15 @@ _REFUSED = {
     "mh": _OF_TOKENS,
     "smc": _OF_TOKENS,
 }
+# What only some methods read.
+_READ_BY = {
+    "log_z": ("best_of", *_OF_SEQUENCES),
+    "candidates": ("best_of",),
+    "blocks": ("mh",),
+    "steps": ("mh",),
+    "particles": ("smc",),
+    "ramp": ("smc",),
+}
 
 
 def main() -> None:
@@ -109,23 +120,16 @@ def main() -> None:
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         _check_out()
+    limit = _most_new_tokens(source, prompts)
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(cli.load(source))
+        if FLAGS.method == "tokens" and FLAGS.alpha is not None:
+            policy = lora.at_alpha(policy, FLAGS.alpha)
         add = lambda text: print(text, end="", flush=True)
         if not distributed.is_first():
             add = lambda text: None
         elif FLAGS.out != "-":  # an old file is kept until here
             add = stack.enter_context(uploads.growing(FLAGS.out))
-        if FLAGS.method == "tokens" and FLAGS.alpha is not None:
-            policy = lora.at_alpha(policy, FLAGS.alpha)
-        positions, longest = policy.config.max_positions, max(map(len, prompts))
-        if (room := positions - longest) < 1:
-            raise ValueError(
-                f"a prompt of {longest} tokens leaves no room for a response: the model has "
-                f"{positions} positions"
-            )
-        limit = FLAGS.max_new_tokens or min(512, room)
-
         found = None
 
         def write(finished: list) -> None:
@@ -164,6 +168,7 @@ def _check_flags() -> None:
     if bool(FLAGS.prompt) == bool(FLAGS.prompts):
         raise ValueError("give either --prompt or --prompts")
     cli.token_filters()
+    options.StopConditions(stop_strings=tuple(FLAGS.stop), decode_text=str)
     method, alpha = FLAGS.method, FLAGS.alpha
     if bool(FLAGS.reward) != bool(FLAGS.beta):
         raise ValueError(
@@ -173,8 +178,11 @@ def _check_flags() -> None:
     if FLAGS.reward and method not in _OF_SEQUENCES:
         raise ValueError("--reward needs --method=smc or mh")
     target_reward.check(FLAGS.reward)
-    given = [f"--{n}" for n in _REFUSED[method] if FLAGS[n].present]
-    if given:
+    refused = [
+        *_REFUSED[method],
+        *(n for n, by in _READ_BY.items() if method not in by),
+    ]
+    if given := [f"--{n}" for n in refused if FLAGS[n].present]:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
     if method == "tokens":
         return
@@ -190,10 +198,27 @@ def _check_flags() -> None:
         )
 
 
+def _most_new_tokens(source: os.PathLike, prompts: list[list[int]]) -> int:
+    """Tokens of a response, at most. Raises ValueError if the model has no room for them."""
+    positions, longest = hf_config.read(source).max_positions, max(map(len, prompts))
+    if (room := positions - longest) < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room for a response: the model has "
+            f"{positions} positions"
+        )
+    if FLAGS.max_new_tokens and FLAGS.max_new_tokens > room:
+        raise ValueError(
+            f"--max_new_tokens={FLAGS.max_new_tokens}: a prompt of {longest} tokens and as "
+            f"many new ones exceed the model's {positions} positions"
+        )
+    return FLAGS.max_new_tokens or min(512, room)
+
+
 def _check_out() -> None:
     """Raises ValueError for what cannot be written, or must not be."""
     out = storage.place(FLAGS.out)
-    storage.check_writable(out.parent)
+    if not storage.is_stream(out):
+        storage.check_writable(out.parent)
     if not storage.is_remote(out) and out.is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
     whole = lambda path: os.fspath(path) if storage.is_remote(path) else path.resolve()
