@@ -124,6 +124,33 @@ def token_filters() -> options.TokenFilters:
     return options.token_filters(flags.FLAGS.flag_values_dict())
 
 
+def check_sampling_flags() -> None:
+    """Raises ValueError for filters or stop strings that are none."""
+    token_filters()
+    if not all(flags.FLAGS.stop):
+        raise ValueError("--stop is empty: every response would end at once")
+
+
+def most_new_tokens(positions: int, prompts: list[list[int]], default: int) -> int:
+    """Tokens of a response, at most: --max_new_tokens, or the default where it is not given.
+
+    Raises:
+      ValueError: if the model has no positions for them.
+    """
+    longest, given = max(map(len, prompts)), flags.FLAGS.max_new_tokens
+    if (room := positions - longest) < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room for a response: the model has "
+            f"{positions} positions"
+        )
+    if given and given > room:
+        raise ValueError(
+            f"--max_new_tokens={given}: with a prompt of {longest} tokens they exceed the "
+            f"model's {positions} positions"
+        )
+    return given or min(default, room)
+
+
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
     source = hf.resolve(flags.FLAGS.model)
@@ -171,7 +198,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise ValueError(_explain(str(error))) from None
     for flag in _own_flags():
-        if flag.default is None and flag.present and flag.value == "":
+        if flag.default is None and flag.present and flag.value in ("", []):
             raise ValueError(f"--{flag.name} is empty; give --{flag.name}: {flag.help}")
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise ValueError(f"--{flag.name}={flag.value}: must be a finite number")

@@ -120,7 +120,8 @@ def main() -> None:
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         _check_out()
-    limit = _most_new_tokens(source, prompts)
+    positions = hf_config.read(source).max_positions
+    limit = cli.most_new_tokens(positions, prompts, 512)
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(cli.load(source))
         if FLAGS.method == "tokens" and FLAGS.alpha is not None:
@@ -167,8 +168,7 @@ def _check_flags() -> None:
     """Raises ValueError for what does not go together."""
     if bool(FLAGS.prompt) == bool(FLAGS.prompts):
         raise ValueError("give either --prompt or --prompts")
-    cli.token_filters()
-    options.StopConditions(stop_strings=tuple(FLAGS.stop), decode_text=str)
+    cli.check_sampling_flags()
     method, alpha = FLAGS.method, FLAGS.alpha
     if bool(FLAGS.reward) != bool(FLAGS.beta):
         raise ValueError(
@@ -196,22 +196,6 @@ def _check_flags() -> None:
             f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
             "which must not be fewer"
         )
-
-
-def _most_new_tokens(source: os.PathLike, prompts: list[list[int]]) -> int:
-    """Tokens of a response, at most. Raises ValueError if the model has no room for them."""
-    positions, longest = hf_config.read(source).max_positions, max(map(len, prompts))
-    if (room := positions - longest) < 1:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room for a response: the model has "
-            f"{positions} positions"
-        )
-    if FLAGS.max_new_tokens and FLAGS.max_new_tokens > room:
-        raise ValueError(
-            f"--max_new_tokens={FLAGS.max_new_tokens}: a prompt of {longest} tokens and as "
-            f"many new ones exceed the model's {positions} positions"
-        )
-    return FLAGS.max_new_tokens or min(512, room)
 
 
 def _check_out() -> None:

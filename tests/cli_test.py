@@ -91,7 +91,7 @@ _MISTAKES = [
     ("pfjax.sample", ["--prompt=1", "--temperature=nan"], "must be a finite number"),
     ("pfjax.sample", ["--prompt=1", "--method=smc", "--alpha=inf"], "a finite number"),
     ("pfjax.sample", ["--prompt=1", "--seed=4294967296"], "--seed=4294967296: "),
-    ("pfjax.sample", ["--prompt=1", "--stop="], "texts that are not empty"),
+    ("pfjax.sample", ["--prompt=1", "--stop="], "--stop is empty"),
     ("pfjax.sample", ["--prompt=1", "--particles=9"], "=tokens takes no --particles"),
     (
         "pfjax.sample",
@@ -101,10 +101,17 @@ _MISTAKES = [
     ("pfjax.evaluate", ["--benchmark=math500"], "give --out: folder of scores"),
     ("pfjax.evaluate", ["--out={tmp}/o"], "give --benchmark: sets, comma-separated"),
     ("pfjax.evaluate", ["--benchmark=maht500", "--out={tmp}/o"], "maht500"),
+    ("pfjax.evaluate", ["--benchmark=", "--out={tmp}/o"], "--benchmark is empty; give"),
+    (
+        "pfjax.evaluate",
+        ["--benchmark=pfjax/toy/eval.jsonl", "--out={tmp}/o", "--stop="],
+        "--stop is empty",
+    ),
     ("pfjax.plan", [SMOKE], "give --topology=NAME or --all"),
     ("pfjax.plan", [SMOKE, "--topology=v9:4"], "v9"),
     ("pfjax.report.__main__", [], "give at least one run"),
     ("pfjax.report.__main__", ["{tmp}/none"], "none"),
+    ("pfjax.report.__main__", ["{tmp}", "--watch", "--port=99999"], "--port=99999: "),
 ]  # fmt: skip
 
 

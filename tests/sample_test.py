@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(tmp_path):
             ("--prompt=1", f"--model={raising}"),
             "--prompt: no prompt can be made of it: no",
         ),
-        (("--prompt=1", "--stop="), "texts that are not empty"),
+        (("--prompt=1", "--stop="), "--stop is empty"),
         (("--prompt=1", f"--out={tmp_path}"), "is a folder: name a file in it"),
         ((f"--prompts={mine}", f"--out={mine}"), "is the file of --prompts"),
         (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),

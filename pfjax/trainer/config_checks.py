@@ -148,6 +148,8 @@ def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
         fractions["from_file"] = c.behavior.from_file
     fractions = {f"behavior.{k}": x for k, x in fractions.items()}
     _check_sum(fractions, by_step, objective)
+    if not by_step.keys() & fractions.keys():
+        _check_counts(c, fractions)
     if "behavior.from_file" in by_step and not c.behavior.file:
         raise ValueError(
             f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
@@ -224,6 +226,24 @@ def _check_sum(
             raise ValueError(
                 f"--config.{said} exceeds 1{when}: they are fractions of a prompt's responses, "
                 "of which the policy draws the rest; lower one of them"
+            )
+
+
+def _check_counts(c: FrozenConfigDict, fractions: dict[str, float]) -> None:
+    """Raises ValueError for a fraction of a prompt's responses that rounds to none."""
+    from pfjax.trainer import behavior
+
+    given = {(): []} if c.behavior.file else {}
+    of_behavior = {k.rpartition(".")[2]: x for k, x in fractions.items()}
+    mixture = behavior.Behavior(**of_behavior, given=given)
+    _, *counts = mixture.counts(0, c.samples_per_prompt, has_earlier=True)
+    by_name = zip(("base", "from_file", "replay"), counts, strict=True)
+    for name, number in by_name:
+        if of_behavior.get(name) and not number:
+            raise ValueError(
+                f"--config.behavior.{name}={of_behavior[name]:g} of "
+                f"--config.samples_per_prompt={c.samples_per_prompt} is no response: give "
+                f"more samples, or leave it out (--config.behavior.{name}=0)"
             )
 
 
