@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import os
 import re
@@ -54,6 +55,7 @@ def run(main: Callable[..., None]) -> None:
     # transformers says at import that it has no torch, which nothing here wants.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     gpu_memory.set_default()
+    _prepare_streams()
     with mistakes_in_one_line():
         if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv):
             print(_help(module))
@@ -65,6 +67,16 @@ def run(main: Callable[..., None]) -> None:
             raise ValueError(f"unexpected arguments: {shlex.join(rest)}")
         else:
             main()
+
+
+def _prepare_streams() -> None:
+    """UTF-8 whatever the locale, as JSON has it; and where one is closed, nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
 
 
 def define_config_flag() -> None:
@@ -132,11 +144,7 @@ def check_sampling_flags() -> None:
 
 
 def most_new_tokens(positions: int, prompts: list[list[int]], default: int) -> int:
-    """Tokens of a response, at most: --max_new_tokens, or the default where it is not given.
-
-    Raises:
-      ValueError: if the model has no positions for them.
-    """
+    """--max_new_tokens, or the default. Raises ValueError if the model has no positions."""
     longest, given = max(map(len, prompts)), flags.FLAGS.max_new_tokens
     if (room := positions - longest) < 1:
         raise ValueError(

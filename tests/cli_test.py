@@ -1,6 +1,7 @@
 """The command line as a person meets it: help, names by recipe, and mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -171,6 +172,21 @@ def test_help_and_mistakes_of_flags_load_nothing_heavy(args):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, *args], check=True, cwd=ROOT)
+
+
+def test_output_is_utf_8_in_any_locale_and_may_be_closed():
+    code = (
+        "import sys; from pfjax import cli; from pfjax.report import __main__ as m\n"
+        "def main(rest): print('± é')\n"
+        "main.__module__ = m.__name__; cli.run(main)"
+    )
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT, env=env)
+    assert done.stdout.decode() == "± é\n", done.stderr
+    closing = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closing, capture_output=True, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_the_command_without_arguments_lists_the_commands():

@@ -250,12 +250,19 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     path = epath.Path(os.path.realpath(path))
     make_folder(path.parent)
     tmp = path.with_name(f"{path.name}.tmp")
-    try:
+    with named(path):
         tmp.write_bytes(content)
-    except OSError as error:  # a full disk does not say of which file
+    tmp.replace(path)
+
+
+@contextlib.contextmanager
+def named(path: epath.PathLike) -> Iterator[None]:
+    """Puts the file into what is raised of it: a full disk does not say of which it is."""
+    try:
+        yield
+    except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    tmp.replace(path)
 
 
 def local_copy(path: epath.PathLike, patterns: Sequence[str] = ("*",)) -> pathlib.Path:

@@ -388,6 +388,15 @@ def test_a_full_disk_says_of_which_file(tmp_path, monkeypatch):
         storage.write_text(tmp_path / "a.json", "{}")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full device")
+def test_a_disk_that_fills_up_says_of_which_file():
+    with (
+        pytest.raises(OSError, match="No space left on device: '/dev/full'"),
+        uploads.growing("/dev/full") as add,
+    ):
+        add("a")
+
+
 def test_a_device_or_pipe_is_written_to_and_a_link_stays_one(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe")
     read = []
