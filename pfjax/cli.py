@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
+import math
 import os
 import re
 import shlex
@@ -53,6 +55,7 @@ def run(main: Callable[..., None]) -> None:
     # transformers says at import that it has no torch, which nothing here wants.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     gpu_memory.set_default()
+    _prepare_streams()
     with mistakes_in_one_line():
         if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv):
             print(_help(module))
@@ -64,6 +67,16 @@ def run(main: Callable[..., None]) -> None:
             raise ValueError(f"unexpected arguments: {shlex.join(rest)}")
         else:
             main()
+
+
+def _prepare_streams() -> None:
+    """UTF-8 whatever the locale, as JSON has it; and where one is closed, nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w"))
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
 
 
 def define_config_flag() -> None:
@@ -113,12 +126,37 @@ def define_sampling_flags() -> None:
     for field in dataclasses.fields(options.TokenFilters):
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
-    flags.DEFINE_integer("seed", 0, "the same seed draws the same")
+    flags.DEFINE_integer(
+        "seed", 0, "the same seed draws the same", 0, settings.LARGEST_SEED
+    )
 
 
 def token_filters() -> options.TokenFilters:
     """The filters that the flags of sampling give."""
     return options.token_filters(flags.FLAGS.flag_values_dict())
+
+
+def check_sampling_flags() -> None:
+    """Raises ValueError for filters or stop strings that are none."""
+    token_filters()
+    if not all(flags.FLAGS.stop):
+        raise ValueError("--stop is empty: every response would end at once")
+
+
+def most_new_tokens(positions: int, prompts: list[list[int]], default: int) -> int:
+    """--max_new_tokens, or the default. Raises ValueError if the model has no positions."""
+    longest, given = max(map(len, prompts)), flags.FLAGS.max_new_tokens
+    if (room := positions - longest) < 1:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room for a response: the model has "
+            f"{positions} positions"
+        )
+    if given and given > room:
+        raise ValueError(
+            f"--max_new_tokens={given}: with a prompt of {longest} tokens they exceed the "
+            f"model's {positions} positions"
+        )
+    return given or min(default, room)
 
 
 def find_model() -> tuple[os.PathLike, Any]:
@@ -168,8 +206,10 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise ValueError(_explain(str(error))) from None
     for flag in _own_flags():
-        if flag.default is None and flag.present and flag.value == "":
+        if flag.default is None and flag.present and flag.value in ("", []):
             raise ValueError(f"--{flag.name} is empty; give --{flag.name}: {flag.help}")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise ValueError(f"--{flag.name}={flag.value}: must be a finite number")
     if takes_config:
         _configs.append(_load_config(flags.FLAGS.config, overrides))
     return rest

@@ -62,6 +62,7 @@ flags.DEFINE_bool("regrade", False, "grade again what is in --out")
 
 def main() -> None:
     logging.set_verbosity(logging.WARNING)
+    cli.check_sampling_flags()
     cli.join()
     sets = {}
     fields = benchmarks.Fields(FLAGS.prompt_field, FLAGS.answer_field)
@@ -175,10 +176,11 @@ def _sample_sets(
             for problem in problems
         ]
         width = max(len(p) for p in prompts)
-        room = policy.config.max_positions - width
         settings = scores.Settings(
             samples_per_prompt=k,
-            max_new_tokens=FLAGS.max_new_tokens or min(3072, room),
+            max_new_tokens=cli.most_new_tokens(
+                policy.config.max_positions, prompts, 3072
+            ),
             temperature=FLAGS.temperature,
             stop_ids=tokenizer.stop_ids(tok, policy.config),
             seed=FLAGS.seed,

@@ -33,7 +33,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.infra import distributed, storage, uploads
-    from pfjax.model import hf, lora, tokenizer
+    from pfjax.model import hf, hf_config, lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
@@ -51,7 +51,9 @@ flags.DEFINE_string("prompts", "", "file of prompts, or hub data set")
 flags.DEFINE_string("prompt_field", "", "column of prompts in it; else found")
 flags.DEFINE_string("suffix", "", "added to each prompt")
 flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
-flags.DEFINE_integer("max_total_tokens", None, "of all responses together")
+flags.DEFINE_integer(
+    "max_total_tokens", None, "of all responses together", lower_bound=1
+)
 flags.DEFINE_integer(
     "slots", None, "decoded at once; what memory holds when not given", lower_bound=1
 )
@@ -97,6 +99,16 @@ _REFUSED = {
     "mh": _OF_TOKENS,
     "smc": _OF_TOKENS,
 }
+# What only some methods read.
+_READ_BY = {
+    "log_z": ("best_of", *_OF_SEQUENCES),
+    "candidates": ("best_of",),
+    "blocks": ("mh",),
+    "steps": ("mh",),
+    "particles": ("smc",),
+    "ramp": ("smc",),
+    "eta_cutoff": _OF_SEQUENCES,
+}
 
 
 def main() -> None:
@@ -116,23 +128,17 @@ def main() -> None:
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         _check_out()
+    positions = hf_config.read(source).max_positions
+    limit = cli.most_new_tokens(positions, prompts, 512)
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(cli.load(source))
+        if FLAGS.method == "tokens" and FLAGS.alpha is not None:
+            policy = lora.at_alpha(policy, FLAGS.alpha)
         add = lambda text: print(text, end="", flush=True)
         if not distributed.is_first():
             add = lambda text: None
         elif FLAGS.out != "-":  # an old file is kept until here
             add = stack.enter_context(uploads.growing(FLAGS.out))
-        if FLAGS.method == "tokens" and FLAGS.alpha is not None:
-            policy = lora.at_alpha(policy, FLAGS.alpha)
-        positions, longest = policy.config.max_positions, max(map(len, prompts))
-        if (room := positions - longest) < 1:
-            raise ValueError(
-                f"a prompt of {longest} tokens leaves no room for a response: the model has "
-                f"{positions} positions"
-            )
-        limit = FLAGS.max_new_tokens or min(512, room)
-
         found = None
 
         def write(finished: list) -> None:
@@ -170,7 +176,7 @@ def _check_flags() -> None:
     """Raises ValueError for what does not go together."""
     if bool(FLAGS.prompt) == bool(FLAGS.prompts):
         raise ValueError("give either --prompt or --prompts")
-    cli.token_filters()
+    cli.check_sampling_flags()
     method, alpha = FLAGS.method, FLAGS.alpha
     if bool(FLAGS.reward) != bool(FLAGS.beta):
         raise ValueError(
@@ -180,13 +186,11 @@ def _check_flags() -> None:
     if FLAGS.reward and method not in _OF_SEQUENCES:
         raise ValueError("--reward needs --method=smc or mh")
     target_reward.check(FLAGS.reward)
-    if FLAGS.eta_cutoff and not (method in _OF_SEQUENCES and 0 < (alpha or 0) < 1):
-        raise ValueError(
-            f"--eta_cutoff={FLAGS.eta_cutoff:g} is of powers that flatten: it needs "
-            "--method=smc or mh, and --alpha below 1"
-        )
-    given = [f"--{n}" for n in _REFUSED[method] if FLAGS[n].present]
-    if given:
+    refused = [
+        *_REFUSED[method],
+        *(n for n, by in _READ_BY.items() if method not in by),
+    ]
+    if given := [f"--{n}" for n in refused if FLAGS[n].present]:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
     if method == "tokens":
         return
@@ -195,6 +199,11 @@ def _check_flags() -> None:
         return
     if alpha is None or not alpha > 0:
         raise ValueError(f"--method={method} needs a positive --alpha, got {alpha}")
+    if FLAGS.eta_cutoff and alpha >= 1:
+        raise ValueError(
+            f"--eta_cutoff={FLAGS.eta_cutoff:g} has no effect at --alpha={alpha:g}: only powers "
+            "below 1 raise what is rare; leave it out"
+        )
     if method == "smc" and FLAGS.samples > FLAGS.particles:
         raise ValueError(
             f"--samples={FLAGS.samples} are drawn from --particles={FLAGS.particles}, "
@@ -205,7 +214,8 @@ def _check_flags() -> None:
 def _check_out() -> None:
     """Raises ValueError for what cannot be written, or must not be."""
     out = storage.place(FLAGS.out)
-    storage.check_writable(out.parent)
+    if not storage.is_stream(out):
+        storage.check_writable(out.parent)
     if not storage.is_remote(out) and out.is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
     whole = lambda path: os.fspath(path) if storage.is_remote(path) else path.resolve()

@@ -1,6 +1,7 @@
 """The command line as a person meets it: help, names by recipe, and mistakes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,8 @@ _MISTAKES = [
     (TRAIN, [SMOKE, RUN, "--config.alpha=-1"], "--config.alpha=-1.0: must be positive"),
     (TRAIN, [SMOKE, RUN, "--config.alpha=nan"], "alpha=nan: must be a finite number"),
     (TRAIN, [SMOKE, RUN, "--config.num_steps=0"], "must be positive"),
+    (TRAIN, [SMOKE, RUN, "--config.seed=4294967296"], "at least 0, at most 4294967295"),
+    (TRAIN, [SMOKE, RUN, "--config.reward=nan*length"], "'nan' is no weight"),
     (TRAIN, [SMOKE, "--workdir="], "--workdir is empty; give --workdir: folder of the run"),
     (TRAIN, [SMOKE, RUN, "--config.lora.rank=100000"], "lora.rank=100000: the largest matrix"),
     (TRAIN, [SMOKE, RUN, "--config.optim.learning_rate=-1e-6"], "must be at least 0"),
@@ -86,13 +89,30 @@ _MISTAKES = [
     ("pfjax.sample", ["--prompt=1", "--samples=a"], "--samples=a: must be a whole number"),
     ("pfjax.sample", ["--prompt=1", "--temperature=-1"], "--temperature=-1: "),
     ("pfjax.sample", ["--prompt=1", "--model=none/here/x"], "does not exist"),
+    ("pfjax.sample", ["--prompt=1", "--temperature=nan"], "must be a finite number"),
+    ("pfjax.sample", ["--prompt=1", "--method=smc", "--alpha=inf"], "a finite number"),
+    ("pfjax.sample", ["--prompt=1", "--seed=4294967296"], "--seed=4294967296: "),
+    ("pfjax.sample", ["--prompt=1", "--stop="], "--stop is empty"),
+    ("pfjax.sample", ["--prompt=1", "--particles=9"], "=tokens takes no --particles"),
+    (
+        "pfjax.sample",
+        ["--prompt=1", "--method=low_temperature", "--alpha=2", "--log_z=-1"],
+        "--method=low_temperature takes no --log_z",
+    ),
     ("pfjax.evaluate", ["--benchmark=math500"], "give --out: folder of scores"),
     ("pfjax.evaluate", ["--out={tmp}/o"], "give --benchmark: sets, comma-separated"),
     ("pfjax.evaluate", ["--benchmark=maht500", "--out={tmp}/o"], "maht500"),
+    ("pfjax.evaluate", ["--benchmark=", "--out={tmp}/o"], "--benchmark is empty; give"),
+    (
+        "pfjax.evaluate",
+        ["--benchmark=pfjax/toy/eval.jsonl", "--out={tmp}/o", "--stop="],
+        "--stop is empty",
+    ),
     ("pfjax.plan", [SMOKE], "give --topology=NAME or --all"),
     ("pfjax.plan", [SMOKE, "--topology=v9:4"], "v9"),
     ("pfjax.report.__main__", [], "give at least one run"),
     ("pfjax.report.__main__", ["{tmp}/none"], "none"),
+    ("pfjax.report.__main__", ["{tmp}", "--watch", "--port=99999"], "--port=99999: "),
 ]  # fmt: skip
 
 
@@ -152,6 +172,21 @@ def test_help_and_mistakes_of_flags_load_nothing_heavy(args):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, *args], check=True, cwd=ROOT)
+
+
+def test_output_is_utf_8_in_any_locale_and_may_be_closed():
+    code = (
+        "import sys; from pfjax import cli; from pfjax.report import __main__ as m\n"
+        "def main(rest): print('± é')\n"
+        "main.__module__ = m.__name__; cli.run(main)"
+    )
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=False, cwd=ROOT, env=env)
+    assert done.stdout.decode() == "± é\n", done.stderr
+    closing = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closing, capture_output=True, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_the_command_without_arguments_lists_the_commands():

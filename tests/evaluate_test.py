@@ -220,6 +220,14 @@ def test_grading_again_needs_no_model(scored, tmp_path):
             ("--benchmark=pfjax/toy/eval.jsonl", "--style=x"),
             "--style=x: neither one of",
         ),
+        (
+            ("--benchmark=pfjax/toy/eval.jsonl", "--max_new_tokens=9999"),
+            "they exceed the model's 512 positions",
+        ),
+        (
+            ("--benchmark=pfjax/toy/eval.jsonl", f"--style={'1+' * 600}{{question}}"),
+            "tokens leaves no room for a response: the model has 512 positions",
+        ),
         (("--benchmark=pfjax/toy/eval.jsonl", "--regrade"), "holds no responses"),
         (
             ("--benchmark=pfjax/toy/eval.jsonl,pfjax/assets/toy/eval.jsonl",),

@@ -545,6 +545,13 @@ def test_command_line_of_a_run_that_does_not_fit():
             ["--topology=h200:8", "--config.mesh.tensor=3"],
             "does not cover the 8 devices",
         ),
+        *(
+            (
+                [*how, "--config.mesh.rollout=8", "--config.max_staleness=1"],
+                "--config.mesh.rollout=8 leaves none of 8 devices to learn",
+            )
+            for how in (["--topology=h200:8"], ["--topology=h200:8", "--search"])
+        ),
         (
             ["--topology=h200:8", "--config.mesh.tensor=8"],
             "heads of size 28 does not divide",

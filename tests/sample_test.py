@@ -84,6 +84,7 @@ def test_mistakes_are_one_line(tmp_path):
     (raising / "chat_template.jinja").write_text("{{ raise_exception('no one') }}")
     mine = tmp_path / "prompts.jsonl"
     mine.write_text('{"prompt": "1+1"}\n')
+    (old := tmp_path / "old.jsonl").write_text("of before\n")
     for args, message in [
         ((), "give either --prompt or --prompts"),
         (("--prompt=1+1", "--top_p=2"), "top_p must be in (0, 1], got 2.0"),
@@ -91,7 +92,10 @@ def test_mistakes_are_one_line(tmp_path):
         (("--prompt=1", "--method=best_of", "--log_z=-1"), "or give both"),
         (("--prompt=1", "--method=best_of", "--temperature=0"), "one and the same"),
         (("--prompt=1", "--method=best_of", "--stop=;"), "takes no --stop"),
-        (("--prompt=1+1", "--max_new_tokens=9999"), "exceed the model's 512 positions"),
+        (
+            ("--prompt=1+1", "--max_new_tokens=9999", f"--out={old}"),
+            "exceed the model's 512 positions",
+        ),
         (
             (f"--prompt={'1+' * 600}",),
             "tokens leaves no room for a response: the model",
@@ -100,7 +104,7 @@ def test_mistakes_are_one_line(tmp_path):
             ("--prompt=1", f"--model={raising}"),
             "--prompt: no prompt can be made of it: no",
         ),
-        (("--prompt=1", "--stop="), "texts that are not empty"),
+        (("--prompt=1", "--stop="), "--stop is empty"),
         (("--prompt=1", f"--out={tmp_path}"), "is a folder: name a file in it"),
         ((f"--prompts={mine}", f"--out={mine}"), "is the file of --prompts"),
         (("--prompts=none.jsonl",), "prompt file none.jsonl does not exist"),
@@ -113,7 +117,7 @@ def test_mistakes_are_one_line(tmp_path):
         (("--prompt=1", "--alpha=2"), "--alpha needs --method"),
         (
             ("--prompt=1", "--method=mh", "--alpha=2", "--eta_cutoff=0.003"),
-            "--eta_cutoff=0.003 is of powers that flatten",
+            "--eta_cutoff=0.003 has no effect at --alpha=2",
         ),
         (
             ("--prompt=1", "--samples=4", "--method=smc", "--alpha=2", "--particles=2"),
@@ -127,6 +131,7 @@ def test_mistakes_are_one_line(tmp_path):
         assert done.returncode == 1 and last.startswith("error: ") and message in last
         assert "Traceback" not in done.stderr
     assert mine.read_text() == '{"prompt": "1+1"}\n'
+    assert old.read_text() == "of before\n"
 
 
 @pytest.mark.slow

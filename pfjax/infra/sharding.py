@@ -67,13 +67,20 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def num_learning(devices: int, rollout: int) -> int:
+    """Counts the devices beside those for rollouts. Raises ValueError if there are none."""
+    if rollout >= devices:
+        raise ValueError(
+            f"--config.mesh.rollout={rollout} leaves none of {devices} devices to learn"
+        )
+    return devices - rollout
+
+
 def _all_but(devices: Sequence[jax.Device], rollout: int) -> Sequence[jax.Device]:
-    said = f"--config.mesh.rollout={rollout}"
-    if rollout >= len(devices):
-        raise ValueError(f"{said} leaves none of {len(devices)} devices to learn")
+    num_learning(len(devices), rollout)
     if jax.process_count() > 1:
         raise ValueError(
-            f"{said}: devices can be set apart for rollouts within one process, and there are "
+            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within one process, and there are "
             f"{jax.process_count()}; max_staleness works on all of their devices too"
         )
     return devices[:-rollout]

@@ -172,6 +172,14 @@ def check_writable(folder: epath.PathLike) -> None:
         raise ValueError(f"{folder}: no permission to write in {there}")
 
 
+def is_stream(path: epath.PathLike) -> bool:
+    """Whether it is a device or a pipe: written to, and never replaced by a file."""
+    if is_remote(path):
+        return False
+    local = pathlib.Path(place(path))  # `epath` takes a pipe for a file
+    return local.exists() and not (local.is_file() or local.is_dir())
+
+
 def user_cache(name: str) -> pathlib.Path:
     """A folder of this user that is kept between runs and may be deleted."""
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -225,6 +233,7 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """The file appears whole or not at all; in a bucket by one request, if it is small.
+    A link stays one: what it leads to is written.
 
     Raises:
       BucketError: if the bucket is at fault.
@@ -234,14 +243,26 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
         with explained(path):
             _files(path).pipe_file(str(path), content)
         return
+    if is_stream(path):
+        if content:  # who reads a pipe takes the end of an empty write for that of all
+            path.write_bytes(content)
+        return
+    path = epath.Path(os.path.realpath(path))
     make_folder(path.parent)
-    tmp = path.with_suffix(".tmp")
-    try:
+    tmp = path.with_name(f"{path.name}.tmp")
+    with named(path):
         tmp.write_bytes(content)
-    except OSError as error:  # a full disk does not say of which file
+    tmp.replace(path)
+
+
+@contextlib.contextmanager
+def named(path: epath.PathLike) -> Iterator[None]:
+    """Puts the file into what is raised of it: a full disk does not say of which it is."""
+    try:
+        yield
+    except OSError as error:
         error.filename = error.filename or str(path)
         raise
-    tmp.replace(path)
 
 
 def local_copy(path: epath.PathLike, patterns: Sequence[str] = ("*",)) -> pathlib.Path:

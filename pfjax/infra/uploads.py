@@ -105,13 +105,18 @@ def growing(path: epath.PathLike, start: str = "") -> Iterator[Callable[[str], N
     path = storage.place(path)
     if not storage.is_remote(path):
         storage.write_text(path, start)
-        with open(path, "a", encoding="utf-8") as file:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed below
 
-            def write(text: str) -> None:
+        def write(text: str) -> None:
+            with storage.named(path):
                 file.write(text)
                 file.flush()
 
+        try:
             yield write
+        finally:
+            with storage.named(path):  # what could not be written is tried again
+                file.close()
         return
     parts = [start.encode()]
     with Uploads() as background:

@@ -90,7 +90,10 @@ def _compare(
     instead = "choose --config.attention=chunked"
     try:
         found = run(backend)
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as e:
+        # Of these, Pallas has one for a platform that it does not compile for.
+        if isinstance(e, ValueError) and "interpret mode" not in str(e):
+            raise
         said = f"{tested} does not run {where}; {instead}"
         raise RuntimeError(said) from e
     names = ("output", "d/dq", "d/dk", "d/dv")

@@ -94,7 +94,7 @@ def tpu_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
 def abstract_mesh(topology: str, rollout: int = 0, **sizes: int) -> AbstractMesh:
     """A mesh of any topology, to derive shapes and shardings from."""
     chip, devices = parse(topology)
-    devices -= rollout
+    devices = sharding.num_learning(devices, rollout)
     platform = "tpu" if _is_tpu(topology) else "gpu"
     return AbstractMesh(
         sharding.mesh_sizes(

@@ -15,7 +15,7 @@ from pfjax import cli
 
 _OUT = flags.DEFINE_string("out", "report", "folder to write")
 _WATCH = flags.DEFINE_bool("watch", False, "serve the page on this machine instead")
-_PORT = flags.DEFINE_integer("port", 8008, "of --watch; 0: any that is free")
+_PORT = flags.DEFINE_integer("port", 8008, "of --watch; 0: any that is free", 0, 65535)
 
 
 def main(runs: list[str]) -> None:

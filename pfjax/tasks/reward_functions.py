@@ -54,7 +54,7 @@ def parse(text: str) -> list[Term]:
     Commas and stars between double quotes are part of a name.
 
     Raises:
-      ValueError: if a weight is no number, or a quote is not closed.
+      ValueError: if a weight is no finite number, or a quote is not closed.
 
     >>> parse("accuracy, 0.5 * my_rewards.py:brief")
     [Term(name='accuracy', weight=1.0), Term(name='my_rewards.py:brief', weight=0.5)]
@@ -68,11 +68,12 @@ def parse(text: str) -> list[Term]:
         weighted = _WEIGHTED.fullmatch(part)
         weight, name = weighted.groups() if weighted else (1.0, part)
         try:
-            out.append(Term(name.strip(), float(weight)))
+            value = float(weight)
         except ValueError:
-            raise ValueError(
-                f"--config.reward={text}: {weight.strip()!r} is no weight"
-            ) from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"--config.reward={text}: {weight.strip()!r} is no weight")
+        out.append(Term(name.strip(), value))
     return out
 
 

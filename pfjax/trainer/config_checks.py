@@ -69,6 +69,7 @@ def check(c: FrozenConfigDict, own_objective: Any = None) -> None:
     _check_behavior(c, objective)
     _check_staleness(c, objective)
     objective_checks.check_loss(c, objective)
+    _check_counts(c, _fractions(c))
 
 
 def _check_each(c: FrozenConfigDict) -> None:
@@ -138,16 +139,20 @@ def _check_read(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
             raise ValueError(f"--config.{name}={value} {said}")
 
 
+def _fractions(c: FrozenConfigDict) -> dict[str, float]:
+    """What others than the policy draw of each prompt's responses, by setting."""
+    fractions = {"base": c.behavior.base, "replay": c.behavior.replay}
+    if c.behavior.file:
+        fractions["from_file"] = c.behavior.from_file
+    return {f"behavior.{k}": x for k, x in fractions.items()}
+
+
 def _check_behavior(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
     """Raises ValueError for responses that the objective may not learn from."""
     by_step = schedules.parse(c.schedules)
     if not (objective.is_balance or objective.is_likelihood):
         _check_on_policy(c, by_step)
-    fractions = {"base": c.behavior.base, "replay": c.behavior.replay}
-    if c.behavior.file:
-        fractions["from_file"] = c.behavior.from_file
-    fractions = {f"behavior.{k}": x for k, x in fractions.items()}
-    _check_sum(fractions, by_step, objective)
+    _check_sum(_fractions(c), by_step, objective)
     if "behavior.from_file" in by_step and not c.behavior.file:
         raise ValueError(
             f"--config.schedules={c.schedules}: behavior.from_file has no effect without "
@@ -224,6 +229,27 @@ def _check_sum(
             raise ValueError(
                 f"--config.{said} exceeds 1{when}: they are fractions of a prompt's responses, "
                 "of which the policy draws the rest; lower one of them"
+            )
+
+
+def _check_counts(c: FrozenConfigDict, fractions: dict[str, float]) -> None:
+    """Raises ValueError for a fraction of a prompt's responses that rounds to none, unless
+    fractions vary by step."""
+    from pfjax.trainer import behavior
+
+    if schedules.parse(c.schedules).keys() & fractions.keys():
+        return
+    given = {(): []} if c.behavior.file else {}
+    of_behavior = {k.rpartition(".")[2]: x for k, x in fractions.items()}
+    mixture = behavior.Behavior(**of_behavior, given=given)
+    _, *counts = mixture.counts(0, c.samples_per_prompt, has_earlier=True)
+    by_name = zip(("base", "from_file", "replay"), counts, strict=True)
+    for name, number in by_name:
+        if of_behavior.get(name) and not number:
+            raise ValueError(
+                f"--config.behavior.{name}={of_behavior[name]:g} of "
+                f"--config.samples_per_prompt={c.samples_per_prompt} is no response: give "
+                f"more samples, or leave it out (--config.behavior.{name}=0)"
             )
 
 

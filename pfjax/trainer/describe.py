@@ -12,7 +12,7 @@ from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import abstract_params
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import slots
-from pfjax.trainer import setup_rollouts
+from pfjax.trainer import schedules, setup_rollouts
 from pfjax.trainer.train_fns import TrainFns
 
 
@@ -29,7 +29,7 @@ def run(
         f"{c.model} on {mesh.size} {jax.devices()[0].platform} device(s), "
         f"mesh {sharding.describe(mesh.shape)}\n"
         f"{_trained(c, fns)}\n"
-        f"{c.objective}, {_target(c, fns.objective)}: "
+        f"{c.objective}, {target(c, fns.objective)}: "
         f"{prompts} prompts x {samples} samples = {prompts * samples} responses per step, "
         f"{c.updates_per_rollout} update(s) of at most {shape.num_microbatches} micro-"
         f"batches of {shape.microbatch_size} x {c.pack_length} tokens\n"
@@ -67,16 +67,20 @@ def _attention(m: ModelConfig) -> str:
     return " and ".join(names) + "".join(windows)
 
 
-def _target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
+def target(c: FrozenConfigDict, objective: ObjectiveConfig) -> str:
+    """The power of the base that is trained toward, and what varies by step."""
+    by_step = schedules.parse(c.schedules)
+    said = [c.schedules.replace(",", ", ")] if by_step else []
+    if not objective.has_target:
+        return ", ".join(["without a target", *said])
+    if x := c.eta_cutoff:
+        said.insert(0, f"of rare tokens 1 (eta_cutoff {x:g})")
     if c.alpha_range:
         ends = " to ".join(f"{x:g}" for x in dial.parse(c.alpha_range))
-        return f"alpha from {ends}, evaluated at {c.alpha:g}"
-    if c.schedules:
-        return c.schedules.replace(",", ", ")
-    if not objective.has_target:
-        return "without a target"
-    rare = f", of rare tokens 1 (eta_cutoff {x:g})" if (x := c.eta_cutoff) else ""
-    return f"alpha {c.alpha:g}{rare}"
+        said.insert(0, f"alpha from {ends}, evaluated at {c.alpha:g}")
+    elif "alpha" not in by_step:
+        said.insert(0, f"alpha {objective.target.alpha:g}")
+    return ", ".join(said)
 
 
 def _trained(c: FrozenConfigDict, fns: TrainFns) -> str:

@@ -48,7 +48,7 @@ class Setting(NamedTuple):
             "above": self.above,
             "at most": self.at_most,
         }
-        return ", ".join(f"{k} {v:g}" for k, v in limits.items() if v is not None)
+        return ", ".join(f"{k} {v:.10g}" for k, v in limits.items() if v is not None)
 
     def refusal(self, number: Real) -> str:
         """What it must be instead, or nothing."""
@@ -66,6 +66,7 @@ class Setting(NamedTuple):
         )
 
 
+LARGEST_SEED = 2**32 - 1  # JAX draws the same with a seed and with 2^32 more
 _DTYPES = ("bfloat16", "float32")
 _ATTENTION = lambda: ["auto", *_names("pfjax.model.attention", "BACKENDS")()]
 
@@ -233,7 +234,7 @@ _DECIDING: dict[str, Setting] = {
         "minibatches that a rollout is split into by prompts, an update each; 1 is exactly "
         "on policy",
     ),
-    "seed": _not_negative(0, "seed of everything random"),
+    "seed": _not_negative(0, "seed of everything random", at_most=LARGEST_SEED),
     # Ratios pi / pi_old, when updates_per_rollout > 1: of sequences (balance, EMPO) or of
     # tokens (GRPO and its kin).
     "clip_low": _not_negative(

@@ -4,6 +4,7 @@ import ast
 import errno
 import http.server
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -385,3 +386,32 @@ def test_a_full_disk_says_of_which_file(tmp_path, monkeypatch):
     monkeypatch.setattr(type(storage.place(tmp_path)), "write_bytes", full)
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.json'"):
         storage.write_text(tmp_path / "a.json", "{}")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a full device")
+def test_a_disk_that_fills_up_says_of_which_file():
+    with (
+        pytest.raises(OSError, match="No space left on device: '/dev/full'"),
+        uploads.growing("/dev/full") as add,
+    ):
+        add("a")
+
+
+def test_a_device_or_pipe_is_written_to_and_a_link_stays_one(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    read = []
+    read_all = lambda: read.append(pipe.read_text())
+    reader = threading.Thread(target=read_all, daemon=True)
+    reader.start()
+    with uploads.growing(pipe) as add:
+        add("a\n")
+        add("b\n")
+    reader.join(timeout=10)
+    assert read == ["a\nb\n"] and pipe.is_fifo()
+    (link := tmp_path / "link.json").symlink_to(there := tmp_path / "there.json")
+    storage.write_text(link, "{}")
+    assert link.is_symlink() and there.read_text() == "{}"
+    # What lies beside it is not taken for what is half written.
+    (other := tmp_path / "there.tmp").write_text("mine")
+    storage.write_text(there, "[]")
+    assert other.read_text() == "mine" and there.read_text() == "[]"

@@ -116,3 +116,9 @@ def _not_implemented(q, k, v, ids):
 def test_refuses_what_is_wrong_in_part(check, wrong, message):
     with pytest.raises(RuntimeError, match=message):
         check(wrong)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="has a compiler for it")
+def test_a_kernel_of_another_platform_is_said_with_the_way_out(check):
+    with pytest.raises(RuntimeError, match=rf"splash attention does not run on {HERE}"):
+        check("splash")

@@ -105,6 +105,18 @@ def test_a_number_out_of_its_bounds_is_refused(name):
             },
             "behavior.base=1 + behavior.from_file=0.25 exceeds 1 at step 9",
         ),
+        (
+            {"behavior.base": 0.5, "samples_per_prompt": 1},
+            "--config.behavior.base=0.5 of --config.samples_per_prompt=1 is no response",
+        ),
+        (
+            {"behavior.file": "a.jsonl", "samples_per_prompt": 2},
+            "behavior.from_file=0.25 of --config.samples_per_prompt=2 is no response",
+        ),
+        (
+            {"behavior.replay": 0.1, "samples_per_prompt": 4},
+            "behavior.replay=0.1 of --config.samples_per_prompt=4 is no response",
+        ),
         ({"format_term": "fromat"}, "--config.format_term=fromat: there is no reward"),
         (
             {"format_term": "self_certainty"},
