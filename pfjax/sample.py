@@ -33,7 +33,7 @@ from pfjax.sampler import options
 with epy.lazy_imports():
     from pfjax import targets
     from pfjax.infra import distributed, storage, uploads
-    from pfjax.model import hf, hf_config, lora, tokenizer
+    from pfjax.model import hf, lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
     from pfjax.tasks import data, problems, target_reward
 
@@ -128,10 +128,9 @@ def main() -> None:
     asked, prompts = _prompts(tok)
     if FLAGS.out != "-":
         _check_out()
-    positions = hf_config.read(source).max_positions
-    limit = cli.most_new_tokens(positions, prompts, 512)
     with contextlib.ExitStack() as stack:
         policy = stack.enter_context(cli.load(source))
+        limit = cli.most_new_tokens(policy.config.max_positions, prompts, 512)
         if FLAGS.method == "tokens" and FLAGS.alpha is not None:
             policy = lora.at_alpha(policy, FLAGS.alpha)
         add = lambda text: print(text, end="", flush=True)
