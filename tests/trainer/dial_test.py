@@ -177,6 +177,12 @@ def test_it_is_saved_beside_a_base_whose_head_is_tied(tmp_path):
     assert loaded.tokenizer.eos_token == "<|end|>"
     pair = (pfjax.score(pfjax.at_alpha(p, 2.0), *at)[0] for p in (policy, loaded))
     np.testing.assert_allclose(*pair, atol=1e-5)
+    # And sampled from, which needs to know the positions of its base.
+    args = (f"--model={tmp_path / 'dial'}", "--prompt=1+1", "--max_new_tokens=2")
+    done = run_command("pfjax.sample", "--alpha=2", *args)
+    assert done.returncode == 0 and '"tokens": 2' in done.stdout, done.stderr
+    done = run_command("pfjax.sample", *args)
+    assert done.returncode == 1 and "a policy for every alpha" in done.stderr
 
 
 def _base(policy):
