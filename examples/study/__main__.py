@@ -17,6 +17,7 @@ import os
 import pathlib
 import sys
 
+import jax
 from absl import app, flags
 
 from examples.study import cells, ends, pictures, search, tables
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected arguments: {argv[1:]}")
     out = pathlib.Path(_OUT.value).absolute()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that train
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
     more = {} if _STEPS.value is None else {"num_steps": _STEPS.value}
     names = _LISTABLE if _FULL.value else _WORLDS.value

@@ -99,7 +99,7 @@ def in_double(monkeypatch):
     double = types.SimpleNamespace(**vars(jnp))
     double.float32 = jnp.float64
     # Integers stay what they are.
-    double.arange = lambda *args: jnp.arange(*args, dtype=jnp.int32)
+    double.arange = lambda *args, dtype=jnp.int32: jnp.arange(*args, dtype=dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float64)
     modules = (batches, attention, chunked_attention, layers, log_probs, rope)
     for module in (*modules, transformer):
