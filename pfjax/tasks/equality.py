@@ -97,7 +97,10 @@ def _with_imaginary_unit(x):
     """Its `i` is the unit: math-verify has two symbols of that name."""
     is_value = isinstance(x, Basic) and not isinstance(x, Eq)  # i = 3 is an index
     symbols = x.free_symbols if is_value else ()
-    return x.xreplace({s: I for s in symbols if s.name == "i"}) if symbols else x
+    try:
+        return x.xreplace({s: I for s in symbols if s.name == "i"}) if symbols else x
+    except (TypeError, ValueError):  # so it is in what only real numbers have: i < 3
+        return x
 
 
 def _first(text: str):
