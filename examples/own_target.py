@@ -27,7 +27,7 @@ class Reasoned(Target):
 
     BONUS = 2.0
 
-    def log_reward(self, log_p_base, length, psi=0.0, reward=0.0):
+    def log_reward(self, log_p_base, length, **tilt):
         return self.alpha * log_p_base + self.BONUS * (length > 10)
 
 

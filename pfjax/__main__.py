@@ -44,7 +44,7 @@ def _usage() -> str:
         [
             "PowerFlow in JAX: language models toward their alpha-power distribution\n",
             *lines,
-            "\nA first run, a minute on a laptop:",
+            "\nA first run, one to three minutes on a laptop:",
             "  pfjax train --config=smoke --workdir=runs/smoke",
             "\npfjax COMMAND --help lists what a command takes.",
         ]
