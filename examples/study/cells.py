@@ -174,9 +174,10 @@ def run(
             first = folder / "sharpened"
             pfjax.fine_tune(_config(cell, values | {"alpha": 2.0}), first)
             values |= {"alpha": 0.5, "model": str(first / "hf")}
-            values |= {"eta_cutoff": ETA_CUTOFF}
-            # What it starts from no longer says what is to be raised.
-            values |= {"behavior.base": 0.0, "updates_per_rollout": 1}
+            # What it starts from hardly says what is to be raised: with a cutoff as for
+            # the first base it would count as rare, and more of its samples do not help.
+            values |= {"eta_cutoff": 1e-4, "behavior.base": 0.25}
+            values |= {"updates_per_rollout": 1}
         policy = pfjax.fine_tune(_config(cell, values), folder)
     (folder / "label.txt").write_text(method.title + "\n")
     found = ends.measure(policy, base, method) | ends.on_the_way(folder, base)

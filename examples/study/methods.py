@@ -99,6 +99,10 @@ def unchanged(base: Base, alpha: float) -> list[np.ndarray]:
     return [r.log_p0 for r in base.rows]
 
 
+# Hot samples are mostly of what the base hardly ever says: there is more to learn.
+_OF_HOT = {"optim.learning_rate": 3e-3, "updates_per_rollout": 8}
+
+
 class Method(NamedTuple):
     title: str  # in the tables
     prediction: Prediction | None = None  # None where it is not known
@@ -145,10 +149,8 @@ TRAINED = {
     "self_distillation": Method(
         "sampled at 1/alpha, likelihood (SSD)",
         tempered,
-        # Hot samples are mostly of what the base hardly ever says: there is more to learn.
         settings=lambda alpha: (
-            {"behavior.base_temperature": 1 / alpha}
-            | ({} if alpha > 1 else {"optim.learning_rate": 3e-3})
+            {"behavior.base_temperature": 1 / alpha} | (_OF_HOT if alpha < 1 else {})
         ),
     ),
     "power_distillation": Method(
