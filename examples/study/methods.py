@@ -100,7 +100,7 @@ def unchanged(base: Base, alpha: float) -> list[np.ndarray]:
 
 
 # Hot samples are mostly of what the base hardly ever says: there is more to learn.
-_OF_HOT = {"optim.learning_rate": 3e-3, "updates_per_rollout": 8}
+_OF_HOT = {"optim.learning_rate": 3e-3}
 
 
 class Method(NamedTuple):
