@@ -8,9 +8,9 @@ the GFlowNet is 1 and does not appear.
 All functions take arrays of any common shape `[*n]`, one entry per trajectory, and return
 the same shape: use `masked_mean`. `log_z` may also be a scalar. Only `log_pf` and `log_z`
 receive gradients. Every loss is of one residual, `targets.residual`, most its square, and is
-computed in float32 where arrays have fewer bits or hold integers. Entries that a mask leaves out may
-be any numbers below 1e15 in size: larger ones overflow, and JAX's gradient is then NaN (0 times
-infinity), whatever the mask says. This module and `targets` need jax alone, to be imported by,
+computed in float32 where arrays have fewer bits or hold integers. Entries that a mask leaves
+out may be any numbers below 1e15 in size: larger ones overflow, and JAX's gradient is then NaN
+(0 times infinity), whatever the mask says. This module and `targets` need jax alone, to be imported by,
 or copied into, any trainer.
 """
 

@@ -64,9 +64,8 @@ def _check_is_readable(source: str, path: epath.Path) -> None:
             cure = 'write it as .jsonl, one {"prompt": "..."} per line'
         raise ValueError(f"{path}: {suffix or 'a file without a suffix'}; {cure}")
     could_be_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[^:]+)?(:[^/]+)?", source)
-    is_folder = storage.place(
-        _data_set(source)[0]
-    ).is_dir()  # of which a split is named
+    name, *_ = _data_set(source)
+    is_folder = storage.place(name).is_dir()  # of which a split is named
     is_file = suffix in (*FILES, *_PACKED)
     if is_there or (not is_file and (could_be_on_hub or is_folder)):
         return

@@ -80,8 +80,9 @@ def _all_but(devices: Sequence[jax.Device], rollout: int) -> Sequence[jax.Device
     num_learning(len(devices), rollout)
     if jax.process_count() > 1:
         raise ValueError(
-            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within one process, and there are "
-            f"{jax.process_count()}; max_staleness works on all of their devices too"
+            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within "
+            f"one process, and there are {jax.process_count()}; max_staleness works on all of "
+            "their devices too"
         )
     return devices[:-rollout]
 

@@ -154,9 +154,8 @@ def _plain(text: str) -> str:
         text = pattern.sub(replacement, text)
     if number := _THOUSANDS.fullmatch(_BEHIND_NUMBER.sub("", text)):
         return number[1] + re.sub(r"\D", "", number[2]) + (number[3] or "")
-    if ratio := _RATIO.fullmatch(
-        text
-    ):  # by its first number; math-verify would divide on
+    # By its first number; math-verify would divide on.
+    if ratio := _RATIO.fullmatch(text):
         first, *others = ratio[1].split(":")
         return f"(1,{','.join(f'({x})/({first})' for x in others)})"
     if text.count("\\pm") == 1:
