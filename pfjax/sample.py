@@ -78,6 +78,7 @@ flags.DEFINE_float(
     0.0,
     "below alpha 1: rare tokens keep the power 1, as in training; mh, smc",
     lower_bound=0.0,
+    upper_bound=1.0,
 )
 flags.DEFINE_integer(
     "candidates", 16, "best_of: that each response is the best of", lower_bound=1

@@ -119,6 +119,7 @@ def test_mistakes_are_one_line(tmp_path):
             ("--prompt=1", "--method=mh", "--alpha=2", "--eta_cutoff=0.003"),
             "--eta_cutoff=0.003 has no effect at --alpha=2",
         ),
+        (("--prompt=1", "--eta_cutoff=3"), "--eta_cutoff=3: "),
         (
             ("--prompt=1", "--samples=4", "--method=smc", "--alpha=2", "--particles=2"),
             "must not be fewer",
