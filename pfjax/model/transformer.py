@@ -363,7 +363,7 @@ def apply_layers(
     choose: Callable[[Array], Array] | None = None,
     dial: Float[Array, "b t p"] | None = None,
 ) -> Float[Array, "b t d"]:
-    """`apply` for a list of layers in the place of `blocks` (see `decode.weights`); `attend`
+    """`apply` for a list of layers in the place of `blocks` (see `unstack.weights`); `attend`
     and `recur` are told the number of the layer; `choose` chooses experts."""
     _check_dial(config, dial)
     x = config.scale_embeddings(params["embed"][tokens])

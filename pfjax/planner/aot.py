@@ -15,7 +15,8 @@ from pfjax.model import lora, transformer
 from pfjax.model.transformer import Params
 from pfjax.planner import gpu_target
 from pfjax.planner.roofline import Workload
-from pfjax.sampler import decode, slots
+from pfjax.sampler import buffers, decode, slots, unstack
+from pfjax.sampler.buffers import Queue, SamplerState, Settings
 from pfjax.trainer import train_fns
 
 # libtpu looks for the TPU of this machine unless told what there is.
@@ -149,7 +150,7 @@ def compile_phases(
 def _lower_decode(params: Params, work: Workload) -> Any:
     """The loop over tokens of a rollout, at the widest caches of its plan."""
     model, plan, g = work.model, work.plan, work.samples_per_prompt
-    settings = decode.Settings(model, plan, g, model.stop_ids)
+    settings = Settings(model, plan, g, model.stop_ids)
     key = jax.eval_shape(lambda: jax.random.key(0))
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     of_program = {}
@@ -160,15 +161,15 @@ def _lower_decode(params: Params, work: Workload) -> Any:
             of_program[kind] = results(f, params, *args, **static)
         return of_program[kind]
 
-    weights = decode.weights(model, params, run=once)
-    state = decode.SamplerState(weights, key, temperature)
+    weights = unstack.weights(model, params, run=once)
+    state = SamplerState(weights, key, temperature)
     prompts = slots.prompts_per_part(plan, work.room, g)
     array = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((plan.dp_size * n,), dtype)
     numbers = [*[array(prompts)] * 4, *[array(1)] * 5]
     alpha = array(prompts, jnp.float32) if model.alpha_range else None
-    queue = decode.Queue(*numbers, array(prompts * g, bool), alpha)
+    queue = Queue(*numbers, array(prompts * g, bool), alpha)
     sizes = {"width": plan.widths[-1], "new": work.max_new_tokens}
-    prefixes, *others = results(decode.start, queue, s=settings, **sizes)
+    prefixes, *others = results(buffers.start, queue, s=settings, **sizes)
     args = (state, prefixes, queue, *others)
     return decode.decode.lower(*args, s=settings, samples_per_prefix=g)
 

@@ -20,7 +20,8 @@ from pfjax import targets
 from pfjax.batch import Array, Rollout
 from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode, slots
+from pfjax.sampler import buffers, decode, slots, unstack
+from pfjax.sampler.buffers import Prompts, SamplerState, Settings, Slots
 from pfjax.targets import Target
 
 # r(y) of responses: tokens [s, r], undefined past length [s], and numbers of their prompts
@@ -31,7 +32,7 @@ Reward = Callable[[Array, Array, Array], Array]
 class Spec(NamedTuple):
     """What programs are compiled for, besides shapes. Hashable."""
 
-    settings: decode.Settings  # samples_per_prompt: particles or chains
+    settings: Settings  # samples_per_prompt: particles or chains
     target: Target
     reward: Reward | None
     width: int  # of the caches of responses
@@ -42,12 +43,12 @@ class Run(NamedTuple):
     """What the chains of one shard read, and never change."""
 
     spec: Spec
-    state: decode.SamplerState
+    state: SamplerState
     log_z: Float[Array, ""]
     tokens: Int[Array, "p t"]  # of the prompts
     prompt_length: Int[Array, "p"]
     prompt_id: Int[Array, "p"]
-    cached: decode.Prompts
+    cached: Prompts
 
 
 class Chains(NamedTuple):
@@ -117,15 +118,15 @@ def draw(
         keeps_all=True,
     )
     at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
-    settings = decode.Settings(
+    settings = Settings(
         config=policy.config,
         plan=plan,
         samples_per_prompt=chains_per_prompt,
         stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
     )
     spec = Spec(settings, target, reward, plan.widths[-1], max_new_tokens)
-    state = decode.SamplerState(
-        decode.weights(policy.config, policy.params),
+    state = SamplerState(
+        unstack.weights(policy.config, policy.params),
         jax.random.key(seed),
         np.float32(temperature or 1 / target.alpha),
     )
@@ -165,7 +166,7 @@ def _draw(
 
 def begin(
     spec: Spec,
-    state: decode.SamplerState,
+    state: SamplerState,
     log_z: Array,
     tokens: Array,
     length: Array,
@@ -178,8 +179,8 @@ def begin(
     is_cached = positions < length[:, None] - 1
     cached = decode.prefill_local(
         state,
-        decode.Prompts(
-            decode.empty_cache(s, num, s.plan.prompt_widths), jnp.zeros(num, jnp.int32)
+        Prompts(
+            buffers.empty_cache(s, num, s.plan.prompt_widths), jnp.zeros(num, jnp.int32)
         ),
         tokens,
         positions,
@@ -194,7 +195,7 @@ def begin(
         log_q=jnp.zeros((count, spec.max_new_tokens)),
         length=jnp.zeros(count, jnp.int32),
         is_stopped=jnp.zeros(count, bool),
-        cache=decode.empty_cache(s, count, s.plan.response_widths(spec.width)),
+        cache=buffers.empty_cache(s, count, s.plan.response_widths(spec.width)),
     )
     if spec.target.eta_cutoff:
         empty = empty._replace(log_p_rare=jnp.zeros_like(empty.log_p))
@@ -214,7 +215,7 @@ def one_token(
     take = lambda x, at: jnp.take_along_axis(x, at[:, None], axis=1)[:, 0]
     of_prompt = take(run.tokens, run.prompt_length - 1)
     before = take(y.tokens, jnp.maximum(at - 1, 0))
-    running = decode.Slots(
+    running = Slots(
         sample=slot,
         grid_index=slot,
         drawn=at,

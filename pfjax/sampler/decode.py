@@ -1,21 +1,16 @@
 """What runs on the devices in a rollout: prefill and decode; `resize.py` has the rest.
 
-Every function below sees one part of the batch (see `sharding.over_batch`): S slots,
-each decoding one sample; a queue of N samples, G of each prompt; prefix slots, each
-holding the keys and values of one prompt. Its scalars are arrays of one element, so that
-all arrays are split the same way.
+Every function below sees one part of the batch, as `buffers.py` describes it.
 
 A prompt's last token is not prefilled: a slot begins by running it, and draws the
 response's first token from what it predicts. All tokens thus come from one place.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
@@ -30,131 +25,17 @@ from pfjax.model import (
     log_probs,
     transformer,
 )
-from pfjax.model.config import ModelConfig
-from pfjax.model.decode_attention import KeyValue
-from pfjax.model.transformer import Params
 from pfjax.sampler import filters, windows
-from pfjax.sampler.options import NO_FILTERS, TokenFilters
-from pfjax.sampler.slots import Plan
-
-
-class Settings(NamedTuple):
-    """What the programs are compiled for, besides shapes. Hashable."""
-
-    config: ModelConfig
-    plan: Plan
-    samples_per_prompt: int  # G
-    stop_ids: tuple[int, ...]
-    is_greedy: bool = False  # the most likely token; filters are then ignored
-    token_filters: TokenFilters = NO_FILTERS
-
-
-class SamplerState(NamedTuple):
-    """What random numbers and probabilities come from, whole on every device."""
-
-    weights: Params  # see `weights`
-    key: Array  # of seed and step
-    temperature: Float[Array, ""]
-
-
-class Queue(NamedTuple):
-    """The samples to draw; prompt q owns q*g to (q+1)*g - 1, g of its G."""
-
-    order: Int[
-        Array, "q"
-    ]  # the prompts as they are begun; after the last the first again
-    prompt_id: Int[Array, "q"]  # in the random numbers
-    last_token: Int[Array, "q"]  # of the prompt
-    prefix_slot: Int[Array, "q"]
-    ready: Int[Array, "1"]  # samples whose prompt has been prefilled
-    per_prompt: Int[Array, "1"]  # g
-    first: Int[Array, "1"]  # the first of them among G, in the random numbers
-    limit: Int[Array, "1"]  # tokens per sample at most
-    steps: Int[Array, "1"]  # to decode before the host is asked again
-    is_cut: Array  # bool [N], samples to be ended now
-    alpha: Array | None = None  # float32 [q], of each prompt's, see `dial`
-
-
-# Keys and values, or a state, one entry per layer. That of the slots holds their prompt's
-# last token and all tokens drawn but the last; of both a layer keeps what its window reaches.
-Cache = list[KeyValue | delta.State]
-
-
-class Prompts(NamedTuple):
-    """The prompts but their last tokens, one per prefix slot."""
-
-    cache: Cache
-    length: Int[Array, "prefix_slots"]
-
-
-class Slots(NamedTuple):
-    """What is being decoded. An idle slot has sample N."""
-
-    sample: Int[Array, "s"]
-    grid_index: Int[Array, "s"]  # its place on the grid of `decode_attention`
-    drawn: Int[Array, "s"]  # tokens drawn so far
-    last: Int[Array, "s"]  # token to be run next
-    begun: Int[Array, "1"]  # samples begun so far
-    slot_steps: Int[Array, "1"]  # slots times steps computed so far
-
-
-class Results(NamedTuple):
-    tokens: Int[Array, "n r"]
-    log_probs: Float[Array, "n r"]
-    length: Int[Array, "n"]  # 0 until the sample has ended
-    is_stopped: Array  # bool [n], whether a stop token was drawn
-    choices: Array | None = None  # uint8 [n, r, c], see `Rollout`
-
-
-def empty_cache(s: Settings, batch: int, widths: tuple[int, ...]) -> Cache:
-    """Caches of as many tokens as `widths` says of each layer."""
-    c, p = s.config, s.plan
-
-    def of_layer(window: int | None, width: int) -> KeyValue | delta.State:
-        if window is None:
-            return delta.empty_state(c.delta, batch, c.dtype)
-        shapes = (batch, c.num_kv_heads, width, c.head_dim)
-        keys, values = decode_attention.cache_shapes(p.backend, *shapes)
-        return jnp.zeros(keys, p.cache_dtype), jnp.zeros(values, p.cache_dtype)
-
-    return placed([of_layer(*x) for x in zip(p.windows, widths, strict=True)])
-
-
-def placed(caches: Cache) -> Cache:
-    """Caches split over the mesh as their sequences and heads are."""
-    heads = ("batch", "kv_heads", None, None)  # inputs of convolutions have none
-    axes = lambda x: heads if x.ndim == 4 else ("batch", None, None)
-    return jax.tree.map(lambda x: sharding.constrain(x, *axes(x)), caches)
-
-
-@functools.partial(jax.jit, static_argnames=("s", "width", "new"))
-def start(
-    queue: Queue, *, s: Settings, width: int, new: int
-) -> tuple[Prompts, Slots, Cache, Results]:
-    """Nothing begun, nothing prefilled; `new` tokens are kept of each sample."""
-
-    def local(queue):
-        n, slots, prefix_slots = len(queue.is_cut), s.plan.slots, s.plan.prefix_slots
-        zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-        empty = Slots(
-            sample=jnp.full(slots, n, jnp.int32),
-            grid_index=jnp.full(slots, prefix_slots * s.samples_per_prompt, jnp.int32),
-            drawn=zeros(slots),
-            last=zeros(slots),
-            begun=zeros(1),
-            slot_steps=zeros(1),
-        )
-        log_p, is_stopped = jnp.zeros((n, new)), jnp.zeros(n, bool)
-        choices = None
-        if s.config.num_choices:
-            choices = jnp.zeros((n, new, s.config.num_choices), jnp.uint8)
-        results = Results(zeros(n, new), log_p, zeros(n), is_stopped, choices)
-        cache = empty_cache(s, prefix_slots, s.plan.prompt_widths)
-        prompts = Prompts(cache, zeros(prefix_slots))
-        own = empty_cache(s, slots, s.plan.response_widths(width))
-        return prompts, empty, own, results
-
-    return sharding.over_batch(local, 0)(queue)
+from pfjax.sampler.buffers import (
+    Cache,
+    Prompts,
+    Queue,
+    Results,
+    SamplerState,
+    Settings,
+    Slots,
+    placed,
+)
 
 
 @jax.named_scope("rollout")
@@ -437,52 +318,3 @@ def _draw(
     sample = queue.first + slots.sample % g
     numbers = (queue.prompt_id[prompt], sample, slots.drawn)
     return jax.vmap(one)(*numbers, logits)
-
-
-def weights(
-    config: ModelConfig, params: Params, run: Callable[..., Any] | None = None
-) -> Params:
-    """The parameters that decoding reads for every token: in the computation's type, whole
-    on every part of the batch, and a list of layers, since a scan over stacked ones would
-    copy each out of the stack first.
-
-    One program per layer: devices that exchange parts of a matrix may have to put all of it
-    together, and of a stack that would take as much memory as the model.
-
-    Args:
-      run: called with a jitted function and its arguments; calls it by default.
-    """
-    run = run or (lambda f, *args, **static: f(*args, **static))
-    others, blocks = dict(params), params["blocks"]
-    del others["blocks"]
-    held = {k: x.layers for k, x in transformer.tensors(config).items() if k in blocks}
-    layers = []
-    for i in range(config.num_layers):
-        at = {k: np.int32(x.index(i)) for k, x in held.items() if i in x}
-        layers.append(run(_layer, {k: blocks[k] for k in at}, at, config=config))
-    return {**run(_others, others, config=config), "layers": layers}
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _layer(
-    blocks: Params, at: dict[str, Int[Array, ""]], *, config: ModelConfig
-) -> Params:
-    axes = transformer.logical_axes(config)["blocks"]
-    of_layer = {k: x[at[k]].astype(config.dtype) for k, x in blocks.items()}
-    return _whole(of_layer, {name: axes[name][1:] for name in blocks})
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _others(params: Params, *, config: ModelConfig) -> Params:
-    axes = transformer.logical_axes(config)
-    cast = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    return _whole(cast, {name: axes[name] for name in params})
-
-
-def _whole(params: Params, axes: Params) -> Params:
-    """Places parameters on every part of the batch, split over "tensor" alone."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return params
-    where = sharding.rollout_shardings(mesh, axes, params)
-    return lax.with_sharding_constraint(params, where)

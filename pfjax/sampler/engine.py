@@ -15,7 +15,8 @@ import numpy as np
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode, options, slots
+from pfjax.sampler import options, slots, unstack
+from pfjax.sampler.buffers import SamplerState, Settings
 from pfjax.sampler.options import Capacity, StopConditions, TokenFilters
 from pfjax.sampler.scheduler import Finished, Scheduler
 
@@ -93,7 +94,7 @@ def rollout(
         max_new_tokens=max_new_tokens,
         **dataclasses.asdict(capacity) | {"prompt_width": width},
     )
-    settings = decode.Settings(
+    settings = Settings(
         config=policy.config,
         plan=plan,
         samples_per_prompt=samples_per_prompt,
@@ -101,8 +102,8 @@ def rollout(
         is_greedy=temperature == 0,
         token_filters=token_filters,
     )
-    state = decode.SamplerState(
-        decode.weights(policy.config, policy.params),
+    state = SamplerState(
+        unstack.weights(policy.config, policy.params),
         jax.random.fold_in(jax.random.key(seed), step),
         np.float32(temperature or 1.0),
     )

@@ -11,7 +11,7 @@ from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import delta
 from pfjax.model.layers import KeyValue
-from pfjax.sampler.decode import Cache, Prompts, Settings, Slots, placed
+from pfjax.sampler.buffers import Cache, Prompts, Settings, Slots, placed
 
 
 class Sizes(NamedTuple):

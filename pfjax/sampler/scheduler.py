@@ -15,7 +15,8 @@ import numpy as np
 
 from pfjax.batch import Rollout, pack_prompts
 from pfjax.infra import sharding
-from pfjax.sampler import decode, limits, resize, slots
+from pfjax.sampler import buffers, decode, limits, resize, slots
+from pfjax.sampler.buffers import Queue, Results, SamplerState, Settings, Slots
 from pfjax.sampler.options import StopConditions
 
 # Prompt tokens that one prefill runs at most.
@@ -42,8 +43,8 @@ class Scheduler:
 
     def __init__(
         self,
-        settings: decode.Settings,
-        state: decode.SamplerState | None,
+        settings: Settings,
+        state: SamplerState | None,
         prompts: list[list[int]],
         prompt_ids: list[int] | None,
         max_new_tokens: int,
@@ -88,7 +89,7 @@ class Scheduler:
         self.sample = np.full((d, plan.slots), self.cut.shape[1])
         self.drawn = np.zeros((d, plan.slots), np.int32)
         self.begun = np.zeros(d, np.int32)
-        self.on_device = decode.start(
+        self.on_device = buffers.start(
             self._queue(), s=settings, width=plan.widths[0], new=max_new_tokens
         )
 
@@ -99,7 +100,7 @@ class Scheduler:
 
     def _draw_until(
         self, is_enough: Callable[[], bool]
-    ) -> tuple[decode.Slots, decode.Results] | None:
+    ) -> tuple[Slots, Results] | None:
         """Goes on until what the host has seen is enough; returns what it has not seen."""
         before = None
         while not is_enough():
@@ -124,9 +125,9 @@ class Scheduler:
         """Samples of each part whose prompts have been prefilled."""
         return np.array([len(x) for x in self.dealt], np.int32) * len(self.samples)
 
-    def _queue(self) -> decode.Queue:
+    def _queue(self) -> Queue:
         d, g = self.prefix_slot.shape[0], len(self.samples)
-        return decode.Queue(
+        return Queue(
             # Copies: they change while devices read them.
             order=self.order.flatten(),
             prompt_id=self.prompt_id.flatten(),
@@ -141,7 +142,7 @@ class Scheduler:
             alpha=self.queue_alpha.flatten() if self.has_alpha else None,
         )
 
-    def _decode(self) -> tuple[decode.Slots, decode.Results]:
+    def _decode(self) -> tuple[Slots, Results]:
         prompts, *before = self.on_device
         args = (self.state, prompts, self._queue(), *before)
         grid = {"samples_per_prefix": self.sizes.samples_per_prefix}
@@ -149,7 +150,7 @@ class Scheduler:
         self.on_device = (prompts, of_slots, cache, results)
         return of_slots, results
 
-    def _look(self, of_slots: decode.Slots, results: decode.Results) -> None:
+    def _look(self, of_slots: Slots, results: Results) -> None:
         """Waits for what the devices computed, and works on it."""
         small = (of_slots.sample, of_slots.drawn, of_slots.begun, results.length)
         sample, drawn, self.begun, length = sharding.fetch(small)
@@ -274,7 +275,7 @@ class Scheduler:
         )
         self.on_device = (*resized, results)
 
-    def _cut_at_strings(self, checked: np.ndarray, results: decode.Results) -> None:
+    def _cut_at_strings(self, checked: np.ndarray, results: Results) -> None:
         tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
         is_new = (self.known > checked) & (self.cut == 0)
         for at in zip(*np.nonzero(is_new), strict=True):
@@ -282,7 +283,7 @@ class Scheduler:
             how = (self.stop.stop_strings, self.stop.decode_text)
             self.cut[at] = limits.stop_string_end(known, int(checked[at]), *how)
 
-    def _ended(self, results: decode.Results) -> decode.Results:
+    def _ended(self, results: Results) -> Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""
         split = lambda x: x.reshape(*self.cut.shape, *x.shape[1:])
         ended, is_cut = jax.tree.map(split, sharding.fetch(results)), self.cut > 0
@@ -291,7 +292,7 @@ class Scheduler:
             is_stopped=ended.is_stopped | is_cut,
         )
 
-    def _report(self, ended: decode.Results) -> None:
+    def _report(self, ended: Results) -> None:
         """Passes on the responses that have ended since the last time."""
         g = len(self.samples)
         new = (ended.length > 0) & ~self.is_reported
@@ -328,7 +329,7 @@ class Scheduler:
         return self._as_rollout(ended, range(len(self.prompts)), slot_steps)
 
     def _as_rollout(
-        self, ended: decode.Results, numbers: Sequence[int], slot_steps: int
+        self, ended: Results, numbers: Sequence[int], slot_steps: int
     ) -> Rollout:
         """The samples of these prompts."""
         g = len(self.samples)

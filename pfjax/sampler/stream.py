@@ -19,7 +19,8 @@ from pfjax.batch import Array, Rollout
 from pfjax.infra import sharding
 from pfjax.model import dial
 from pfjax.model.transformer import Params
-from pfjax.sampler import decode, options
+from pfjax.sampler import options
+from pfjax.sampler.buffers import SamplerState, Settings
 from pfjax.sampler.scheduler import Scheduler
 
 # In the place of a step in the random numbers: a prompt's number is never used twice.
@@ -37,7 +38,7 @@ class Stream(Scheduler):
 
     def __init__(
         self,
-        settings: decode.Settings,
+        settings: Settings,
         seed: int,
         max_new_tokens: int,
         room: int,
@@ -53,8 +54,8 @@ class Stream(Scheduler):
         self._is_closed = False
 
     def set_weights(self, weights: Params, step: int) -> None:
-        """From now on tokens are drawn by these, see `decode.weights`, of so many steps."""
-        self.state = decode.SamplerState(weights, *self._numbers)
+        """From now on tokens are drawn by these, see `unstack.weights`, of so many steps."""
+        self.state = SamplerState(weights, *self._numbers)
         is_to_come = np.arange(self.max_new_tokens) >= self.known[..., None]
         self.weights_step[is_to_come] = step
 

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pfjax.batch import Rollout
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
-from pfjax.sampler import decode
+from pfjax.sampler import unstack
 from pfjax.sampler.stream import Stream
 
 # Steps that rounds run ahead on devices of their own. One overlaps the two; more would only
@@ -229,7 +229,7 @@ def sender(
 
     def send(params: Params) -> Params:
         with jax.set_mesh(learner):
-            return decode.weights(model, params, run=place)
+            return unstack.weights(model, params, run=place)
 
     if not frozen:
         return send

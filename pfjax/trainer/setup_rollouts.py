@@ -14,7 +14,8 @@ from pfjax.infra import sharding
 from pfjax.model import dial, lora
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy, abstract_params, logical_axes
-from pfjax.sampler import decode, engine, options, slots, stream
+from pfjax.sampler import engine, options, slots, stream
+from pfjax.sampler.buffers import Settings
 from pfjax.tasks import data
 from pfjax.trainer import actor, behavior, schedules, update_memory
 from pfjax.trainer.replay import Replay
@@ -195,7 +196,7 @@ def _streams(
         samples = range(own, own + others)
         drawn.append((base_model, c.behavior.base_temperature, samples))
     how = (c.seed, c.max_new_tokens, _room(c))
-    settings = lambda model: decode.Settings(
+    settings = lambda model: Settings(
         model, plan, c.samples_per_prompt, fns.model.stop_ids
     )
     return [stream.Stream(settings(model), *how, *rest) for model, *rest in drawn]

@@ -13,7 +13,8 @@ from pfjax.infra import sharding
 from pfjax.model import decode_attention, rope, transformer
 from pfjax.model.families import qwen2
 from pfjax.planner import aot
-from pfjax.sampler import decode, slots
+from pfjax.sampler import decode, slots, unstack
+from pfjax.sampler.buffers import Prompts, Queue, Results, SamplerState, Settings, Slots
 from pfjax.trainer import train_fns
 from tests.sampler import windowed
 
@@ -65,21 +66,21 @@ def _compile(mesh, config=CONFIG, plan=PLAN):
         params,
         where,
     )
-    state = decode.SamplerState(
-        decode.weights(config, params, run=aot.results),
+    state = SamplerState(
+        unstack.weights(config, params, run=aot.results),
         jax.eval_shape(lambda: jax.random.key(0)),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
     n = PROMPTS * G
     bools = array((parts * n,), bool, split)
-    queue = decode.Queue(
+    queue = Queue(
         *(int32(PROMPTS) for _ in range(4)), *(int32(1) for _ in range(5)), bools
     )
     prompts = caches(PREFIX_SLOTS, plan.prompt_widths)
-    prompts = decode.Prompts(prompts, int32(PREFIX_SLOTS))
-    of_slots = decode.Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
+    prompts = Prompts(prompts, int32(PREFIX_SLOTS))
+    of_slots = Slots(*(int32(SLOTS) for _ in range(4)), int32(1), int32(1))
     log_probs = array((parts * n, WIDTH), jnp.float32, split)
-    results = decode.Results(int32(n, WIDTH), log_probs, int32(n), bools)
+    results = Results(int32(n, WIDTH), log_probs, int32(n), bools)
     cache = caches(SLOTS, plan.response_widths(WIDTH))
     lowered = decode.decode.lower(
         state,
@@ -88,7 +89,7 @@ def _compile(mesh, config=CONFIG, plan=PLAN):
         of_slots,
         cache,
         results,
-        s=decode.Settings(config, plan, G, config.stop_ids),
+        s=Settings(config, plan, G, config.stop_ids),
         samples_per_prefix=G,
     )
     per_device = SLOTS * WIDTH * 128 * 2 * (1 if kv_axis else 2)
@@ -161,6 +162,6 @@ def test_weights_are_put_together_a_layer_at_a_time():
         return alike[f]
 
     with jax.set_mesh(sharding.regrouped(mesh, 4)):
-        decode.weights(config, params, run=run)
+        unstack.weights(config, params, run=run)
     whole = sum(x.size * 4 for x in jax.tree.leaves(shapes["blocks"]))
     assert len(needs) == 2 and max(needs) < whole / 4, (needs, whole)

@@ -8,7 +8,8 @@ from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model import log_probs
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode, engine, slots, stream
+from pfjax.sampler import engine, slots, stream, unstack
+from pfjax.sampler.buffers import Settings
 
 G, NEW = 4, 48
 PROMPTS = [[2 + (i + j) % 9 for j in range(1 + i % 7)] for i in range(40)]
@@ -19,8 +20,8 @@ def make_stream(policy, room, num_slots=8, new=NEW, samples=G):
     sizes = {"num_prompts": room, "samples_per_prompt": samples}
     sizes |= {"max_new_tokens": new, "prompt_width": 8, "num_slots": num_slots}
     plan = slots.make_plan(policy, **sizes)
-    settings = decode.Settings(policy.config, plan, samples, policy.config.stop_ids)
-    weights = decode.weights(policy.config, policy.params)
+    settings = Settings(policy.config, plan, samples, policy.config.stop_ids)
+    weights = unstack.weights(policy.config, policy.params)
     return stream.Stream(settings, 1, new, room, 1.0, range(samples)), weights
 
 
@@ -74,7 +75,7 @@ def test_each_token_has_the_log_prob_of_the_weights_that_drew_it(tiny_policy):
     s.add(PROMPTS[:24:2], list(range(12)), is_last=True)
     seen = []
     for step, policy in enumerate(policies):
-        weights = decode.weights(policy.config, policy.params)
+        weights = unstack.weights(policy.config, policy.params)
         chosen, rollout = take(s, 3, weights, step)
         seen += [(q, g, rollout, i) for i, q in enumerate(chosen) for g in range(G)]
     mixed = 0

@@ -10,7 +10,7 @@ from pfjax.model import log_probs, transformer
 from pfjax.model.config import LayerKind, ModelConfig
 from pfjax.model.families import qwen2
 from pfjax.model.transformer import Policy
-from pfjax.sampler import decode
+from pfjax.sampler import unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def score(policy: Policy, prompts, responses) -> list[np.ndarray]:
 
     @jax.jit
     def run(params, tokens):
-        weights = decode.weights(c, params)
+        weights = unstack.weights(c, params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         windows = [kind.window for kind in c.layer_kinds]
         attend = lambda q, k, v, layer: dense(

@@ -7,7 +7,8 @@ import pytest
 
 from pfjax.infra import sharding
 from pfjax.model import transformer
-from pfjax.sampler import decode, engine, mcmc, resize, slots, smc, windows
+from pfjax.sampler import buffers, decode, engine, mcmc, resize, slots, smc, windows
+from pfjax.sampler.buffers import Queue, Settings
 from pfjax.sampler.options import Capacity, StopConditions
 from pfjax.targets import Target
 from tests.sampler import windowed
@@ -153,11 +154,11 @@ def _plan(config, max_new_tokens=60, prompt_width=37, **changes):
 def test_caches_keep_the_window_and_their_bytes_are_known(policy, backend, keeps_all):
     changes = {"max_new_tokens": 300, "prompt_width": 150}
     plan = _plan(policy.config, **changes, backend=backend, keeps_all=keeps_all)
-    settings = decode.Settings(policy.config, plan, 8, (1,))
+    settings = Settings(policy.config, plan, 8, (1,))
     one, queue = np.zeros(1, np.int32), np.zeros(5, np.int32)
-    queue = decode.Queue(*[queue] * 4, *[one] * 5, np.zeros(40, bool))
+    queue = Queue(*[queue] * 4, *[one] * 5, np.zeros(40, bool))
     sizes = {"s": settings, "width": plan.widths[-1], "new": 300}
-    prompts, _, own, _ = jax.eval_shape(lambda q: decode.start(q, **sizes), queue)
+    prompts, _, own, _ = jax.eval_shape(lambda q: buffers.start(q, **sizes), queue)
     width_of = lambda cache: [v.shape[2] for _, v in cache]
     wide, of_prompts, *kept = {
         "xla": (304, 160, 16, 32),
@@ -209,8 +210,8 @@ def test_a_window_on_paper():
 
 def test_a_full_window_is_not_copied_when_caches_grow(policy):
     plan = _plan(policy.config)
-    settings = decode.Settings(policy.config, plan, 8, (1,))
-    make = lambda width: decode.empty_cache(settings, 16, plan.response_widths(width))
+    settings = Settings(policy.config, plan, 8, (1,))
+    make = lambda width: buffers.empty_cache(settings, 16, plan.response_widths(width))
     before, after = (resize.Sizes(16, width, 8) for width in (32, 64))
     cache, prompts, of_slots = make(32), object(), object()
     how = {"s": settings, "before": before, "after": after}

@@ -12,7 +12,7 @@ import pytest
 
 from pfjax.infra import dataset_io, sharding
 from pfjax.model import lora, transformer
-from pfjax.sampler import decode, stream
+from pfjax.sampler import stream, unstack
 from pfjax.tasks import rewards
 from pfjax.trainer import actor, loop, preemption
 from pfjax.trainer.actor import Cursor
@@ -261,7 +261,7 @@ def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
     adapters = jax.tree.map(lambda x: x + 0.5, adapters)
     send = actor.sender(config, frozen, learner, own)
     first, second = send(jax.tree.map(jnp.zeros_like, adapters)), send(adapters)
-    want = decode.weights(config, lora.join(tiny_policy.params, adapters))
+    want = unstack.weights(config, lora.join(tiny_policy.params, adapters))
     jax.tree.map(np.testing.assert_array_equal, second, want)
     for x in jax.tree.leaves(second):
         assert x.sharding.device_set == {*own.devices.flat}

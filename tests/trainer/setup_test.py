@@ -8,7 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from pfjax.infra import sharding
 from pfjax.model import lora
-from pfjax.sampler import decode, engine
+from pfjax.sampler import engine, unstack
 from pfjax.sampler.options import Capacity
 from pfjax.tasks import grading
 from pfjax.trainer import setup, train_fns
@@ -69,7 +69,7 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
     c.mesh.data, c.mesh.fsdp, c.lora.rank, c.behavior.base = 2, 4, rank, 0.5
     c.data.eval = c.data.train
     mesh, found, shared = sharding.make_mesh(**c.mesh), {}, []
-    whole = decode.weights
+    whole = unstack.weights
 
     def weights(*args):
         shared.append(jax.sharding.get_abstract_mesh().shape["tensor"])
