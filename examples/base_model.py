@@ -99,8 +99,9 @@ def sample_batches(task: Task, tok, batch_size: int, seed: int) -> Iterator[Any]
     """Yields packed batches of problems and sampled responses, without end."""
     import jax
 
-    from pfjax.batch import PackShape, max_microbatches, pack, segments_per_row
+    from pfjax.batch import PackShape
     from pfjax.model import tokenizer
+    from pfjax.packing import max_microbatches, pack, segments_per_row
 
     rng = np.random.default_rng(seed)
     length = task.pack_length
@@ -132,7 +133,7 @@ def fit(task: Task, steps: int, batch_size: int, seed: int):
     import jax.numpy as jnp
 
     from pfjax import losses
-    from pfjax.model import log_probs, transformer
+    from pfjax.model import scoring, transformer
     from pfjax.trainer import optim
 
     tok = make_tokenizer(task.words)
@@ -144,7 +145,7 @@ def fit(task: Task, steps: int, batch_size: int, seed: int):
     batches = sample_batches(task, tok, batch_size, seed)
 
     def loss_fn(params, batch):
-        log_p, _, _ = log_probs.packed_log_probs(config, params["policy"], batch)
+        log_p, _, _ = scoring.packed_log_probs(config, params["policy"], batch)
         return -losses.masked_mean(log_p, batch.is_response)
 
     rate = optim.rate("cosine", 3e-3, warmup_steps=min(50, steps), num_steps=steps)

@@ -31,10 +31,10 @@ _EXPORTS = {
     "pack": "pfjax.api",
     "pack_rollout": "pfjax.api",
     "recipe": "pfjax.trainer.recipes",
-    "response_sum": "pfjax.batch",
+    "response_sum": "pfjax.packing",
     "rollout": "pfjax.api",
     "save": "pfjax.model.hf",
-    "score": "pfjax.model.log_probs",
+    "score": "pfjax.model.scoring",
 }
 __all__ = [
     "Policy",
@@ -55,11 +55,11 @@ __all__ = [
 if TYPE_CHECKING:  # what editors and type checkers see
     from pfjax import losses
     from pfjax.api import fine_tune, load, log_probs, pack, pack_rollout, rollout
-    from pfjax.batch import response_sum
     from pfjax.model.hf import save
-    from pfjax.model.log_probs import score
     from pfjax.model.lora import at_alpha
+    from pfjax.model.scoring import score
     from pfjax.model.transformer import Policy
+    from pfjax.packing import response_sum
     from pfjax.trainer.recipes import recipe
 else:
 

@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from pfjax import batch as packing
+from pfjax import packing
 from pfjax.batch import PackedBatch, PackShape, Rollout
-from pfjax.model import hf, lora, tokenizer, transformer
-from pfjax.model import log_probs as scorer
+from pfjax.model import hf, hub, lora, scoring, tokenizer, transformer
 from pfjax.model.transformer import Policy
 from pfjax.objectives import Objective
 from pfjax.sampler import engine
@@ -54,7 +53,7 @@ def load(
     >>> policy.config.num_layers, policy.tokenizer.eos_token
     (3, '<|end|>')
     """
-    folder = hf.resolve(path_or_hub_id)
+    folder = hub.resolve(path_or_hub_id)
     config, params = hf.load(folder, mesh, dtype)
     if tokenizer.is_in(folder):
         read = functools.cache(functools.partial(tokenizer.load, folder))
@@ -292,7 +291,7 @@ def log_probs(
             raise ValueError(
                 f"a sequence has {last + 1} tokens, the model {room} positions"
             )
-    return scorer.packed_log_probs(policy.config, policy.params, batch, remat)[0]
+    return scoring.packed_log_probs(policy.config, policy.params, batch, remat)[0]
 
 
 def fine_tune(

@@ -29,7 +29,7 @@ with epy.lazy_imports():  # flags are parsed, and --help answers, without them
     import jax
 
     from pfjax.infra import compile_cache, distributed, sharding
-    from pfjax.model import hf, tokenizer, transformer
+    from pfjax.model import hf, hub, tokenizer, transformer
     from pfjax.trainer import health_checks
 
 # Flags belong to the entry point that asks for them, which lists them with --help.
@@ -161,7 +161,7 @@ def most_new_tokens(positions: int, prompts: list[list[int]], default: int) -> i
 
 def find_model() -> tuple[os.PathLike, Any]:
     """Where the model of --model lies, and its tokenizer."""
-    source = hf.resolve(flags.FLAGS.model)
+    source = hub.resolve(flags.FLAGS.model)
     if flags.FLAGS.multihost and not flags.FLAGS.clock:
         flags.FLAGS.clock = distributed.text_from_first(tokenizer.now())
     how = flags.FLAGS.chat_template_kwargs, flags.FLAGS.clock

@@ -28,7 +28,7 @@ with epy.lazy_imports():
 
     from pfjax.evaluation import results, scores
     from pfjax.infra import dataset_io, distributed, storage
-    from pfjax.model import hf, lora, tokenizer, transformer
+    from pfjax.model import hub, lora, tokenizer, transformer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, data, grading
 
@@ -136,7 +136,7 @@ def _sample(sets: dict[str, list], folders: dict[float | None, epath.Path]) -> N
     with cli.load(source) as policy:
         about_model = {
             "model": FLAGS.model,
-            "fingerprint": hf.fingerprint(source),
+            "fingerprint": hub.fingerprint(source),
             "dtype": policy.config.dtype,
             "mesh": dict(jax.sharding.get_abstract_mesh().shape),
             "device": jax.devices()[0].device_kind,

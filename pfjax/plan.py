@@ -50,7 +50,7 @@ def main() -> None:
         raise ValueError("--search is of one --topology=NAME")
     import jax
 
-    from pfjax.model import hf, hf_config
+    from pfjax.model import hf_config, hub
     from pfjax.planner import aot
     from pfjax.planner import plan as planner
     from pfjax.trainer import config_checks, run_config
@@ -59,7 +59,7 @@ def main() -> None:
     config, name = FrozenConfigDict(cli.config()), _TOPOLOGY.value
     config_checks.check(config)
     config = run_config.with_adapter(config)
-    base = hf_config.read(hf.resolve_config(config.model))
+    base = hf_config.read(hub.resolve_config(config.model))
     config_checks.check_lengths(
         config, config.data.max_prompt_tokens, base.max_positions
     )

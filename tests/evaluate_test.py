@@ -95,9 +95,9 @@ def test_other_settings_do_not_mix_with_what_is_there(scored):
 
 def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path):
     """Other prompts are refused: under another time, or another template."""
-    from pfjax.model import hf
+    from pfjax.model import hub
 
-    model = pathlib.Path(shutil.copytree(hf.resolve("pfjax/toy"), tmp_path / "model"))
+    model = pathlib.Path(shutil.copytree(hub.resolve("pfjax/toy"), tmp_path / "model"))
     template = model / "chat_template.jinja"
     template.write_text(
         "<|user|>{{ messages[-1]['content'] }}{{ 1 if strftime_now('%Y') == '1999' }}"
@@ -124,9 +124,8 @@ def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path)
 
 
 def test_a_problem_that_the_template_refuses_is_named(tmp_path):
-    from pfjax.model import hf
 
-    model = pathlib.Path(shutil.copytree(hf.resolve("pfjax/toy"), tmp_path / "model"))
+    model = pathlib.Path(shutil.copytree(hub.resolve("pfjax/toy"), tmp_path / "model"))
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if m['role'] != 'user' %}"
         "{{ raise_exception('users only') }}{% endif %}{{ m['content'] }}{% endfor %}"

@@ -127,11 +127,11 @@ def _import_all() -> None:
     with jaxtyping.install_import_hook(ARRAY_MODULES, "beartype.beartype"):
         import pfjax.cli  # noqa: F401
         from pfjax.evaluation import results, scores  # noqa: F401
-        from pfjax.model import hf, tokenizer
+        from pfjax.model import hub, tokenizer
         from pfjax.sampler import mcmc, progress, smc  # noqa: F401
         from pfjax.trainer import loop, preemption  # noqa: F401
     # What transformers imports when it has something to do.
-    tokenizer.load(hf.resolve("pfjax/toy"))
+    tokenizer.load(hub.resolve("pfjax/toy"))
 
 
 def _keep(stdout: int, stderr: int, channel: int) -> None:

@@ -27,7 +27,7 @@ FLOORS = [
     "cli",
     "entry point",
 ]
-PURE = {"batch", "losses", "objectives", "targets"}
+PURE = {"batch", "losses", "objectives", "packing", "targets"}
 
 
 def _modules() -> dict[str, pathlib.Path]:

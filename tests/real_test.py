@@ -19,7 +19,7 @@ import pytest
 
 from configs import default
 from pfjax.infra import dataset_io
-from pfjax.model import hf, log_probs, tokenizer
+from pfjax.model import hf, scoring, tokenizer
 from pfjax.sampler import engine
 from pfjax.tasks import benchmarks, grading
 from pfjax.trainer import loop
@@ -113,7 +113,7 @@ def _assert_scores_and_text_equal(place, model, prompts, new):
             )[0, len(ids) :].tolist()
             logits = model(torch.tensor([ids + y])).logits[0, len(ids) - 1 : -1]
         assert y == want
-        (scored,) = log_probs.score(policy, [ids + y], [len(ids)])
+        (scored,) = scoring.score(policy, [ids + y], [len(ids)])
         wanted = torch.log_softmax(logits, -1)[range(len(y)), y].numpy()
         np.testing.assert_allclose(scored, wanted, atol=1e-4)
 

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from pfjax.infra import dataset_io
-from pfjax.model import hf
+from pfjax.model import hub
 from pfjax.trainer import loop, recipes
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -78,9 +78,9 @@ def _small_model(folder, family):
         **own,
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for file in hf.resolve("pfjax/toy").glob("*token*"):
+    for file in hub.resolve("pfjax/toy").glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    template = hf.resolve("pfjax/toy") / "chat_template.jinja"
+    template = hub.resolve("pfjax/toy") / "chat_template.jinja"
     (folder / template.name).write_bytes(template.read_bytes())
     return folder
 

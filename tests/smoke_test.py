@@ -138,7 +138,7 @@ def test_transformers_reads_the_exported_model(smoke):
     import torch
     import transformers
 
-    from pfjax.model import hf, log_probs, tokenizer
+    from pfjax.model import hf, scoring, tokenizer
 
     folder = str(smoke[0] / "hf")
     tok = transformers.AutoTokenizer.from_pretrained(folder)
@@ -148,7 +148,7 @@ def test_transformers_reads_the_exported_model(smoke):
     ids = ids + tok.encode(r"7+5=12,4+3+1=8;\boxed{82}") + [tok.eos_token_id]
     with torch.no_grad():
         want = torch.log_softmax(reference(torch.tensor([ids])).logits, -1)[0]
-    got = log_probs.score(policy, [ids], [1])[0]
+    got = scoring.score(policy, [ids], [1])[0]
     want_at = want[np.arange(len(ids) - 1), ids[1:]].numpy()
     np.testing.assert_allclose(got, want_at, atol=1e-4)
     logits = _all_logits(policy, np.array([ids]))

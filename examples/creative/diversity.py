@@ -61,7 +61,7 @@ def load_embedder(name: str = "auto") -> Embedder:
 
 
 def _sentence_model(name: str) -> Embedder:
-    from pfjax.model import hf
+    from pfjax.model import hub
 
     folder = pathlib.Path(name).expanduser()
     try:
@@ -73,7 +73,7 @@ def _sentence_model(name: str) -> Embedder:
             path = huggingface_hub.snapshot_download(hub_id, local_files_only=True)
             folder = pathlib.Path(path)
         # Folders are called "model" as often as not; the weights tell.
-        full_name = f"{pathlib.Path(name).name}@{hf.fingerprint(folder)}"
+        full_name = f"{pathlib.Path(name).name}@{hub.fingerprint(folder)}"
         load = sentence_transformers.SentenceTransformer
         model = load(str(folder), local_files_only=True)
     except Exception as error:

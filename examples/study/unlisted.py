@@ -29,7 +29,7 @@ import numpy as np
 import pfjax
 from examples.exact import Listed
 from pfjax.batch import Rollout
-from pfjax.model import log_probs
+from pfjax.model import scoring
 from pfjax.tasks.grading import last_boxed
 
 NUM_DRAWN = 128  # per prompt, listed ones included
@@ -78,7 +78,7 @@ def draw(
         -1, num
     )
     log_q = total(pfjax.score(*asked, 1 / alpha))
-    rare = total(log_probs.rare_log_probs(*asked, eta_cutoff))
+    rare = total(scoring.rare_log_probs(*asked, eta_cutoff))
     log_p0 = drawn.log_probs.sum(axis=-1, dtype=float, where=_is_there(drawn))
     is_correct = np.array([row["correct"] for row in graded]).reshape(-1, num)
     out = []

@@ -18,7 +18,7 @@ import pfjax
 from examples.worlds import grammar as grammars
 from examples.worlds.grammar import Grammar, Response
 from examples.worlds.world import World
-from pfjax.model import log_probs, tokenizer
+from pfjax.model import scoring, tokenizer
 from pfjax.targets import Target
 
 NUM_SAMPLES = 16  # of which different correct ones are counted
@@ -145,7 +145,7 @@ def score_rare(
     eta_cutoff: float,
 ) -> list[np.ndarray]:
     """The part of `score` that is of rare tokens."""
-    how = functools.partial(log_probs.rare_log_probs, eta_cutoff=eta_cutoff)
+    how = functools.partial(scoring.rare_log_probs, eta_cutoff=eta_cutoff)
     return _sums(how, policy, tok, problems, texts)
 
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pfjax.evaluation.estimators import standard_error
-from pfjax.model import log_probs
+from pfjax.model import scoring
 from pfjax.model.transformer import Policy
 from pfjax.targets import Target
 
@@ -73,13 +73,13 @@ def score(
     total = lambda found: np.array([x.sum(dtype=float) for x in found]).reshape(shape)
 
     def log_p(model: Policy, temperature: float = 1.0) -> np.ndarray:
-        return total(log_probs.score(model, sequences, starts, temperature))
+        return total(scoring.score(model, sequences, starts, temperature))
 
     length = np.array([len(y) for y in responses]).reshape(shape)
     hot = None if base_temperature == 1 else log_p(base, base_temperature)
     rare = None
     if eta_cutoff:
-        rare = total(log_probs.rare_log_probs(base, sequences, starts, eta_cutoff))
+        rare = total(scoring.rare_log_probs(base, sequences, starts, eta_cutoff))
     return Samples(log_p(policy), log_p(base), length, hot, log_p_rare=rare)
 
 

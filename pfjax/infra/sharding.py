@@ -103,7 +103,7 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     Raises:
       ValueError: if it does not divide the devices of a copy of the weights.
     """
-    before = _sizes(mesh)
+    before = axis_sizes(mesh)
     data, *inside = before.values()
     tensor, inside = tensor or before["tensor"], math.prod(inside)
     if inside % tensor:
@@ -179,7 +179,7 @@ def mesh_sizes(
     return tuple(sizes.values())
 
 
-def _sizes(mesh: AnyMesh) -> Mapping[str, int]:
+def axis_sizes(mesh: AnyMesh) -> Mapping[str, int]:
     """Devices along each axis of a mesh of `make_mesh`; 1 where a caller splits by hand."""
     if set(MESH_AXES) <= set(mesh.shape):
         return mesh.shape
@@ -201,13 +201,13 @@ def spec(
     axes of `only`.
 
     Key/value heads too few to split are replicated; so is an axis whose mesh axes an
-    earlier dimension took, or `over_batch` did.
+    earlier dimension took, or `shard_map.over_batch` did.
 
     Raises:
       ValueError: if another dimension does not divide by its mesh axes, or the mesh lacks
         one of `MESH_AXES`.
     """
-    sizes = _sizes(mesh)
+    sizes = axis_sizes(mesh)
     free, parts = set(only) - set(mesh.manual_axes), []
     for axis, size in zip(axes, shape, strict=True):
         names = tuple(n for n in RULES[axis] if n in free and sizes[n] > 1)
@@ -260,7 +260,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 def batch_ways(mesh: AnyMesh) -> int:
     """Number of devices that a batch is split over."""
-    return math.prod(_sizes(mesh)[axis] for axis in RULES["batch"])
+    return math.prod(axis_sizes(mesh)[axis] for axis in RULES["batch"])
 
 
 def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
@@ -285,109 +285,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
-def over_batch(f: Callable[..., Any], num_whole: int) -> Callable[..., Any]:
-    """`f` run by each part of the mesh that holds a part of the batch, on its own.
-
-    The first `num_whole` arguments are passed whole; the others and the results are
-    split along the first dimension of every array. Nothing is exchanged between the
-    parts, so each may loop as often as it needs to; "tensor" is still split
-    automatically. Outside `jax.set_mesh`, `f` itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or batch_ways(mesh) == 1:
-        return f
-    whole, split = PartitionSpec(), PartitionSpec(RULES["batch"])
-    # With "tensor" too when it is one device: kernels need every axis by hand.
-    names = set(RULES["batch"]) | {a for a, n in mesh.shape.items() if n == 1}
-
-    def parts(*args):
-        specs = (whole,) * num_whole + (split,) * (len(args) - num_whole)
-        return jax.shard_map(
-            f, in_specs=specs, out_specs=split, axis_names=names, check_vma=False
-        )(*args)
-
-    return parts
-
-
-def by_copy(f: Callable[..., Any], dim: int) -> Callable[..., Any]:
-    """`f(whole, split) -> total, split` run by each copy of the weights ("data") on its
-    part of the batch; the other axes are still split automatically.
-
-    Arrays of `split` are split along dimension `dim`. What the copies have for `total` is
-    added up once, at the end: a sum over the micro-batches of a loop in `f` costs one
-    exchange between copies, which may be on different nodes. Outside `jax.set_mesh`, of one
-    copy, and of copies split along two axes, `f` itself, of which XLA splits "data" too.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not has_copies(_sizes(mesh)):
-        return f
-    whole, split = PartitionSpec(), PartitionSpec(*[None] * dim, "data")
-    # Kernels need every axis by hand.
-    names = {"data"} | {a for a, n in mesh.shape.items() if n == 1}
-
-    def of_copy(*args):
-        total, parts = f(*args)
-        return jax.lax.psum(total, "data"), parts
-
-    def copies(shared, batch):
-        of_batch = jax.tree.map(lambda x: split if x.ndim > dim else whole, batch)
-        return jax.shard_map(
-            of_copy,
-            in_specs=(whole, of_batch),
-            out_specs=(whole, split),
-            axis_names=names,
-            check_vma=False,
-        )(shared, batch)
-
-    return copies
-
-
-def has_copies(sizes: Mapping[str, int]) -> bool:
-    """Whether a mesh of these sizes holds copies of the weights that `by_copy` separates."""
-    # Of copies split along two axes XLA's partitioner aborts, at the embedding (jax 0.10.2).
-    inside = [n for axis, n in sizes.items() if axis != "data" and n > 1]
-    return sizes["data"] > 1 and len(inside) < 2
-
-
-def by_device(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
-    """`f` run on each device's part of its arguments: for kernels, which jit cannot
-    split, and where the exchange between devices is written by hand.
-
-    Outside `jax.set_mesh`, and where one device holds everything, `f` itself.
-
-    Args:
-      in_axes: logical axes of each argument.
-      out_axes: of the results, a tree of tuples; each logical axis is split as it is
-        in the arguments.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    names = set(mesh.shape) - set(mesh.manual_axes)
-    if mesh.empty or mesh.size == 1 or not names:
-        return f
-    is_axes = lambda x: type(x) is tuple and set(x) <= set(RULES)
-
-    def parts(*args):
-        pairs = zip(in_axes, args, strict=True)
-        specs = tuple(spec(mesh, axes, x.shape) for axes, x in pairs)
-        split = {None: None}
-        for axes, of_axes in zip(in_axes, specs, strict=True):
-            split |= dict(zip(axes, of_axes, strict=True))
-        place = lambda axes: PartitionSpec(*(split[a] for a in axes))
-        out_specs = jax.tree.map(place, out_axes, is_leaf=is_axes)
-        return jax.shard_map(
-            f, in_specs=specs, out_specs=out_specs, axis_names=names, check_vma=False
-        )(*args)
-
-    return parts
-
-
 def axes_of(axis: str) -> tuple[str, ...]:
     """Mesh axes of more than one device that a logical axis is split over, but for those
     that are split by hand already."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
-    sizes = _sizes(mesh)
+    sizes = axis_sizes(mesh)
     is_split = lambda n: sizes[n] > 1 and n not in mesh.manual_axes
     return tuple(n for n in RULES[axis] if is_split(n))
 

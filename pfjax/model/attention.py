@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map, sharding
 from pfjax.model import chunked_attention
+from pfjax.targets import Array
 
 # Kernels read blocks of this many tokens, or of more that divide the row.
 _BLOCK = 128
@@ -80,7 +80,7 @@ def packed_attention(
         check_shared(backend, k.shape[1])
         attend = functools.partial(attend, split=split)
     queries, kv = ("batch", "tokens", "heads", None), ("batch", None, "kv_heads", None)
-    run = sharding.by_device(attend, (queries, kv, kv, kv[:2]), queries)
+    run = shard_map.by_device(attend, (queries, kv, kv, kv[:2]), queries)
     return run(q, k, v, segment_ids)
 
 

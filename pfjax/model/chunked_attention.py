@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Int
 
-from pfjax.batch import Array
+from pfjax.targets import Array
 
 # By this name a policy of rematerialisation keeps what a backward pass needs.
 SAVED = "attention"

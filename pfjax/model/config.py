@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 from flax import nnx
 
-from pfjax.batch import Array
 from pfjax.model import delta, dial, experts, layers, rope
 from pfjax.model.rope import RopeConfig
+from pfjax.targets import Array
 
 # Of `layer_types` in config.json.
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map
 from pfjax.model import decode_kernel
 from pfjax.model.decode_kernel import MASKED, Part
 from pfjax.model.layers import KeyValue
+from pfjax.targets import Array
 
 
 def decode_attention(
@@ -90,7 +90,7 @@ def _part(
     if backend != "xla":
         heads = (None, "kv_heads", None, None)
         axes = (heads, heads, heads, (None,), (None, None))[: len(args)]
-        block = sharding.by_device(block, axes, Part(heads, heads[:3], heads[:3]))
+        block = shard_map.by_device(block, axes, Part(heads, heads[:3], heads[:3]))
     return block(*args)
 
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
+from pfjax.targets import Array
 
 # Finite, so that a fully masked row yields numbers rather than NaN.
 MASKED = -1e30

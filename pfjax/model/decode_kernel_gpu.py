@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
 from pfjax.model.decode_kernel import MASKED, UNSEEN, Part
+from pfjax.targets import Array
 
 # Triton multiplies matrices of at least 16 rows.
 _MIN_ROWS = 16

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
 from pfjax.infra import sharding
+from pfjax.targets import Array
 
 CHUNK = 64
 # Of matrix products in float32: errors in the triangular system would grow.

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from pfjax.batch import Array, PackedBatch
+from pfjax.batch import PackedBatch
+from pfjax.targets import Array
 
 TERMS = 4  # powers of u
 

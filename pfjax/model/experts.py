@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, UInt8
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map, sharding
 from pfjax.model import grouped_matmul_gpu
+from pfjax.targets import Array
 
 
 class Routing(NamedTuple):
@@ -113,7 +113,7 @@ def apply(
         out = lax.psum(out, alike) if alike else out
         return out.astype(x.dtype).reshape(x.shape)
 
-    run = sharding.by_device(of_device, (*[_HIDDEN] * 3, *axes.values()), _HIDDEN)
+    run = shard_map.by_device(of_device, (*[_HIDDEN] * 3, *axes.values()), _HIDDEN)
     return run(x, probs, chosen, *(getattr(weights, name) for name in axes))
 
 
@@ -141,7 +141,7 @@ def route(
 def likeliest(routing: Routing, probs: Float[Array, "b t e"]) -> Int[Array, "b t k"]:
     """The experts that a token passes through."""
     best = lambda x: lax.top_k(x, routing.per_token)[1]
-    return sharding.by_device(best, (_HIDDEN,), _HIDDEN)(lax.stop_gradient(probs))
+    return shard_map.by_device(best, (_HIDDEN,), _HIDDEN)(lax.stop_gradient(probs))
 
 
 def replayed(

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
+from pfjax.targets import Array
 
 # Triton multiplies matrices of at least 16 rows and columns.
 LEAST = 16

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from pfjax.batch import Array
 from pfjax.model import delta
+from pfjax.targets import Array
 
 KeyValue = tuple[Array, Array]
 

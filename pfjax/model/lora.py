@@ -21,12 +21,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pfjax.batch import Array, PackedBatch
+from pfjax.batch import PackedBatch
 from pfjax.infra import storage
 from pfjax.model import dial, hf_config, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.families import FAMILIES
 from pfjax.model.transformer import Params, Policy
+from pfjax.targets import Array
 
 ALL_LINEAR = "all-linear"  # as peft calls them
 # Of all families: where Hugging Face's layers have a projection -> its name here.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
+from pfjax.targets import Array
 
 # Kind of scaling -> what it depends on, beside the original positions.
 KINDS = {

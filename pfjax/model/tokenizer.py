@@ -8,7 +8,7 @@ import pathlib
 import string
 from typing import Any
 
-from pfjax.model import hf
+from pfjax.model import hub
 from pfjax.model.config import ModelConfig
 
 # What a template is given in the place of transformers' function of this name, which knows no
@@ -37,7 +37,7 @@ def load(
       ValueError: if the folder holds none that loads without remote code, or the
         arguments are no JSON object.
     """
-    folder = hf.resolve(path_or_hub_id)
+    folder = hub.resolve(path_or_hub_id)
     said = f"no tokenizer could be read from {folder}"
     # Without any, transformers 5 makes an empty tokenizer of the model's type.
     if not is_in(folder):
@@ -140,7 +140,7 @@ def _told(time: datetime.datetime) -> str:
 
 def asks_for_time(path_or_hub_id: str | os.PathLike) -> bool:
     """Whether the chat template of a model folder writes today's date into prompts."""
-    folder = hf.resolve(path_or_hub_id)
+    folder = hub.resolve(path_or_hub_id)
     files = [folder / "tokenizer_config.json", *folder.glob("*.jinja")]
     files += folder.glob("additional_chat_templates/*.jinja")
     return any(f.is_file() and "strftime_now" in f.read_text("utf-8") for f in files)

@@ -15,12 +15,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Float, Int, UInt8
 
-from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import attention, delta, experts, layers, rope
 from pfjax.model.chunked_attention import SAVED
 from pfjax.model.config import ModelConfig
 from pfjax.model.layers import KeyValue
+from pfjax.targets import Array
 
 Params = dict[str, Any]
 # (an adapter's input, layer, projection) -> the same, thinned.

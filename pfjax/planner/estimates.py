@@ -6,7 +6,7 @@ from shapes in either case. The tests compare them with the compiler for TPUs.
 
 import math
 
-from pfjax.infra import sharding
+from pfjax.infra import shard_map
 from pfjax.planner.roofline import Sent, Workload
 from pfjax.trainer import update_memory
 
@@ -39,7 +39,7 @@ def sent(w: Workload) -> dict[str, list[Sent]]:
     gathered = others * (1 - 1 / parts)
     gathered += of_experts * (1 - w.mesh["expert"] / parts)
     gathered *= w.micro_batches
-    sums = 1 if sharding.has_copies(w.mesh) else w.micro_batches
+    sums = 1 if shard_map.has_copies(w.mesh) else w.micro_batches
     tokens = w.micro_batches * w.micro_batch
     # So are the keys and values of those who share a row.
     width = update_memory.key_value_width(w.model, w.mesh)

@@ -1,6 +1,6 @@
 """What a rollout holds on the devices, and its start with nothing begun.
 
-Each array is one part of the batch's (see `sharding.over_batch`): S slots, each decoding one
+Each array is one part of the batch's (see `shard_map.over_batch`): S slots, each decoding one
 sample; a queue of N samples, G of each prompt; prefix slots, each holding the keys and values
 of one prompt. Scalars are arrays of one element, so that all arrays are split the same way.
 """
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map, sharding
 from pfjax.model import decode_attention, delta
 from pfjax.model.config import ModelConfig
 from pfjax.model.decode_attention import KeyValue
 from pfjax.model.transformer import Params
 from pfjax.sampler.options import NO_FILTERS, TokenFilters
 from pfjax.sampler.slots import Plan
+from pfjax.targets import Array
 
 
 class Settings(NamedTuple):
@@ -138,4 +138,4 @@ def start(
         own = empty_cache(s, slots, s.plan.response_widths(width))
         return prompts, empty, own, results
 
-    return sharding.over_batch(local, 0)(queue)
+    return shard_map.over_batch(local, 0)(queue)

@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from pfjax import targets
-from pfjax.batch import Array, Rollout
-from pfjax.infra import sharding
+from pfjax.batch import Rollout
+from pfjax.infra import shard_map, sharding
 from pfjax.model.transformer import Policy
 from pfjax.sampler import buffers, decode, slots, unstack
 from pfjax.sampler.buffers import Prompts, SamplerState, Settings, Slots
-from pfjax.targets import Target
+from pfjax.targets import Array, Target
 
 # r(y) of responses: tokens [s, r], undefined past length [s], and numbers of their prompts
 # [s], to [s]. Traced by jit. Of responses that have not ended the length is 0.
@@ -161,7 +161,7 @@ def _draw(
         work = jnp.full(num, steps * spec.settings.samples_per_prompt, jnp.int32)
         return (*out, work, found)
 
-    return sharding.over_batch(local, 2)(*whole_and_prompts)
+    return shard_map.over_batch(local, 2)(*whole_and_prompts)
 
 
 def begin(

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map
 from pfjax.model import (
     attention,
     decode_attention,
@@ -36,6 +35,7 @@ from pfjax.sampler.buffers import (
     Slots,
     placed,
 )
+from pfjax.targets import Array
 
 
 @jax.named_scope("rollout")
@@ -99,7 +99,7 @@ def prefill(
 ) -> Prompts:
     """Fills prefix slots of all parts; `new` and the rest as `prefill_local` takes them."""
     local = functools.partial(prefill_local, s=s)
-    return sharding.over_batch(local, 1)(state, prompts, *new)
+    return shard_map.over_batch(local, 1)(state, prompts, *new)
 
 
 @functools.partial(
@@ -147,7 +147,7 @@ def decode(
         return lax.while_loop(is_busy, body, start)[1:]
 
     args = (prompts, queue, slots, cache, results)
-    return sharding.over_batch(local, 1)(state, *args)
+    return shard_map.over_batch(local, 1)(state, *args)
 
 
 def _begin(queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:

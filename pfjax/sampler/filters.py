@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from pfjax.batch import Array
 from pfjax.sampler.options import TokenFilters
+from pfjax.targets import Array
 
 # As far below every logit as float32 sampling notices.
 _NEVER = -1e30

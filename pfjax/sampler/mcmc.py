@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from pfjax.batch import Array, Rollout
+from pfjax.batch import Rollout
 from pfjax.model.transformer import Policy
 from pfjax.sampler import chains
 from pfjax.sampler.chains import Chains, Run
-from pfjax.targets import Target
+from pfjax.targets import Array, Target
 
 # What random numbers beside those of tokens are for; `smc` has the next.
 _PLACE, _TAKE = 2**31 - 1, 2**31 - 2

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pfjax.batch import Array
-from pfjax.infra import sharding
+from pfjax.infra import shard_map
 from pfjax.model import delta
 from pfjax.model.layers import KeyValue
 from pfjax.sampler.buffers import Cache, Prompts, Settings, Slots, placed
+from pfjax.targets import Array
 
 
 class Sizes(NamedTuple):
@@ -51,7 +51,7 @@ def resize(
 @functools.partial(jax.jit, static_argnames=("s", "widths"))
 def _fitted(cache: Cache, *, s: Settings, widths: tuple[int, ...]) -> Cache:
     local = lambda cache: placed(_fit(s, cache, widths))
-    return sharding.over_batch(local, 0)(cache)
+    return shard_map.over_batch(local, 0)(cache)
 
 
 def _fit(s: Settings, cache: Cache, widths: tuple[int, ...]) -> Cache:
@@ -102,4 +102,4 @@ def _fewer(
         prompts = prompts._replace(cache=placed(prompts.cache))
         return prompts, slots, placed(cache)
 
-    return sharding.over_batch(local, 0)(prompts, slots, cache)
+    return shard_map.over_batch(local, 0)(prompts, slots, cache)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pfjax.batch import Rollout, pack_prompts
+from pfjax.batch import Rollout
 from pfjax.infra import sharding
+from pfjax.packing import pack_prompts
 from pfjax.sampler import buffers, decode, limits, resize, slots
 from pfjax.sampler.buffers import Queue, Results, SamplerState, Settings, Slots
 from pfjax.sampler.options import StopConditions

@@ -11,11 +11,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array, Rollout
+from pfjax.batch import Rollout
 from pfjax.model.transformer import Policy
 from pfjax.sampler import chains
 from pfjax.sampler.chains import Chains, Run
-from pfjax.targets import Target
+from pfjax.targets import Array, Target
 
 # What random numbers beside those of tokens are for; `mcmc` has two before it.
 _RESAMPLE = 2**31 - 3

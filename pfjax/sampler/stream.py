@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfjax.batch import Array, Rollout
+from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model import dial
 from pfjax.model.transformer import Params
 from pfjax.sampler import options
 from pfjax.sampler.buffers import SamplerState, Settings
 from pfjax.sampler.scheduler import Scheduler
+from pfjax.targets import Array
 
 # In the place of a step in the random numbers: a prompt's number is never used twice.
 _STEP = np.iinfo(np.int32).max

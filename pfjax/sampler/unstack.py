@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Int
 
-from pfjax.batch import Array
 from pfjax.infra import sharding
 from pfjax.model import transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
+from pfjax.targets import Array
 
 
 def weights(

@@ -12,7 +12,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from pfjax.batch import Array
+from pfjax.targets import Array
 
 
 def cache_widths(

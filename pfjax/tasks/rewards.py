@@ -14,7 +14,7 @@ from etils import epath
 
 from pfjax.batch import Rollout, RolloutBatch
 from pfjax.infra import distributed, storage
-from pfjax.model import log_probs, tokenizer
+from pfjax.model import scoring, tokenizer
 from pfjax.tasks import judge, ready_rewards, reward_functions
 from pfjax.tasks.data import PromptSet
 from pfjax.tasks.grading import Grader, last_boxed
@@ -24,7 +24,7 @@ from pfjax.tasks.reward_functions import LocalFunction, RewardFunction, Term
 # Of the answers in boxes, see `of_answers`.
 OF_ANSWERS = ("accuracy", "majority", "cluster")
 # Of the policy as it is, known when an update is prepared; and of nothing at all.
-NOT_OF_RESPONSE = (*log_probs.TOKEN_REWARDS, "random")
+NOT_OF_RESPONSE = (*scoring.TOKEN_REWARDS, "random")
 # "format" is 1 with a closed box, else 0; "length" the number of tokens; "random" 1 in half
 # of all cases, whatever the response.
 REWARDS = (*OF_ANSWERS, *NOT_OF_RESPONSE, "format", "length")
@@ -93,7 +93,7 @@ def has_majority(text: str) -> bool:
 def token_term(text: str) -> Term | None:
     """The term that is of the policy's distributions of tokens, if there is one."""
     terms = reward_functions.parse(text)
-    return next((t for t in terms if t.name in log_probs.TOKEN_REWARDS), None)
+    return next((t for t in terms if t.name in scoring.TOKEN_REWARDS), None)
 
 
 def not_of_response(text: str) -> str:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from pfjax.batch import Array
 from pfjax.infra import distributed
 from pfjax.model import tokenizer
+from pfjax.targets import Array
 from pfjax.tasks import reward_functions, rewards
 from pfjax.tasks.grading import Grader
 from pfjax.tasks.problems import Problem

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pfjax import batch, targets
+from pfjax import packing, targets
 from pfjax.batch import Minibatch, Rollout, RolloutBatch, TrajectoryStats
 from pfjax.infra import hardware
 from pfjax.model import flops
@@ -47,7 +47,7 @@ def step_metrics(
     first = minibatches[0].log_p if fns.has_dropout else log_p[0]
     drawn = [first, *(m.log_p for m in minibatches[1:])]
     pairs = zip(drawn, (m.placement for m in minibatches), strict=True)
-    scored = [y for pair in pairs for y in batch.unpack_responses(*pair)]
+    scored = [y for pair in pairs for y in packing.unpack_responses(*pair)]
     prompts = np.concatenate([m.placement.prompt_length for m in minibatches])
     lengths = np.concatenate([m.placement.length for m in minibatches])
     rows = sum(int(m.num_microbatches) for m in minibatches) * fns.shape.microbatch_size
@@ -122,7 +122,7 @@ def _in_order(
 ) -> TrajectoryStats:
     """Statistics of all updates, `[S]`; without a log Z, that of each prompt's samples."""
     where = [m.placement for m in minibatches]
-    join = lambda *x: np.concatenate(list(map(batch.from_segments, x, where)))
+    join = lambda *x: np.concatenate(list(map(packing.from_segments, x, where)))
     r = jax.tree.map(join, *stats)
     if not has_log_z:
         means = mean_by_prompt(r.residual, r.prompt_index)

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from pfjax.model import hf, hf_config, lora, tokenizer, weights
+from pfjax.model import hf, hf_config, hub, lora, tokenizer, weights
 from pfjax.model.transformer import Policy
 from pfjax.trainer import checkpoint, run_config, train_fns
 from pfjax.trainer.model_card import model_card
@@ -49,7 +49,7 @@ def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) ->
     Raises:
       ValueError: if the checkpoint is damaged, or the base is not the run's.
     """
-    source = hf.resolve(config.model)
+    source = hub.resolve(config.model)
     tok = tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock)
     base_model = hf_config.read(source)
     model = dataclasses.replace(
@@ -60,7 +60,7 @@ def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) ->
     abstract = train_fns.trained_params(model, mesh)
     found = checkpoint.read_policy(folder / "checkpoints", step, abstract)
     trained, identity = found
-    if identity[run_config.WEIGHTS] != hf.fingerprint(source):
+    if identity[run_config.WEIGHTS] != hub.fingerprint(source):
         raise ValueError(
             f"{config.model} is no longer the model that the run in {folder} started from"
         )
@@ -71,7 +71,7 @@ def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) ->
 def _beside_stored_base(policy: Policy, model: str) -> Policy:
     """The adapters beside the base as it is stored, if training rounded it: what was not
     trained is exported as it came."""
-    source = hf.resolve(model)
+    source = hub.resolve(model)
     wide = _widest(source, policy.config.dtype)
     if wide == policy.config.dtype:
         return policy

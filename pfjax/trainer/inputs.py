@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
-from pfjax.model import hf, hf_config, tokenizer
+from pfjax.model import hf_config, hub, tokenizer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import check_tokens
 from pfjax.tasks import benchmarks, data
@@ -103,7 +103,7 @@ def other_base(
     """
     if not config.base:
         return None
-    source = hf.resolve(config.base)
+    source = hub.resolve(config.base)
     vocabulary, own = tokenizer.load(source).get_vocab(), tok.get_vocab()
     if different := sorted(k for k, _ in own.items() ^ vocabulary.items()):
         raise ValueError(
@@ -148,12 +148,12 @@ def fingerprints(
     found |= {f"code of {x}": storage.read_text(x) for x in code}
     out = {name: dataset_io.fingerprint(x) for name, x in found.items()}
     if config.lora.init_from:
-        folder = hf.resolve_adapter(config.lora.init_from)
-        out["adapter"] = hf.fingerprint(folder, hf.ADAPTER_CONFIG)
+        folder = hub.resolve_adapter(config.lora.init_from)
+        out["adapter"] = hub.fingerprint(folder, hub.ADAPTER_CONFIG)
     for folder in reward.models():
-        out[f"reward model {folder}"] = hf.fingerprint(storage.local_copy(folder))
+        out[f"reward model {folder}"] = hub.fingerprint(storage.local_copy(folder))
     if config.base:
-        out["checkpoint of the base"] = hf.fingerprint(hf.resolve(config.base))
+        out["checkpoint of the base"] = hub.fingerprint(hub.resolve(config.base))
     return out
 
 

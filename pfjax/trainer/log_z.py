@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from pfjax.batch import Array, PackedBatch, prompt_mask, segment_sum
+from pfjax.batch import PackedBatch
 from pfjax.model import dial
 from pfjax.model.transformer import Params
+from pfjax.packing import prompt_mask, segment_sum
+from pfjax.targets import Array
 
 
 class Head(nnx.Module):

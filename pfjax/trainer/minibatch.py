@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfjax import batch as packing
-from pfjax import losses, objectives
-from pfjax.batch import Array, Minibatch, PackedBatch, Placement, Rollout, RolloutBatch
+from pfjax import losses, objectives, packing
+from pfjax.batch import PACKED, Minibatch, PackedBatch, Placement, Rollout, RolloutBatch
 from pfjax.infra import sharding
-from pfjax.model import attention, log_probs
+from pfjax.model import attention, scoring
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
+from pfjax.targets import Array
 from pfjax.tasks import rewards
 from pfjax.trainer import log_z
 from pfjax.trainer.train_fns import TrainFns
@@ -57,7 +57,7 @@ def prepare_minibatch(
     if token_term:
         sums = jax.vmap(packing.response_sum)(of_token, batch)
         reward = token_term.weight * packing.from_segments(sums, placement)
-        if log_probs.TOKEN_REWARDS[token_term.name].is_mean:
+        if scoring.TOKEN_REWARDS[token_term.name].is_mean:
             reward = reward / placement.length
 
     def placed(values: np.ndarray) -> Array:
@@ -128,7 +128,7 @@ def _choices(
     fns: TrainFns, rollout: Rollout, indices: np.ndarray, placement: Placement
 ) -> np.ndarray:
     """The experts of tokens that the policy's own responses were drawn from, packed."""
-    dims, dtype, unknown = packing.PACKED.choices
+    dims, dtype, unknown = PACKED.choices
     out = np.full(fns.shape.of(dims), unknown, dtype)
     if not rollout.is_own.any():
         return out

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from pfjax.infra import dataset_io, storage
-from pfjax.model import hf, tokenizer
+from pfjax.model import hub, tokenizer
 from pfjax.trainer import evaluations, run_config, schedules
 
 _TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
@@ -28,7 +28,7 @@ def model_card(
     """
     import huggingface_hub
 
-    source = hf.resolve(config.model)
+    source = hub.resolve(config.model)
     steps = history[-1]["step"] if history else 0
     evaluated = evaluations.evaluated(history)
     found = schedules.parse(config.schedules)

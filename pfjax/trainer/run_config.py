@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import pfjax
 from pfjax.infra import distributed, storage
-from pfjax.model import hf, lora, tokenizer
+from pfjax.model import hub, lora, tokenizer
 from pfjax.trainer import settings
 
 _LOG = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def with_adapter(c: FrozenConfigDict) -> FrozenConfigDict:
     """
     if not c.lora.init_from:
         return c
-    adapter = lora.read_peft(hf.resolve_adapter(c.lora.init_from))
+    adapter = lora.read_peft(hub.resolve_adapter(c.lora.init_from))
     if not lora.is_for(adapter, c.model):
         _LOG.warning(
             f"the adapter {c.lora.init_from} was made for {adapter.base}, and is added to "

@@ -17,6 +17,7 @@ from pfjax.model import (
     attention_check,
     hf,
     hf_config,
+    hub,
     lora,
     tokenizer,
 )
@@ -193,7 +194,7 @@ def _constants(config: FrozenConfigDict) -> Callable[[int], dict[str, float]]:
 
 def _read_model(config: FrozenConfigDict) -> tuple[pathlib.Path, ModelConfig, Any]:
     """Folder, config and tokenizer of the model that the policy starts from."""
-    source = hf.resolve(config.model)
+    source = hub.resolve(config.model)
     tok = tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock)
     model = hf_config.read(source)
     # The list that is trained with, sampled with, and exported.
@@ -224,7 +225,7 @@ def _load_adapters(config: FrozenConfigDict, fns: TrainFns) -> Params:
     """The adapters that training starts from, given or new."""
     where = shardings_of(fns.state.params["policy"])
     if config.lora.init_from:
-        adapter = lora.read_peft(hf.resolve_adapter(config.lora.init_from))
+        adapter = lora.read_peft(hub.resolve_adapter(config.lora.init_from))
         return lora.load_peft(adapter, fns.model, where)
     init = functools.partial(lora.init_params, fns.model)
     return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))

@@ -17,11 +17,13 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from pfjax import losses, objectives
-from pfjax.batch import Array, PackedBatch, TrajectoryStats, response_sum
-from pfjax.infra import sharding
-from pfjax.model import log_probs, lora, transformer
+from pfjax.batch import PackedBatch, TrajectoryStats
+from pfjax.infra import shard_map
+from pfjax.model import lora, scoring, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.objectives import ObjectiveConfig
+from pfjax.packing import response_sum
+from pfjax.targets import Array
 from pfjax.trainer.log_z import apply_head
 
 
@@ -51,10 +53,10 @@ def loss_fn(
     log-probs `[B, T]`."""
     policy = lora.join(frozen, params["policy"])
     how = (remat, dropout)
-    log_p, entropy, hidden = log_probs.packed_log_probs(model, policy, batch, *how)
+    log_p, entropy, hidden = scoring.packed_log_probs(model, policy, batch, *how)
     log_p_stop = None
     if objective.kind.has_prefixes:
-        log_p_stop = log_probs.stop_log_probs(policy, hidden, log_p, batch, stop_ids)
+        log_p_stop = scoring.stop_log_probs(policy, hidden, log_p, batch, stop_ids)
     log_z = batch.log_z
     if objective.log_z_source == "none":
         log_z = jnp.zeros(batch.length.shape)
@@ -166,7 +168,7 @@ def train_step(
     mean_length = jnp.sum(batch.length) / num_trajectories
     accumulate = functools.partial(_accumulate, **static)
     whole = (state.params, frozen, num_microbatches, num_trajectories, mean_length)
-    (loss, grads), seen = sharding.by_copy(accumulate, dim=1)(whole, batch)
+    (loss, grads), seen = shard_map.by_copy(accumulate, dim=1)(whole, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {
@@ -222,7 +224,7 @@ def score_step(
     """Scores packed rows under a frozen policy.
 
     Returns `[M, B, T]` log-probs of response tokens; with `stop_ids` those of stopping in
-    their places; and with `of_token` its values (see `log_probs.TokenReward`).
+    their places; and with `of_token` its values (see `scoring.TokenReward`).
     """
 
     def score(whole, batch):
@@ -231,10 +233,10 @@ def score_step(
         @jax.named_scope("base_pass")
         def microbatch(i, out):
             part = jax.tree.map(lambda x: x[i], batch)
-            log_p, entropy, hidden = log_probs.packed_log_probs(model, params, part)
+            log_p, entropy, hidden = scoring.packed_log_probs(model, params, part)
             stop = values = None
             if stop_ids:
-                stop = log_probs.stop_log_probs(params, hidden, log_p, part, stop_ids)
+                stop = scoring.stop_log_probs(params, hidden, log_p, part, stop_ids)
             if of_token:
                 values = of_token(params, hidden, log_p, entropy, part)
             scores = (log_p, stop, values)
@@ -244,4 +246,4 @@ def score_step(
         out = (empty, empty if stop_ids else None, empty if of_token else None)
         return (), lax.fori_loop(0, num_microbatches, microbatch, out)
 
-    return sharding.by_copy(score, dim=1)((params, num_microbatches), batch)[1]
+    return shard_map.by_copy(score, dim=1)((params, num_microbatches), batch)[1]

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from pfjax import batch, targets
+from pfjax import batch, packing, targets
 from pfjax.batch import PackedBatch, PackShape
 from pfjax.infra import sharding
 from pfjax.infra.sharding import AnyMesh
-from pfjax.model import attention, dial, experts, log_probs, lora, transformer
+from pfjax.model import attention, dial, experts, lora, scoring, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.objectives import ObjectiveConfig
@@ -83,7 +83,7 @@ def train_fns(
         rare = lambda _p, _h, log_p, entropy, _b: targets.rare(log_p, entropy, eta)
         score_base = bind(score_base, of_token=rare)
     term = rewards.token_term(objective.reward_source)
-    of_token = log_probs.TOKEN_REWARDS[term.name].of_token if term else None
+    of_token = scoring.TOKEN_REWARDS[term.name].of_token if term else None
     score_policy = bind(step.score_step, model=model, of_token=of_token)
     static = {"model": model, "objective": objective, "stop_ids": stop_ids}
     static |= {"optimizer": optimizer, "remat": config.remat}
@@ -210,7 +210,7 @@ def _pack_shape(
             attention.check_shared(attention.chosen(*how, window), length)
     responses = -(-c.prompts_per_step // c.updates_per_rollout) * c.samples_per_prompt
     ways = sharding.batch_ways(mesh)
-    number = lambda rows: batch.max_microbatches(responses, max_length, rows, length)
+    number = lambda rows: packing.max_microbatches(responses, max_length, rows, length)
     rows = c.microbatch_size or update_memory.rows_that_fit(
         model,
         mesh,
@@ -220,7 +220,7 @@ def _pack_shape(
         param_bytes=sharding.part_bytes(state.params),
         resident_bytes=sharding.part_bytes((state, {} if c.offload_ref else base)),
     )
-    segments = batch.segments_per_row(length, max_length)
+    segments = packing.segments_per_row(length, max_length)
     sizes = (number(rows * ways), rows * ways, length, segments)
     return PackShape(*sizes, model.num_choices)
 

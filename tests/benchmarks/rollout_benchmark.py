@@ -21,7 +21,7 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from pfjax.batch import Rollout
-from pfjax.model import hf, log_probs, transformer
+from pfjax.model import hf, scoring, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.sampler import decode, engine, options, slots
 from tests.benchmarks import common
@@ -208,7 +208,7 @@ def measure(case: Case) -> dict:
 def logp_gap(policy: transformer.Policy, prompts: list[list[int]], r: Rollout) -> float:
     """Largest distance of a recorded log-prob from the scorer's."""
     at = list(np.ndindex(*r.lengths.shape))
-    scored = log_probs.score(
+    scored = scoring.score(
         policy,
         [prompts[p] + r.tokens[p, g, : r.lengths[p, g]].tolist() for p, g in at],
         [len(prompts[p]) for p, _ in at],

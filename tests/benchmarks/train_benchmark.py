@@ -24,9 +24,9 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from configs import default
-from pfjax.batch import pack, trim_segments
 from pfjax.infra import hardware, sharding
 from pfjax.model import attention, flops, hf, transformer
+from pfjax.packing import pack, trim_segments
 from pfjax.trainer import train_fns
 from tests.benchmarks import common
 

@@ -19,7 +19,7 @@ from examples.study.unlisted import Unlisted
 from examples.worlds import exact as of_worlds
 from examples.worlds.world import VOCAB_SIZE, WORDS
 from pfjax.infra import dataset_io
-from pfjax.model import log_probs, tokenizer, transformer
+from pfjax.model import scoring, tokenizer, transformer
 from pfjax.model.transformer import Policy
 from pfjax.targets import Target
 from tests.examples import fake_study
@@ -123,7 +123,7 @@ def test_samples_of_a_model_give_what_is_not_listed(policy):
     asked, eta = (policy, sequences, [len(prompt)] * len(all_)), 0.01
     total = lambda of_tokens: np.array([x.sum(dtype=float) for x in of_tokens])
     log_p0 = total(pfjax.score(*asked))
-    rare = total(log_probs.rare_log_probs(*asked, eta))
+    rare = total(scoring.rare_log_probs(*asked, eta))
     assert 0.2 < np.mean(rare < 0) < 0.99
     assert np.exp(log_p0).sum() == pytest.approx(1, abs=1e-4)
     length = np.array([len(y) for y in all_])

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from pfjax.infra import storage, uploads
-from pfjax.model import hf
+from pfjax.model import hf, hub
 from tests.conftest import ROOT, run_command
 
 
@@ -302,7 +302,7 @@ def test_a_model_is_told_from_another_of_the_same_shape(tmp_path):
     for name, scale in (("a", 1.0), ("b", 1.0), ("c", 1.001)):
         params = {**policy.params, "embed": scale * policy.params["embed"]}
         hf.save(policy._replace(params=params), tmp_path / name, base="pfjax/toy")
-    a, b, c = (hf.fingerprint(tmp_path / x) for x in "abc")
+    a, b, c = (hub.fingerprint(tmp_path / x) for x in "abc")
     assert a == b != c
 
 

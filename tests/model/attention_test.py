@@ -15,9 +15,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pfjax.batch import PackShape, pack
+from pfjax.batch import PackShape
 from pfjax.infra import sharding
 from pfjax.model import attention, chunked_attention, transformer
+from pfjax.packing import pack
 from tests.model import cudnn_emulation, packed_rows
 from tests.model.packed_rows import B, C, H, T
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import experts, grouped_matmul_gpu, log_probs, transformer
+from pfjax.model import experts, grouped_matmul_gpu, scoring, transformer
 from tests.model import small_families
 from tests.planner import plans
 
@@ -229,16 +229,16 @@ def test_tpus_multiply_rows_with_their_own_experts_only(tpu_mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 def test_scores_on_several_devices_are_the_same(rng, tiny_config, monkeypatch, sizes):
-    monkeypatch.setattr(log_probs, "SCORE_ROWS", 4)
+    monkeypatch.setattr(scoring, "SCORE_ROWS", 4)
     config = small_families.config_of("qwen3_moe", tiny_config, window=0)
     params = transformer.init_params(config, jax.random.key(0))
     sequences = [rng.integers(0, 16, size=n).tolist() for n in (20, 5, 9, 12)]
-    want = log_probs.score(transformer.Policy(config, params), sequences, [3, 1, 2, 4])
+    want = scoring.score(transformer.Policy(config, params), sequences, [3, 1, 2, 4])
     mesh = _mesh(sizes)
     where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
     with jax.set_mesh(mesh):
         policy = transformer.Policy(config, jax.device_put(params, where))
-        got = log_probs.score(policy, sequences, [3, 1, 2, 4])
+        got = scoring.score(policy, sequences, [3, 1, 2, 4])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

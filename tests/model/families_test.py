@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
-from pfjax.model import experts, hf, hf_config, rope, transformer
+from pfjax.model import experts, hf_config, hub, rope, transformer
 from pfjax.model.config import LayerKind
 from pfjax.model.families import FAMILIES
 
@@ -93,7 +93,7 @@ HUB = {
 
 
 for _name in (GEMMA, OLMO, QWEN):
-    HUB[_name] = json.loads((hf.resolve_config(_name) / "config.json").read_text())
+    HUB[_name] = json.loads((hub.resolve_config(_name) / "config.json").read_text())
 
 
 def _read(folder, config):

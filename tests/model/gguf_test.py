@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from pfjax.model import hf, log_probs, tokenizer
+from pfjax.model import hf, hub, scoring, tokenizer
 from tests.conftest import ROOT
 
 MERGES = ["h e", "Ġ t", "Ġt he", "1 2", "12 3", "123 4", "Ġ 1", "Ġ ."]
@@ -158,7 +158,7 @@ def test_a_file_of_float32_is_the_model_that_it_was_written_from(
     assert got.config == want.config
     jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
     ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
-    (scored,) = log_probs.score(got, [ids], [1])
+    (scored,) = scoring.score(got, [ids], [1])
     np.testing.assert_allclose(scored, _scores(model, ids), atol=1e-4)
 
 
@@ -192,7 +192,7 @@ def test_scores_are_those_of_transformers_reading_the_same_file(
     )
     ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
     policy = hf.load(path)
-    (scored,) = log_probs.score(policy, [ids], [1])
+    (scored,) = scoring.score(policy, [ids], [1])
     np.testing.assert_allclose(scored, _scores(theirs, ids), atol=1e-4)
     # Through an export, as transformers reads it.
     hf.save(policy, tmp_path / "out", base=path)
@@ -210,9 +210,9 @@ def test_a_16_bit_file_stays_so_only_if_its_vectors_lose_nothing(
 
     model = _model("llama")
     path = _write(tmp_path / "odd.gguf", model, kind)
-    assert weights.stored_dtype(hf.resolve(path)) == "float32"
+    assert weights.stored_dtype(hub.resolve(path)) == "float32"
     path = _write(tmp_path / "m.gguf", model.to(torch.bfloat16).float(), kind)
-    assert weights.stored_dtype(hf.resolve(path)) == stored
+    assert weights.stored_dtype(hub.resolve(path)) == stored
 
 
 TEXT = "the the\n\n 12345 it's  THE 数学 .. e\u0301 <think>he<|im_end|>\n"
@@ -253,17 +253,17 @@ def test_a_folder_with_one_file_is_that_file_and_is_converted_once(
 ):
     (tmp_path / "dl").mkdir()
     path = _write(tmp_path / "dl/m.gguf", _model("llama"))
-    folder = hf.resolve(tmp_path / "dl")
-    assert folder.parent == cache and hf.resolve(str(path)) == folder
+    folder = hub.resolve(tmp_path / "dl")
+    assert folder.parent == cache and hub.resolve(str(path)) == folder
     assert capfd.readouterr().err.count("is converted, once") == 1
     assert list(cache.iterdir()) == [folder]
     _write(path, _model("llama", rms_norm_eps=1e-6))  # another of its name
     assert hf.load(path).config.norm_eps == 1e-6
     shutil.copyfile(path, tmp_path / "dl/n.gguf")
     with pytest.raises(ValueError, match=r"\['m.gguf', 'n.gguf'\]: name one"):
-        hf.resolve(tmp_path / "dl")
+        hub.resolve(tmp_path / "dl")
     shutil.copytree(ROOT / "pfjax/assets/toy", tmp_path / "dl", dirs_exist_ok=True)
-    assert hf.resolve(tmp_path / "dl") == tmp_path / "dl"
+    assert hub.resolve(tmp_path / "dl") == tmp_path / "dl"
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_what_says_that_nothing_is_unusual_is_passed_over(tmp_path):
 def test_the_tokenizer_is_written_by_the_names_of_transformers_4_too(tmp_path):
     import transformers
 
-    folder = hf.resolve(_write(tmp_path / "m.gguf", _model("llama")))
+    folder = hub.resolve(_write(tmp_path / "m.gguf", _model("llama")))
     said = json.loads((folder / "tokenizer_config.json").read_text())
     assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert set(said["additional_special_tokens"]) == {"<|im_start|>"}

@@ -15,8 +15,9 @@ from pfjax.infra import sharding, storage
 from pfjax.model import (
     hf,
     hf_config,
-    log_probs,
+    hub,
     rope,
+    scoring,
     tokenizer,
     transformer,
     weights,
@@ -166,7 +167,7 @@ def test_a_head_of_its_own_is_read_and_written_though_the_config_ties_it(
             model = transformers.AutoModelForCausalLM.from_pretrained(place)
             want = torch.log_softmax(model(torch.tensor([ids])).logits, -1)[0]
             want = want[range(3), ids[1:]].numpy()
-            (got,) = log_probs.score(hf.load(place), [ids], [1])
+            (got,) = scoring.score(hf.load(place), [ids], [1])
             np.testing.assert_allclose(got, want, atol=1e-4)
 
 
@@ -244,7 +245,7 @@ def test_a_folder_of_something_else_is_refused_by_what_it_is(tmp_path, tiny_poli
         hf.load(run)
     hf.save(tiny_policy, run / "hf")
     with pytest.raises(ValueError, match=rf"a run, its model is in hf: give {run}/hf$"):
-        hf.resolve_config(run)
+        hub.resolve_config(run)
     assert hf.load(run / "hf").config == tiny_policy.config
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
@@ -280,7 +281,7 @@ def test_a_token_that_the_model_lacks_is_refused(tiny_policy, token):
     with pytest.raises(
         ValueError, match=f"sequence 1 holds token id {token}, the model"
     ):
-        log_probs.score(tiny_policy, [[3, 4], [5, token]], [1, 1])
+        scoring.score(tiny_policy, [[3, 4], [5, token]], [1, 1])
     with pytest.raises(
         ValueError, match=f"sequence 1 holds token id {token}, the model"
     ):
@@ -374,7 +375,7 @@ _HARMLESS = {
 
 @pytest.mark.parametrize("name", _HARMLESS)
 def test_a_config_that_no_model_can_have_is_refused_by_its_field(name, tmp_path):
-    config = json.loads((hf.resolve("pfjax/toy") / "config.json").read_text())
+    config = json.loads((hub.resolve("pfjax/toy") / "config.json").read_text())
     has_type = lambda x, xs: any(x == y and type(x) is type(y) for y in xs)
     for value in _WRONG:
         text = json.dumps(config | {name: value})
@@ -503,7 +504,7 @@ def test_a_model_is_saved_to_a_bucket_and_loaded_from_it(bucket):
         ("none.gguf", f"{bucket}/none.gguf does not exist"),
     ):
         with pytest.raises(ValueError, match=said):
-            hf.resolve(f"{bucket}/{name}")
+            hub.resolve(f"{bucket}/{name}")
     with pytest.raises(ValueError, match="something other than a model"):
         hf.save(policy, f"{bucket}/other")
 
@@ -588,7 +589,7 @@ def test_of_a_base_only_what_belongs_to_its_tokenizer_and_its_terms_is_exported(
 
 
 def test_a_pointer_of_git_lfs_is_named(folder):
-    assert hf.resolve(folder) == folder
+    assert hub.resolve(folder) == folder
     pointer = (
         "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1044992\n"
     )
@@ -596,19 +597,19 @@ def test_a_pointer_of_git_lfs_is_named(folder):
         (folder / name).write_text(pointer)
         said = rf"{folder}/{name} is a pointer of git LFS.* `git lfs pull`"
         with pytest.raises(ValueError, match=said):
-            hf.resolve(folder)
-        assert hf.resolve_config(folder) == folder
+            hub.resolve(folder)
+        assert hub.resolve_config(folder) == folder
         (folder / name).unlink()
     (folder / "m.gguf").write_text(pointer)
     with pytest.raises(ValueError, match="m.gguf is a pointer"):
-        hf.resolve(folder / "m.gguf")
+        hub.resolve(folder / "m.gguf")
 
 
 def test_a_file_of_a_model_is_answered_with_its_folder(folder):
     for name in ("config.json", "model.safetensors"):
         said = f"{name} is a file: give the folder of the model, {folder}$"
         with pytest.raises(ValueError, match=said):
-            hf.resolve(folder / name)
+            hub.resolve(folder / name)
 
 
 def test_the_same_weights_again_are_neither_fetched_nor_part_of_a_fingerprint(
@@ -632,13 +633,13 @@ def test_the_same_weights_again_are_neither_fetched_nor_part_of_a_fingerprint(
         return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    hf.resolve("someone/some-model")
+    hub.resolve("someone/some-model")
     assert found == wanted
-    before = hf.fingerprint(folder)
+    before = hub.fingerprint(folder)
     shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
-    assert hf.fingerprint(folder) == before
+    assert hub.fingerprint(folder) == before
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
-    assert hf.fingerprint(folder) != before
+    assert hub.fingerprint(folder) != before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pfjax.infra import sharding
-from pfjax.model import log_probs
+from pfjax.model import log_probs, scoring
 
 B, T, D, V = 8, 10, 8, 24
 
@@ -182,7 +182,7 @@ def test_the_head_stays_where_it_is_on_a_tpu(tpu_mesh):
 def test_a_temperature_divides_logits(tiny_policy):
     vocab = tiny_policy.config.vocab_size
     every, starts = [[3, 4, v] for v in range(vocab)], [2] * vocab
-    score = lambda *t: np.concatenate(log_probs.score(tiny_policy, every, starts, *t))
+    score = lambda *t: np.concatenate(scoring.score(tiny_policy, every, starts, *t))
     for temperature in (0.25, 1.0, 3.0):
         want = score() / temperature
         want -= np.logaddexp.reduce(want)
@@ -194,12 +194,12 @@ def test_a_temperature_divides_logits(tiny_policy):
 def test_rare_tokens_are_those_that_eta_sampling_leaves_out(tiny_policy):
     vocab = tiny_policy.config.vocab_size
     every, starts = [[3, 4, v] for v in range(vocab)], [2] * vocab
-    log_p = np.concatenate(log_probs.score(tiny_policy, every, starts))
+    log_p = np.concatenate(scoring.score(tiny_policy, every, starts))
     entropy = -(np.exp(log_p) * log_p).sum()
     of_entropy = float(np.exp(-2 * entropy))  # a cutoff at which both bounds are one
     found = {}
     for eta in (of_entropy / 9, of_entropy * 9):
-        got = log_probs.rare_log_probs(tiny_policy, every, starts, eta)
+        got = scoring.rare_log_probs(tiny_policy, every, starts, eta)
         bound = min(eta, eta**0.5 * np.exp(-entropy))
         want = np.where(np.exp(log_p) < bound, log_p, 0)
         np.testing.assert_allclose(np.concatenate(got), want, atol=1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pfjax.batch import PackedBatch
-from pfjax.model import hf, log_probs, lora, transformer
+from pfjax.model import hf, hub, log_probs, lora, transformer
 from pfjax.model.layers import PROJECTIONS
 from tests.model import small_families
 
@@ -249,7 +249,7 @@ def test_a_damaged_config_of_adapters_is_named(adapted, tmp_path, text, said):
         lora.read_peft(tmp_path)
     if "JSON" in said:
         with pytest.raises(ValueError, match=f"{tmp_path}.*{said}"):
-            hf.resolve(tmp_path)
+            hub.resolve(tmp_path)
 
 
 def test_the_revision_of_a_base_is_a_field_of_its_own(adapted, tmp_path):

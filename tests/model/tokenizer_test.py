@@ -7,7 +7,7 @@ import random
 import pytest
 import sentencepiece
 
-from pfjax.model import hf, hf_config, tokenizer
+from pfjax.model import hf_config, hub, tokenizer
 
 # As Qwen's: brings a system prompt of its own when the messages have none.
 TEMPLATE = (
@@ -157,7 +157,7 @@ def test_messages_need_a_template(folder):
 
 
 def _stopping(*ids, vocab_size=100):
-    config = hf_config.read(hf.resolve("pfjax/toy"))
+    config = hf_config.read(hub.resolve("pfjax/toy"))
     return dataclasses.replace(config, stop_ids=ids, vocab_size=vocab_size)
 
 

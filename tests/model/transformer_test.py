@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pfjax import batch as batches
-from pfjax.batch import PackShape, from_segments, pack, response_sum, unpack_responses
+from pfjax.batch import PackShape
 from pfjax.infra import sharding
 from pfjax.model import (
     attention,
@@ -19,8 +19,10 @@ from pfjax.model import (
     layers,
     log_probs,
     rope,
+    scoring,
     transformer,
 )
+from pfjax.packing import from_segments, pack, response_sum, unpack_responses
 
 
 def torch_logits(folder, tokens):
@@ -116,7 +118,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy, in_doubl
     sequences, prompts, batch, placement = _packed(rng, config.vocab_size)
 
     def packed(params):
-        log_p, _, _ = log_probs.packed_log_probs(config, params, batch)
+        log_p, _, _ = scoring.packed_log_probs(config, params, batch)
         sums = response_sum(log_p, batch)
         return jnp.sum(jnp.where(batch.is_real, sums, 0.0) ** 2), sums
 
@@ -151,8 +153,8 @@ def test_packed_equals_unpacked_in_value_and_gradient(rng, tiny_policy, in_doubl
 def test_scores_are_those_of_the_packed_batch(rng, tiny_policy):
     """`score` is the same computation behind the public interface."""
     sequences, prompts, batch, placement = _packed(rng, tiny_policy.config.vocab_size)
-    log_p, _, _ = log_probs.packed_log_probs(*tiny_policy, batch)
-    scored = log_probs.score(tiny_policy, [y.tolist() for y in sequences], prompts)
+    log_p, _, _ = scoring.packed_log_probs(*tiny_policy, batch)
+    scored = scoring.score(tiny_policy, [y.tolist() for y in sequences], prompts)
     for a, b in zip(scored, unpack_responses(log_p, placement), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -171,19 +173,19 @@ def test_scores_on_more_devices_than_rows(
     rng, tiny_policy, monkeypatch, backend, head_dim, sizes
 ):
     """Every device has a row, as it must, and most of them an empty one."""
-    monkeypatch.setattr(log_probs, "SCORE_ROWS", 3)
+    monkeypatch.setattr(scoring, "SCORE_ROWS", 3)
     config = dataclasses.replace(
         tiny_policy.config, attention=backend, head_dim=head_dim
     )
     params = transformer.init_params(config, jax.random.key(0))
     sequences = [rng.integers(0, 16, size=n).tolist() for n in (70, 5, 9)]
     alone = dataclasses.replace(config, attention="plain")
-    want = log_probs.score(transformer.Policy(alone, params), sequences, [3, 1, 2])
+    want = scoring.score(transformer.Policy(alone, params), sequences, [3, 1, 2])
     mesh = sharding.make_mesh(**sizes)
     where = sharding.tree_shardings(mesh, transformer.logical_axes(config), params)
     policy = transformer.Policy(config, jax.device_put(params, where))
     with jax.set_mesh(mesh):
-        got = log_probs.score(policy, sequences, [3, 1, 2])
+        got = scoring.score(policy, sequences, [3, 1, 2])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -197,7 +199,7 @@ def test_rematerialised_gradients_are_the_same(rng, tiny_policy, remat):
     _, _, batch, _ = _packed(rng, config.vocab_size)
 
     def loss(params, remat):
-        log_p, _, _ = log_probs.packed_log_probs(config, params, batch, remat)
+        log_p, _, _ = scoring.packed_log_probs(config, params, batch, remat)
         return response_sum(log_p, batch).sum()
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)

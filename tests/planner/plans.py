@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from pfjax.model import hf, hf_config
+from pfjax.model import hf_config, hub
 from pfjax.planner import plan as planner
 from pfjax.trainer import recipes
 
@@ -19,7 +19,7 @@ def config_of(name: str, **changes: Any) -> ml_collections.FrozenConfigDict:
 
 
 def base_of(config):
-    return hf_config.read(hf.resolve_config(config.model))
+    return hf_config.read(hub.resolve_config(config.model))
 
 
 def plan_of(config, topology: str, can_compile: bool) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
-from pfjax.model import hf, log_probs
+from pfjax.model import hf, scoring
 from pfjax.sampler import decode, engine, slots
 from pfjax.sampler.options import Capacity, StopConditions, TokenFilters
 from pfjax.sampler.scheduler import Scheduler
@@ -33,7 +33,7 @@ def _cut(rollout):
 def test_recorded_log_probs_equal_the_scorers(tiny_policy):
     out = _cut(engine.rollout(tiny_policy, PROMPTS, 8, 20, temperature=1.3, seed=1))
     flat = [(p, *sample) for p, row in zip(PROMPTS, out, strict=True) for sample in row]
-    scored = log_probs.score(
+    scored = scoring.score(
         tiny_policy, [p + y for p, y, _ in flat], [len(p) for p, _, _ in flat]
     )
     for (_, _, recorded), want in zip(flat, scored, strict=True):
@@ -143,14 +143,14 @@ def test_frequencies_are_those_of_the_model(enumerable_folder, temperature):
 def _exact(policy, prompt, responses, temperature):
     """Probabilities by scoring every response, token by token at a temperature."""
     if temperature == 1.0:
-        scores = log_probs.score(
+        scores = scoring.score(
             policy, [prompt + y for y in responses], [len(prompt)] * len(responses)
         )
         return np.exp([s.sum() for s in scores])
     # p_T(v | prefix) from the log-probs of all one-token continuations.
     prefixes = sorted({tuple(y[:t]) for y in responses for t in range(len(y))})
     grown = [[*prompt, *p, v] for p in prefixes for v in range(4)]
-    scores = log_probs.score(policy, grown, [len(g) - 1 for g in grown])
+    scores = scoring.score(policy, grown, [len(g) - 1 for g in grown])
     log_p = np.array([s[0] for s in scores]).reshape(len(prefixes), 4) / temperature
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     table = dict(zip(prefixes, log_p, strict=True))
@@ -483,7 +483,7 @@ def test_greedy_takes_the_likeliest_token(tiny_policy):
         y, log_p = row[0]
         for t in range(len(y)):
             options = [prompt + y[:t] + [v] for v in range(16)]
-            scores = log_probs.score(tiny_policy, options, [len(prompt) + t] * 16)
+            scores = scoring.score(tiny_policy, options, [len(prompt) + t] * 16)
             assert np.argmax(scores) == y[t]
             np.testing.assert_allclose(log_p[t], np.max(scores), atol=1e-5)
 
@@ -492,7 +492,7 @@ def test_truncated_draws_stay_within_and_keep_the_true_log_probs(tiny_policy):
     only = TokenFilters(top_k=3)
     out = _cut(engine.rollout(tiny_policy, [[2, 3]], 64, 2, token_filters=only))[0]
     grown = [[2, 3, v] for v in range(16)]
-    log_p = np.array([x[0] for x in log_probs.score(tiny_policy, grown, [2] * 16)])
+    log_p = np.array([x[0] for x in scoring.score(tiny_policy, grown, [2] * 16)])
     best = set(np.argsort(-log_p)[:3].tolist())
     assert {y[0] for y, _ in out} == best
     for y, recorded in out:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pfjax.model import log_probs
+from pfjax.model import scoring
 from tests.conftest import (
     all_responses,
     length_aware_target,
@@ -19,7 +19,7 @@ SAMPLES = 4096
 
 def base_log_probs(policy) -> np.ndarray:
     """log p(y) of all responses to the first prompt."""
-    scores = log_probs.score(
+    scores = scoring.score(
         policy,
         [[*PROMPTS[0], *y] for y in RESPONSES],
         [len(PROMPTS[0])] * len(RESPONSES),
@@ -58,7 +58,7 @@ def assert_recorded_truly(policy, rollout) -> None:
     at = list(np.ndindex(rollout.lengths.shape))
     drawn = [rollout.tokens[i][: rollout.lengths[i]].tolist() for i in at]
     prompts = [PROMPTS[i[0]] for i in at]
-    scores = log_probs.score(
+    scores = scoring.score(
         policy,
         [p + y for p, y in zip(prompts, drawn, strict=True)],
         [len(p) for p in prompts],

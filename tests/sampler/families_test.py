@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import log_probs, transformer
+from pfjax.model import scoring, transformer
 from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
 from tests.model import small_families
@@ -41,7 +41,7 @@ def test_recorded_log_probs_are_those_of_the_scorer(tiny_config, name, targets):
     assert max(map(len, responses)) > 12
     lengths = [len(prompts[i[0]]) for i in at]
     sequences = [prompts[i[0]] + y for i, y in zip(at, responses, strict=True)]
-    for i, want in zip(at, log_probs.score(policy, sequences, lengths), strict=True):
+    for i, want in zip(at, scoring.score(policy, sequences, lengths), strict=True):
         recorded = out.log_probs[i][: out.lengths[i]]
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 

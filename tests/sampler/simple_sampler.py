@@ -14,11 +14,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int, Key
 
-from pfjax.batch import Array, Rollout
+from pfjax.batch import Rollout
 from pfjax.infra import sharding
 from pfjax.model import log_probs, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy
+from pfjax.targets import Array
 
 MASKED = -1e30
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pfjax.infra import sharding
-from pfjax.model import hf, log_probs, transformer
+from pfjax.model import hf, scoring, transformer
 from pfjax.sampler import engine, mcmc, slots, smc
 from pfjax.sampler.options import Capacity
 from pfjax.targets import Target
@@ -47,7 +47,7 @@ def _assert_recorded_truly(policy, out):
     at = list(np.ndindex(out.lengths.shape))
     sequences = [PROMPTS[i[0]] + out.tokens[i][: out.lengths[i]].tolist() for i in at]
     lengths = [len(PROMPTS[i[0]]) for i in at]
-    for i, want in zip(at, log_probs.score(policy, sequences, lengths), strict=True):
+    for i, want in zip(at, scoring.score(policy, sequences, lengths), strict=True):
         recorded = out.log_probs[i][: out.lengths[i]]
         np.testing.assert_allclose(recorded, want, atol=1e-5)
 

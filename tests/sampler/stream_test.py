@@ -6,7 +6,7 @@ import pytest
 
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
-from pfjax.model import log_probs
+from pfjax.model import scoring
 from pfjax.model.transformer import Policy
 from pfjax.sampler import engine, slots, stream, unstack
 from pfjax.sampler.buffers import Settings
@@ -83,7 +83,7 @@ def test_each_token_has_the_log_prob_of_the_weights_that_drew_it(tiny_policy):
         n, prompt = rollout.lengths[i, g], PROMPTS[2 * q]
         y, by = rollout.tokens[i, g, :n].tolist(), rollout.weights_step[i, g, :n]
         scored = np.array(
-            [log_probs.score(p, [prompt + y], [len(prompt)])[0] for p in policies]
+            [scoring.score(p, [prompt + y], [len(prompt)])[0] for p in policies]
         )
         want = scored[by, np.arange(n)]
         np.testing.assert_allclose(rollout.log_probs[i, g, :n], want, atol=1e-5)

@@ -14,7 +14,7 @@ from pfjax.infra import dataset_io, sharding
 from pfjax.model import lora, transformer
 from pfjax.sampler import stream, unstack
 from pfjax.tasks import rewards
-from pfjax.trainer import actor, loop, preemption
+from pfjax.trainer import actor, iteration, loop, preemption
 from pfjax.trainer.actor import Cursor
 from tests.conftest import length_aware_target, total_variation
 from tests.trainer.loop_test import _distribution, small_config
@@ -179,7 +179,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
     """Killed where rounds of later steps were at work, after step 3 of a checkpoint at 2."""
     config.mesh.rollout = 1
     _run(config, tmp_path / "whole")
-    do = loop.train_iteration
+    do = iteration.train_iteration
 
     def killed(trainer, state, cursor, step, grader):
         if step == 4:
@@ -187,7 +187,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
         return do(trainer, state, cursor, step, grader)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_iteration", killed)
+        patch.setattr(iteration, "train_iteration", killed)
         _run(config, tmp_path / "run")
     assert len(dataset_io.read_jsonl(tmp_path / "run/metrics.jsonl")) == 4
     _run(config, tmp_path / "run")
@@ -199,14 +199,14 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(config, tmp_path):
 @pytest.mark.slow
 def test_what_was_in_flight_at_a_preemption_is_begun_again(config, tmp_path):
     """Saved after step 1, between two checkpoints, with prompts of step 2 begun."""
-    do = loop.train_iteration
+    do = iteration.train_iteration
 
     def preempted(trainer, state, cursor, step, grader):
         signal.raise_signal(signal.SIGTERM)
         return do(trainer, state, cursor, step, grader)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_iteration", preempted)
+        patch.setattr(iteration, "train_iteration", preempted)
         with pytest.raises(preemption.Preempted):
             _run(config, tmp_path / "run")
     _, schedule = _run(config, tmp_path / "run")

@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from pfjax import batch as packing
+from pfjax import packing
 from pfjax.batch import RolloutBatch
 from pfjax.infra import dataset_io, sharding
 from pfjax.model import experts, hf, transformer

@@ -14,10 +14,11 @@ import pytest
 
 import pfjax
 from configs import default
-from pfjax.batch import PackShape, pack, to_segments
+from pfjax.batch import PackShape
 from pfjax.infra import dataset_io
-from pfjax.model import dial, log_probs, lora
+from pfjax.model import dial, lora, scoring
 from pfjax.model.transformer import Policy
+from pfjax.packing import pack, to_segments
 from pfjax.report import charts, runs
 from pfjax.sampler import engine
 from pfjax.sampler.options import Capacity
@@ -79,7 +80,7 @@ def _with_adapters(base: Policy) -> Policy:
 
 def log_density(policy) -> np.ndarray:
     """log p of every response to the prompt."""
-    scores = log_probs.score(
+    scores = scoring.score(
         policy, [[2, 3, *y] for y in RESPONSES], [2] * len(RESPONSES)
     )
     return np.array([x.sum() for x in scores])
@@ -99,7 +100,7 @@ def _packed(alpha) -> pfjax.batch.PackedBatch:
 def test_packed_rows_hold_responses_of_several_alphas(policy):
     alpha = [0.5, 2.0, 8.0]
     batch = _packed(alpha)
-    mixed = log_probs.packed_log_probs(policy.config, policy.params, batch)[0]
+    mixed = scoring.packed_log_probs(policy.config, policy.params, batch)[0]
     sums = pfjax.response_sum(mixed, batch)
     for i, a in enumerate(alpha):
         alone = pfjax.log_probs(pfjax.at_alpha(policy, a), batch._replace(alpha=None))
@@ -112,7 +113,7 @@ def test_packed_rows_hold_responses_of_several_alphas(policy):
 
 def test_at_one_it_is_the_base_to_the_bit(policy, tiny_policy):
     batch = _packed([1.0, 1.0, 1.0])
-    found = log_probs.packed_log_probs(policy.config, policy.params, batch)[0]
+    found = scoring.packed_log_probs(policy.config, policy.params, batch)[0]
     np.testing.assert_array_equal(found, pfjax.log_probs(tiny_policy, batch))
     np.testing.assert_array_equal(
         found, pfjax.log_probs(pfjax.at_alpha(policy, 1.0), batch)

@@ -4,16 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pfjax.batch import (
-    Minibatch,
-    PackShape,
-    from_segments,
-    pack,
-    prompt_mask,
-    to_segments,
-)
+from pfjax.batch import Minibatch, PackShape
 from pfjax.model import transformer
 from pfjax.objectives import ObjectiveConfig
+from pfjax.packing import from_segments, pack, prompt_mask, to_segments
 from pfjax.trainer import minibatch
 from pfjax.trainer.log_z import apply_head, init_head
 

@@ -19,12 +19,13 @@ from etils import epath
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
-from pfjax.model import attention, hf, log_probs, lora, tokenizer, transformer
+from pfjax.model import attention, hf, lora, scoring, tokenizer, transformer
 from pfjax.report import runs
 from pfjax.trainer import (
     behavior,
     checkpoint,
     config_checks,
+    iteration,
     loop,
     match,
     preemption,
@@ -92,7 +93,7 @@ def whole(_enumerable_folder, tmp_path_factory):
 def _distribution(folder):
     """log p and length of every response to the prompt."""
     responses = all_responses(vocab=4, stop=1, max_tokens=3)
-    scores = log_probs.score(
+    scores = scoring.score(
         hf.load(folder), [[2, 3, *y] for y in responses], [2] * len(responses)
     )
     return np.array([s.sum() for s in scores]), np.array([len(y) for y in responses])
@@ -561,7 +562,7 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
     config.optim.schedule, config.optim.warmup_steps = "cosine", 2
     config.optim.learning_rate = 0.01
     loop.train_and_evaluate(config, str(tmp_path / "whole"))
-    do, parts = loop.train_iteration, tmp_path / "parts"
+    do, parts = iteration.train_iteration, tmp_path / "parts"
 
     def killed(trainer, state, cursor, step, grader):
         if step == 4:
@@ -569,7 +570,7 @@ def test_a_run_killed_in_the_middle_of_a_schedule_ends_as_one_that_was_not(
         return do(trainer, state, cursor, step, grader)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_iteration", killed)
+        patch.setattr(iteration, "train_iteration", killed)
         loop.train_and_evaluate(config, str(parts))
     loop.train_and_evaluate(config, str(parts))
     assert _deterministic(parts) == _deterministic(tmp_path / "whole")
@@ -1368,7 +1369,7 @@ def test_a_row_that_is_lost_is_not_taken_from_an_earlier_step(whole, tmp_path):
 )
 def test_a_first_step_that_is_not_finite_speaks_of_no_checkpoint(step, said):
     with pytest.raises(FloatingPointError, match=said) as error:
-        loop._check_finite({"loss": np.nan, "grad_norm": 1.0}, step)
+        iteration._check_finite({"loss": np.nan, "grad_norm": 1.0}, step)
     assert ("checkpoint" in str(error.value)) == (step > 1)
 
 

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from pfjax import batch as packing
+from pfjax import packing
 from pfjax.batch import Rollout, RolloutBatch
 from pfjax.infra import sharding
 from pfjax.model import transformer

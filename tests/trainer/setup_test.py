@@ -75,7 +75,7 @@ def test_devices_that_share_matrices_in_rollouts_draw_the_same(
         shared.append(jax.sharding.get_abstract_mesh().shape["tensor"])
         return whole(*args)
 
-    monkeypatch.setattr(decode, "weights", weights)
+    monkeypatch.setattr(unstack, "weights", weights)
     for tensor in (0, 2):
         c.rollout_tensor = tensor
         with jax.set_mesh(mesh), grading.Grader() as grader:

@@ -10,18 +10,17 @@ import optax
 import pytest
 
 from pfjax import objectives
-from pfjax.batch import (
-    SCORES,
-    PackShape,
+from pfjax.batch import SCORES, PackShape
+from pfjax.infra import sharding
+from pfjax.model import lora, scoring, transformer
+from pfjax.objectives import ObjectiveConfig
+from pfjax.packing import (
     from_segments,
     pack,
     response_sum,
     to_segments,
     unpack_responses,
 )
-from pfjax.infra import sharding
-from pfjax.model import log_probs, lora, transformer
-from pfjax.objectives import ObjectiveConfig
 from pfjax.trainer import step
 from pfjax.trainer.log_z import init_head
 from pfjax.trainer.minibatch import dropout_seeds
@@ -475,7 +474,7 @@ def test_the_likelihood_is_the_cross_entropy_of_optax(rng, tiny_policy):
     _assert_same(*(f(params["policy"]) for f in both))
 
 
-@pytest.mark.parametrize("name", log_probs.TOKEN_REWARDS)
+@pytest.mark.parametrize("name", scoring.TOKEN_REWARDS)
 def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
     rng, tiny_policy, name
 ):
@@ -487,7 +486,7 @@ def test_scores_of_stopping_and_of_tokens_are_those_of_whole_logits(
         jnp.int32(used),
         model=tiny_policy.config,
         stop_ids=(1, 5),
-        of_token=log_probs.TOKEN_REWARDS[name].of_token,
+        of_token=scoring.TOKEN_REWARDS[name].of_token,
     )
     whole = _whole_log_softmax(tiny_policy, batch)
     at = batch.is_response

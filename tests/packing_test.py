@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax.batch import (
-    PackShape,
+from pfjax.batch import PackShape
+from pfjax.packing import (
     best_fit,
     from_segments,
     max_microbatches,
