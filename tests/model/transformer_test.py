@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pfjax import batch as batches
+from pfjax import packing
 from pfjax.batch import PackShape
 from pfjax.infra import sharding
 from pfjax.model import (
@@ -103,7 +103,7 @@ def in_double(monkeypatch):
     # Integers stay what they are.
     double.arange = lambda *args, dtype=jnp.int32: jnp.arange(*args, dtype=dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float64)
-    modules = (batches, attention, chunked_attention, layers, log_probs, rope)
+    modules = (packing, attention, chunked_attention, layers, log_probs, rope, scoring)
     for module in (*modules, transformer):
         monkeypatch.setattr(module, "jnp", double)
     for module in (chunked_attention, log_probs):
