@@ -442,6 +442,15 @@ def test_no_right_answer_is_lost_on_a_busy_machine():
             loop.wait()
 
 
+def test_what_sympy_fails_on_is_wrong_and_costs_no_worker():
+    with grading.Grader() as grader:
+        assert grader.is_equal("8", "4+4")
+        before = grader._worker
+        # The right side of the answer is a set, which is taken off a number.
+        assert not grader.is_equal(r"\infty=\infty", r"i\in\mathbb{Z}")
+        assert grader.timeouts == 0 and grader._worker is before
+
+
 def test_a_worker_that_died_is_replaced():
     with grading.Grader() as grader:
         assert grader.is_equal("6", "3+3")
