@@ -19,10 +19,10 @@ writes.
 
 import contextlib
 import functools
-import json
 import os
 import sys
 import time
+from typing import Any
 
 from absl import flags, logging
 from etils import epy
@@ -35,7 +35,7 @@ with epy.lazy_imports():
     from pfjax.infra import distributed, storage, uploads
     from pfjax.model import hf, lora, tokenizer
     from pfjax.sampler import best_of, engine, mcmc, progress, slots, smc
-    from pfjax.tasks import data, problems, target_reward
+    from pfjax.tasks import data, problems, samples, target_reward
 
 FLAGS = flags.FLAGS
 cli.define_model_flags()
@@ -90,18 +90,14 @@ flags.DEFINE_integer(
     "ramp", 100, "smc: tokens over which the power grows", lower_bound=1
 )
 
-_OF_SEQUENCES = ("mh", "smc")
-# What shapes the distribution in its own way, or cuts a response from outside.
-_OF_TOKENS = ("temperature", *options.FILTER_NAMES, "stop", "max_total_tokens", "slots")
-_REFUSED = {
-    "tokens": (),
-    "low_temperature": ("temperature",),
-    "best_of": ("stop", "max_total_tokens"),  # which leave no whole response to rank
-    "mh": _OF_TOKENS,
-    "smc": _OF_TOKENS,
-}
-# What only some methods read.
+_OF_TOKENS, _OF_SEQUENCES = ("tokens", "low_temperature", "best_of"), ("mh", "smc")
+# Which methods read a flag; all read what is not here.
 _READ_BY = {
+    "temperature": ("tokens", "best_of"),
+    **dict.fromkeys(options.FILTER_NAMES, _OF_TOKENS),
+    # They would leave best_of no whole response to rank.
+    **dict.fromkeys(("stop", "max_total_tokens"), ("tokens", "low_temperature")),
+    "slots": _OF_TOKENS,
     "log_z": ("best_of", *_OF_SEQUENCES),
     "candidates": ("best_of",),
     "blocks": ("mh",),
@@ -126,37 +122,26 @@ def main() -> None:
             f"--method={FLAGS.method} needs an ordinary model, such as the base; "
             f"--model={FLAGS.model} is a policy for every alpha"
         )
-    asked, prompts = _prompts(tok)
+    prompts = _prompts(tok)
     if FLAGS.out != "-":
         _check_out()
-    with contextlib.ExitStack() as stack:
-        policy = stack.enter_context(cli.load(source))
-        limit = cli.most_new_tokens(policy.config.max_positions, prompts, 512)
+    with cli.load(source) as policy:
+        limit = cli.most_new_tokens(policy.config.max_positions, prompts.tokens, 512)
         if FLAGS.method == "tokens" and FLAGS.alpha is not None:
             policy = lora.at_alpha(policy, FLAGS.alpha)
-        add = lambda text: print(text, end="", flush=True)
-        if not distributed.is_first():
-            add = lambda text: None
-        elif FLAGS.out != "-":  # an old file is kept until here
-            add = stack.enter_context(uploads.growing(FLAGS.out))
-        found = None
+        # Of --out an old file is kept until here.
+        with _output() as add:
 
-        def write(finished: list) -> None:
-            rows = (_row(x, tok, asked, prompts, found) for x in finished)
-            text = lambda row: json.dumps(row, ensure_ascii=False, default=_plain)
-            add("".join(text(r) + "\n" for r in rows))
+            def write(finished: list[engine.Finished], *sample_of: Any) -> None:
+                lines = (samples.line(tok, prompts, x, *sample_of) for x in finished)
+                add("".join(lines))
 
-        begin = time.perf_counter()
-        if FLAGS.method in _OF_SEQUENCES:
-            with target_reward.started(FLAGS.reward, tok, asked) as reward:
-                rollout, found = _draw_power(policy, tok, prompts, limit, reward)
-            write(engine.all_finished(rollout))
-        elif FLAGS.method == "best_of":
-            rollout = _draw_best(policy, tok, prompts, limit, write)
-        else:
-            rollout = _draw_tokens(policy, tok, prompts, limit, FLAGS.samples, write)
-        seconds = time.perf_counter() - begin
-        distributed.leave()
+            draw = {"best_of": _draw_best, "mh": _draw_power, "smc": _draw_power}
+            draw = draw.get(FLAGS.method, _draw_tokens)
+            begin = time.perf_counter()
+            rollout = draw(policy, tok, prompts, limit, write)
+            seconds = time.perf_counter() - begin
+            distributed.leave()
     tokens = rollout.lengths.sum()
     _say(
         f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second, "
@@ -164,6 +149,15 @@ def main() -> None:
         f"{1 - tokens / rollout.slot_steps:.0%} of the slots' steps are of no response; "
         f"{rollout.finished.mean():.0%} of the responses ended by themselves"
     )
+
+
+def _output() -> contextlib.AbstractContextManager:
+    """What adds text to --out, on the first process."""
+    if not distributed.is_first():
+        return contextlib.nullcontext(lambda text: None)
+    if FLAGS.out == "-":
+        return contextlib.nullcontext(functools.partial(print, end="", flush=True))
+    return uploads.growing(FLAGS.out)
 
 
 def _say(text: str) -> None:
@@ -186,16 +180,12 @@ def _check_flags() -> None:
     if FLAGS.reward and method not in _OF_SEQUENCES:
         raise ValueError("--reward needs --method=smc or mh")
     target_reward.check(FLAGS.reward)
-    refused = [
-        *_REFUSED[method],
-        *(n for n, by in _READ_BY.items() if method not in by),
-    ]
+    refused = [n for n, methods in _READ_BY.items() if method not in methods]
     if given := [f"--{n}" for n in refused if FLAGS[n].present]:
         raise ValueError(f"--method={method} takes no {', '.join(given)}")
-    if method == "tokens":
-        return
     if method == "best_of":
         _check_best_of()
+    if method in ("tokens", "best_of"):
         return
     if alpha is None or not alpha > 0:
         raise ValueError(f"--method={method} needs a positive --alpha, got {alpha}")
@@ -238,9 +228,9 @@ def _check_best_of() -> None:
 
 
 def _draw_best(policy, tok, prompts, max_new_tokens, write):
-    """Writes the best of each group of samples; returns all of them."""
-    samples = FLAGS.samples * FLAGS.candidates
-    drawn = _draw_tokens(policy, tok, prompts, max_new_tokens, samples, lambda _: None)
+    """Writes the best of each group of candidates; returns all of them."""
+    how = (lambda _: None, FLAGS.candidates)
+    drawn = _draw_tokens(policy, tok, prompts, max_new_tokens, *how)
     target = targets.Target(FLAGS.alpha or 1.0, has_format=False)
     kept = best_of.best_of(drawn, FLAGS.candidates, target, FLAGS.log_z)
     write(engine.all_finished(kept))
@@ -249,18 +239,19 @@ def _draw_best(policy, tok, prompts, max_new_tokens, write):
     return drawn
 
 
-def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
-    """Samples token by token."""
-    total = len(prompts) * samples
+def _draw_tokens(policy, tok, prompts, max_new_tokens, write, candidates=1):
+    """Samples token by token, so many candidates for each response."""
+    num_prompts, num = len(prompts.tokens), FLAGS.samples * candidates
     plan = slots.make_plan(
         policy,
-        num_prompts=len(prompts),
-        samples_per_prompt=samples,
+        num_prompts=num_prompts,
+        samples_per_prompt=num,
         max_new_tokens=max_new_tokens,
-        prompt_width=max(len(p) for p in prompts),
+        prompt_width=prompts.longest(),
         num_slots=FLAGS.slots,
     )
-    _say(f"{total} responses to {len(prompts)} prompts; {plan}")
+    total = num_prompts * num
+    _say(f"{total} responses to {num_prompts} prompts; {plan}")
     is_low = FLAGS.method == "low_temperature"
     stop_ids, strings = tokenizer.split_stops(tok, tuple(FLAGS.stop))
     stop = options.StopConditions(
@@ -277,8 +268,8 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
 
         return engine.rollout(
             policy,
-            prompts,
-            samples,
+            prompts.tokens,
+            num,
             max_new_tokens,
             1 / FLAGS.alpha if is_low else FLAGS.temperature,
             FLAGS.seed,
@@ -289,70 +280,35 @@ def _draw_tokens(policy, tok, prompts, max_new_tokens, samples, write):
         )
 
 
-def _draw_power(policy, tok, prompts, max_new_tokens, reward):
-    """Samples the power distribution; also returns what smc found of its particles."""
-    what = f"{len(prompts) * FLAGS.samples} responses to {len(prompts)} prompts"
-    _say(f"{what} by {FLAGS.method}")
+def _draw_power(policy, tok, prompts, max_new_tokens, write):
+    """Samples the power distribution."""
+    num_prompts = len(prompts.tokens)
+    what = f"{num_prompts * FLAGS.samples} responses to {num_prompts} prompts"
     target = targets.Target(
         FLAGS.alpha, FLAGS.beta, has_format=False, eta_cutoff=FLAGS.eta_cutoff
     )
-    args = (policy, prompts, target, FLAGS.samples, max_new_tokens)
-    stop_ids = tokenizer.stop_ids(tok, policy.config)
-    kwargs = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
-    kwargs["reward"] = reward
-    if FLAGS.method == "mh":
-        kwargs |= {"blocks": FLAGS.blocks, "steps": FLAGS.steps}
-        return mcmc.metropolis_hastings(*args, **kwargs), None
-    population = {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
-    rollout, found = smc.sequential_monte_carlo(*args, **kwargs, **population)
-    tilt = " e^(beta r)" if reward else ""
-    rare = " (of rare tokens p)" if FLAGS.eta_cutoff else ""
-    what = f"log of the sum of p^alpha{rare} e^(-log_z |y|){tilt} over all responses"
-    _say(f"{what}, mean over prompts: {found.log_sum.mean():.3f}")
-    _say(smc.describe(rollout, found, **population))
-    return rollout, found
+    args = (policy, prompts.tokens, target, FLAGS.samples, max_new_tokens)
+    how = {"log_z": FLAGS.log_z, "seed": FLAGS.seed}
+    how["stop_ids"] = tokenizer.stop_ids(tok, policy.config)
+    with target_reward.started(FLAGS.reward, tok, prompts.problems) as reward:
+        _say(f"{what} by {FLAGS.method}")
+        how["reward"] = reward
+        if FLAGS.method == "mh":
+            own, found = {"blocks": FLAGS.blocks, "steps": FLAGS.steps}, None
+            rollout = mcmc.metropolis_hastings(*args, **how, **own)
+        else:
+            own = {"particles": FLAGS.particles, "ramp": FLAGS.ramp}
+            rollout, found = smc.sequential_monte_carlo(*args, **how, **own)
+            tilt = " e^(beta r)" if reward else ""
+            rare = " (of rare tokens p)" if FLAGS.eta_cutoff else ""
+            what = f"log of the sum of p^alpha{rare} e^(-log_z |y|){tilt} over all responses"
+            _say(f"{what}, mean over prompts: {found.log_sum.mean():.3f}")
+            _say(smc.describe(rollout, found, **own))
+    write(engine.all_finished(rollout), target, FLAGS.log_z, FLAGS.reward, found)
+    return rollout
 
 
-def _row(response, tok, asked: list, prompts: list[list[int]], found) -> dict:
-    """What is written of a response."""
-    tokens = response.tokens.tolist()
-    row = {
-        "prompt_id": response.prompt,
-        "sample": response.sample,
-        "prompt": problems.text_of(asked[response.prompt]),
-        "completion": tokenizer.decode(tok, tokens),
-        "tokens": len(tokens),
-        "finished": response.is_stopped,
-        "log_prob": float(response.log_probs.sum(dtype="float64")),
-        # As --config.behavior.file takes them.
-        "prompt_tokens": prompts[response.prompt],
-        "completion_tokens": tokens,
-    }
-    if FLAGS.method in _OF_SEQUENCES:  # as --config.data.target takes them
-        row |= {"alpha": FLAGS.alpha, "log_z": FLAGS.log_z}
-        if FLAGS.eta_cutoff:
-            row["eta_cutoff"] = FLAGS.eta_cutoff
-    if found:
-        row["ancestors"] = int(found.ancestors[response.prompt])
-        row["min_ess"] = float(found.min_ess[response.prompt])
-        row["final_ess"] = float(found.final_ess[response.prompt])
-    if FLAGS.reward:
-        row |= {"reward": FLAGS.reward, "beta": FLAGS.beta}
-        problem = asked[response.prompt]
-        row["problem"] = {
-            "question": problem.question,
-            "gold": problem.gold,
-            "columns": dict(problem.columns),
-        }
-    return row
-
-
-def _plain(value):
-    """For JSON: a list of an array, else the text of what a column may hold."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _prompts(tok) -> tuple[list, list[list[int]]]:
+def _prompts(tok: Any) -> data.PromptSet:
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
         fields = problems.Fields(FLAGS.prompt_field)
@@ -360,10 +316,10 @@ def _prompts(tok) -> tuple[list, list[list[int]]]:
             FLAGS.prompts, tok, longest, FLAGS.suffix, fields=fields
         )
         problems.check_fields(fields, found.problems)
-        return found.problems, found.tokens
+        return found
     texts = [text + FLAGS.suffix for text in FLAGS.prompt]
     asked = [problems.Problem(str(i), text, None) for i, text in enumerate(texts)]
-    return asked, [data.encode(tok, text, "--prompt") for text in texts]
+    return data.PromptSet(asked, [data.encode(tok, x, "--prompt") for x in texts])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from pfjax.targets import Target
-from pfjax.tasks import data
+from pfjax.tasks import samples
 from tests import fork_server
 from tests.conftest import ROOT, run_command
 
@@ -74,9 +74,9 @@ def test_the_best_of_samples_are_the_likeliest_of_each_group(tmp_path):
         assert f"of 512 responses with {count[1]} tokens" in said
     # No samples of p^alpha, but responses to learn from.
     prompts = [row["prompt_tokens"] for row in kept.values()]
-    assert len(data.load_responses(str(tmp_path / "out.jsonl"), prompts, 24)) == 64
+    assert len(samples.load_responses(str(tmp_path / "out.jsonl"), prompts, 24)) == 64
     with pytest.raises(ValueError, match="alpha is None, expected 4.0"):
-        data.load_target(str(tmp_path / "out.jsonl"), Target(4.0))
+        samples.load_target(str(tmp_path / "out.jsonl"), Target(4.0))
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -156,7 +156,7 @@ def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
     assert "e^(-log_z |y|) e^(beta r) over all" in done.stderr
     assert mean[1] < 0.7 * mean[0], mean
     target = Target(1.5, 1.0, is_length_aware=True)
-    found = data.load_target(str(out), target, reward)
+    found = samples.load_target(str(out), target, reward)
     assert [p.gold for p in found.problems] == ["42", "12"]
     assert [p.columns for p in found.problems] == rows
     assert len(found.responses) == 16
@@ -164,9 +164,9 @@ def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
         assert f"{row['ancestors']} of 64 particles" in done.stderr
         assert 1 <= row["min_ess"] <= row["final_ess"] <= 64
     with pytest.raises(ValueError, match="beta is 1.0, expected 2.0"):
-        data.load_target(str(out), Target(1.5, 2.0), reward)
+        samples.load_target(str(out), Target(1.5, 2.0), reward)
     with pytest.raises(ValueError, match="beta is 1.0, expected 0.0"):
-        data.load_target(str(out), Target(1.5))
+        samples.load_target(str(out), Target(1.5))
 
 
 def test_a_run_is_told_of_degenerate_samples(tmp_path, caplog):
@@ -182,7 +182,7 @@ def test_a_run_is_told_of_degenerate_samples(tmp_path, caplog):
         rows = [row | more | {"prompt_id": i} for i in (0, 1) for _ in range(9)]
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         caplog.clear()
-        assert len(data.load_target(str(path), target).responses) == 18
+        assert len(samples.load_target(str(path), target).responses) == 18
         assert ("samples of 2 of 2 prompts are degenerate" in caplog.text) == is_told
 
 

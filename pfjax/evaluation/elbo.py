@@ -21,7 +21,7 @@ from pfjax.sampler import engine
 from pfjax.sampler.options import StopConditions
 from pfjax.targets import Target
 from pfjax.tasks import rewards
-from pfjax.tasks.data import TargetSamples
+from pfjax.tasks.samples import TargetSamples
 
 
 def bounds(

@@ -102,7 +102,7 @@ def _command(spec: str) -> list[str]:
     return [sys.executable, "-m", _WORKER, *(ready if kind in READY else [spec])]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: a list of an array, else the text of what a column may hold."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
@@ -141,7 +141,7 @@ class Worker:
         """
         self.start()
         try:
-            line = json.dumps(given, default=_plain) + "\n"
+            line = json.dumps(given, default=plain) + "\n"
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
             found = self._read(seconds)

@@ -12,7 +12,7 @@ from pfjax.infra import dataset_io, storage
 from pfjax.model import hf_config, hub, tokenizer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import check_tokens
-from pfjax.tasks import benchmarks, data
+from pfjax.tasks import benchmarks, data, samples
 from pfjax.tasks.problems import Fields, check_fields
 from pfjax.tasks.rewards import Reward
 from pfjax.trainer import config_checks, metrics, objective, run_config, settings
@@ -119,7 +119,7 @@ def fingerprints(
     config: FrozenConfigDict,
     inputs: Inputs,
     tok: Any,
-    target: data.TargetSamples | None,
+    target: samples.TargetSamples | None,
     responses: Mapping[tuple[int, ...], list[np.ndarray]],
     reward: Reward,
     own_psi: Reward,

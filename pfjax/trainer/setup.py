@@ -25,7 +25,7 @@ from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params, Policy
 from pfjax.objectives import ObjectiveConfig
 from pfjax.sampler import options, slots
-from pfjax.tasks import data, rewards, target_reward
+from pfjax.tasks import rewards, samples, target_reward
 from pfjax.trainer import (
     config_checks,
     describe,
@@ -125,7 +125,7 @@ def setup(
     fns = train_fns(config, start, longest, mesh, other_base, functions.objective)
     rollout_mesh = setup_rollouts.rollout_mesh(config, mesh, fns.model)
     target = _load_target(config.data.target, fns.objective)
-    responses = data.load_responses(
+    responses = samples.load_responses(
         config.behavior.file, given.train.tokens, config.max_new_tokens
     )
     max_segments, windows = fns.shape.max_segments + 1, fns.base_model.windows
@@ -231,7 +231,9 @@ def _load_adapters(config: FrozenConfigDict, fns: TrainFns) -> Params:
     return jax.jit(init, out_shardings=where)(jax.random.key(config.seed))
 
 
-def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples | None:
+def _load_target(
+    source: str, objective: ObjectiveConfig
+) -> samples.TargetSamples | None:
     if not source:
         return None
     terms = objective.reward if objective.is_tilted else ""
@@ -241,7 +243,7 @@ def _load_target(source: str, objective: ObjectiveConfig) -> data.TargetSamples 
             "the other samples of a step, so nobody can draw from its target"
         )
     target_reward.check(terms)
-    return data.load_target(source, objective.target, terms)
+    return samples.load_target(source, objective.target, terms)
 
 
 def _evaluation(
@@ -250,7 +252,7 @@ def _evaluation(
     rollout_mesh: Mesh,
     base: Callable[[], Params],
     given: inputs.Inputs,
-    target: data.TargetSamples | None,
+    target: samples.TargetSamples | None,
     how_rewarded: dict[str, Any],
 ) -> Callable:
     """What an evaluation does, which may be nothing."""

@@ -6,7 +6,7 @@ import pytest
 
 from pfjax.infra import dataset_io
 from pfjax.model import tokenizer
-from pfjax.tasks import benchmarks, data
+from pfjax.tasks import benchmarks, data, samples
 from pfjax.tasks.problems import Fields, Problem, check_fields
 
 
@@ -261,18 +261,18 @@ def test_responses_to_learn_from_are_found_by_their_prompts(tmp_path):
     rows = [([2, 3], [4, 1]), ([5], [1]), ([2, 3], [6])]
     named = [{"prompt_tokens": p, "completion_tokens": y} for p, y in rows]
     dataset_io.write_jsonl(path, named)
-    got = data.load_responses(str(path), [[5], [2, 3]], max_new_tokens=2)
+    got = samples.load_responses(str(path), [[5], [2, 3]], max_new_tokens=2)
     assert {p: [y.tolist() for y in of] for p, of in got.items()} == {
         (2, 3): [[4, 1], [6]],
         (5,): [[1]],
     }
     with pytest.raises(ValueError, match="no response to 1 of 2 training prompts"):
-        data.load_responses(str(path), [[5], [7]], max_new_tokens=2)
+        samples.load_responses(str(path), [[5], [7]], max_new_tokens=2)
     with pytest.raises(ValueError, match="of 2 tokens, where max_new_tokens is 1"):
-        data.load_responses(str(path), [[5]], max_new_tokens=1)
+        samples.load_responses(str(path), [[5]], max_new_tokens=1)
     dataset_io.write_jsonl(path, [{"prompt": "x", "completion": "y"}])
     with pytest.raises(ValueError, match="no 'prompt_tokens'; responses to learn from"):
-        data.load_responses(str(path), [[5]], max_new_tokens=1)
+        samples.load_responses(str(path), [[5]], max_new_tokens=1)
 
 
 def test_messages_that_a_csv_file_holds_as_text_are_messages(tmp_path, tok):
