@@ -27,7 +27,7 @@ with epy.lazy_imports():
     import numpy as np
 
     from pfjax.evaluation import results, scores
-    from pfjax.infra import dataset_io, distributed, storage
+    from pfjax.infra import distributed, storage
     from pfjax.model import hub, lora, tokenizer, transformer
     from pfjax.sampler import progress
     from pfjax.tasks import benchmarks, data, grading
@@ -147,86 +147,60 @@ def _sample(sets: dict[str, list], folders: dict[float | None, epath.Path]) -> N
         if tokenizer.asks_for_time(source):
             about_model["clock"] = FLAGS.clock
         for alpha, out in folders.items():
-            if alpha is None:
-                _sample_sets(policy, tok, sets, out, about_model)
-            else:
-                of_alpha = about_model | {"alpha": alpha}
+            about, at_alpha = about_model, policy
+            if alpha is not None:
+                about = about_model | {"alpha": alpha}
                 at_alpha = lora.at_alpha(policy, alpha)
-                _sample_sets(at_alpha, tok, sets, out, of_alpha)
+            for name, problems in sets.items():
+                _sample_set(at_alpha, tok, problems, results.Record(out, name), about)
 
 
-def _sample_sets(
+def _sample_set(
     policy: "transformer.Policy",
     tok: Any,
-    sets: dict[str, list],
-    out: epath.Path,
+    problems: list,
+    files: "results.Record",
     about_model: dict[str, Any],
 ) -> None:
-    """Draws the responses of a policy that a folder lacks."""
-    for name, problems in sets.items():
-        style, k = _style(name), FLAGS.samples
-        prompts = [
-            data.encode(
-                tok,
-                benchmarks.prompt_of(problem, style),
-                f"{name}, problem {problem.id}",
-                policy.config,
-                is_raw=style.is_raw,
-            )
-            for problem in problems
-        ]
-        width = max(len(p) for p in prompts)
-        settings = scores.Settings(
-            samples_per_prompt=k,
-            max_new_tokens=cli.most_new_tokens(
-                policy.config.max_positions, prompts, 3072
-            ),
-            temperature=FLAGS.temperature,
-            stop_ids=tokenizer.stop_ids(tok, policy.config),
-            seed=FLAGS.seed,
-            prompt_width=width,
-            token_filters=cli.token_filters(),
-            stop_strings=tuple(FLAGS.stop) or style.stop_strings,
+    """Draws the responses to a set that its files lack."""
+    name, k = files.name, FLAGS.samples
+    style = benchmarks.style_of(name, FLAGS.style)
+    prompts = [
+        data.encode(
+            tok,
+            benchmarks.prompt_of(problem, style),
+            f"{name}, problem {problem.id}",
+            policy.config,
+            is_raw=style.is_raw,
         )
-        files = results.Record(out, name)
-        about = results.describe(name, problems, style, settings)
-        about |= {
-            "first_prompt": tok.decode(prompts[0]),
-            "prompts": dataset_io.fingerprint(prompts),
-        }
-        is_done = np.zeros(len(prompts), bool)
-        if is_first := distributed.is_first():
-            is_done[list(files.begin(about_model | about))] = True
-        done = frozenset(np.flatnonzero(distributed.from_first(is_done)).tolist())
-        before = f", {len(done)} done before" if done else ""
-        if is_first:
-            print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
-        adding = files.adding() if is_first else contextlib.nullcontext()
-        with (
-            adding as add,
-            progress.Progress(len(prompts) * k, len(done) * k) as bar,
-        ):
+        for problem in problems
+    ]
+    settings = scores.Settings(
+        samples_per_prompt=k,
+        max_new_tokens=cli.most_new_tokens(policy.config.max_positions, prompts, 3072),
+        temperature=FLAGS.temperature,
+        stop_ids=tokenizer.stop_ids(tok, policy.config),
+        seed=FLAGS.seed,
+        prompt_width=max(map(len, prompts)),
+        token_filters=cli.token_filters(),
+        stop_strings=tuple(FLAGS.stop) or style.stop_strings,
+    )
+    about = results.describe(name, problems, style, settings, tok, prompts)
+    is_done = np.zeros(len(prompts), bool)
+    if is_first := distributed.is_first():
+        is_done[list(files.begin(about_model | about))] = True
+    done = frozenset(np.flatnonzero(distributed.from_first(is_done)).tolist())
+    before = f", {len(done)} done before" if done else ""
+    if is_first:
+        print(f"{name}: {len(prompts)} prompts x {k}{before}", file=sys.stderr)
+    adding = files.adding() if is_first else contextlib.nullcontext(lambda new: None)
+    with adding as add, progress.Progress(len(prompts) * k, len(done) * k) as bar:
 
-            def keep(new: list, add=add, bar=bar) -> None:
-                if add is not None:
-                    add(new)
-                bar.add(len(new), sum(r["tokens"] for r in new))
+        def keep(new: list) -> None:
+            add(new)
+            bar.add(len(new), sum(r["tokens"] for r in new))
 
-            scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
-
-
-def _style(name: str):
-    """How the problems of a set are asked."""
-    known = benchmarks.BENCHMARKS.get(name)
-    chosen = FLAGS.style or ("boxed" if known and known.source else "question")
-    if chosen in benchmarks.STYLES:
-        return benchmarks.STYLES[chosen]
-    if "{question}" not in chosen:
-        raise ValueError(
-            f"--style={chosen}: neither one of {', '.join(benchmarks.STYLES)} nor a text "
-            "with {question} in it"
-        )
-    return benchmarks.Style(chosen)
+        scores.sample(policy, tok, problems, prompts, settings, keep, done=done)
 
 
 if __name__ == "__main__":

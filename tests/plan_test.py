@@ -13,8 +13,7 @@ import pytest
 from pfjax.infra import hardware, sharding
 from pfjax.model import rope, transformer
 from pfjax.model.families import llama
-from pfjax.planner import aot, hlo
-from pfjax.planner import plan as planner
+from pfjax.planner import aot, choices, hlo
 from pfjax.trainer import train_fns, update_memory
 from tests.conftest import ROOT, run_command
 from tests.planner import plans
@@ -345,7 +344,7 @@ def _rows(config, topology):
 
 def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
     config = plans.config_of("qwen2_5_math_7b", **{"mesh.tensor": 4})
-    advice = planner.advise(config, plans.base_of(config), "rtx4090:16", 1024)
+    advice = choices.advise(config, plans.base_of(config), "rtx4090:16", 1024)
     assert advice.startswith("it would fit with --config.mesh.data=1 (")
 
 
@@ -353,7 +352,7 @@ def test_a_copy_that_a_node_cannot_hold_may_be_split_over_all():
 def test_a_search_finds_the_mesh_that_halves_the_rollouts():
     """A 7B reads its weights from the memory of four devices instead of one."""
     config = plans.config_of("qwen2_5_math_7b")
-    found = planner.search(config, plans.base_of(config), "h100:8", 1024)
+    found = choices.search(config, plans.base_of(config), "h100:8", 1024)
     seconds = lambda plan: plan["phases"]["rollout"]["seconds"]
     best, present = found[0], plans.plan_of(config, "h100:8", can_compile=False)
     # In updates weights are gathered, which sends half of what activations would.
@@ -384,12 +383,12 @@ def test_a_search_finds_the_mesh_that_halves_the_rollouts():
 def test_a_search_has_devices_share_rows_that_are_too_long_for_one():
     long = {"pack_length": 32768, "max_new_tokens": 31744, "microbatch_size": 1}
     config = plans.config_of("qwen2_5_math_7b", **long)
-    found = planner.search(config, plans.base_of(config), "v6e:2x4", 8192)
+    found = choices.search(config, plans.base_of(config), "v6e:2x4", 8192)
     assert found[0]["fits"] and found[0]["mesh"]["context"] > 1
     limit = 0.85 * found[0]["memory_gib"]["available"]
     alone = [x for x in found if x["mesh"]["context"] == 1]
     assert alone and min(x["memory_gib"]["total"] for x in alone) > limit
-    advice = planner.advise(config, plans.base_of(config), "v5e:4x4", 8192)
+    advice = choices.advise(config, plans.base_of(config), "v5e:4x4", 8192)
     assert "--config.mesh.context=" in advice
 
 
@@ -460,7 +459,7 @@ def test_what_does_not_fit_says_what_would(tpu_mesh):
     plan = plans.plan_of(config, "v5e:4x4", can_compile=True)
     assert not plan["fits"] and "one sample of" in plan["error"]
     assert not plan["compiled"]  # what it prints is estimated
-    advice = planner.advise(config, plans.base_of(config), "v5e:4x4", 1024)
+    advice = choices.advise(config, plans.base_of(config), "v5e:4x4", 1024)
     assert advice.startswith("it would fit with --config.")
     flags = dict(
         x.removeprefix("--config.").split("=") for x in advice.split() if "=" in x

@@ -117,9 +117,14 @@ def clock_of(folder: epath.Path, names: Iterable[str]) -> str:
 
 
 def describe(
-    name: str, problems: list[Problem], style: Style, settings: Settings
+    name: str,
+    problems: list[Problem],
+    style: Style,
+    settings: Settings,
+    tok: Any,
+    prompts: list[list[int]],
 ) -> dict[str, Any]:
-    """What is stored of a set and of how it is sampled."""
+    """What is stored of a set, of how it is sampled, and of its prompts as token ids."""
     known = benchmarks.BENCHMARKS.get(name)
     return {
         "source": known.source if known else name,
@@ -135,4 +140,6 @@ def describe(
         "stop_ids": settings.stop_ids,
         "stop_strings": settings.stop_strings,
         "seed": settings.seed,
+        "first_prompt": tok.decode(prompts[0]),
+        "prompts": dataset_io.fingerprint(prompts),
     }

@@ -1,10 +1,9 @@
 """The plan of a run: does it fit, and what are the least seconds of a step?
 
-The only module of the planner that reads a config or builds the programs of a run.
+Only here does the planner read a config and build the programs of a run.
 """
 
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -19,9 +18,6 @@ from pfjax.model.config import ModelConfig
 from pfjax.planner import aot, estimates, hlo, roofline
 from pfjax.sampler import slots
 from pfjax.trainer import actor, run_config, setup_rollouts, train_fns, update_memory
-
-_MICROBATCH_SIZES = (1, 2, 4, 8, 16)
-_CONTEXTS = (2, 4, 8, 16)  # devices that share rows which are too long for one
 
 
 def make_plan(
@@ -43,26 +39,20 @@ def make_plan(
       ValueError: if the topology is unknown or sizes do not divide.
     """
     chip, devices = aot.parse(topology)
-    use_mesh = jax.set_mesh if can_compile else jax.sharding.use_abstract_mesh
     mesh, rollout_mesh = _meshes(config, topology, is_abstract=not can_compile)
-    caveats = []
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
-    state = _state_bytes(fns)
-    waiting = state.pop("base") if config.offload_ref else 0
-    free = int(hardware.usable_memory(chip))
-    if not config.mesh.rollout:
-        free -= sum(state.values())
-        if config.max_staleness:
-            free -= update_memory.of_update(fns, mesh, config.remat)
+    state = _state_bytes(config, fns)
+    free = _free_bytes(config, fns, mesh, state, chip)
+    use_mesh = jax.set_mesh if can_compile else jax.sharding.use_abstract_mesh
     try:
         with use_mesh(rollout_mesh):
             work = _workload(config, fns, mesh, free, response_tokens)
         with use_mesh(mesh):
             if can_compile:
-                phases, sent = _compile(fns, work, mesh, rollout_mesh)
-                caveats = _caveats(fns, work)
+                phases, sent, caveats = _compile(fns, work, mesh, rollout_mesh)
             else:
                 phases, sent = estimates.temporaries(work), estimates.sent(work)
+                caveats = []
     except (slots.NoRoom, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, slots.NoRoom) and "memory" not in str(error):
             raise
@@ -70,14 +60,9 @@ def make_plan(
         small = run_config.with_values(config, {"rollout_slots": 1})
         plan = make_plan(small, base_model, topology, response_tokens, False)
         return plan | {"fits": False, "error": str(error).splitlines()[0]}
-    at_once = setup_rollouts.num_drawing_at_once(config)
-    # Devices of their own hold those that they draw by and those of the next step.
-    weights = work.weight_bytes * (at_once + work.is_apart)
-    caches = work.plan.cache_bytes * at_once
-    phases["rollout"] |= {"weights": weights, "caches": caches}
-    phases["score"]["base from the host"] = waiting
+    for phase, sizes in _held(config, fns, work).items():
+        phases[phase] |= sizes
     memory = _memory(state, phases, chip, work)
-    step = _step(work, sent, chip)
     return {
         "model": config.model,
         "topology": topology,
@@ -88,8 +73,7 @@ def make_plan(
         "memory_gib": memory,
         "fits": memory["total"] <= memory["available"],
         "error": None,
-        **step,
-        "notes": step["notes"] + caveats,
+        **_step(work, sent, chip, caveats),
     }
 
 
@@ -106,12 +90,46 @@ def _meshes(
     return mesh, rollout_mesh
 
 
-def _state_bytes(fns: train_fns.TrainFns) -> dict[str, int]:
+def _state_bytes(config: FrozenConfigDict, fns: train_fns.TrainFns) -> dict[str, int]:
     """What stays on a device for the whole run."""
-    return {
+    out = {
         "parameters": sharding.part_bytes(fns.state.params),
         "optimizer": sharding.part_bytes(fns.state.opt_state),
-        "base": sharding.part_bytes(fns.base),
+    }
+    return out if config.offload_ref else out | {"base": sharding.part_bytes(fns.base)}
+
+
+def _free_bytes(
+    config: FrozenConfigDict,
+    fns: train_fns.TrainFns,
+    mesh: AnyMesh,
+    state: dict[str, int],
+    chip: hardware.Chip,
+) -> int:
+    """What rollouts have of a device."""
+    free = int(hardware.usable_memory(chip))
+    if config.mesh.rollout:
+        return free
+    free -= sum(state.values())
+    if config.max_staleness:
+        free -= update_memory.of_update(fns, mesh, config.remat)
+    return free
+
+
+def _held(
+    config: FrozenConfigDict, fns: train_fns.TrainFns, work: roofline.Workload
+) -> dict[str, dict[str, int]]:
+    """What phases keep on a device beside what their programs need."""
+    at_once = setup_rollouts.num_drawing_at_once(config)
+    return {
+        "rollout": {
+            # Devices of their own hold those that they draw by and those of the next step.
+            "weights": work.weight_bytes * (at_once + work.is_apart),
+            "caches": work.plan.cache_bytes * at_once,
+        },
+        "score": {
+            "base from the host": sharding.part_bytes(fns.base) * config.offload_ref
+        },
     }
 
 
@@ -163,8 +181,9 @@ def _workload(
 
 def _compile(
     fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh, rollout_mesh: Mesh
-) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]]]:
-    """What each phase needs beside the state, and sends, as its program says."""
+) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]], list[str]]:
+    """What each phase needs beside the state, and sends, as its program says; and what it
+    cannot say."""
     batch = train_fns.abstract_minibatch(fns, mesh)
     phases, sent = {}, {}
     for phase, program in aot.compile_phases(fns, batch, work, rollout_mesh).items():
@@ -174,7 +193,7 @@ def _compile(
         on = rollout_mesh if phase == "rollout" else mesh
         found = hlo.collectives(program.as_text(), on)
         sent[phase] = roofline.sent(work, phase, found)
-    return phases, sent
+    return phases, sent, _caveats(fns, work)
 
 
 def _caveats(fns: train_fns.TrainFns, work: roofline.Workload) -> list[str]:
@@ -214,7 +233,10 @@ def _memory(
 
 
 def _step(
-    work: roofline.Workload, sent: dict[str, list[roofline.Sent]], chip: hardware.Chip
+    work: roofline.Workload,
+    sent: dict[str, list[roofline.Sent]],
+    chip: hardware.Chip,
+    caveats: list[str],
 ) -> dict[str, Any]:
     """The assumed lengths, the least seconds of a step, and what it sends."""
     phases = roofline.bounds(work, sent, chip)
@@ -253,129 +275,5 @@ def _step(
         "bound_by": f"{phases[slowest]['bound_by']} ({slowest})",
         "collectives": [{"phase": phase, **x._asdict()} for phase, x in rows],
         "gb_sent": sum(x.gb for _, x in rows),
-        "notes": notes,
+        "notes": notes + caveats,
     }
-
-
-def advise(
-    config: FrozenConfigDict,
-    base_model: ModelConfig,
-    topology: str,
-    response_tokens: int,
-) -> str:
-    """The smallest change, by estimate, that would make a run fit."""
-    small = {"microbatch_size": 1, "remat": "full"}
-    host = {} if config.lora.rank else {"offload_ref": True}
-    # One copy of the weights over all nodes.
-    one = {"mesh.data": 1} if hardware.num_nodes(*aot.parse(topology)) > 1 else {}
-    choices = [small, {"optim.mu_dtype": "bfloat16"}, host, one]
-    choices += [{"mesh.tensor": n} for n in (2, 4, 8)]
-    least = {**small, **one}
-    choices += [{**least, **host, "mesh.tensor": n} for n in (2, 4, 8)]
-    # Long rows, which several devices can share.
-    choices += [
-        {**least, "mesh.context": n, "rollout_tensor": m}
-        for n in _CONTEXTS
-        for m in (0, 2, 4)
-    ]
-    choices += [{**least, "mesh.tensor": n, "lora.rank": 16} for n in (1, 2, 4, 8)]
-    for changes in choices:
-        changed = run_config.with_values(config, changes)
-        try:
-            plan = make_plan(changed, base_model, topology, response_tokens, False)
-        except ValueError:  # sizes that do not divide
-            continue
-        if plan["fits"]:
-            flags = " ".join(f"--config.{k}={v}" for k, v in changes.items())
-            peak = plan["memory_gib"]["total"]
-            return f"it would fit with {flags} ({peak:.1f} GiB by estimate)"
-    return "no change of a setting would make it fit: take more or larger devices"
-
-
-def search(
-    config: FrozenConfigDict,
-    base_model: ModelConfig,
-    topology: str,
-    response_tokens: int,
-) -> list[dict[str, Any]]:
-    """Plans, by estimate, of every mesh of the devices, for rollouts too, and several sizes of
-    micro-batches. Devices share rows, `mesh.context`, only where nothing else fits
-    with room to spare.
-
-    Returns:
-      One plan for each mesh that is possible, as of `make_plan`, with the rollouts' share
-      of a matrix and the size of micro-batches that are best there; and `changes`, the settings that lead to it. Those
-      that fit come first, the fastest of them first; of equals one that leaves 15 % of the
-      memory, then that which sends least.
-
-    Raises:
-      ValueError: if no mesh of the devices will do, with what the last one lacks.
-    """
-    devices = sharding.num_learning(aot.parse(topology)[1], config.mesh.rollout)
-    ways = [n for n in range(1, devices + 1) if devices % n == 0]
-    experts = ways if base_model.experts else [1]
-    sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})
-    found, why = [], ""
-    for context in (1, *_CONTEXTS):
-        for fsdp, expert, tensor in itertools.product(ways, experts, ways):
-            inside = fsdp * expert * context * tensor
-            if devices % inside:
-                continue
-            changes = {"mesh.data": devices // inside, "mesh.fsdp": fsdp}
-            if base_model.experts:
-                changes |= {"mesh.expert": expert}
-            if context > 1 or config.mesh.context > 1:
-                changes |= {"mesh.context": context}
-            changes |= {"mesh.tensor": tensor}
-            shared = [n for n in ways if inside % n == 0]
-            own = [
-                {"microbatch_size": rows, "rollout_tensor": n}
-                for rows, n in itertools.product(sizes, shared)
-            ]
-            plans, error = _plans(
-                config,
-                [changes | x for x in own],
-                base_model,
-                topology,
-                response_tokens,
-            )
-            why = error or why
-            found += sorted(plans, key=_rank)[:1]
-        if any(plan["fits"] and not _is_tight(plan) for plan in found):
-            break
-    if not found:
-        raise ValueError(
-            f"no mesh of the {devices} devices of {topology} will do: {why}"
-        )
-    return sorted(found, key=_rank)
-
-
-def _plans(
-    config: FrozenConfigDict, changes: list[dict[str, int]], *args: Any
-) -> tuple[list[dict[str, Any]], str]:
-    """Those of a config with each of some changes that are possible, by estimate; and why
-    the last of the others is not."""
-    plans, why = [], ""
-    for change in changes:
-        try:
-            plan = make_plan(run_config.with_values(config, change), *args, False)
-        except ValueError as error:  # sizes that do not divide
-            why = str(error)
-        else:
-            plans.append(plan | {"changes": change})
-    return plans, why
-
-
-def _rank(plan: dict[str, Any]) -> tuple[Any, ...]:
-    # Estimates within a hundredth of each other are equal.
-    speed = round(100 * math.log(plan["seconds"]))
-    memory = plan["memory_gib"]
-    if not plan["fits"]:
-        return True, memory["total"]
-    return False, speed, _is_tight(plan), plan["gb_sent"], memory["total"]
-
-
-def _is_tight(plan: dict[str, Any]) -> bool:
-    """Whether memory is so close to its limit that what an estimate has missed decides."""
-    memory = plan["memory_gib"]
-    return memory["total"] > 0.85 * memory["available"]

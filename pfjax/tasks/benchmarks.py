@@ -211,6 +211,21 @@ def _check_choices(name: str, problems: list[Problem]) -> None:
             return
 
 
+def style_of(name: str, chosen: str = "") -> Style:
+    """How the problems of a set are asked: in a style of `STYLES`, or by a text with
+    {question} in it. Raises ValueError for neither."""
+    known = BENCHMARKS.get(name)
+    chosen = chosen or ("boxed" if known and known.source else "question")
+    if chosen in STYLES:
+        return STYLES[chosen]
+    if "{question}" not in chosen:
+        raise ValueError(
+            f"--style={chosen}: neither one of {', '.join(STYLES)} nor a text with "
+            "{question} in it"
+        )
+    return Style(chosen)
+
+
 def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
     """What is put to the model, before its chat template."""
     if not isinstance(problem.question, str):
