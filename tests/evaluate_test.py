@@ -124,6 +124,7 @@ def test_a_template_that_asks_for_the_time_goes_on_with_that_of_before(tmp_path)
 
 
 def test_a_problem_that_the_template_refuses_is_named(tmp_path):
+    from pfjax.model import hub
 
     model = pathlib.Path(shutil.copytree(hub.resolve("pfjax/toy"), tmp_path / "model"))
     (model / "chat_template.jinja").write_text(

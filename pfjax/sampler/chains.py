@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from pfjax import targets
 from pfjax.batch import Rollout
 from pfjax.infra import shard_map, sharding
+from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 from pfjax.sampler import buffers, decode, slots, unstack
 from pfjax.sampler.buffers import Prompts, SamplerState, Settings, Slots
@@ -32,11 +33,17 @@ Reward = Callable[[Array, Array, Array], Array]
 class Spec(NamedTuple):
     """What programs are compiled for, besides shapes. Hashable."""
 
+    method: Callable[..., tuple["Chains", Array, Any]]  # see `draw`
+    constants: tuple[int, ...]  # of the method
     settings: Settings  # samples_per_prompt: particles or chains
     target: Target
     reward: Reward | None
-    width: int  # of the caches of responses
     max_new_tokens: int
+
+    @property
+    def width(self) -> int:
+        """Of the caches of responses."""
+        return self.settings.plan.widths[-1]
 
 
 class Run(NamedTuple):
@@ -64,7 +71,12 @@ class Chains(NamedTuple):
     log_p_rare: Float[Array, "s r"] | None = None
 
 
-def _check(target: Target, reward: Reward | None, temperature: float | None) -> None:
+def _check(
+    config: ModelConfig,
+    target: Target,
+    reward: Reward | None,
+    temperature: float | None,
+) -> None:
     if not target.alpha > 0:
         raise ValueError(f"alpha must be positive, got {target.alpha}")
     if target.has_format:
@@ -78,11 +90,16 @@ def _check(target: Target, reward: Reward | None, temperature: float | None) -> 
         raise ValueError(
             f"the proposal's temperature must be positive, got {temperature}"
         )
+    if config.delta:
+        raise ValueError(
+            f"models of type {config.model_type} keep a state, which cannot go back "
+            "to an earlier token: mh and smc do not sample from them"
+        )
 
 
 @sharding.for_rollouts
 def draw(
-    method: Callable[..., tuple["Chains", Array, Any]],
+    method: Callable[..., tuple[Chains, Array, Any]],
     constants: tuple[int, ...],
     policy: Policy,
     prompts: list[list[int]],
@@ -95,20 +112,16 @@ def draw(
     seed: int,
     stop_ids: tuple[int, ...] | None,
 ) -> tuple[Rollout, Any]:
-    """Runs as many prompts at once as memory holds, with one program for all.
+    """Draws the responses to all prompts.
 
     Args:
       method: takes what `begin` returns, and `constants`; returns the responses, how many
         steps they took, and what else it found, a tree of `[P]`; draw returns it too.
       (the others): as in `mcmc.metropolis_hastings`.
     """
-    _check(target, reward, temperature)
-    if policy.config.delta:
-        raise ValueError(
-            f"models of type {policy.config.model_type} keep a state, which cannot go back "
-            "to an earlier token: mh and smc do not sample from them"
-        )
-    lengths = slots.check_prompts(policy.config, prompts, max_new_tokens)
+    config = policy.config
+    _check(config, target, reward, temperature)
+    lengths = slots.check_prompts(config, prompts, max_new_tokens)
     plan = slots.make_plan(
         policy,
         num_prompts=len(prompts),
@@ -117,19 +130,31 @@ def draw(
         prompt_width=int(lengths.max()),
         keeps_all=True,
     )
-    at_once = plan.dp_size * max(plan.slots // chains_per_prompt, 1)
     settings = Settings(
-        config=policy.config,
+        config=config,
         plan=plan,
         samples_per_prompt=chains_per_prompt,
-        stop_ids=policy.config.stop_ids if stop_ids is None else stop_ids,
+        stop_ids=config.stop_ids if stop_ids is None else stop_ids,
     )
-    spec = Spec(settings, target, reward, plan.widths[-1], max_new_tokens)
+    spec = Spec(method, constants, settings, target, reward, max_new_tokens)
     state = SamplerState(
-        unstack.weights(policy.config, policy.params),
+        unstack.weights(config, policy.params),
         jax.random.key(seed),
         np.float32(temperature or 1 / target.alpha),
     )
+    return _in_groups(spec, state, np.float32(log_z), prompts, lengths)
+
+
+def _in_groups(
+    spec: Spec,
+    state: SamplerState,
+    log_z: np.float32,
+    prompts: list[list[int]],
+    lengths: Int[np.ndarray, "p"],
+) -> tuple[Rollout, Any]:
+    """Runs as many prompts at once as memory holds, with one program for all."""
+    plan = spec.settings.plan
+    at_once = plan.dp_size * max(plan.slots // spec.settings.samples_per_prompt, 1)
     tokens = np.zeros((len(prompts), plan.prompt_width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -137,8 +162,7 @@ def draw(
     for first in range(0, len(prompts), at_once):
         ids = np.arange(first, first + at_once, dtype=np.int32)
         index = np.minimum(ids, len(prompts) - 1)  # the last fills up a group
-        group = (np.float32(log_z), tokens[index], lengths[index], ids)
-        found = _draw(state, *group, spec=spec, method=method, constants=constants)
+        found = _draw(state, log_z, tokens[index], lengths[index], ids, spec=spec)
         last = len(prompts) - first
         groups.append(jax.tree.map(lambda x: x[:last], sharding.fetch(found)))  # noqa: B023
     join = lambda *xs: np.concatenate(xs)
@@ -146,14 +170,13 @@ def draw(
     return Rollout(tokens, length, log_p, is_stopped, int(steps.sum())), found
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "method", "constants"))
-def _draw(
-    *whole_and_prompts: Any, spec: Spec, method: Callable, constants: tuple[int, ...]
-) -> tuple[Any, ...]:
+@functools.partial(jax.jit, static_argnames="spec")
+def _draw(*whole_and_prompts: Any, spec: Spec) -> tuple[Any, ...]:
     """Tokens, log-probs, lengths, ends `[P, G, ...]`; slot-steps and more `[P]`."""
 
     def local(state, log_z, *prompts):
-        y, steps, found = method(*begin(spec, state, log_z, *prompts), *constants)
+        start = begin(spec, state, log_z, *prompts)
+        y, steps, found = spec.method(*start, *spec.constants)
         num = len(prompts[0])
         split = lambda x: x.reshape(num, -1, *x.shape[1:])
         out = tuple(split(x) for x in (y.tokens, y.log_p, y.length, y.is_stopped))

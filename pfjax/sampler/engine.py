@@ -14,6 +14,7 @@ import numpy as np
 
 from pfjax.batch import Rollout
 from pfjax.infra import sharding
+from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 from pfjax.sampler import options, slots, unstack
 from pfjax.sampler.buffers import SamplerState, Settings
@@ -58,9 +59,9 @@ def rollout(
       capacity: see `Capacity`.
       samples: which of the G to draw, all by default: each is drawn as it would be among
         the others, by the same compiled programs.
-      alpha: P of them, for a policy for every alpha (see `dial`).
       on_finish: called with the responses that have ended since the last call, while
         the devices go on (at the end only, with `max_total_tokens`).
+      alpha: P of them, for a policy for every alpha (see `dial`).
 
     Returns:
       Host arrays; see `batch.Rollout`.
@@ -75,28 +76,15 @@ def rollout(
     >>> pfjax.rollout(policy, [[3, 4]], samples_per_prompt=2, max_new_tokens=5).tokens.shape
     (1, 2, 5)
     """
-    if min(samples_per_prompt, max_new_tokens) < 1:
-        raise ValueError(
-            f"samples_per_prompt={samples_per_prompt} and max_new_tokens={max_new_tokens} "
-            "must be positive"
-        )
-    longest = int(slots.check_prompts(policy.config, prompts, max_new_tokens).max())
-    width = capacity.prompt_width or longest
-    if longest > width:
-        raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
+    sizes = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
+    width = _prompt_width(policy.config, prompts, capacity, **sizes)
     samples = range(samples_per_prompt) if samples is None else samples
     _check(temperature, stop, len(prompts) * len(samples))
     _check_alpha(policy.config.alpha_range, alpha, len(prompts))
-    plan = slots.make_plan(
-        policy,
-        num_prompts=len(prompts),
-        samples_per_prompt=samples_per_prompt,
-        max_new_tokens=max_new_tokens,
-        **dataclasses.asdict(capacity) | {"prompt_width": width},
-    )
+    sizes |= dataclasses.asdict(capacity) | {"prompt_width": width}
     settings = Settings(
         config=policy.config,
-        plan=plan,
+        plan=slots.make_plan(policy, num_prompts=len(prompts), **sizes),
         samples_per_prompt=samples_per_prompt,
         stop_ids=policy.config.stop_ids if stop.stop_ids is None else stop.stop_ids,
         is_greedy=temperature == 0,
@@ -108,9 +96,27 @@ def rollout(
         np.float32(temperature or 1.0),
     )
     how = (max_new_tokens, stop, on_finish, samples)
-    alpha = None if alpha is None else np.array(alpha, np.float32)
-    scheduler = Scheduler(settings, state, prompts, prompt_ids, *how, alpha=alpha)
-    return scheduler.to_end()
+    return Scheduler(settings, state, prompts, prompt_ids, *how, alpha=alpha).to_end()
+
+
+def _prompt_width(
+    config: ModelConfig,
+    prompts: list[list[int]],
+    capacity: Capacity,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+) -> int:
+    """Tokens that prompts have room for. Raises ValueError for sizes that will not do."""
+    if min(samples_per_prompt, max_new_tokens) < 1:
+        raise ValueError(
+            f"samples_per_prompt={samples_per_prompt} and max_new_tokens={max_new_tokens} "
+            "must be positive"
+        )
+    longest = int(slots.check_prompts(config, prompts, max_new_tokens).max())
+    width = capacity.prompt_width or longest
+    if longest > width:
+        raise ValueError(f"a prompt has {longest} tokens, prompt_width is {width}")
+    return width
 
 
 def _check(temperature: float, stop: StopConditions, num_samples: int) -> None:

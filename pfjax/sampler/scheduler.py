@@ -53,7 +53,7 @@ class Scheduler:
         on_finish: Callable[[list[Finished]], None] | None,
         samples: range,
         room: int | None = None,  # for so many prompts at once; None: all
-        alpha: np.ndarray | None = None,  # of each prompt
+        alpha: Sequence[float] | np.ndarray | None = None,  # of each prompt
     ):
         plan, most = settings.plan, settings.samples_per_prompt
         d, room = plan.dp_size, len(prompts) if room is None else room
@@ -64,7 +64,7 @@ class Scheduler:
         ids = range(len(prompts)) if prompt_ids is None else prompt_ids
         self.ids = np.array([*ids], np.int32)
         # Of each prompt, and of those in prefix slots, for a policy for every alpha.
-        self.alpha = np.zeros(0, np.float32) if alpha is None else alpha
+        self.alpha = np.array([] if alpha is None else alpha, np.float32)
         self.has_alpha = bool(settings.config.alpha_range)
         self.prefix_alpha = np.ones((d, plan.prefix_slots), np.float32)
         self.queue_alpha = np.ones((d, per_part), np.float32)
