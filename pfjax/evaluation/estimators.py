@@ -18,7 +18,7 @@ def standard_error(per_problem: Float[np.ndarray, "p"]) -> float | None:
 
 
 def pass_at_k(num_correct: Int[np.ndarray, "p"], n: int, k: int) -> np.ndarray:
-    """Unbiased probability that k of n samples hold a right one, `[P]`.
+    """Unbiased probability that k of n samples hold a correct one, `[P]`.
 
     .. math:: 1 - C(n - c, k) / C(n, k)
 
@@ -44,13 +44,13 @@ def maj_at_k(
 ) -> float:
     """Expected correctness of the majority class of answers among k of n samples.
 
-    Of tied classes the fraction that is right; 0 when nobody votes. The mean over all
-    subsets of k where they are no more than `num_subsets`, else over that many, drawn
-    without replacement within each; the same ones for every problem and model.
+    Of tied classes the fraction that is correct; 0 when no sample votes. The mean is over
+    all subsets of k, or over `num_subsets` random ones where there are more: the same for
+    every problem and model.
 
     Args:
       classes: equivalence class of each sample's answer; -1 (no answer) has no vote.
-      is_correct: whether each sample is right.
+      is_correct: whether each sample is correct.
 
     Raises:
       ValueError: if k exceeds n.
@@ -65,10 +65,10 @@ def maj_at_k(
         subsets = (rng.permutation(n)[:k] for _ in range(num_subsets))
     scores = []
     for subset in subsets:
-        voted, right = classes[subset], is_correct[subset]
+        voted, correct = classes[subset], is_correct[subset]
         names, votes = np.unique(voted[voted >= 0], return_counts=True)
         winners = names[votes == votes.max(initial=0)]
-        scores.append(np.mean([right[voted == c].mean() for c in winners] or 0.0))
+        scores.append(np.mean([correct[voted == c].mean() for c in winners] or 0.0))
     return float(np.mean(scores))
 
 
@@ -77,8 +77,8 @@ def answer_entropy(classes: Int[np.ndarray, "n"]) -> float:
 
     .. math:: -\sum_c f_c \log f_c
 
-    with f_c the share of class c among the samples that have an answer.
+    with f_c the fraction of class c among the samples that have an answer.
     """
     _, votes = np.unique(classes[classes >= 0], return_counts=True)
-    share = votes / max(votes.sum(), 1)
-    return float(np.sum(share * np.log(1 / share)))
+    fraction = votes / max(votes.sum(), 1)
+    return float(np.sum(fraction * np.log(1 / fraction)))

@@ -126,8 +126,8 @@ def compile_phases(
     work: Workload,
     rollout_mesh: Mesh,
 ) -> dict[str, Any]:
-    """Compiles the programs of a step for the current mesh, one per phase, that of rollouts
-    for theirs; for a `batch` of `train_fns.abstract_minibatch`."""
+    """Compiles the program of each phase of a step, rollouts for their mesh, the others for
+    the current one and a `batch` of `train_fns.abstract_minibatch`."""
     scored, number = batch
     rows = scored._replace(**dict.fromkeys(SCORES))
     frozen = fns.base if work.model.lora_rank else {}

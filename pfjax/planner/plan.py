@@ -140,8 +140,8 @@ def _workload(
     free: int,
     response_tokens: int,
 ) -> roofline.Workload:
-    """A step of the config on a mesh, of which rollouts have the current one, with free
-    bytes beside the state."""
+    """A step of the config: updates on `mesh`, rollouts on the current one, of whose devices
+    each has `free` bytes for them."""
     model, rollout_mesh = fns.model, jax.sharding.get_abstract_mesh()
     sizes = setup_rollouts.plan_sizes(config, config.data.max_prompt_tokens)
     at_once = setup_rollouts.num_drawing_at_once(config)
@@ -182,8 +182,8 @@ def _workload(
 def _compile(
     fns: train_fns.TrainFns, work: roofline.Workload, mesh: Mesh, rollout_mesh: Mesh
 ) -> tuple[dict[str, dict[str, int]], dict[str, list[roofline.Sent]], list[str]]:
-    """What each phase needs beside the state, and sends, as its program says; and what it
-    cannot say."""
+    """What each phase needs beside the state, and sends, as its program says; and what
+    programs do not say."""
     batch = train_fns.abstract_minibatch(fns, mesh)
     phases, sent = {}, {}
     for phase, program in aot.compile_phases(fns, batch, work, rollout_mesh).items():

@@ -75,7 +75,7 @@ def render(found: Sequence[runs.Run], command: str = "", version: str = "") -> s
             "version": version,
         },
     )
-    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+    return samples.whole(text)
 
 
 def _styles(has_math: bool) -> str:
@@ -179,25 +179,20 @@ def _costs(groups: Sequence[Group]) -> list[dict[str, Any]]:
         "time": "of steps and evaluations, per run",
         "devices": "how many, and of which kind",
     }
+    fact = lambda value, text: _NOTHING | {"value": value, "text": text}
     cells: dict[str, list[dict[str, Any]]] = {name: [] for name in about}
     for g in groups:
-        speed = [v for run in g.runs if (v := _median_speed(run)) is not None]
-        hours = np.mean([_hours(run) for run in g.runs])
-        cells["tokens/s"].append(
-            {
-                **_NOTHING,
-                "value": f"{np.mean(speed):.6g}",
-                "text": f"{np.mean(speed):,.0f}",
-            }
-            if speed
-            else _NOTHING
+        speeds = [v for run in g.runs if (v := _median_speed(run)) is not None]
+        speed, hours = (
+            np.mean(speeds or [0.0]),
+            np.mean([_hours(run) for run in g.runs]),
         )
+        known = fact(f"{speed:.6g}", f"{speed:,.0f}")
+        cells["tokens/s"].append(known if speeds else _NOTHING)
         text = f"{hours:.1f} h" if hours >= 0.1 else f"{hours * 60:.1f} min"
-        took = {"value": f"{hours:.6g}", "text": text} if hours else {}
-        cells["time"].append(_NOTHING | took)
-        kinds = dict.fromkeys(_devices(run) for run in g.runs)
-        text = " / ".join(kinds)
-        cells["devices"].append({**_NOTHING, "value": text, "text": text})
+        cells["time"].append(fact(f"{hours:.6g}", text) if hours else _NOTHING)
+        devices = " / ".join(dict.fromkeys(_devices(run) for run in g.runs))
+        cells["devices"].append(fact(devices, devices))
     return [{"title": k, "about": about[k], "cells": v} for k, v in cells.items()]
 
 

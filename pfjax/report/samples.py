@@ -74,17 +74,17 @@ def _pack(kept: Sequence[Evaluation], shown: Sequence[Key]) -> str:
                 golds.setdefault(p.key, p.samples[0]["gold"])
                 samples[number[p.key]] = [_sample(r) for r in p.samples]
         evaluations.append({"run": run, "step": step, "samples": samples})
-    prompts = [{"text": _whole(k[1]), "gold": golds.get(k), "set": k[2]} for k in shown]
+    prompts = [{"text": whole(k[1]), "gold": golds.get(k), "set": k[2]} for k in shown]
     out = json.dumps({"prompts": prompts, "evaluations": evaluations})
     return base64.b64encode(gzip.compress(out.encode(), mtime=0)).decode()
 
 
 def _sample(row: dict[str, Any]) -> list[Any]:
-    text = _whole(row["completion"])
+    text = whole(row["completion"])
     return [text, row["tokens"], row["terminated"], row["answer"], row["correct"]]
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
     """A text cut within a character holds half of one, which no page can show."""
     return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
 

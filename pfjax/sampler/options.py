@@ -82,8 +82,8 @@ class Capacity:
 
     prompt_width: int | None = None  # so that other prompts share compiled programs
     num_slots: int | None = None  # samples decoded at once, over all devices
-    cache_dtype: str | None = None  # of keys and values: bfloat16 on accelerators, else
-    # the type of the computation
+    # Of keys and values: bfloat16 on accelerators, else the type of the computation.
+    cache_dtype: str | None = None
     backend: str | None = None  # one of `decode_attention.BACKENDS`
 
 

@@ -31,9 +31,9 @@ def resize(
 ) -> tuple[Prompts, Slots, Cache]:
     """Other numbers of slots, of tokens per slot, and width of the grid.
 
-    With fewer slots the busy ones, which must fit, move together. That, a narrower grid,
-    or a prompt of its own for every slot (a width of 1), only after the last sample of the
-    queue has begun.
+    With fewer slots the busy ones, which must fit, move together. Slots may become fewer,
+    and the grid narrower (with a width of 1 each slot has a prompt of its own), only after
+    the last sample of the queue has begun.
     """
     widths = s.plan.response_widths(after.width)
     if after.slots < before.slots:

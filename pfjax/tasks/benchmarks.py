@@ -235,7 +235,7 @@ def prompt_of(problem: Problem, style: Style) -> str | list[dict[str, str]]:
 
 
 def _gpqa(where: str, row: dict[str, Any], number: int, seed: int) -> Problem:
-    # The set lists the right one first.
+    # The set lists the correct one first.
     keys = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
     random.Random(f"{seed} {number}").shuffle(keys)
     choices = [f"{x}. {row[k].strip()}" for x, k in zip("ABCD", keys, strict=True)]

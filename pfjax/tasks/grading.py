@@ -1,9 +1,9 @@
-r"""Answers to right or wrong, by a process that can be killed.
+r"""Whether answers are correct, by a process that can be killed.
 
 Some answers send sympy into arithmetic that no alarm can interrupt
 (`\boxed{9^{9^{9^9}}}`). The kernel ends the process that compares, `pfjax.tasks.equality`,
 after some seconds of its own processor time, so that no verdict depends on how busy a
-machine is; the answer counts as wrong, and a new process starts.
+machine is; the answer counts as incorrect, and a new process starts.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ BY_THEMSELVES = Fields()
 class Problem(NamedTuple):
     id: str  # of the set, or the number of the row
     question: str | list[dict[str, str]]  # messages are asked as they are
-    gold: str | None  # what a right answer equals; None: not graded
+    gold: str | None  # what a correct answer equals; None: not graded
     tolerance: float | None = None  # absolute, of a numeric answer
     columns: Mapping[str, Any] = types.MappingProxyType({})  # the row, for rewards
     fields: Fields = BY_THEMSELVES  # what question and gold came from
@@ -167,12 +167,12 @@ def _message(where: str, field: str, m: Any) -> dict[str, Any]:
 
 
 def gold_of(where: str, value: Any) -> str | None:
-    """What a right answer equals; None where there is none.
+    """What a correct answer equals; None where there is none.
 
     Of a list, which holds several ways to write one answer (Minerva's, EMPO's), the first
-    counts, of an object its one value, as text of Python too, and of a worked solution the
-    answer that it marks; words around an answer (`Answer: 5`) are dropped; a number has no
-    decimal point that says nothing.
+    counts, and of an object its one value; both may be text as Python prints them. Of a
+    worked solution the answer that it marks counts. Words around an answer (`Answer: 5`)
+    and the decimals of a whole number (`27.0`) are dropped.
 
     Raises:
       ValueError: for an object of several values, and bytes that are no text.
