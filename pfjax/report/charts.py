@@ -130,15 +130,12 @@ def _dials(groups: Sequence[Group]) -> Iterator[Chart]:
         made = []
         for i, group in enumerate(groups):
             # Of the first of a group that was evaluated.
-            found = [
-                r.scores_by_alpha[name] for r in group.runs if name in r.scores_by_alpha
-            ]
-            if found and len(found[0]) > 1:
-                alphas = sorted(found[0])
-                values = [found[0][alpha] for alpha in alphas]
-                x, y = ([v[k] for v in values] for k in ("distinct", "quality"))
-                points = {"points": alphas, "x": x, "y": y}
-                made.append({"group": i, **points})
+            found = (r.scores_by_alpha.get(name) for r in group.runs)
+            scores = next(filter(None, found), {})
+            if len(scores) > 1:
+                alphas = sorted(scores)
+                x, y = ([scores[a][k] for a in alphas] for k in ("distinct", "quality"))
+                made.append({"group": i, "points": alphas, "x": x, "y": y})
         caption = (
             f"Accuracy on {name} against distinct responses, one policy at every alpha that "
             "was evaluated: hollow at the least. Good: up and to the right."
