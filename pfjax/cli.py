@@ -169,8 +169,8 @@ def find_model() -> tuple[os.PathLike, Any]:
 
 
 def check_alpha(source: os.PathLike, is_given: bool, others: str = "") -> None:
-    """Raises ValueError for a policy for every alpha without --alpha, and the reverse, where
-    `others` says what else would need it."""
+    """Raises ValueError for a policy for every alpha without --alpha, and for --alpha with any
+    other model; `others` names what else would take it."""
     path, is_dial = flags.FLAGS.model, (source / hf.DIAL).is_file()
     if is_dial and not is_given:
         raise ValueError(

@@ -82,7 +82,8 @@ def main() -> None:
             why = "" if can_compile else f": {missing}[{aot.extra(name)}]"
             how = "estimated from shapes" + why
         advice = None if plan["fits"] else choices.advise(*args, name, response)
-        _show(plan | {"advice": advice}, tables.of_plan(plan, how, advice))
+        plan |= {"advice": advice}
+        _show(plan, tables.of_plan(plan, how))
     if not plan["fits"]:
         sys.exit(1)
 

@@ -136,8 +136,8 @@ def main() -> None:
                 lines = (samples.line(tok, prompts, x, *sample_of) for x in finished)
                 add("".join(lines))
 
-            draw = {"best_of": _draw_best, "mh": _draw_power, "smc": _draw_power}
-            draw = draw.get(FLAGS.method, _draw_tokens)
+            methods = {"best_of": _draw_best, "mh": _draw_power, "smc": _draw_power}
+            draw = methods.get(FLAGS.method, _draw_tokens)
             begin = time.perf_counter()
             rollout = draw(policy, tok, prompts, limit, write)
             seconds = time.perf_counter() - begin
@@ -288,8 +288,8 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
         FLAGS.alpha, FLAGS.beta, has_format=False, eta_cutoff=FLAGS.eta_cutoff
     )
     args = (policy, prompts.tokens, target, FLAGS.samples, max_new_tokens)
-    how = {"log_z": FLAGS.log_z, "seed": FLAGS.seed}
-    how["stop_ids"] = tokenizer.stop_ids(tok, policy.config)
+    stop_ids = tokenizer.stop_ids(tok, policy.config)
+    how = {"log_z": FLAGS.log_z, "seed": FLAGS.seed, "stop_ids": stop_ids}
     with target_reward.started(FLAGS.reward, tok, prompts.problems) as reward:
         _say(f"{what} by {FLAGS.method}")
         how["reward"] = reward

@@ -7,13 +7,9 @@ from pfjax.infra import sharding
 _SHOWN = 8  # plans of a search
 
 
-def of_plan(plan: dict[str, Any], how: str, advice: str | None) -> str:
-    """The memory and the time of one plan.
-
-    Args:
-      how: it was made.
-      advice: what would make it fit, if it does not.
-    """
+def of_plan(plan: dict[str, Any], how: str) -> str:
+    """The memory and the time of one plan, or the advice if it does not fit; `how` says what
+    it comes from."""
     mesh = sharding.describe(plan["mesh"])
     if n := plan["rollout_devices"]:
         mesh += f", and {n} devices for rollouts alone"
@@ -29,7 +25,7 @@ def of_plan(plan: dict[str, Any], how: str, advice: str | None) -> str:
     out.append(f"{peak} {'fits' if plan['fits'] else 'DOES NOT FIT'}")
     if plan["error"]:
         out.append(f"  {plan['error']}")
-    out += _step(plan) if plan["fits"] else [f"\n{advice}"]
+    out += _step(plan) if plan["fits"] else [f"\n{plan['advice']}"]
     return "\n".join(out)
 
 

@@ -212,16 +212,16 @@ def begin(
         length - 1,
         s=s,
     )
+    zeros = jnp.zeros((count, spec.max_new_tokens))
     empty = Chains(
-        tokens=jnp.zeros((count, spec.max_new_tokens), jnp.int32),
-        log_p=jnp.zeros((count, spec.max_new_tokens)),
-        log_q=jnp.zeros((count, spec.max_new_tokens)),
+        tokens=zeros.astype(jnp.int32),
+        log_p=zeros,
+        log_q=zeros,
         length=jnp.zeros(count, jnp.int32),
         is_stopped=jnp.zeros(count, bool),
         cache=buffers.empty_cache(s, count, s.plan.response_widths(spec.width)),
+        log_p_rare=zeros if spec.target.eta_cutoff else None,
     )
-    if spec.target.eta_cutoff:
-        empty = empty._replace(log_p_rare=jnp.zeros_like(empty.log_p))
     return Run(spec, state, log_z, tokens, length, prompt_id, cached), empty
 
 
@@ -283,8 +283,8 @@ def is_open(run: Run, y: Chains) -> Bool[Array, "s"]:
 
 
 def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array, "s"]:
-    """The target's, with `alpha` in place of its own if given, of responses as far as they
-    go; the reward counts once they end."""
+    """Log density of responses so far under the target, with `alpha` in place of its own if
+    given; the reward counts once they end."""
     target, reward = run.spec.target, 0.0
     if alpha is not None:
         target = dataclasses.replace(target, alpha=alpha)
@@ -294,9 +294,8 @@ def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array,
         length = jnp.where(is_left, 0, y.length)
         reward = run.spec.reward(y.tokens, length, prompt)
         reward = jnp.where(is_left, 0.0, reward)
-    tilt = {"reward": reward}
-    if y.log_p_rare is not None:
-        tilt["log_p_rare"] = sum_from(y.log_p_rare, y)
+    rare = None if y.log_p_rare is None else sum_from(y.log_p_rare, y)
+    tilt = {"reward": reward, "log_p_rare": rare}
     return target.log_density(sum_from(y.log_p, y), y.length, run.log_z, **tilt)
 
 
