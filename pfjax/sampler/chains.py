@@ -40,11 +40,6 @@ class Spec(NamedTuple):
     reward: Reward | None
     max_new_tokens: int
 
-    @property
-    def width(self) -> int:
-        """Of the caches of responses."""
-        return self.settings.plan.widths[-1]
-
 
 class Run(NamedTuple):
     """What the chains of one shard read, and never change."""
@@ -219,7 +214,7 @@ def begin(
         log_q=zeros,
         length=jnp.zeros(count, jnp.int32),
         is_stopped=jnp.zeros(count, bool),
-        cache=buffers.empty_cache(s, count, s.plan.response_widths(spec.width)),
+        cache=buffers.empty_cache(s, count, s.plan.response_widths(s.plan.widths[-1])),
         log_p_rare=zeros if spec.target.eta_cutoff else None,
     )
     return Run(spec, state, log_z, tokens, length, prompt_id, cached), empty
@@ -234,7 +229,7 @@ def one_token(
     slot = jnp.arange(len(y.length), dtype=jnp.int32)
     prompt = slot // g
     # A response at rest runs its own last token again, which changes nothing.
-    at = jnp.minimum(y.length, run.spec.width - 1)
+    at = jnp.minimum(y.length, s.plan.widths[-1] - 1)
     take = lambda x, at: jnp.take_along_axis(x, at[:, None], axis=1)[:, 0]
     of_prompt = take(run.tokens, run.prompt_length - 1)
     before = take(y.tokens, jnp.maximum(at - 1, 0))
