@@ -115,6 +115,8 @@ _READ = _SCALING | {
 _NO_BOUNDS = {
     "mscale", "mscale_all_dim", "partial_rotary_factor", "rope_type", "truncate", "type",
 }  # fmt: skip
+# Kind of scaling -> what a config has to say of it.
+_NEEDED = dict.fromkeys(KINDS, ("factor",)) | {"default": (), "llama3": KINDS["llama3"]}
 # Kinds of layers that may have a rope each.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -131,15 +133,18 @@ def from_json(json: dict[str, Any], theta: float = 10_000.0) -> RopeConfig:
     """
     p = json.get("rope_parameters") or json.get("rope_scaling") or {}
     said = f"sets rope_scaling (rope_parameters) {p}"
-    are_numbers = isinstance(p, dict) and not any(
+    if not isinstance(p, dict):
+        raise ValueError(f"{said}: must be an object of numbers")  # noqa: TRY004
+    kind = p.get("rope_type") or p.get("type") or "default"
+    if kind not in list(KINDS):
+        raise ValueError(f"{said}: {kind!r} is none of {', '.join(KINDS)}")
+    are_numbers = not any(
         isinstance(v, list | dict) or (isinstance(v, str) and "type" not in k)
         for k, v in p.items()
     )
     if not are_numbers:
         raise ValueError(f"{said}: must be an object of numbers")
-    kind = p.get("rope_type") or p.get("type") or "default"
-    is_partial = p.get("partial_rotary_factor", 1.0) != 1.0
-    if set(p) - _READ or kind not in KINDS or is_partial:
+    if set(p) - _READ or p.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{said}: not supported")
     for name in p.keys() - _NO_BOUNDS:
         is_bool = isinstance(p[name], bool)
@@ -147,8 +152,9 @@ def from_json(json: dict[str, Any], theta: float = 10_000.0) -> RopeConfig:
             raise ValueError(f"{said}: {name} must be a positive number")
     if any((p.get(name) or 0) < 0 for name in ("mscale", "mscale_all_dim")):
         raise ValueError(f"{said}: mscale must not be negative")
-    if kind != "default" and not p.get("factor"):
-        raise ValueError(f"{said} but no factor")
+    for name in _NEEDED[kind]:
+        if not p.get(name):
+            raise ValueError(f"{said} but no {name}")
     original = "original_max_position_embeddings"
     inside = {name: p.get(name) for name in ("rope_theta", original)}
     if json.get("rope_parameters"):
@@ -183,11 +189,14 @@ def from_json_by_type(
 ) -> dict[str, RopeConfig]:
     """As `from_json`, of the two types of layers: "rope" of those that attend to all, and
     "local_rope" of those with a window, which transformers 4 did not scale."""
-    p = json.get("rope_parameters")
-    if isinstance(p, dict) and set(p) & set(_LAYER_TYPES):
-        full, local = (json | {"rope_parameters": p.get(x) or {}} for x in _LAYER_TYPES)
-    else:
-        full, local = json, json | {"rope_parameters": None}
+    p = json.get("rope_parameters") or {}
+    if not isinstance(p, dict) or set(p) - set(_LAYER_TYPES):
+        # transformers passes over what is not under a type.
+        raise ValueError(
+            f"sets rope_parameters={p}: must be one object for each type of layers, "
+            f"{' and '.join(_LAYER_TYPES)}"
+        )
+    full, local = (json | {"rope_parameters": p.get(x) or {}} for x in _LAYER_TYPES)
     # What stands beside is of the layers that attend to all.
     local |= dict.fromkeys(("rope_scaling", "rope_theta"))
     local = from_json(local, local_theta)

@@ -313,6 +313,14 @@ def test_null_is_as_if_it_were_not_there(tmp_path, name, change):
             "low_freq_factor below",
         ),
         (
+            {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0},
+            "but no low_freq_factor",
+        ),
+        (
+            {"rope_type": "longrope", "factor": 4.0, "long_factor": [1.0]},
+            "'longrope' is none of default, linear",
+        ),
+        (
             {"rope_type": "yarn", "factor": 4.0}
             | {"original_max_position_embeddings": 512},
             "original_max_position_embeddings=1024 beside",
@@ -325,6 +333,19 @@ def test_ropes_that_no_model_can_have_are_refused_by_name(
     config = HUB[OLMO] | {"rope_theta": None, "rope_parameters": parameters}
     config["original_max_position_embeddings"] = 1024
     with pytest.raises(ValueError, match=message):
+        _read(tmp_path, config)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo3"])
+@pytest.mark.parametrize("beside", [{}, {"sliding_attention": {"rope_theta": 5e3}}])
+def test_a_rope_of_no_type_is_refused_where_types_have_their_own(
+    tmp_path, model_type, beside
+):
+    """transformers passes over it: its Gemma 3 would keep a base of 1e6."""
+    config = HUB[GEMMA if model_type == "gemma3_text" else OLMO]
+    config = config | {"model_type": model_type, "architectures": None}
+    config |= {"rope_theta": None, "rope_parameters": {"rope_theta": 5e4} | beside}
+    with pytest.raises(ValueError, match="full_attention and sliding_attention"):
         _read(tmp_path, config)
 
 
