@@ -6,7 +6,7 @@ Below this module prompts are token ids and a policy need not have a tokenizer.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -97,8 +97,8 @@ def rollout(
 
     Raises:
       ValueError: for a prompt that is empty or of another kind, text without a tokenizer,
-        a negative temperature, more positions than the model has, or a cache that does not
-        fit in memory.
+        a negative temperature, a seed that is negative or has more than 32 bits, more
+        positions than the model has, or a cache that does not fit in memory.
 
     >>> import pfjax
     >>> policy = pfjax.load("pfjax/toy")
@@ -111,7 +111,7 @@ def rollout(
     tok = policy.tokenizer
     if alpha is not None:
         policy = lora.at_alpha(policy, alpha)
-    if isinstance(prompts, str | dict):
+    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
         said = f"prompts must be a list: give [{prompts!r}]"
         raise ValueError(said)  # noqa: TRY004
     ids = [_encode(tok, prompt) for prompt in prompts]

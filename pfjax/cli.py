@@ -127,7 +127,7 @@ def define_sampling_flags() -> None:
         define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
         define(field.name, field.default, field.metadata["help"])
     flags.DEFINE_integer(
-        "seed", 0, "the same seed draws the same", 0, settings.LARGEST_SEED
+        "seed", 0, "the same seed draws the same", 0, options.LARGEST_SEED
     )
 
 

@@ -35,7 +35,8 @@ def trajectories(
     """Token ids of sequences, and how many of each are prompt, as `pack` takes them.
 
     Raises:
-      ValueError: for what holds anything but whole numbers, or not one length per sequence.
+      ValueError: for what holds anything but whole numbers of 32 bits, or not one length per
+        sequence.
     """
     out = []
     for i, sequence in enumerate(sequences):
@@ -44,6 +45,10 @@ def trajectories(
             said = f"{sequence!r:.100} is not a list of token ids"
             raise ValueError(f"sequence {i}: {said}")
         out.append(ids.astype(np.int32))
+        if (is_cut := out[-1] != ids).any():
+            raise ValueError(
+                f"sequence {i} holds token id {ids[is_cut][0]}: no model has"
+            )
     starts = np.asarray(prompt_lengths)
     if starts.shape != (len(out),):
         raise ValueError(f"{len(out)} sequences but {starts.size} prompt_lengths")

@@ -97,8 +97,13 @@ def test_prompts_of_another_kind_are_refused(toy, prompts, said):
     ("f", "said"),
     [
         (lambda _: pfjax.rollout("pfjax/toy", ["1"]), "what pfjax.load returns, got"),
-        (lambda p: pfjax.rollout(p, ["1"], 0), "samples_per_prompt=0 and max_new_tokens="),
-        (lambda p: pfjax.rollout(p, ["1"], 1, 0), "max_new_tokens=0 must be positive"),
+        (lambda p: pfjax.rollout(p, ["1"], 0), "samples_per_prompt=0: must be a whole"),
+        (lambda p: pfjax.rollout(p, ["1"], 1, 0), "max_new_tokens=0: must be a whole"),
+        (lambda p: pfjax.rollout(p, ["1"], 1, 2, seed=2**32), "seed=4294967296: must be"),
+        (lambda p: pfjax.rollout(p, ["1"], 1, 2, seed=-1), "from 0 to 4294967295"),
+        (lambda p: pfjax.rollout(p, ["1"], 1, 2, np.inf), "nor infinite, got inf"),
+        (lambda p: pfjax.rollout(p, None), "prompts must be a list"),
+        (lambda p: pfjax.score(p, [[2, 2**32 + 3]], [1]), "token id 4294967299: no model"),
         (lambda _: pfjax.score("pfjax/toy", [[2, 3]], [1]), "what pfjax.load returns"),
         (lambda p: pfjax.score(p, [[2, 3], [2, 4]], [1]), "2 sequences but 1 prompt_len"),
         (lambda p: pfjax.score(p, [[2, 3.5]], [1]), "sequence 0: .*not a list of token"),
@@ -123,6 +128,14 @@ def test_mistakes_are_one_line(toy, monkeypatch, f, said):
         monkeypatch.setattr(pfjax, name, inspect.unwrap(getattr(pfjax, name)))
     with pytest.raises(ValueError, match=said):
         f(toy)
+
+
+def test_samples_are_the_same_under_numbers_of_64_bits(toy):
+    draw = lambda: pfjax.rollout(toy, ["17+25", "3"], 3, 8, seed=5)
+    want = draw()
+    with jax.enable_x64(True):
+        got = draw()
+    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 def _explicit(batch):

@@ -122,15 +122,17 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
 def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` run with the current mesh `regrouped`, where it has devices that share rows or a
     layer's experts: a token that is drawn has no row to share, and every part of the batch
-    takes as many steps as it needs."""
+    takes as many steps as it needs. And with numbers of 32 bits, whatever `jax_enable_x64`
+    says: the loops on the devices carry them."""
 
     @functools.wraps(f)
     def run(*args, **kwargs):
-        mesh = jax.sharding.get_mesh()
-        if mesh.empty or (regrouped_mesh := regrouped(mesh, 0)) is mesh:
-            return f(*args, **kwargs)
-        with jax.set_mesh(regrouped_mesh):
-            return f(*args, **kwargs)
+        with jax.enable_x64(False):
+            mesh = jax.sharding.get_mesh()
+            if mesh.empty or (regrouped_mesh := regrouped(mesh, 0)) is mesh:
+                return f(*args, **kwargs)
+            with jax.set_mesh(regrouped_mesh):
+                return f(*args, **kwargs)
 
     return run
 

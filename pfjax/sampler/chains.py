@@ -21,7 +21,7 @@ from pfjax.batch import Rollout
 from pfjax.infra import shard_map, sharding
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
-from pfjax.sampler import buffers, decode, slots, unstack
+from pfjax.sampler import buffers, decode, options, slots, unstack
 from pfjax.sampler.buffers import Prompts, SamplerState, Settings, Slots
 from pfjax.targets import Array, Target
 
@@ -116,6 +116,7 @@ def draw(
     """
     config = policy.config
     _check(config, target, reward, temperature)
+    options.check_whole("seed", seed, 0, options.LARGEST_SEED)
     lengths = slots.check_prompts(config, prompts, max_new_tokens)
     plan = slots.make_plan(
         policy,

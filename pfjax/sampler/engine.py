@@ -7,7 +7,9 @@ sample, position) only, so that none of them changes what is drawn.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import jax
 import numpy as np
@@ -67,9 +69,9 @@ def rollout(
       Host arrays; see `batch.Rollout`.
 
     Raises:
-      ValueError: for an empty prompt, a negative temperature, prompts wider than
-        `prompt_width`, more positions than the model has, or a cache that does not
-        fit in memory.
+      ValueError: for an empty prompt, a negative temperature, a seed that JAX would take
+        for another (negative, or of more than 32 bits), prompts wider than `prompt_width`,
+        more positions than the model has, or a cache that does not fit in memory.
 
     >>> import pfjax
     >>> policy = pfjax.load("pfjax/toy")
@@ -78,8 +80,9 @@ def rollout(
     """
     sizes = {"samples_per_prompt": samples_per_prompt, "max_new_tokens": max_new_tokens}
     width = _prompt_width(policy.config, prompts, capacity, **sizes)
+    options.check_whole("seed", seed, 0, options.LARGEST_SEED)
     samples = range(samples_per_prompt) if samples is None else samples
-    _check(temperature, stop, len(prompts) * len(samples))
+    _check(temperature, token_filters, stop, len(prompts) * len(samples))
     _check_alpha(policy.config.alpha_range, alpha, len(prompts))
     sizes |= dataclasses.asdict(capacity) | {"prompt_width": width}
     settings = Settings(
@@ -107,11 +110,8 @@ def _prompt_width(
     max_new_tokens: int,
 ) -> int:
     """Tokens that prompts have room for. Raises ValueError for sizes that will not do."""
-    if min(samples_per_prompt, max_new_tokens) < 1:
-        raise ValueError(
-            f"samples_per_prompt={samples_per_prompt} and max_new_tokens={max_new_tokens} "
-            "must be positive"
-        )
+    options.check_whole("samples_per_prompt", samples_per_prompt, 1)
+    options.check_whole("max_new_tokens", max_new_tokens, 1)
     longest = int(slots.check_prompts(config, prompts, max_new_tokens).max())
     width = capacity.prompt_width or longest
     if longest > width:
@@ -119,9 +119,21 @@ def _prompt_width(
     return width
 
 
-def _check(temperature: float, stop: StopConditions, num_samples: int) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+def _check(
+    temperature: float, filters: TokenFilters, stop: StopConditions, num_samples: int
+) -> None:
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must not be negative, nor infinite, got {temperature!r}"
+        )
+    for name, given, kind in (
+        ("token_filters", filters, TokenFilters),
+        ("stop", stop, StopConditions),
+    ):
+        if not isinstance(given, kind):
+            raise ValueError(  # noqa: TRY004
+                f"{name} must be a pfjax.sampler.options.{kind.__name__}, got {given!r:.100}"
+            )
     if stop.max_total_tokens is not None and stop.max_total_tokens < num_samples:
         raise ValueError(
             f"max_total_tokens={stop.max_total_tokens} is less than one token for each "

@@ -3,9 +3,14 @@
 Needs nothing but Python, as command lines are parsed before jax is configured.
 """
 
+import contextlib
 import dataclasses
+import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
+
+LARGEST_SEED = 2**32 - 1  # JAX draws the same with a seed and with 2^32 more
 
 
 def _option(default: Any, explained: str) -> Any:
@@ -36,6 +41,16 @@ class TokenFilters:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p must be in [0, 1), got {self.min_p}")
+
+
+def check_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Raises ValueError unless a value is a whole number from `least` to `most`."""
+    with contextlib.suppress(TypeError):
+        if least <= operator.index(value) <= most:
+            return
+    end = "on" if most == math.inf else f"to {most}"
+    said = f"{name}={value!r:.100}: must be a whole number from {least} {end}"
+    raise ValueError(said)
 
 
 NO_FILTERS = TokenFilters()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from pfjax.sampler.options import TokenFilters
+from pfjax.sampler.options import LARGEST_SEED, TokenFilters
 
 
 def _names(module: str, table: str) -> Callable[[], list[str]]:
@@ -66,7 +66,6 @@ class Setting(NamedTuple):
         )
 
 
-LARGEST_SEED = 2**32 - 1  # JAX draws the same with a seed and with 2^32 more
 _DTYPES = ("bfloat16", "float32")
 _ATTENTION = lambda: ["auto", *_names("pfjax.model.attention", "BACKENDS")()]
 
