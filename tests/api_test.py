@@ -277,12 +277,13 @@ def config(monkeypatch):
 
 def test_training_from_python(config, tmp_path):
     steps, evaluations = [], []
-    policy = pfjax.fine_tune(
-        config,
-        tmp_path,
-        on_step=lambda step, metrics: steps.append((step, metrics)),
-        on_evaluation=lambda *args: evaluations.append(args),
-    )
+    with jax.enable_x64(True):  # of what else the caller computes
+        policy = pfjax.fine_tune(
+            config,
+            tmp_path,
+            on_step=lambda step, metrics: steps.append((step, metrics)),
+            on_evaluation=lambda *args: evaluations.append(args),
+        )
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     written = {row["step"]: row for row in map(json.loads, lines)}
     assert [step for step, _ in steps] == [1, 2]

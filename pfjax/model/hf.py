@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pfjax.infra import sharding, storage
-from pfjax.model import hf_config, hub, lora, rope, transformer, weights
+from pfjax.model import hf_config, hub, lora, rope, tokenizer, transformer, weights
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
 
@@ -29,6 +30,11 @@ _SIDE_FILES = [
     "vocab.*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "added_tokens.json",
     "special_tokens_map.json", "generation_config.json", "*processor_config.json",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
+]  # fmt: skip
+# What else lies in the folder of a model, and may be replaced with it.
+_OF_MODEL = [
+    "config.json", "*.safetensors", "*.safetensors.index.json", DIAL, "README.md",
+    "additional_chat_templates", ".gitattributes", ".cache",
 ]  # fmt: skip
 # A policy is trained to be sampled as it is; transformers would take the 50 likeliest tokens.
 _SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -146,17 +152,17 @@ def save(
     which reads the rest from `base`; `at_alpha` makes one of its policies to be merged.
 
     Args:
-      out_dir: the folder; an old one of that name is replaced.
+      out_dir: the folder; a model that is there is replaced.
       base: a model folder or hub id whose config and tokenizer files are copied, but for
-        the stop tokens, which are the policy's (of one that reads images too, the config
+        the stop tokens, which are the policy's and its tokenizer's (of one that reads images too, the config
         of its language model, which is what is written); without it a minimal
         `config.json` is written, and no tokenizer.
       dtype: type of the tensors; that of the base, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
 
     Raises:
-      ValueError: if the folder holds something other than a model, a policy for every
-        alpha is given no base, or the base has another config than the policy.
+      ValueError: if the folder holds anything but a model or cannot be replaced, a policy
+        for every alpha is given no base, or the base has another config than the policy.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -164,6 +170,7 @@ def save(
     ...     sorted(path.name for path in pathlib.Path(folder, "out").iterdir())[:2]
     ['chat_template.jinja', 'config.json']
     """
+    policy = tokenizer.with_stop_ids(transformer.as_policy(policy))
     if policy.config.alpha_range and base is None:
         raise ValueError("a policy for every alpha is saved beside its base: give base")
     check_replaceable(out_dir)
@@ -177,7 +184,7 @@ def save(
                 place.rmtree()
         multihost_utils.sync_global_devices("pfjax.save")
         return
-    out = pathlib.Path(storage.place(out_dir))
+    out = pathlib.Path(storage.place(out_dir)).resolve()  # of a link where it points
     out.parent.mkdir(parents=True, exist_ok=True)
     source = None if base is None else hub.resolve(base)
     if source is not None:
@@ -190,7 +197,7 @@ def save(
     dtype = _float_type(dtype or of_base)
     config = config or hf_config.to_json(policy.config, dtype)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        folder = pathlib.Path(beside) / out.name
+        folder, old = (pathlib.Path(beside) / name for name in ("new", "old"))
         folder.mkdir()
         if policy.config.alpha_range:
             _write_dial(policy, folder, os.fspath(base))
@@ -203,23 +210,34 @@ def save(
                 _copy_side_files(source, folder)
             _write_configs(folder, config, policy.config, dtype)
             if out.exists():
-                shutil.rmtree(out)
+                out.rename(old)  # where nothing is lost if this fails
             folder.rename(out)
     multihost_utils.sync_global_devices("pfjax.save")
 
 
 def check_replaceable(out_dir: str | os.PathLike) -> None:
-    """Raises ValueError if a folder holds something other than a model, which `save`
-    would remove."""
+    """Raises ValueError if a folder holds anything but a model, which `save` would remove,
+    or cannot be put in the place of another."""
     out = storage.place(out_dir)
     if not storage.exists(out):
         return
     if out.is_file():
         raise ValueError(f"{out} is a file: choose another folder for the model")
-    if out.is_dir() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
+    if not storage.is_remote(out):
+        here = pathlib.Path(out).resolve()
+        if os.path.ismount(here) or pathlib.Path.cwd().is_relative_to(here):
+            raise ValueError(
+                f"{here} is a mount point, or the folder of this process, and cannot be "
+                "replaced: choose a folder inside of it"
+            )
+    files = [file.name for file in out.iterdir()]
+    is_of = lambda name, kinds: any(fnmatch.fnmatch(name, x) for x in kinds)
+    other = sorted(x for x in files if not is_of(x, [*_OF_MODEL, *_SIDE_FILES]))
+    has_weights = any(x.endswith(".safetensors") for x in files)
+    if other or (files and not has_weights):
         raise ValueError(
-            f"{out} holds something other than a model, which would be lost: choose "
-            "another folder"
+            f"{out} holds something other than a model, which would be lost "
+            f"({', '.join((other or files)[:3])}): choose another folder"
         )
 
 

@@ -1,5 +1,6 @@
 """Text <-> token ids: chat template, stop ids."""
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from pfjax.model import hub
 from pfjax.model.config import ModelConfig
+from pfjax.model.transformer import Policy
 
 # What a template is given in the place of transformers' function of this name, which knows no
 # time but now, and is the only one that transformers hands on to it. The line break at the
@@ -229,8 +231,7 @@ def stop_ids(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
     Raises:
       ValueError: if there is none, or one that the model cannot draw.
     """
-    ids = {*config.stop_ids, tokenizer.eos_token_id, *_ends_of_turn(tokenizer)}
-    ids.discard(None)
+    ids = _stop_ids(tokenizer, config)
     if not ids:
         raise ValueError(
             "neither the model's config nor its tokenizer names an end-of-sequence "
@@ -243,6 +244,21 @@ def stop_ids(tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
             "its tokenizer?"
         )
     return tuple(sorted(ids))
+
+
+def with_stop_ids(policy: Policy) -> Policy:
+    """The policy with all tokens that end its responses, if it brings its tokenizer."""
+    config = policy.config
+    if (found := policy.tokenizer) is None:
+        return policy
+    ids = {i for i in _stop_ids(found, config) if i < config.vocab_size}
+    config = dataclasses.replace(config, stop_ids=tuple(sorted(ids)))
+    return policy._replace(config=config)
+
+
+def _stop_ids(tokenizer: Any, config: ModelConfig) -> set[int]:
+    ids = {*config.stop_ids, tokenizer.eos_token_id, *_ends_of_turn(tokenizer)}
+    return ids - {None}
 
 
 def split_stops(

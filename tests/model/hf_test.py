@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import pfjax
 from pfjax.infra import sharding, storage
 from pfjax.model import (
     hf,
@@ -335,6 +337,45 @@ def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
         hf.save(tiny_policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(folder, tmp_path, tiny_policy):
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    (folder / "config.json").unlink()
+    hf.save(tiny_policy, link)
+    assert link.is_symlink() and hf.load(folder).config == tiny_policy.config
+
+
+@pytest.mark.parametrize("name", ["notes.md", "checkpoint-1/optimizer.pt", ".git/HEAD"])
+def test_what_is_not_of_a_model_is_not_replaced_with_it(folder, tiny_policy, name):
+    hf.save(tiny_policy, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match=name.partition("/")[0]):
+        hf.save(tiny_policy, folder)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_anything_is_lost(
+    folder, tiny_policy, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    for name in (".", "", folder.parent):
+        with pytest.raises(ValueError, match="choose a folder inside"):
+            hf.save(tiny_policy, name)
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == folder)
+    with pytest.raises(ValueError, match="mount point"):
+        hf.save(tiny_policy, folder)
+    assert hf.load(folder).config == tiny_policy.config
+
+
+def test_stop_tokens_that_only_the_tokenizer_knows_are_exported(tmp_path):
+    policy = pfjax.load("pfjax/toy")
+    none = dataclasses.replace(policy.config, stop_ids=())
+    hf.save(policy._replace(config=none), tmp_path / "out")
+    assert hf.load(tmp_path / "out").config.stop_ids == (1,)
 
 
 def test_files_are_those_of_the_library_and_keep_the_base_type(tmp_path, tiny_policy):
