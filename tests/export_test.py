@@ -173,6 +173,14 @@ def test_the_card_says_what_the_hub_asks_for(run, tmp_path):
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
     assert "tilted power distribution" in text and "distribution of me/other" in text
     assert "without labels" not in text
+    # With what the chat template was told, or others would ask for other responses.
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
+    c.data.chat_template_kwargs = '{"enable_thinking": false}'
+    text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")
+    assert "{'enable_thinking': False}  # arguments of the chat" in text
+    assert "tokenizer_encode_kwargs=template)" in text
+    assert "sampling, chat_template_kwargs={'enable_thinking': False})" in text
     # At its 4 steps, not where the schedule would end.
     c.beta, c.schedules = 0.0, "alpha:1@0,5@8,beta:0@0,14@8"
     text = model_card.model_card(FrozenConfigDict(c), rows, "me/name")

@@ -46,6 +46,8 @@ def model_card(
         eval_results=results or None,
     )
     tok = tokenizer.load(source, config.data.chat_template_kwargs, config.data.clock)
+    is_chat = getattr(tok, "chat_template", None) is not None
+    told = json.loads(config.data.chat_template_kwargs or "{}") if is_chat else {}
     card = huggingface_hub.ModelCard.from_template(
         data,
         template_str=_TEMPLATE.read_text(),
@@ -53,7 +55,8 @@ def model_card(
         base=hub_id(config.model) or pathlib.PurePath(config.model).name,
         c=config,
         end={name: value(name) for name in ("alpha", "beta")},
-        is_chat=getattr(tok, "chat_template", None) is not None,
+        is_chat=is_chat,
+        template_kwargs=told,
         steps=steps,
         rows=evaluated[:1] + evaluated[1:][-1:],
         metrics=[k for k in (evaluated or [{}])[-1] if _is_shown(k)],

@@ -273,7 +273,7 @@ def test_a_folder_with_one_file_is_that_file_and_is_converted_once(
         ({"extra": {"llama.expert_count": 8}}, "'expert_count': 8}: not supported"),
         ({"extra": {"llama.attention.causal": 0}}, "'attention.causal': 0}: not supported"),
         ({"extra": {"split.count": 3}}, "one of 3 parts.* --merge"),
-        ({"extra": {"llama.rope.scaling.type": 9}}, "rope_parameters.*not supported"),
+        ({"extra": {"llama.rope.scaling.type": 9}}, "rope_parameters.*: 9 is none of"),
         ({"merges": ["h e", "z q"]}, "m.gguf has a damaged tokenizer: "),
         ({"pre": "viking"}, "pre 'viking'; .* Hugging Face folder"),
         ({"tensors": {"blk.0.x.weight": np.ones(3, np.float32)}}, "holds blk.0.x.weight"),
