@@ -157,7 +157,7 @@ def save(
         the stop tokens, which are the policy's and its tokenizer's (of one that reads images too, the config
         of its language model, which is what is written); without it a minimal
         `config.json` is written, and no tokenizer.
-      dtype: type of the tensors; that of the base, else of the parameters.
+      dtype: type of the tensors; that which the base's config names, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
 
     Raises:

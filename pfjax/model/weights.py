@@ -258,7 +258,7 @@ def load(
                         )
                     part = part.reshape([sizes[d] for d in order])
                     out[layer + i] = part.transpose(np.argsort(order))
-                    _refuse_overflow(name, out[layer + i])
+                    _refuse_overflow(name, out[layer + i], part.dtype)
             return out
 
         return jax.make_array_from_callback(leaf.shape, at, read)
@@ -329,16 +329,21 @@ def _write_file(path: os.PathLike, tensors: dict[str, Lazy], dtype: np.dtype) ->
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (_, values) in tensors.items():
             x = values()
-            _refuse_overflow(name, x)
+            _refuse_overflow(name, x, np.dtype("float32"))
             file.write(x.tobytes())
 
 
-def _refuse_overflow(name: str, x: np.ndarray) -> None:
-    """Raises ValueError if values did not fit the type that they were given."""
-    if x.dtype == np.float16 and not _is_finite(x):
+def _refuse_overflow(name: str, x: np.ndarray, of: np.dtype) -> None:
+    """Raises ValueError if values of another type did not fit the one they were given."""
+    # bfloat16 reaches as far as float32.
+    is_narrower = x.dtype == np.float16 or of == np.float64
+    if is_narrower and not _is_finite(x):
+        way = (
+            "give the dtype bfloat16 or float32" if x.dtype == np.float16 else "mend it"
+        )
+        largest = float(jnp.finfo(x.dtype).max)
         raise ValueError(
-            f"{name} holds values that float16 cannot (above 65,504): give the dtype bfloat16 "
-            "or float32"
+            f"{name} holds values that {x.dtype} cannot (above {largest:.3g}): {way}"
         )
 
 

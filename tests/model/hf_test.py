@@ -727,6 +727,18 @@ def test_what_float16_cannot_hold_is_refused(folder, tmp_path, tiny_policy):
         hf.load(tmp_path / "out", dtype="float16")
 
 
+def test_what_float32_cannot_hold_is_refused(folder):
+    def edit(tensors):
+        x = tensors["model.norm.weight"].astype(np.float64)
+        tensors["model.norm.weight"] = x * 1e300
+
+    _edit_tensors(folder, edit)
+    with pytest.raises(
+        ValueError, match="norm.weight holds values that float32 cannot"
+    ):
+        hf.load(folder)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool"])
 def test_tensors_that_are_no_weights_are_refused(folder, dtype):
     name = "model.layers.1.mlp.up_proj.weight"
