@@ -84,6 +84,7 @@ def test_prompts_are_drawn_alike_on_any_mesh(policy, enumerable_folder):
     [
         ({"target": Target(0.0, has_format=False)}, "alpha must be positive, got 0"),
         ({"temperature": -1.0}, "temperature must be positive, got -1"),
+        ({"seed": 2**32}, "seed=4294967296: must be a whole number"),
         ({"target": Target(2.0)}, "choose a target with has_format=False"),
         ({"target": Target(2.0, beta=1.5, has_format=False)}, "beta=1.5 needs a rew"),
         ({"max_new_tokens": 62}, "exceed the model's 64 positions"),
