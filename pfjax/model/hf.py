@@ -154,9 +154,9 @@ def save(
     Args:
       out_dir: the folder; a model that is there is replaced.
       base: a model folder or hub id whose config and tokenizer files are copied, but for
-        the stop tokens, which are the policy's and its tokenizer's (of one that reads images too, the config
-        of its language model, which is what is written); without it a minimal
-        `config.json` is written, and no tokenizer.
+        the stop tokens, which are the policy's and its tokenizer's (of one that reads
+        images too, the config of its language model, which is what is written); without
+        it a minimal `config.json` is written, and no tokenizer.
       dtype: type of the tensors; that which the base's config names, else of the parameters.
       card: text of `README.md`, the model card; none when not given.
 
