@@ -98,7 +98,7 @@ def test_mistakes_say_what_is_wrong(tmp_path):
             runs.load([str(tmp_path / path)])
     broken = fake_runs.make(tmp_path / "broken")
     (broken / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no config of a run"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         runs.load([str(broken)])
 
 
