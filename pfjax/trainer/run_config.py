@@ -111,7 +111,7 @@ def _config_in(folder: epath.Path) -> dict[str, Any] | None:
     found = storage.read_json(path)
     config = found.get("config") if isinstance(found, dict) else None
     if not isinstance(config, dict):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004
             f"{path} would be written over, and is not of a run (perhaps of a model): choose "
             "another --workdir"
         )
@@ -185,8 +185,9 @@ def read_config(folder: epath.Path) -> FrozenConfigDict:
       ValueError: if the folder holds no run, or one of another version of pfjax.
     """
     path = folder / "config.json"
-    content = storage.read_json(path) if storage.exists(path) else {}
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+    content = storage.read_json(path) if storage.exists(path) else None
+    is_of_run = isinstance(content, dict) and isinstance(content.get("config"), dict)
+    if not is_of_run:
         raise ValueError(f"{folder} holds no run: it has no config.json of one")
     out = settings.default_config()
     old = traverse_util.flatten_dict(content["config"], sep=".")
