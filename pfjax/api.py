@@ -306,7 +306,7 @@ def fine_tune(
     """Trains as `pfjax train` does, and returns the trained policy.
 
     A run found in `workdir` is continued. The first SIGINT (an interrupted notebook) or
-    SIGTERM stops it after a save.
+    SIGTERM stops it after a save; in a thread of your own it hears neither.
 
     Args:
       config: see `recipe`.

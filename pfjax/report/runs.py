@@ -19,28 +19,17 @@ from pfjax.trainer import settings as settings_of_runs
 
 # Settings that do not make another experiment: the seed, and what touches speed, memory or
 # records only, which is nearly all that a continued run may change.
-_SAME_EXPERIMENT = {"seed", "attention", "offload_ref", "pack_length", "remat"}
-_SAME_EXPERIMENT |= {k for k, x in settings_of_runs.SETTINGS.items() if x.may_change}
-_SAME_EXPERIMENT -= {
-    "num_steps",
-    "eval_every",
-    "eval_samples",
-    "data.eval",
-    "data.clock",
-}
-_SAME_EXPERIMENT -= {
-    k for k in settings_of_runs.SETTINGS if k.startswith("eval_sampling.")
+_EXPERIMENT = {"num_steps", "eval_every", "eval_samples", "eval_sampling", "data"}
+_SAME_EXPERIMENT = {"seed", "attention", "offload_ref", "pack_length", "remat"} | {
+    name
+    for name, setting in settings_of_runs.SETTINGS.items()
+    if setting.may_change and name.partition(".")[0] not in _EXPERIMENT
 }
 _FIRST = ("objective", "alpha")  # of what makes a name
 
 
-_OF_SAMPLE = (
-    "tokens",
-    "terminated",
-    "answer",
-    "gold",
-    "correct",
-)  # shown beside the text
+# What rows of samples hold beside the text.
+_OF_SAMPLE = ("tokens", "terminated", "answer", "gold", "correct")
 Key = tuple[int, str, str]  # prompt_id, prompt, and set of prompts
 
 

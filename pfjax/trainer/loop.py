@@ -65,7 +65,7 @@ def train_and_evaluate(
       preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
       OSError: if a file could not be written.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.x64_enabled:
         raise ValueError(
             "training computes in float32 and bfloat16, and JAX is set to 64 bits: unset "
             'JAX_ENABLE_X64, or call jax.config.update("jax_enable_x64", False)'
