@@ -79,10 +79,10 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     That is a run with another config (OtherRun), one that has ended and lost its
     checkpoints, and files of the same names that are of no run, such as a model's.
     """
-    old, checkpoints = _config_in(folder), folder / "checkpoints"
+    old = _config_in(folder)
     if old is None:
         return
-    if not any(checkpoints.glob("[0-9]*")):
+    if not _has_checkpoints(folder):
         if storage.exists(folder / "hf"):
             raise ValueError(
                 f"{folder} holds a run that wrote a model (hf/), and no checkpoint to "
@@ -94,6 +94,10 @@ def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
     check_same(said, identity(old), identity(json.loads(c.to_json())))
 
 
+def _has_checkpoints(folder: epath.Path) -> bool:
+    return any((folder / "checkpoints").glob("[0-9]*"))
+
+
 def _config_in(folder: epath.Path) -> dict[str, Any] | None:
     """The values of the run that a folder holds, None if it holds none.
 
@@ -102,7 +106,8 @@ def _config_in(folder: epath.Path) -> dict[str, Any] | None:
     """
     path, rows = folder / "config.json", folder / "metrics.jsonl"
     if not path.exists():
-        if rows.exists():  # a run writes its config first
+        # A run writes its config first; if that is lost, its checkpoints know who it is.
+        if rows.exists() and not _has_checkpoints(folder):
             raise ValueError(
                 f"{rows} would be written over, and there is no config.json of the run that "
                 "it is of: choose another --workdir, or bring the file back"
