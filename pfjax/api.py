@@ -306,7 +306,7 @@ def fine_tune(
     """Trains as `pfjax train` does, and returns the trained policy.
 
     A run found in `workdir` is continued. The first SIGINT (an interrupted notebook) or
-    SIGTERM stops it after a save.
+    SIGTERM stops it after a save; in a thread of your own it hears neither.
 
     Args:
       config: see `recipe`.
@@ -345,13 +345,13 @@ def fine_tune(
     Traceback (most recent call last):
     ValueError: --config.alpha=-1.0: must be positive
     """
-    from pfjax.trainer import loop, setup
+    from pfjax.trainer import loop, settings, setup
 
     functions = setup.Functions(reward, format_term, objective)
     if not isinstance(config, ConfigDict):
         said = f"config must be what pfjax.recipe returns, got {config!r:.100}"
         raise ValueError(said)  # noqa: TRY004
-    config = config.copy_and_resolve_references()
+    config = settings.complete(config.copy_and_resolve_references())
     for name, given in functions._asdict().items():
         if given is not None:
             config[name] = _python_name(getattr(given, "loss", given))

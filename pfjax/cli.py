@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from pfjax.infra import gpu_memory
 from pfjax.sampler import options
-from pfjax.trainer import recipes, settings
+from pfjax.trainer import preemption, recipes, settings
 
 with epy.lazy_imports():  # flags are parsed, and --help answers, without them
     import jax
@@ -56,6 +56,7 @@ def run(main: Callable[..., None]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     gpu_memory.set_default()
     _prepare_streams()
+    preemption.hear_again()
     with mistakes_in_one_line():
         if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(sys.argv):
             print(_help(module))

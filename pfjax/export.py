@@ -20,9 +20,9 @@ with epy.lazy_imports():
     import huggingface_hub
     import jax
 
-    from pfjax.infra import compile_cache, dataset_io, distributed, sharding, storage
+    from pfjax.infra import compile_cache, distributed, sharding, storage
     from pfjax.model import dial, hf
-    from pfjax.trainer import checkpoint, evaluations, export, run_config
+    from pfjax.trainer import checkpoint, evaluations, export, history, run_config
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("step", None, "checkpoint to take; default: the latest")
@@ -47,10 +47,10 @@ def main(args: list[str]) -> None:
     compile_cache.use_cache()
     with jax.set_mesh(mesh := sharding.make_mesh()):
         policy = export.load(config, folder, step, mesh)
-        rows = dataset_io.read_jsonl(folder / "metrics.jsonl")
+        rows = history.read(folder / "metrics.jsonl")
         rows = evaluations.comparable(rows)  # with what config.json has
-        history = [row for row in rows if row["step"] <= step]
-        export.write(policy, config, history, out, adapter, repo)
+        rows = [row for row in rows if row["step"] <= step]
+        export.write(policy, config, rows, out, adapter, repo)
     print(f"model of step {step}: {out}")
     if config.lora.rank:
         print(f"adapters: {adapter}")

@@ -14,6 +14,7 @@ that --search compares. Exit status 1 when the run does not fit.
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags, logging
@@ -62,7 +63,9 @@ def main() -> None:
     name, args = _TOPOLOGY.value, (config, base)
     estimate = lambda x: planner.make_plan(*args, x, response, False)
     if _ALL.value:
-        plans = [estimate(x) for x in TOPOLOGIES]
+        plans = [_plan_or_why(estimate, x) for x in TOPOLOGIES]
+        if all("model" not in x for x in plans):
+            raise ValueError("{topology}: {error}".format(**plans[-1]))
         _show(plans, tables.of_topologies(plans))
         return
     if _SEARCH.value:
@@ -104,6 +107,14 @@ def _run() -> tuple[FrozenConfigDict, Any, int]:
             f"--config.max_new_tokens={config.max_new_tokens}"
         )
     return config, base, response
+
+
+def _plan_or_why(estimate: Callable, topology: str) -> dict[str, Any]:
+    """A row of the table; of devices that the config does not suit, what was said."""
+    try:
+        return estimate(topology)
+    except ValueError as error:
+        return {"topology": topology, "fits": False, "error": str(error)}
 
 
 def _show(values: Any, text: str) -> None:

@@ -513,6 +513,14 @@ def test_command_says_how_it_knows_and_exits_by_what_fits(monkeypatch):
     assert "does not fit" in lines["v5e:2x2"] and "does not fit" not in lines["h200:8"]
 
 
+def test_the_table_says_of_which_devices_the_mesh_is_not():
+    status, out, error = _run("--all", "--config=smoke", "--config.mesh.fsdp=8")
+    assert status == 0, error
+    lines = {line.split()[0]: line for line in out.splitlines()[2:] if line}
+    assert "does not cover the 4 devices" in lines["v5e:2x2"]
+    assert "(update)" in lines["h200:8"]
+
+
 def test_command_line_of_a_run_that_does_not_fit():
     """In a process of its own, with its flags as they are typed."""
     done = subprocess.run(
@@ -550,6 +558,13 @@ def test_command_line_of_a_run_that_does_not_fit():
                 "--config.mesh.rollout=8 leaves none of 8 devices to learn",
             )
             for how in (["--topology=h200:8"], ["--topology=h200:8", "--search"])
+        ),
+        *(
+            (
+                [*how, "--config.mesh.rollout=4", "--config.max_staleness=1"],
+                "16 devices, 8 per machine",
+            )
+            for how in (["--topology=v5e:4x4"], ["--topology=h200:16", "--search"])
         ),
         (
             ["--topology=h200:8", "--config.mesh.tensor=8"],

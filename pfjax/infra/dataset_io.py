@@ -190,7 +190,13 @@ def _read_csv(path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(lines, strict=True)
     out = []
     try:
-        reader.fieldnames = [x.strip() for x in reader.fieldnames or ()]
+        names = [x.strip() for x in reader.fieldnames or ()]
+        if twice := [x for x in dict.fromkeys(names) if names.count(x) > 1]:
+            raise ValueError(
+                f"{path}:1: several columns {twice[0]!r}, of which one only can be read: "
+                "rename or remove the others"
+            )
+        reader.fieldnames = names
         if len(reader.fieldnames) == 1 and (
             other := re.search(r"[;\t]", reader.fieldnames[0])
         ):

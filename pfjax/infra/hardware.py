@@ -17,6 +17,7 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes, of that memory
     links: float  # bytes sent to other devices of its slice or node, over all links
     network: float = math.inf  # bytes sent to other nodes; of TPUs, a slice is one
+    host: int = 8  # devices of a machine, which are all that one process can have
 
     @property
     def node(self) -> float:
@@ -34,9 +35,9 @@ _HDR, _NDR = 25e9, 50e9
 # Cards without NVLink: 16 lanes of PCIe 4; between nodes 100 Gb/s are assumed.
 _PCIE, _EDR = 32e9, 12.5e9
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9),
+    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9, host=4),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9, host=4),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),

@@ -206,8 +206,15 @@ def read_bytes(path: epath.PathLike) -> bytes:
 
 
 def read_text(path: epath.PathLike) -> str:
-    """As `read_bytes`, of UTF-8."""
-    return read_bytes(path).decode()
+    """As `read_bytes`, of UTF-8.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
 def read_json(path: epath.PathLike) -> Any:

@@ -50,6 +50,17 @@ def parse(topology: str) -> tuple[hardware.Chip, int]:
     return chip, devices * (2 if kind == "tpu7x" else 1)
 
 
+def check_apart(topology: str, rollout: int) -> None:
+    """Raises ValueError if the devices for rollouts are not all of one process."""
+    chip, devices = parse(topology)
+    if rollout and devices > chip.host:
+        raise ValueError(
+            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within "
+            f"one process, and {topology} has {devices} devices, {chip.host} per machine; "
+            "max_staleness works on all of their devices too"
+        )
+
+
 def _is_tpu(topology: str) -> bool:
     return not parse(topology)[0].is_gpu
 

@@ -67,6 +67,7 @@ def search(
     Raises:
       ValueError: if no mesh of the devices will do, with what the last one lacks.
     """
+    aot.check_apart(topology, config.mesh.rollout)
     devices = sharding.num_learning(aot.parse(topology)[1], config.mesh.rollout)
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
     experts = ways if base_model.experts else [1]

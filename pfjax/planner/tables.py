@@ -48,13 +48,17 @@ def _step(plan: dict[str, Any]) -> list[str]:
 
 
 def of_topologies(plans: list[dict[str, Any]]) -> str:
-    """One line for each of the plans of a run on several topologies."""
+    """One line for each of the plans of a run on several topologies, or why it is none."""
+    known = [x for x in plans if "model" in x]
     how = "estimated from shapes (--topology=NAME compiles)"
     columns = f"{'topology':<12}{'devices':>8}{'GiB':>9}{'of':>8}"
-    out = [f"{plans[0]['model']}, {how}\n"]
-    out.append(f"{columns}  {'s/step':>8}{'tokens/s':>10}  bound by")
-    cost = "{seconds:>8.1f}{tokens_per_s:>10,.0f}  {bound_by}"
+    out = [f"{known[0]['model']}, {how}\n"]
+    out.append(f"{columns}  {'s/step':>8}{'tokens/s':>14}  bound by")
+    cost = "{seconds:>8.1f}{tokens_per_s:>14,.0f}  {bound_by}"
     for x in plans:
+        if x not in known:
+            out.append(f"{x['topology']:<12}{x['error']}")
+            continue
         memory = "{total:>9.1f}{available:>8.1f}  ".format(**x["memory_gib"])
         row = "{topology:<12}{devices:>8}" + memory
         out.append((row + (cost if x["fits"] else "does not fit")).format(**x))

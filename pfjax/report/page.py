@@ -26,9 +26,10 @@ def write(paths: Sequence[str], out: str, command: str = "") -> str:
       out: folder, local or `gs://`.
       command: what made the page, for its end.
     """
+    folder = storage.place(out)
+    storage.check_writable(folder)
     found = runs.load(paths)
     text = render(found, command)
-    folder = storage.place(out)
     storage.write_text(folder / "index.html", text)
     groups = len(runs.group(found))
     return f"{folder / 'index.html'}: {len(found)} run(s) in {groups} group(s)"

@@ -5,6 +5,7 @@ group. Every number of a group is a mean over its runs, at a step that all of th
 """
 
 import collections
+import contextlib
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +14,22 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from pfjax.infra import dataset_io, storage
-from pfjax.trainer import evaluations
+from pfjax.trainer import evaluations, history
+from pfjax.trainer import settings as settings_of_runs
 
-# Settings that do not make another experiment (whole sections by their name): the seed,
-# and what touches speed, memory or records only.
-_SAME_EXPERIMENT = {
-    "seed", "attention", "best_metric", "checkpoint_every", "health_checks", "keep_best",
-    "log_every", "match_prompts", "mesh", "microbatch_size", "offload_ref", "pack_length",
-    "profile_steps", "remat", "rollout_slots", "wandb_project",
-}  # fmt: skip
+# Settings that do not make another experiment: the seed, and what touches speed, memory or
+# records only, which is nearly all that a continued run may change.
+_EXPERIMENT = {"num_steps", "eval_every", "eval_samples", "eval_sampling", "data"}
+_SAME_EXPERIMENT = {"seed", "attention", "offload_ref", "pack_length", "remat"} | {
+    name
+    for name, setting in settings_of_runs.SETTINGS.items()
+    if setting.may_change and name.partition(".")[0] not in _EXPERIMENT
+}
 _FIRST = ("objective", "alpha")  # of what makes a name
 
 
+# What rows of samples hold beside the text.
+_OF_SAMPLE = ("tokens", "terminated", "answer", "gold", "correct")
 Key = tuple[int, str, str]  # prompt_id, prompt, and set of prompts
 
 
@@ -105,18 +110,20 @@ def _scores_by_alpha(folder: epath.Path) -> list[epath.Path]:
 def _read_scores(folder: epath.Path) -> dict[str, dict[float, dict[str, float]]]:
     out = collections.defaultdict(dict)
     for path in _scores_by_alpha(folder):
-        about = storage.read_json(path)
-        values = about.get("scores", {})
-        accuracy = next((k for k in values if re.fullmatch(r"avg@\d+", k)), None)
-        if accuracy is not None:  # there are answers, and they are graded
-            found = {"quality": values[accuracy], "distinct": values["distinct"]}
-            out[path.stem][about["settings"]["alpha"]] = found
+        with _as_written(path):
+            about = storage.read_json(path)
+            values = about.get("scores", {})
+            accuracy = next((k for k in values if re.fullmatch(r"avg@\d+", k)), None)
+            if accuracy is not None:  # there are answers, and they are graded
+                found = {"quality": values[accuracy], "distinct": values["distinct"]}
+                out[path.stem][about["settings"]["alpha"]] = found
     return dict(out)
 
 
 def _completions(folder: epath.Path) -> Iterator[epath.Path]:
     completions = folder / "completions"
-    return completions.glob("step_*.jsonl") if completions.exists() else iter(())
+    found = completions.glob("step_*.jsonl") if completions.exists() else iter(())
+    return (p for p in found if p.stem.removeprefix("step_").isdecimal())
 
 
 def _evaluated(run: Run) -> set[int]:
@@ -135,18 +142,18 @@ def _find(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _read(folder: epath.Path) -> Run:
     path = folder / "config.json"
-    try:
+    with _as_written(path):
         about = storage.read_json(path)
-        config, versions = _flatten(about["config"]), about["versions"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of a run: {error!r}") from error
+        config, versions = _flatten(about["config"]), {**about["versions"]}
     label, match = folder / "label.txt", folder / "match.json"
-    rows = evaluations.comparable(dataset_io.read_jsonl(folder / "metrics.jsonl"))
+    rows = evaluations.comparable(history.read(folder / "metrics.jsonl"))
     if rows and match.exists():
-        found = storage.read_json(match)
+        with _as_written(match):
+            found = {**storage.read_json(match)}
         # An older pfjax did not say of which weights it is: of the last, then.
         if found.pop("step", rows[-1]["step"]) == rows[-1]["step"]:
-            rows[-1] |= {f"match/{name}": value for name, value in found.items()}
+            known = {k: v for k, v in found.items() if v is not None}
+            rows[-1] |= {f"match/{name}": value for name, value in known.items()}
     return Run(
         folder=folder,
         config=config,
@@ -158,6 +165,18 @@ def _read(folder: epath.Path) -> Run:
         completions={int(p.name[5:-6]): p for p in _completions(folder)},
         scores_by_alpha=_read_scores(folder),
     )
+
+
+@contextlib.contextmanager
+def _as_written(path: epath.Path) -> Iterator[None]:
+    """Names the file in what goes wrong because it is not as pfjax writes it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not as a run or an evaluation of pfjax writes it ({error!r}): bring it "
+            "back or remove it"
+        ) from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,17 +210,18 @@ def read_problems(run: Run, step: int) -> list[Problem]:
     if step not in run.completions:
         return []
     by_key = collections.defaultdict(list)
-    for row in dataset_io.read_jsonl(run.completions[step]):
-        # An older run had one set and did not name it.
-        by_key[row["prompt_id"], row["prompt"], row.get("set", "")].append(row)
+    with _as_written(run.completions[step]):
+        for row in dataset_io.read_jsonl(run.completions[step]):
+            # An older run had one set and did not name it.
+            by_key[row["prompt_id"], row["prompt"], row.get("set", "")].append(row)
+            _ = [row[k] for k in _OF_SAMPLE], row["completion"].encode
     most = max(map(len, by_key.values()), default=0)
     return [Problem(k, x) for k, x in by_key.items() if len(x) == most]
 
 
 def _experiment(run: Run) -> dict[str, str]:
     """The settings that make it another experiment, as text; any other is "not set"."""
-    is_of_it = lambda key: key.split(".")[0] not in _SAME_EXPERIMENT
-    found = {k: _show(v) for k, v in run.config.items() if is_of_it(k)}
+    found = {k: _show(v) for k, v in run.config.items() if k not in _SAME_EXPERIMENT}
     return collections.defaultdict(lambda: "not set", found)
 
 

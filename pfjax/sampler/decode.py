@@ -154,7 +154,7 @@ def _begin(queue: Queue, slots: Slots, samples_per_prefix: int) -> Slots:
     """Idle slots take the next ready samples."""
     n, g = queue.is_cut.shape[0], queue.per_prompt
     is_idle = slots.sample >= n
-    number = slots.begun + jnp.cumsum(is_idle) - 1
+    number = slots.begun + jnp.cumsum(is_idle, dtype=jnp.int32) - 1
     takes = is_idle & (number < queue.ready)
     prompt = queue.order[number // g % queue.order.shape[0]]
     sample = jnp.where(takes, prompt * g + number % g, slots.sample)

@@ -15,7 +15,7 @@ class Callbacks:
 
     def __init__(self, on_step: OnStep | None, on_evaluation: OnEvaluation | None):
         self._on_step, self._on_evaluation = on_step, on_evaluation
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -42,5 +42,6 @@ class Callbacks:
             return
         try:
             function(*args)
-        except Exception as error:  # noqa: BLE001, raised after a save
+        # SystemExit too, by which one may end a run; raised after a save.
+        except BaseException as error:  # noqa: BLE001
             self._error = error

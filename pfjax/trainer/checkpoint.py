@@ -253,6 +253,16 @@ def _read_metrics(directory: epath.Path) -> dict[int, float]:
     return {n: storage.read_json(x)["best"] for n, x in there.items()}
 
 
+def check_place(folder: epath.Path) -> None:
+    """Raises ValueError for a folder that checkpoints can be written to and not read from."""
+    if special := set(str(_absolute(folder))) & set("*?["):
+        raise ValueError(
+            f"{_absolute(folder)} has {' '.join(sorted(special))} in its path, which Orbax, "
+            "which reads checkpoints, takes for a pattern: choose another --workdir, or "
+            "rename the folder"
+        )
+
+
 def saved_steps(directory: epath.Path) -> list[int]:
     """Of the checkpoints in a folder that a run may be writing to, ascending. This and
     what follows change nothing there."""
@@ -279,6 +289,7 @@ def read_policy(
     Raises:
       ValueError: if it is damaged.
     """
+    check_place(directory)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     _hush_abandoned_reads()
     load, path = ocp.load_checkpointables, _absolute(directory) / str(step)

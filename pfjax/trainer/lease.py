@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -15,13 +16,15 @@ from pfjax.infra import storage
 
 # Seconds between two signs of life.
 _RENEWED_EVERY = 20.0
+_held: set[str] = set()  # folders whose owner is this process
 
 
 class Lease(contextlib.AbstractContextManager):
     """`owner.json` in a folder: host, process and time, renewed while the process lives.
 
-    One whose process is gone is taken over. Of another host, or of a container whose
-    processes cannot be seen from here, that is known by the time, which then does not change.
+    One whose process is gone is taken over, also if a reboot ended it. Of another host, or of
+    a container whose processes cannot be seen from here, that is known by the time, which then
+    does not change.
 
     Raises:
       ValueError: on entering, if the owner lives.
@@ -29,6 +32,9 @@ class Lease(contextlib.AbstractContextManager):
 
     def __init__(self, folder: epath.Path):
         self._path, self._is_over = folder / "owner.json", threading.Event()
+        self._place = (
+            os.path.realpath(folder) if not storage.is_remote(folder) else str(folder)
+        )
         self._me = {"host": socket.gethostname(), "process": _name_of(os.getpid())}
         self._me["processes"] = _processes()
 
@@ -40,12 +46,14 @@ class Lease(contextlib.AbstractContextManager):
                 f"{owner['process']} on {owner['host']}; stop it, or choose another "
                 "--workdir"
             )
+        _held.add(self._place)
         self._renew()
         threading.Thread(target=self._keep, daemon=True).start()
         return self
 
     def __exit__(self, *unused) -> None:
         self._is_over.set()
+        _held.discard(self._place)
         if self._is_mine(self._read()):
             self._path.unlink(missing_ok=True)
 
@@ -59,8 +67,14 @@ class Lease(contextlib.AbstractContextManager):
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return json.loads(storage.read_text(self._path))
-        except (OSError, json.JSONDecodeError):  # none, or a write that was cut short
+            owner = json.loads(storage.read_text(self._path))
+            return {
+                **owner,
+                "process": str(owner["process"]),
+                "host": str(owner["host"]),
+            }
+        # None, a write that was cut short, or another program's.
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _is_mine(self, owner: dict[str, Any] | None) -> bool:
@@ -70,8 +84,18 @@ class Lease(contextlib.AbstractContextManager):
         # An older pfjax did not say whose numbers they are.
         numbers = owner.get("processes", self._me["processes"])
         if (owner["host"], numbers) == (self._me["host"], self._me["processes"]):
-            pid = int(owner["process"].partition("@")[0])
-            return pid != os.getpid() and owner["process"] == _name_of(pid)
+            pid = owner["process"].partition("@")[0]
+            if pid == str(os.getpid()):
+                return self._place in _held
+            return pid.isdigit() and owner["process"] == _name_of(int(pid))
+        # On a host of the same name that is another one, it would have renewed since.
+        if owner["host"] == self._me["host"] and owner.get("time", 0.0) < _booted():
+            return False
+        print(
+            f"{self._path.parent} belongs to process {owner['process']} on {owner['host']}: "
+            f"waiting {2.5 * _RENEWED_EVERY:.0f} s for a sign that it is alive",
+            file=sys.stderr,
+        )
         # Clocks of hosts differ: it lives if it renews.
         end = time.monotonic() + 2.5 * _RENEWED_EVERY
         while time.monotonic() < end:
@@ -88,6 +112,15 @@ def _processes() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return ""
+
+
+def _booted() -> float:
+    """When this machine began, in seconds since 1970; 0 if it does not say."""
+    try:
+        lines = pathlib.Path("/proc/stat").read_text().splitlines()
+    except OSError:  # not Linux
+        return 0.0
+    return next((float(x.split()[1]) for x in lines if x.startswith("btime")), 0.0)
 
 
 def _name_of(pid: int) -> str:

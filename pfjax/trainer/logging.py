@@ -13,9 +13,9 @@ from etils import epath
 
 from pfjax.batch import Rollout
 from pfjax.infra import distributed, storage
-from pfjax.infra.dataset_io import as_jsonl, read_jsonl, write_jsonl
+from pfjax.infra.dataset_io import as_jsonl, write_jsonl
 from pfjax.infra.uploads import GROWING_EVERY, Uploads
-from pfjax.trainer import tracking
+from pfjax.trainer import history, tracking
 
 _COMPLETIONS_SHOWN = 8  # of an evaluation in TensorBoard
 
@@ -43,7 +43,7 @@ class Writer:
         wandb_project: str = "",
     ):
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
-        rows = read_jsonl(self._path)
+        rows = history.read(self._path)
         self.history = [r for r in rows if r["step"] <= last_step]
         self._shown = {r["step"]: r for r in self.history}
         self._board = self._tracker = self._uploads = None

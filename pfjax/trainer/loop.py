@@ -65,11 +65,17 @@ def train_and_evaluate(
       preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
       OSError: if a file could not be written.
     """
+    if jax.config.x64_enabled:
+        raise ValueError(
+            "training computes in float32 and bfloat16, and JAX is set to 64 bits: unset "
+            'JAX_ENABLE_X64, or call jax.config.update("jax_enable_x64", False)'
+        )
     config = FrozenConfigDict(config)
     config_checks.check(config, functions.objective)
     tracking.check(config.wandb_project)
     folder = storage.place(workdir)
     storage.check_writable(folder)
+    checkpoint.check_place(folder)
     mesh = sharding.make_mesh(**config.mesh)
     config = run_config.with_clock(run_config.with_adapter(config), folder)
     run_config.check_workdir(config, folder)
@@ -145,6 +151,12 @@ class _Run:
             self.progress.note(about)
             if start:
                 self.progress.note(f"continuing {self.folder} after step {start}")
+                known = {row["step"] for row in self.writer.history}
+                if lost := start - len(known - {0}):
+                    self.progress.note(
+                        f"warning: metrics.jsonl lacks {lost} of the {start} steps done: it was "
+                        "cut, or lost"
+                    )
             for change in self.changes:
                 self.progress.note(f"warning: {change.format(step=start)}")
             self.grader.check_golds(self.trainer.golds)

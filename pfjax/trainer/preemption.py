@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from types import FrameType
 
 # A run that was told to stop, has saved, and can be continued ends with this status
@@ -13,11 +14,33 @@ class Preempted(Exception):
     """The run has saved its state and ended before its last step."""
 
 
+def hear_again() -> None:
+    """From here on what a signal raises is raised again where Python would drop it.
+
+    In a callback of the garbage collector, which JAX has, or of a weak reference, an exception
+    ends nothing. A Ctrl-C while a run started was lost in one of five tries.
+    """
+    before = sys.unraisablehook
+    main = threading.main_thread().ident
+
+    def hook(unraisable) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt | Preempted):
+            before(unraisable)
+            return
+        # Later, as the callback may not have returned.
+        again = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+
+
 class Preemption:
     """A context manager in which the first SIGTERM or SIGINT is only noted, until there is
     nothing more to save.
 
-    The second does what it always did: a save that hangs can be stopped.
+    The second does what it always did: a save that hangs can be stopped. Signals reach the
+    main thread alone: a run in another one does not hear them.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -27,7 +50,9 @@ class Preemption:
         self._said = ""
 
     def __enter__(self) -> "Preemption":  # noqa: PYI034
-        self._before = {s: signal.signal(s, self._note) for s in self._SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        heard = self._SIGNALS if is_main else ()
+        self._before = {s: signal.signal(s, self._note) for s in heard}
         return self
 
     def __exit__(self, *unused) -> None:
@@ -42,8 +67,8 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
-        self.__exit__()
         name = signal.Signals(number).name
         if self._said:
             raise Preempted(f"{name}: {self._said}")
+        self.__exit__()
         print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)

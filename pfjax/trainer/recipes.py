@@ -90,4 +90,7 @@ def _recipe(name: str) -> ConfigDict:
         raise ValueError(  # noqa: TRY004
             f"{path}: a recipe needs a function get_config() that returns a ConfigDict"
         )
-    return config.lock()
+    try:
+        return settings.complete(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

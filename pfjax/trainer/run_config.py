@@ -74,13 +74,53 @@ class OtherRun(ValueError):
 
 
 def check_workdir(c: FrozenConfigDict, folder: epath.Path) -> None:
-    """Raises OtherRun if the folder holds a run with another config."""
-    path = folder / "config.json"
-    if not path.exists() or not any((folder / "checkpoints").glob("[0-9]*")):
+    """Raises ValueError for what a run must not write over.
+
+    That is a run with another config (OtherRun), one that has ended and lost its
+    checkpoints, and files of the same names that are of no run, such as a model's.
+    """
+    old = _config_in(folder)
+    if old is None:
+        return
+    if not _has_checkpoints(folder):
+        if storage.exists(folder / "hf"):
+            raise ValueError(
+                f"{folder} holds a run that wrote a model (hf/), and no checkpoint to "
+                "continue from: it would start over and write over its metrics; choose "
+                "another --workdir, or remove hf/ to start over"
+            )
         return  # nothing that would be continued
-    old, new = storage.read_json(path)["config"], json.loads(c.to_json())
     said = f"{folder} holds a run with another config"
-    check_same(said, identity(old), identity(new))
+    check_same(said, identity(old), identity(json.loads(c.to_json())))
+
+
+def _has_checkpoints(folder: epath.Path) -> bool:
+    return any((folder / "checkpoints").glob("[0-9]*"))
+
+
+def _config_in(folder: epath.Path) -> dict[str, Any] | None:
+    """The values of the run that a folder holds, None if it holds none.
+
+    Raises:
+      ValueError: if it holds files of the same names that are of no run.
+    """
+    path, rows = folder / "config.json", folder / "metrics.jsonl"
+    if not path.exists():
+        # A run writes its config first; if that is lost, its checkpoints know who it is.
+        if rows.exists() and not _has_checkpoints(folder):
+            raise ValueError(
+                f"{rows} would be written over, and there is no config.json of the run that "
+                "it is of: choose another --workdir, or bring the file back"
+            )
+        return None
+    found = storage.read_json(path)
+    config = found.get("config") if isinstance(found, dict) else None
+    if not isinstance(config, dict):
+        raise ValueError(  # noqa: TRY004
+            f"{path} would be written over, and is not of a run (perhaps of a model): choose "
+            "another --workdir"
+        )
+    return config
 
 
 def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
@@ -88,8 +128,7 @@ def with_clock(c: FrozenConfigDict, folder: epath.Path) -> FrozenConfigDict:
     that of a run found in the folder, else now. All processes have to call it."""
     if c.data.clock or not tokenizer.asks_for_time(c.model):
         return c
-    path = folder / "config.json"
-    old = storage.read_json(path)["config"] if path.exists() else {}
+    old = _config_in(folder) or {}
     clock = old.get("data", {}).get("clock", "") or tokenizer.now()
     return with_values(c, {"data.clock": distributed.text_from_first(clock)})
 
@@ -151,13 +190,14 @@ def read_config(folder: epath.Path) -> FrozenConfigDict:
       ValueError: if the folder holds no run, or one of another version of pfjax.
     """
     path = folder / "config.json"
-    content = storage.read_json(path) if storage.exists(path) else {}
-    if "config" not in content:
+    content = storage.read_json(path) if storage.exists(path) else None
+    is_of_run = isinstance(content, dict) and isinstance(content.get("config"), dict)
+    if not is_of_run:
         raise ValueError(f"{folder} holds no run: it has no config.json of one")
     out = settings.default_config()
     old = traverse_util.flatten_dict(content["config"], sep=".")
     if unknown := sorted(old.keys() - settings.SETTINGS.keys()):
-        version = content["versions"]["pfjax"]
+        version = content.get("versions", {}).get("pfjax", "another version")
         raise ValueError(
             f"{path} has settings that pfjax {_version()} does not know: "
             f"{', '.join(unknown)}; they are of pfjax {version}"

@@ -12,8 +12,8 @@ import difflib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
-from numbers import Real
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -338,7 +338,9 @@ _DECIDING: dict[str, Setting] = {
 # What a run may be continued with another value of.
 _FREE: dict[str, Setting] = {
     "num_steps": _positive(500, "training steps in all"),
-    "reward_seconds": _positive(10.0, "wall time of a reward function per response"),
+    "reward_seconds": _positive(
+        10.0, "wall time of a reward function per response"
+    )._replace(at_most=1e6),
     "reward_workers": _positive(1, "processes per reward function"),
     "rollout_slots": _not_negative(
         0, "samples decoded at once; 0 means as many as memory holds"
@@ -442,7 +444,7 @@ _FREE: dict[str, Setting] = {
     ),
     "health_checks.step_seconds": _positive(
         3600.0, "seconds after which a step that hangs prints its stacks"
-    ),
+    )._replace(at_most=1e9),  # more, and Python's timers overflow
 }
 
 SETTINGS = _DECIDING | {k: s._replace(may_change=True) for k, s in _FREE.items()}
@@ -493,9 +495,50 @@ def nearest(name: str) -> str:
 
 def default_config() -> ConfigDict:
     """A config of all defaults, locked."""
+    return ConfigDict(_tree({k: s.default for k, s in SETTINGS.items()})).lock()
+
+
+def _tree(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted names, by groups."""
     tree: dict[str, Any] = {}
-    for name, setting in SETTINGS.items():
+    for name, value in values.items():
         group, _, last = name.rpartition(".")
         at = tree.setdefault(group, {}) if group else tree
-        at[last] = setting.default
-    return ConfigDict(tree).lock()
+        at[last] = value
+    return tree
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """The config with defaults for what it lacks, changed in place and locked.
+
+    Raises:
+      ValueError: for what is no setting, or a value of another type.
+    """
+    given = dict(_flat(config.to_dict()))
+    values = {k: s.default for k, s in SETTINGS.items()}
+    for name, value in given.items():
+        if name not in SETTINGS:
+            near = nearest(name)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f"there is no setting {name!r}{hint}")
+        default = SETTINGS[name].default
+        kind = type(default)
+        is_bool = isinstance(value, bool)  # a number to Python
+        if not isinstance(value, _TAKES.get(kind, kind)) or is_bool != (kind is bool):
+            raise ValueError(f"{name}={value!r}: must be of type {kind.__name__}")
+        values[name] = kind(value)
+    is_new = lambda k: type(given.get(k)) is not type(values[k])
+    with config.unlocked(), config.ignore_type():
+        config.update(_tree({k: v for k, v in values.items() if is_new(k)}))
+    return config.lock()
+
+
+_TAKES = {float: Real, int: Integral, tuple: (tuple, list)}  # what means the same
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

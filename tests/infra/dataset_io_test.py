@@ -66,6 +66,7 @@ def test_forms_of_files(tmp_path, name, text):
         ("a.json", b'[{"a": 1}, 2]', r"a\.json row 1: a row must be"),
         ("a.csv", b"a,b\n1,2\n1,2,3\n", r"a\.csv:3: expected 2 values"),
         ("a.csv", b"a,b\n1\n", r"a\.csv:2: expected 2 values"),
+        ("a.csv", b"a,b, a\n1,2,3\n", r"a\.csv:1: several columns 'a'"),
     ],
 )
 def test_mistakes_name_file_and_line(tmp_path, name, content, message):

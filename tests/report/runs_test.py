@@ -98,7 +98,7 @@ def test_mistakes_say_what_is_wrong(tmp_path):
             runs.load([str(tmp_path / path)])
     broken = fake_runs.make(tmp_path / "broken")
     (broken / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no config of a run"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
         runs.load([str(broken)])
 
 
@@ -149,3 +149,43 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
     (folder / "match.json").write_text('{"exponent"')
     with pytest.raises(ValueError, match=r"^[^\n]*match\.json is not JSON[^\n]*$"):
         runs.load([str(folder)])
+
+
+def test_what_a_continued_run_may_change_makes_no_other_group_but_its_evaluations(
+    tmp_path,
+):
+    fake_runs.make(tmp_path / "a", reward_workers=1, rollout_tensor=1)
+    fake_runs.make(tmp_path / "b", reward_workers=2, rollout_tensor=2)
+    fake_runs.make(tmp_path / "c", eval_samples=3)
+    both, other = _groups(tmp_path)
+    assert len(both.runs) == 2 and len(other.runs) == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("metrics.jsonl", '{"step": 1, "entropy": "x"}\n', "entropy='x' in the row"),
+        ("match.json", "[]", "not as a run"),
+        ("scores/alpha-2/x.json", '{"scores": {"avg@2": 1}}', "not as a run"),
+        ("completions/step_000004.jsonl", '{"prompt": "a"}\n', "not as a run"),
+        ("label.txt", "\udcff", "not UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path, name, text, said):
+    run = fake_runs.make(tmp_path / "a")
+    path = run / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"{path.name}.*{said}"):
+        _groups(run)
+
+
+def test_null_in_metrics_and_other_files_beside_the_completions_are_passed_over(
+    tmp_path,
+):
+    run = fake_runs.make(tmp_path / "a")
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics + '{"step": 5, "entropy": null}\n')
+    (run / "completions/step_000004_old.jsonl").write_text("x")
+    (group,) = _groups(run)
+    assert group.last_step == 5 and group.evaluated == [0, 4]

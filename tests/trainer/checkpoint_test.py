@@ -205,3 +205,13 @@ def test_a_metric_of_another_evaluation_is_dropped(tmp_path, capsys):
     assert _kept(folder, {5: 0.2, 6: 0.1, 7: 0.1}, "eval/avg of 8") == [5, 6, 7]
     assert checkpoint.best_step(folder) == 5
     assert "is of eval/avg of 7, not of eval/avg of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*", "a?"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    """It writes checkpoints there, and does not find what is in them."""
+    with pytest.raises(ValueError, match="in its path, which Orbax"):
+        checkpoint.check_place(epath.Path(tmp_path / name))
+    with pytest.raises(ValueError, match="in its path, which Orbax"):
+        checkpoint.read_policy(epath.Path(tmp_path / name), 1, {})
+    checkpoint.check_place(epath.Path(tmp_path / "a b%d{x}=1"))

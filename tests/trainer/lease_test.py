@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
@@ -70,7 +71,35 @@ def test_a_container_with_the_same_name_has_processes_of_its_own(folder, monkeyp
     with other, pytest.raises(ValueError, match="alive: process 7@7 on"):
         Lease(folder).__enter__()
     # Nor is one there with our number us, or gone at once.
-    _owned(folder, **mine | {"processes": "another pid:[1]"})
+    _owned(folder, **mine | {"processes": "another pid:[1]", "time": time.time()})
     assert not Lease(folder)._is_mine(Lease(folder)._read())
+    with Lease(folder):
+        pass
+
+
+def test_two_runs_of_one_process_do_not_share_a_folder(folder):
+    with Lease(folder):
+        for same in (folder, folder / ".." / folder.name):
+            with pytest.raises(ValueError, match=f"alive: process {os.getpid()}@"):
+                Lease(same).__enter__()
+    with Lease(folder):  # nor keeps it one that has ended
+        pass
+
+
+def test_a_reboot_ended_the_owner_at_once(folder):
+    gone = {"process": "7@7", "processes": "an earlier boot pid:[1]"}
+    _owned(folder, host=Lease(folder)._me["host"], **gone)
+    begin = time.monotonic()
+    with Lease(folder):
+        pass
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("owner", ['{"a": 1}', "[]", '{"host": "x", "process": 7'])
+def test_what_another_program_wrote_is_no_owner(folder, owner):
+    (folder / "owner.json").write_text(owner)
+    with Lease(folder):
+        pass
+    _owned(folder, host=Lease(folder)._me["host"], process="abc")
     with Lease(folder):
         pass

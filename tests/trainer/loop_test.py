@@ -1393,3 +1393,19 @@ def test_a_run_goes_on_with_its_prompts_from_elsewhere_but_no_others(config, tmp
     ):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert (tmp_path / "run/config.json").read_text() == kept
+
+
+def test_steps_that_the_metrics_lack_are_said_when_a_run_goes_on(
+    whole, tmp_path, capsys
+):
+    config, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    said = capsys.readouterr()
+    assert "metrics.jsonl lacks 4 of the 4 steps done" in said.out + said.err
+
+
+def test_training_in_64_bits_is_refused(config, tmp_path):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="set to 64 bits"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))

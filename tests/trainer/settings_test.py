@@ -466,3 +466,46 @@ def test_where_a_file_is_does_not_make_another_run():
         assert len(run_config.differences(old, new | {name: value})) == 1, name
     # A pattern is no file.
     assert run_config.differences({"reward": 'regex:"a/b"'}, {"reward": 'regex:"c/b"'})
+
+
+def test_a_config_of_ones_own_may_leave_settings_out():
+    given = ml_collections.ConfigDict({"alpha": 2, "lora": {"rank": 8}})
+    found = settings.complete(given)
+    found.alpha = 0.5  # of type float, as declared
+    assert (found.lora.rank, found.lora.alpha, found.seed) == (8, 32.0, 0)
+    config_checks.check(ml_collections.FrozenConfigDict(found))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            {"optim": {"lerning_rate": 1.0}},
+            "no setting 'optim.lerning_rate'; did you mean",
+        ),
+        ({"num_steps": 3.0}, "num_steps=3.0: must be of type int"),
+        ({"num_steps": None}, "num_steps=None: must be of type int"),
+        ({"alpha": True}, "alpha=True: must be of type float"),
+        ({"offload_ref": 1}, "offload_ref=1: must be of type bool"),
+    ],
+)
+def test_a_config_with_what_is_no_setting_or_no_value_is_refused(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        settings.complete(ml_collections.ConfigDict(given))
+
+
+def test_recipes_of_ones_own_are_completed_and_checked(tmp_path):
+    path = tmp_path / "own.py"
+    text = "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict({})"
+    path.write_text(text.format("{'num_steps': 3}"))
+    assert recipes.recipe(str(path), alpha=0.5).num_steps == 3
+    path.write_text(text.format("{'num_step': 3}"))
+    with pytest.raises(ValueError, match=r"own\.py: there is no setting 'num_step'"):
+        recipes.recipe(str(path))
+
+
+def test_a_time_that_no_timer_takes_is_refused():
+    with pytest.raises(
+        ValueError, match="step_seconds=1e[+]300: must be above 0, at most"
+    ):
+        config_checks.check(_config(**{"health_checks.step_seconds": 1e300}))
