@@ -356,8 +356,7 @@ def fine_tune(
         if given is not None:
             config[name] = _python_name(getattr(given, "loss", given))
     on = (on_step, on_evaluation)
-    with jax.enable_x64(False):  # whatever the caller's own arrays have
-        trained = loop.train_and_evaluate(config, os.fspath(workdir), *on, functions)
+    trained = loop.train_and_evaluate(config, os.fspath(workdir), *on, functions)
     return trained if trained.config.alpha_range else lora.merge(trained)
 
 

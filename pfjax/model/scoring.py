@@ -197,5 +197,7 @@ def _scores(
     if attention.pays_for_segments(c.attention, c.head_dim, c.dtype):
         batch = packing.trim_segments(batch, placement)
     part = lambda i: jax.tree.map(lambda x: x[i], batch)
-    log_p = sharding.fetch([_score(c, params, part(i), *how) for i in range(used)])
+    # One after the other: with several under way, devices of a CPU may wait in the exchange
+    # of one for those that wait in another's, as each holds a thread.
+    log_p = [sharding.fetch(_score(c, params, part(i), *how)) for i in range(used)]
     return packing.unpack_responses(np.stack(log_p), placement)

@@ -65,11 +65,6 @@ def train_and_evaluate(
       preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
       OSError: if a file could not be written.
     """
-    if jax.config.x64_enabled:
-        raise ValueError(
-            "training computes in float32 and bfloat16, and JAX is set to 64 bits: unset "
-            'JAX_ENABLE_X64, or call jax.config.update("jax_enable_x64", False)'
-        )
     config = FrozenConfigDict(config)
     config_checks.check(config, functions.objective)
     tracking.check(config.wandb_project)
@@ -79,7 +74,10 @@ def train_and_evaluate(
     mesh = sharding.make_mesh(**config.mesh)
     config = run_config.with_clock(run_config.with_adapter(config), folder)
     run_config.check_workdir(config, folder)
-    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    for name in ("hf", "dial"):  # written at the end
+        hf.check_replaceable(folder / name)
+    bits = jax.enable_x64(False)  # training is in float32 and bfloat16
+    with bits, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh, functions)
         storage.make_folder(folder)
         if distributed.is_first():

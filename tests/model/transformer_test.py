@@ -229,3 +229,13 @@ def test_policies_of_rematerialisation_store_what_they_say(tiny_policy):
     # The attention's output, H * C = 2 D here, and its sum a head.
     assert stored["attention"] - stored["full"] == tokens_of_layers * (2 * d + h)
     assert stored["full"] < stored["attention"] < stored["dots"] < stored["none"]
+
+
+def test_scoring_has_one_program_under_way(tiny_policy, monkeypatch):
+    """Several on two devices of a CPU stopped for ever in most runs."""
+    done, run, fetch = [], scoring._score, sharding.fetch
+    monkeypatch.setattr(scoring, "SCORE_ROWS", 1)
+    monkeypatch.setattr(scoring, "_score", lambda *a: done.append("run") or run(*a))
+    monkeypatch.setattr(sharding, "fetch", lambda x: done.append("fetch") or fetch(x))
+    scoring.score(tiny_policy, [[1] * 40] * 3, [2] * 3)
+    assert done == ["run", "fetch"] * 3

@@ -1406,6 +1406,13 @@ def test_steps_that_the_metrics_lack_are_said_when_a_run_goes_on(
     assert "metrics.jsonl lacks 4 of the 4 steps done" in said.out + said.err
 
 
-def test_training_in_64_bits_is_refused(config, tmp_path):
-    with jax.enable_x64(True), pytest.raises(ValueError, match="set to 64 bits"):
+def test_a_model_folder_with_files_of_others_is_refused_before_training(
+    config, tmp_path
+):
+    folder = tmp_path / "run/hf"
+    folder.mkdir(parents=True)
+    (folder / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"run/hf holds something other than a model"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert (folder / "notes.md").read_text() == "mine"
+    assert not (tmp_path / "run/metrics.jsonl").exists()
