@@ -214,7 +214,10 @@ def read_problems(run: Run, step: int) -> list[Problem]:
         for row in dataset_io.read_jsonl(run.completions[step]):
             # An older run had one set and did not name it.
             by_key[row["prompt_id"], row["prompt"], row.get("set", "")].append(row)
-            _ = [row[k] for k in _OF_SAMPLE], row["completion"].encode
+            if lacking := [k for k in _OF_SAMPLE if k not in row]:
+                raise KeyError(*lacking)
+            if not isinstance(row["completion"], str):
+                raise TypeError("completion is not text")
     most = max(map(len, by_key.values()), default=0)
     return [Problem(k, x) for k, x in by_key.items() if len(x) == most]
 

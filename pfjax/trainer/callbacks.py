@@ -42,6 +42,6 @@ class Callbacks:
             return
         try:
             function(*args)
-        # SystemExit too, by which one may end a run; raised after a save.
-        except BaseException as error:  # noqa: BLE001
+        # By SystemExit one may end a run. Raised after a save.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             self._error = error
