@@ -97,7 +97,8 @@ def measure(samples: Samples, target: Target) -> dict[str, float]:
       `length`, `target_length`: mean length of the policy's responses and of the target's.
     """
     tilt = {"psi": np.asarray(samples.psi), "reward": np.asarray(samples.reward)}
-    tilt |= {"log_p_rare": samples.log_p_rare}
+    if samples.log_p_rare is not None:  # a target of one's own need not know it
+        tilt |= {"log_p_rare": samples.log_p_rare}
     scale = samples.length if target.is_length_aware else np.ones_like(samples.length)
     log_r = target.log_density(samples.log_p_base, samples.length, 0.0, **tilt)
     drawn_by = [samples.log_p, samples.log_p_base]

@@ -290,8 +290,9 @@ def log_density(run: Run, y: Chains, alpha: Array | None = None) -> Float[Array,
         length = jnp.where(is_left, 0, y.length)
         reward = run.spec.reward(y.tokens, length, prompt)
         reward = jnp.where(is_left, 0.0, reward)
-    rare = None if y.log_p_rare is None else sum_from(y.log_p_rare, y)
-    tilt = {"reward": reward, "log_p_rare": rare}
+    tilt = {"reward": reward}
+    if y.log_p_rare is not None:  # a target of one's own need not know it
+        tilt["log_p_rare"] = sum_from(y.log_p_rare, y)
     return target.log_density(sum_from(y.log_p, y), y.length, run.log_z, **tilt)
 
 
