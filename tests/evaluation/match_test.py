@@ -108,3 +108,14 @@ def test_of_one_prompt_no_error_is_known(rng):
     found, alone = (match.measure(x, Target(2.0)) for x in (several, one))
     errors = {k for k in found if k.endswith("_se")}
     assert "exponent_se" in errors and alone.keys() == found.keys() - errors
+
+
+def test_a_target_of_ones_own_need_not_know_of_rare_tokens(rng):
+    class Own(Target):
+        def log_reward(self, log_p_base, length, psi=0.0, reward=0.0):
+            return self.alpha * log_p_base
+
+    log_p, log_p_base = -rng.uniform(1, 9, (2, 3, 8))
+    samples = match.Samples(log_p, log_p_base, np.full((3, 8), 4))
+    want = match.measure(samples, Target(2.0, has_format=False))
+    assert match.measure(samples, Own(2.0)) == pytest.approx(want)
