@@ -305,8 +305,8 @@ def fine_tune(
 ) -> Policy:
     """Trains as `pfjax train` does, and returns the trained policy.
 
-    A run found in `workdir` is continued. The first SIGINT (an interrupted notebook) or
-    SIGTERM stops it after a save; in a thread of your own it hears neither.
+    A run found in `workdir` is continued. The first SIGINT (an interrupted notebook),
+    SIGTERM or SIGHUP stops it after a save; in a thread of your own it hears none.
 
     Args:
       config: see `recipe`.

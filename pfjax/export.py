@@ -21,7 +21,7 @@ with epy.lazy_imports():
     import jax
 
     from pfjax.infra import compile_cache, distributed, sharding, storage
-    from pfjax.model import dial, hf
+    from pfjax.model import dial
     from pfjax.trainer import checkpoint, evaluations, export, history, run_config
 
 FLAGS = flags.FLAGS
@@ -42,7 +42,7 @@ def main(args: list[str]) -> None:
     if FLAGS.alpha is not None:
         config = _at_alpha(config)
     out, adapter = _places(folder, step)
-    hf.check_replaceable(out)
+    export.check_places(config, out, adapter)
     repo = _make_repository(out) if FLAGS.push else ""  # before anything takes long
     compile_cache.use_cache()
     with jax.set_mesh(mesh := sharding.make_mesh()):

@@ -19,7 +19,6 @@ writes.
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from typing import Any
@@ -208,8 +207,7 @@ def _check_out() -> None:
         storage.check_writable(out.parent)
     if not storage.is_remote(out) and out.is_dir():
         raise ValueError(f"--out={FLAGS.out} is a folder: name a file in it")
-    whole = lambda path: os.fspath(path) if storage.is_remote(path) else path.resolve()
-    if FLAGS.prompts and whole(out) == whole(storage.place(FLAGS.prompts)):
+    if FLAGS.prompts and storage.is_same(out, storage.place(FLAGS.prompts)):
         raise ValueError(f"--out={FLAGS.out} is the file of --prompts: name another")
 
 

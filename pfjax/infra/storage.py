@@ -68,6 +68,12 @@ def place(path: epath.PathLike) -> epath.Path:
     )
 
 
+def is_same(one: epath.Path, other: epath.Path) -> bool:
+    """Whether two paths lead to one file or folder, links followed."""
+    whole = lambda path: os.fspath(path) if is_remote(path) else path.resolve()
+    return whole(one) == whole(other)
+
+
 @functools.cache
 def _prepare() -> None:
     """Settings of the libraries that read buckets, before they are used first."""

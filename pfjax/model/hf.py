@@ -161,8 +161,8 @@ def save(
       card: text of `README.md`, the model card; none when not given.
 
     Raises:
-      ValueError: if the folder holds anything but a model or cannot be replaced, a policy
-        for every alpha is given no base, or the base has another config than the policy.
+      ValueError: if the folder is the base, holds anything but a model or cannot be replaced,
+        a policy for every alpha is given no base, or the base has another config than it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def save(
     policy = tokenizer.with_stop_ids(transformer.as_policy(policy))
     if policy.config.alpha_range and base is None:
         raise ValueError("a policy for every alpha is saved beside its base: give base")
-    check_replaceable(out_dir)
+    check_replaceable(out_dir, base)
     if not policy.config.alpha_range:
         policy = lora.merge(policy)
     if storage.is_remote(out_dir):
@@ -215,12 +215,20 @@ def save(
     multihost_utils.sync_global_devices("pfjax.save")
 
 
-def check_replaceable(out_dir: str | os.PathLike) -> None:
+def check_replaceable(
+    out_dir: str | os.PathLike, *bases: str | os.PathLike | None
+) -> None:
     """Raises ValueError if a folder holds anything but a model, which `save` would remove,
-    or cannot be put in the place of another."""
+    or is one of the models that it is made from, or cannot be put in the place of another."""
     out = storage.place(out_dir)
     if not storage.exists(out):
         return
+    for base in filter(None, bases):
+        if storage.is_same(out, storage.place(base)):
+            raise ValueError(
+                f"{out} is the model that this one is made from, which would be lost: "
+                "choose another folder"
+            )
     if out.is_file():
         raise ValueError(f"{out} is a file: choose another folder for the model")
     if not storage.is_remote(out):

@@ -14,6 +14,7 @@ import math
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -120,8 +121,10 @@ class Worker:
             return
         pipe = subprocess.PIPE
         try:
-            command = _command(self._spec)
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+            # In a session of its own, which a Ctrl-C in the terminal does not reach.
+            self._process = subprocess.Popen(
+                _command(self._spec), stdin=pipe, stdout=pipe, start_new_session=True
+            )
         except OSError as error:
             raise ValueError(f"--config.reward={self._spec}: {error}") from error
         if self._spec.startswith(_PROGRAM):  # which only answers what it is asked
@@ -139,6 +142,21 @@ class Worker:
           Failed: after so many seconds of wall time, or if the function raised.
           ValueError: if it returned what is no reward.
         """
+        found = self._ask(given, seconds)
+        if found is None and self.stop() == -signal.SIGTERM:
+            # A scheduler told all processes of the run to end: the run is to save first.
+            found = self._ask(given, seconds)
+        if found is None:
+            self.stop()
+            raise Failed(f"ended or took more than {seconds:g} s")
+        if "error" in found:
+            raise Failed(found["error"])
+        if "invalid" in found:
+            raise ValueError(f"--config.reward={self._spec} {found['invalid']}")
+        return found["values"]
+
+    def _ask(self, given: dict[str, Any], seconds: float) -> Any:
+        """What the process answers, None if it ended or there is none in time."""
         self.start()
         try:
             line = json.dumps(given, default=plain) + "\n"
@@ -148,17 +166,10 @@ class Worker:
             if self._spec.startswith(_PROGRAM) and found is not None:
                 found = {"values": reward_worker.numbers(found, len(given["prompts"]))}
         except BrokenPipeError:
-            found = None
+            return None
         except reward_worker.Invalid as error:
-            found = {"invalid": str(error)}
-        if found is None:
-            self.stop()
-            raise Failed(f"ended or took more than {seconds:g} s")
-        if "error" in found:
-            raise Failed(found["error"])
-        if "invalid" in found:
-            raise ValueError(f"--config.reward={self._spec} {found['invalid']}")
-        return found["values"]
+            return {"invalid": str(error)}
+        return found
 
     def _read(self, seconds: float) -> Any:
         """A line of the process as JSON, None if there is none in time."""
@@ -176,12 +187,14 @@ class Worker:
         except ValueError:
             return line.decode(errors="replace").strip()
 
-    def stop(self) -> None:
-        """Kills the process, if there is one."""
-        if self._process is not None:
-            with contextlib.suppress(BrokenPipeError), self._process:
-                self._process.kill()
-            self._process = None
+    def stop(self) -> int | None:
+        """Kills the process, if there is one, and returns how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        with contextlib.suppress(BrokenPipeError), process:
+            process.kill()
+        return process.returncode
 
 
 def count_failed(spec: str, values: list[list[float]], reasons: list[str]) -> int:

@@ -9,6 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from pfjax.infra import storage
 from pfjax.model import hf, hf_config, hub, lora, tokenizer, weights
 from pfjax.model.transformer import Policy
 from pfjax.trainer import checkpoint, run_config, train_fns
@@ -41,6 +42,19 @@ def write(
         policy = _beside_stored_base(policy, config.model)
     card = model_card(config, history, name or str(out))
     hf.save(policy, out, base=config.model, card=card)
+
+
+def check_places(
+    config: FrozenConfigDict, out: epath.Path, adapter: epath.Path
+) -> None:
+    """Raises ValueError if `write` would lose what the run is made from, or files of others."""
+    hf.check_replaceable(out, config.model, config.base)
+    first = config.lora.init_from
+    if first and storage.is_same(adapter, storage.place(first)):
+        raise ValueError(
+            f"{adapter} is the adapter that this one starts from, which would be lost: "
+            "choose another folder"
+        )
 
 
 def load(config: FrozenConfigDict, folder: epath.Path, step: int, mesh: Mesh) -> Policy:

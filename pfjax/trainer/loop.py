@@ -62,12 +62,14 @@ def train_and_evaluate(
         is writing to, before training starts.
       FloatingPointError: if the loss or a gradient is not finite.
       health_checks.Unhealthy: if metrics say that the run goes wrong.
-      preemption.Preempted: if SIGTERM or SIGINT ended it, after a save.
+      preemption.Preempted: if SIGTERM, SIGINT or SIGHUP ended it, after a save.
       OSError: if a file could not be written.
     """
     config = FrozenConfigDict(config)
     config_checks.check(config, functions.objective)
     tracking.check(config.wandb_project)
+    if not workdir:
+        raise ValueError("workdir is empty: name a folder for the run")
     folder = storage.place(workdir)
     storage.check_writable(folder)
     checkpoint.check_place(folder)
@@ -75,7 +77,7 @@ def train_and_evaluate(
     config = run_config.with_clock(run_config.with_adapter(config), folder)
     run_config.check_workdir(config, folder)
     for name in ("hf", "dial"):  # written at the end
-        hf.check_replaceable(folder / name)
+        export.check_places(config, folder / name, folder / "adapter")
     bits = jax.enable_x64(False)  # training is in float32 and bfloat16
     with bits, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh, functions)

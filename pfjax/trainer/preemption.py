@@ -1,6 +1,10 @@
-"""Being told to stop: by SIGTERM (preemption, a time limit) or SIGINT (Ctrl-C)."""
+"""Being told to stop: by SIGTERM (preemption, a time limit), SIGINT (Ctrl-C), or SIGHUP (a
+terminal that closes)."""
 
+import contextlib
+import os
 import signal
+import stat
 import sys
 import threading
 from types import FrameType
@@ -36,14 +40,13 @@ def hear_again() -> None:
 
 
 class Preemption:
-    """A context manager in which the first SIGTERM or SIGINT is only noted, until there is
-    nothing more to save.
+    """A context manager in which the first SIGTERM, SIGINT or SIGHUP is only noted, until
+    there is nothing more to save.
 
-    The second does what it always did: a save that hangs can be stopped. Signals reach the
+    The second does what it always did: a save that hangs can be stopped. Only SIGHUP, which
+    shells repeat, does nothing more, and under `nohup` nothing at all. Signals reach the
     main thread alone: a run in another one does not hear them.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
         self.is_asked = False
@@ -51,7 +54,10 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":  # noqa: PYI034
         is_main = threading.current_thread() is threading.main_thread()
-        heard = self._SIGNALS if is_main else ()
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        heard = heard if is_main else ()
         self._before = {s: signal.signal(s, self._note) for s in heard}
         return self
 
@@ -67,8 +73,22 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
+        if number == signal.SIGHUP:
+            _write_to_nothing()
         name = signal.Signals(number).name
         if self._said:
             raise Preempted(f"{name}: {self._said}")
         self.__exit__()
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
         print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
+
+
+def _write_to_nothing() -> None:
+    """From here on what was written to a terminal is lost; it would fail."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nothing, output)
+    os.close(nothing)

@@ -451,6 +451,26 @@ def test_what_sympy_fails_on_is_wrong_and_costs_no_worker():
         assert grader.timeouts == 0 and grader._worker is before
 
 
+def test_a_worker_that_a_scheduler_ended_costs_no_verdict(monkeypatch):
+    """Slurm tells all processes of a step to end: while one starts, or compares."""
+    with grading.Grader() as grader:
+        read, ended = grader._read_line, []
+
+        def told_to_end():
+            if len(ended) < 2:
+                ended.append(grader._worker)
+                grader._worker.terminate()
+                grader._worker.wait()
+                return ""
+            return read()
+
+        monkeypatch.setattr(grader, "_read_line", told_to_end)
+        assert grader.is_equal("6", "3+3")
+        ended.pop()
+        assert grader.is_equal("8", "4+4")
+        assert grader.timeouts == 0 and grader._endless == set()
+
+
 def test_a_worker_that_died_is_replaced():
     with grading.Grader() as grader:
         assert grader.is_equal("6", "3+3")

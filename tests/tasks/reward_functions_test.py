@@ -2,13 +2,18 @@
 
 import asyncio
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 
 from pfjax.tasks import grading, rewards
 from pfjax.tasks.problems import Problem
-from pfjax.tasks.reward_functions import LocalFunction, RewardFunction
+from pfjax.tasks.reward_functions import LocalFunction, RewardFunction, Worker
 from tests.conftest import ROOT
 
 _MINE = """
@@ -403,3 +408,82 @@ def test_a_failure_is_no_better_than_the_worst_whatever_the_weight(
     with rewards.Reward(text) as reward, grading.Grader() as grader:
         got = reward.values([problem], texts, ids, grader)
     np.testing.assert_array_equal(got, [worst, weight, 2 * weight])
+
+
+# A Ctrl-C, which a terminal sends to all processes of a command, while a function and a
+# comparison are under way; the command itself goes on, to save.
+_INTERRUPTED = """
+import os, signal, sys, threading, time
+from pfjax.tasks import grading, reward_functions
+
+heard = []
+signal.signal(signal.SIGINT, lambda *unused: heard.append(time.monotonic()))
+press = lambda: os.killpg(0, signal.SIGINT)
+worker = reward_functions.Worker(sys.argv[1])
+worker.start()
+threading.Timer(0.3, press).start()
+found = worker.call({"prompts": ["q"], "completions": ["y"], "completion_ids": [[1]]}, 60)
+with grading.Grader() as grader:
+    grader.is_equal("6", "3+3")
+    first = grader._worker
+    press()
+    # As if the comparison had been under way: the process is found dead, or lives.
+    time.sleep(0.3)
+    is_alive = first.poll() is None
+worker.stop()
+print(found, len(heard), is_alive)
+"""
+
+
+def test_ctrl_c_does_not_reach_the_processes_of_a_run(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "def slow(completions, **kwargs):\n"
+        "    time.sleep(1)\n"
+        "    return [0.5] * len(completions)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, f"{tmp_path}/mine.py:slow"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("[0.5] 2 True\n", "")
+
+
+SLOW = """
+import json, sys, time
+def slow(completions, **kwargs):
+    time.sleep(0.5)
+    return [0.5] * len(completions)
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(slow(**json.loads(line))), flush=True)
+"""
+
+
+@pytest.mark.parametrize("is_program", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 0.2])
+def test_a_function_that_a_scheduler_ended_is_asked_again(
+    tmp_path, is_program, seconds
+):
+    """Before a call, or during it; Slurm tells all processes of a step to end."""
+    path = tmp_path / "mine.py"
+    path.write_text(SLOW)
+    spec = f"pipe:{sys.executable} {path}" if is_program else f"{path}:slow"
+    worker = Worker(spec)
+    worker.start()
+    process = worker._process
+    if seconds:
+        threading.Timer(seconds, process.terminate).start()
+    else:
+        process.terminate()
+        process.wait()
+    given = {"prompts": ["q"], "completions": ["y"], "completion_ids": [[1]]}
+    assert worker.call(given, 60) == [0.5]
+    assert process.returncode == -signal.SIGTERM
+    worker.stop()

@@ -19,7 +19,7 @@ from etils import epath
 from configs import default, smoke
 from pfjax import objectives
 from pfjax.infra import dataset_io, hardware, sharding, uploads
-from pfjax.model import attention, hf, lora, scoring, tokenizer, transformer
+from pfjax.model import attention, hf, hf_config, lora, scoring, tokenizer, transformer
 from pfjax.report import runs
 from pfjax.trainer import (
     behavior,
@@ -1416,3 +1416,22 @@ def test_a_model_folder_with_files_of_others_is_refused_before_training(
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert (folder / "notes.md").read_text() == "mine"
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("setting", ["model", "base", "lora.init_from"])
+def test_what_a_run_is_made_from_is_not_where_it_writes(config, tmp_path, setting):
+    name = "adapter" if setting == "lora.init_from" else "hf"
+    folder = tmp_path / "run" / name
+    if name == "hf":
+        shutil.copytree(config.model, folder)
+    else:
+        model = dataclasses.replace(
+            hf_config.read(pathlib.Path(config.model)), lora_rank=2
+        )
+        params = lora.init_params(model, jax.random.key(0))
+        lora.save_peft(transformer.Policy(model, params), folder, config.model)
+    before = {path: path.read_bytes() for path in folder.rglob("*")}
+    config.update_from_flattened_dict({setting: str(folder)})
+    with pytest.raises(ValueError, match=f"run/{name} is the .* which would be lost"):
+        loop.train_and_evaluate(config, str(tmp_path / "run"))
+    assert {path: path.read_bytes() for path in folder.rglob("*")} == before

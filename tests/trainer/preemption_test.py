@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from pfjax.trainer import preemption
+from tests.conftest import ROOT
 
 
 def test_a_ctrl_c_within_the_garbage_collector_is_not_lost(monkeypatch):
@@ -39,6 +41,41 @@ def test_after_the_last_save_each_signal_stops_at_once():
         for _ in range(2):
             with pytest.raises(preemption.Preempted, match="SIGTERM: saved"):
                 os.kill(os.getpid(), signal.SIGTERM)
+
+
+_IN_A_TERMINAL = """
+import os, sys, time
+from pfjax.trainer import preemption
+
+with preemption.Preemption() as stop:
+    print("begun", flush=True)
+    while not stop.is_asked:
+        time.sleep(0.01)
+    time.sleep(0.5)  # to save; meanwhile it is told again
+    print("saved", flush=True)
+    print("saved", file=sys.stderr, flush=True)
+sys.exit(preemption.EXIT_STATUS)
+"""
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, 75), (True, -9)])
+def test_a_terminal_that_closes_stops_a_run_after_a_save(ignored, status):
+    """Unless it runs under nohup."""
+    ours, its = os.openpty()
+    run = [sys.executable, "-c", _IN_A_TERMINAL]
+    run = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *run] if ignored else run
+    process = subprocess.Popen(run, cwd=ROOT, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    while b"begun" not in os.read(ours, 1000):
+        pass
+    os.close(ours)
+    for _ in range(3):  # by the shell, and by the system
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    if ignored:
+        time.sleep(1)
+        process.kill()
+    assert process.wait(60) == status
 
 
 def test_a_run_in_a_thread_of_ones_own_leaves_signals_alone():
