@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pfjax.infra import numerics
+
 AnyMesh = Mesh | AbstractMesh
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -122,12 +124,11 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
 def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` run with the current mesh `regrouped`, where it has devices that share rows or a
     layer's experts: a token that is drawn has no row to share, and every part of the batch
-    takes as many steps as it needs. And with numbers of 32 bits, whatever `jax_enable_x64`
-    says: the loops on the devices carry them."""
+    takes as many steps as it needs. And with `numerics.as_promised`."""
 
     @functools.wraps(f)
     def run(*args, **kwargs):
-        with jax.enable_x64(False):
+        with numerics.as_promised():
             mesh = jax.sharding.get_mesh()
             if mesh.empty or (regrouped_mesh := regrouped(mesh, 0)) is mesh:
                 return f(*args, **kwargs)

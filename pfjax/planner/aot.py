@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from pfjax.batch import SCORES
-from pfjax.infra import hardware, sharding
+from pfjax.infra import hardware, numerics, sharding
 from pfjax.model import lora, transformer
 from pfjax.model.transformer import Params
 from pfjax.planner import gpu_target
@@ -131,6 +131,7 @@ def actor_mesh(
     return sharding.rollout_mesh(rollout, tensor, devices)
 
 
+@numerics.as_promised()
 def compile_phases(
     fns: train_fns.TrainFns,
     batch: tuple[Any, ...],

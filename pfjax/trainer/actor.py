@@ -29,6 +29,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pfjax.batch import Rollout
+from pfjax.infra import numerics
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.sampler import unstack
@@ -145,6 +146,7 @@ class Actor:
         self._ids: list[int] = []  # of the stream's prompts
         self._again, self._next = [*cursor.skipped], cursor.end
 
+    @numerics.as_promised()  # threads begin with the settings of the process
     def _round(self, weights: Params, before: int, step: int) -> Drawn:
         """What step `step` trains on, drawn on by the weights after `before` steps."""
         begin = time.perf_counter()

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from pfjax.infra import compile_cache, distributed, sharding, storage
+from pfjax.infra import compile_cache, distributed, numerics, sharding, storage
 from pfjax.model import hf, hub
 from pfjax.model.transformer import Policy
 from pfjax.tasks import grading
@@ -78,8 +78,8 @@ def train_and_evaluate(
     run_config.check_workdir(config, folder)
     for name in ("hf", "dial"):  # written at the end
         export.check_places(config, folder / name, folder / "adapter")
-    bits = jax.enable_x64(False)  # training is in float32 and bfloat16
-    with bits, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    numbers = numerics.as_promised()
+    with numbers, jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         trainer, state, about = setup(config, mesh, functions)
         storage.make_folder(folder)
         if distributed.is_first():

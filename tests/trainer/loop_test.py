@@ -1435,3 +1435,22 @@ def test_what_a_run_is_made_from_is_not_where_it_writes(config, tmp_path, settin
     with pytest.raises(ValueError, match=f"run/{name} is the .* which would be lost"):
         loop.train_and_evaluate(config, str(tmp_path / "run"))
     assert {path: path.read_bytes() for path in folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_values_are_the_same_whatever_jax_is_set_to(config, tmp_path, max_staleness):
+    """By the process, which threads begin with."""
+    config.num_steps, config.max_staleness = 2, max_staleness
+    loop.train_and_evaluate(config, str(tmp_path / "want"))
+    given = {"jax_enable_x64": True, "jax_default_prng_impl": "rbg"}
+    before = {name: getattr(jax.config, name) for name in given}
+    try:
+        for name, value in given.items():
+            jax.config.update(name, value)
+        loop.train_and_evaluate(config, str(tmp_path / "got"))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    want, got = (_deterministic(tmp_path / name) for name in ("want", "got"))
+    assert got == want and want[-1]["step"] == config.num_steps
