@@ -11,20 +11,17 @@ import functools
 import json
 import re
 import select
-import signal
 import subprocess
-import sys
 from importlib import metadata
 from typing import Literal
+
+from pfjax.tasks import processes
 
 # Golds that a check at the start looks at: a few seconds.
 _CHECKED = 1000
 DEADLINE_SECONDS = 2.0  # of the worker's processor time, for one comparison
 # Of wall time, where something hangs: nothing is said of how long it takes.
 _PATIENCE = 600.0
-# How a worker ends that was told to as all processes of a run are, by a scheduler: the run is
-# to save first, and asks another one.
-_TOLD_TO_END = -signal.SIGTERM
 _MANY_WORDS = 20  # golds of the sets have up to 12
 _LONGEST = 2000  # characters of an answer; golds of the sets have up to 210
 # Counts changes of the rules of `pfjax.tasks.equality`: scores of different numbers do not compare.
@@ -163,7 +160,7 @@ class Grader(contextlib.AbstractContextManager):
         if self._worker is None:
             self._worker, self._spare = self._spare or self._start(), None
             if not self._read_line():
-                if self._stop() == _TOLD_TO_END:
+                if self._stop() == processes.TOLD_TO_END:
                     return self._ask(gold, answer, tolerance)
                 raise RuntimeError("the grading process did not start; see above")
         request = json.dumps([gold, answer, tolerance])
@@ -175,18 +172,14 @@ class Grader(contextlib.AbstractContextManager):
         if line := self._read_line():
             self._fine |= {gold, answer}
             return json.loads(line)
-        if self._stop() == _TOLD_TO_END:
+        if self._stop() == processes.TOLD_TO_END:
             return self._ask(gold, answer, tolerance)
         self._spare = self._spare or self._start()
         return None
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", _WORKER, str(self._deadline)]
-        pipe = subprocess.PIPE
-        # In a session of its own, which a Ctrl-C in the terminal does not reach.
-        return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
-        )
+        command = processes.command(_WORKER, str(self._deadline))
+        return processes.start(command, text=True)
 
     def _read_line(self) -> str:
         """A line, which the worker writes whole; "" when it died."""

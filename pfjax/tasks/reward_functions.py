@@ -14,15 +14,13 @@ import math
 import re
 import select
 import shlex
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pfjax.infra import storage
-from pfjax.tasks import reward_worker
+from pfjax.tasks import processes, reward_worker
 
 _WORKER = "pfjax.tasks.reward_worker"
 _PROGRAM, LOCAL = "pipe:", "python:"
@@ -100,7 +98,7 @@ def _command(spec: str) -> list[str]:
     ready = [f"pfjax.tasks.ready_rewards:{kind}", given]
     if storage.is_remote(where := source(spec)) and kind not in READY:
         spec = f"{storage.local_copy(where)}:{spec.rpartition(':')[2]}"
-    return [sys.executable, "-m", _WORKER, *(ready if kind in READY else [spec])]
+    return processes.command(_WORKER, *(ready if kind in READY else [spec]))
 
 
 def plain(value: Any) -> Any:
@@ -119,12 +117,8 @@ class Worker:
         """Starts the process unless it runs; raises ValueError if it cannot."""
         if self._process is not None:
             return
-        pipe = subprocess.PIPE
         try:
-            # In a session of its own, which a Ctrl-C in the terminal does not reach.
-            self._process = subprocess.Popen(
-                _command(self._spec), stdin=pipe, stdout=pipe, start_new_session=True
-            )
+            self._process = processes.start(_command(self._spec))
         except OSError as error:
             raise ValueError(f"--config.reward={self._spec}: {error}") from error
         if self._spec.startswith(_PROGRAM):  # which only answers what it is asked
@@ -143,8 +137,7 @@ class Worker:
           ValueError: if it returned what is no reward.
         """
         found = self._ask(given, seconds)
-        if found is None and self.stop() == -signal.SIGTERM:
-            # A scheduler told all processes of the run to end: the run is to save first.
+        if found is None and self.stop() == processes.TOLD_TO_END:
             found = self._ask(given, seconds)
         if found is None:
             self.stop()

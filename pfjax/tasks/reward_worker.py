@@ -57,7 +57,8 @@ def find(spec: str) -> Any:
         sys.modules[path.stem] = module  # so that its classes can be pickled
         found.loader.exec_module(module)
     else:
-        sys.path.insert(0, os.getcwd())
+        if not where.startswith("pfjax."):
+            sys.path.insert(0, os.getcwd())
         module = importlib.import_module(where)
     if not hasattr(module, name):
         near = ", ".join(k for k, v in vars(module).items() if inspect.isfunction(v))

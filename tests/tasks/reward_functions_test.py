@@ -487,3 +487,15 @@ def test_a_function_that_a_scheduler_ended_is_asked_again(
     assert worker.call(given, 60) == [0.5]
     assert process.returncode == -signal.SIGTERM
     worker.stop()
+
+
+def test_a_file_here_with_the_name_of_a_module_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("token", "random", "sympy", "math_verify", "pfjax"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('a file of mine')")
+    with grading.Grader() as grader:
+        assert grader.is_equal("6", "3+3")
+    worker = Worker("regex:b+")
+    given = {"prompts": ["q"], "completions": ["abb"], "completion_ids": [[1]]}
+    assert worker.call(given, 60) == [1.0]
+    worker.stop()

@@ -1,0 +1,38 @@
+"""Processes that work for this one, and are asked over a pipe."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pfjax
+
+# How one ends that was told to as all processes of a run are, by a scheduler: the run is to
+# save first, and asks another one.
+TOLD_TO_END = -signal.SIGTERM
+_ROOT = pathlib.Path(pfjax.__file__).parent.parent
+# Of the current folder nothing is imported, as a file there may have the name of any module;
+# but for pfjax, if it is found there alone.
+_RUN = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import pfjax
+sys.path.pop(0)
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def command(module: str, *args: str) -> list[str]:
+    """Does `python -m module args`, a module of this package, whatever the current folder
+    holds."""
+    return [sys.executable, "-P", "-c", _RUN, str(_ROOT), module, *args]
+
+
+def start(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
+    """Starts one with pipes, in a session of its own, which a Ctrl-C in the terminal does not
+    reach."""
+    pipe, how = subprocess.PIPE, {"start_new_session": True, **kwargs}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, **how)
