@@ -159,7 +159,7 @@ _DECIDING: dict[str, Setting] = {
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "
-        "rl_token always average; subtb, sft and rewards of answers have none",
+        "rl_token always average; subtb, sft, empo, grpo and its kin have none",
         ("head", "group"),
     ),
     # Prompts, of training and of evaluation: docs/how-to/data.md has what files may be like.
