@@ -5,7 +5,8 @@
 #   prepare [extra ...]        installs the project, once per setup.py; sets PYTHON
 #
 # PFJAX_VENV    where the environment is (default .venv in the checkout)
-# PFJAX_PYTHON  the interpreter that makes it (default: the newest supported found)
+# PFJAX_PYTHON  the interpreter that makes it (default: python3 if it is 3.11 or newer, else the
+#               newest of python3.13 to python3.11)
 # PFJAX_EXTRAS  extras of setup.py to install besides: wandb,gguf
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -50,7 +50,7 @@ check_writable() { # WORKDIR
   [[ $1 == gs://* ]] && command -v gcloud >/dev/null || return 0
   said=$({ gcloud storage cp --quiet - "$probe" <<<"$host" && gcloud storage rm --quiet "$probe"; } 2>&1) || {
     printf '%s\n' "$said" >&2
-    fail "$host cannot write to $1 (above): give the service account of the TPU (default: that of Compute Engine) roles/storage.objectAdmin on the bucket"
+    fail "$host cannot write to $1 (above): give the service account of the TPU (default: that of Compute Engine) roles/storage.objectUser on the bucket"
   }
 }
 

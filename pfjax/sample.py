@@ -48,6 +48,9 @@ flags.DEFINE_multi_string("stop", [], "text that ends a response")
 flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
 flags.DEFINE_string("prompts", "", "file of prompts, or hub data set")
 flags.DEFINE_string("prompt_field", "", "column of prompts in it; else found")
+flags.DEFINE_string(
+    "answer_field", "", "column of answers in it, for --reward; else found"
+)
 flags.DEFINE_string("suffix", "", "added to each prompt")
 flags.DEFINE_string("out", "-", "JSONL file to write; - for standard output")
 flags.DEFINE_integer(
@@ -309,7 +312,7 @@ def _draw_power(policy, tok, prompts, max_new_tokens, write):
 def _prompts(tok: Any) -> data.PromptSet:
     if FLAGS.prompts:
         longest = int(1e9)  # the engine refuses what the model has no positions for
-        fields = problems.Fields(FLAGS.prompt_field)
+        fields = problems.Fields(FLAGS.prompt_field, FLAGS.answer_field)
         found = data.load_prompts(
             FLAGS.prompts, tok, longest, FLAGS.suffix, fields=fields
         )

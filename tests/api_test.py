@@ -136,14 +136,32 @@ def test_mistakes_are_one_line(toy, monkeypatch, f, said):
         jax.enable_x64(True),
         jax.default_prng_impl("rbg"),
         jax.threefry_partitionable(False),
+        jax.numpy_dtype_promotion("strict"),
     ],
 )
-def test_samples_are_the_same_whatever_jax_is_set_to(toy, setting):
-    draw = lambda: pfjax.rollout(toy, ["17+25", "3"], 3, 8, seed=5)
-    want = draw()
+def test_values_are_the_same_whatever_jax_is_set_to(toy, setting):
+    def values():
+        drawn = pfjax.rollout(toy, ["17+25", "3"], 3, 8, seed=5)
+        return drawn.tokens, *pfjax.score(toy, [[2, 3, 4], [2, 5]], [1, 1])
+
+    want = values()
     with setting:
-        got = draw()
-    np.testing.assert_array_equal(got.tokens, want.tokens)
+        got = values()
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_gradients_of_log_probs_are_had_where_types_do_not_mix(toy):
+    batch = pfjax.pack([[2, 10, 3, 4], [2, 7, 1]], [3, 1])
+
+    def total(params):
+        log_p = pfjax.log_probs(toy._replace(params=params), batch)
+        return pfjax.response_sum(log_p, batch).sum()
+
+    want = jax.grad(total)(toy.params)
+    with jax.numpy_dtype_promotion("strict"):
+        got = jax.grad(total)(toy.params)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def _explicit(batch):

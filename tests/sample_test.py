@@ -112,6 +112,10 @@ def test_mistakes_are_one_line(tmp_path):
             ("--prompts=pfjax/toy/eval.jsonl", "--prompt_field=question"),
             "prompt_field=question: no such column, there are ['",
         ),
+        (
+            ("--prompts=pfjax/toy/eval.jsonl", "--answer_field=sum"),
+            "answer_field=sum: no such column, there are ['",
+        ),
         (("--prompt=1", "--method=mh"), "needs a positive --alpha"),
         (("--prompt=1", "--method=mh", "--alpha=2", "--top_k=3"), "takes no --top_k"),
         (("--prompt=1", "--alpha=2"), "--alpha needs --method"),
@@ -141,11 +145,12 @@ def test_samples_of_a_target_with_a_reward_are_those_that_a_run_takes(tmp_path):
         "def brief(completion_ids, answer, **kwargs):\n"
         "    return [-len(y) if a else 0 for y, a in zip(completion_ids, answer)]\n"
     )
-    rows = [{"prompt": "17+25", "answer": "42"}, {"prompt": "3+9", "answer": "12"}]
+    rows = [{"prompt": "17+25", "sum": "42"}, {"prompt": "3+9", "sum": "12"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     reward, out = f"{tmp_path / 'mine.py'}:brief", tmp_path / "out.jsonl"
     args = ["--method=smc", "--alpha=1.5", f"--prompts={tmp_path / 'in.jsonl'}"]
     args += ["--samples=8", "--max_new_tokens=24", "--ramp=4", f"--out={out}"]
+    args += ["--answer_field=sum"]
     mean = {}
     for beta in (0, 1):
         more = [f"--reward={reward}", "--beta=1"] if beta else []

@@ -746,7 +746,7 @@ def test_a_service_account_that_may_not_write_is_told_before_anything_is_made(cl
     cloud.is_in(fail={"storage cp on worker": "403: a@b does not have access"})
     done = cloud.run("up", *TRAIN)
     assert done.returncode == 1 and "a@b does not have access" in done.stderr
-    assert "roles/storage.objectAdmin on the bucket" in done.stderr
+    assert "roles/storage.objectUser on the bucket" in done.stderr
     assert cloud.did() == ["create", "scp", "setup", "delete"]
     assert not (cloud.folder / "installed").exists()
 

@@ -67,7 +67,7 @@ check_bucket() {
     said=$(cloud storage rm --quiet "$probe" 2>&1) && return
   case $said in
     *"does not have"* | *denied* | *DENIED* | *"403"*)
-      fail "--workdir=$workdir: you may not write to $bucket, or there is none: gcloud storage buckets create $bucket, or ask its owner for roles/storage.objectAdmin"
+      fail "--workdir=$workdir: you may not write to $bucket, or there is none: gcloud storage buckets create $bucket, or ask its owner for roles/storage.objectUser"
       ;;
     *404* | *"not found"* | *"does not exist"*)
       fail "--workdir=$workdir: there is no bucket $bucket: gcloud storage buckets create $bucket"

@@ -8,7 +8,7 @@ import jax
 
 @contextlib.contextmanager
 def as_promised() -> Iterator[None]:
-    """In this thread numbers have 32 bits, and random ones are threefry's.
+    """In this thread numbers have 32 bits and types that mix, and random ones are threefry's.
 
     Loops on devices carry 32 bits. Of threefry alone a number follows from its key: of the
     generators of XLA (`rbg`, which others set for TPUs) one that is drawn under `vmap`, or on
@@ -16,6 +16,7 @@ def as_promised() -> Iterator[None]:
     """
     with (
         jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
         jax.default_prng_impl("threefry2x32"),
         jax.threefry_partitionable(True),
     ):

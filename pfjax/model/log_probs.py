@@ -189,7 +189,8 @@ def _local_backward(split, hidden, head, targets, where, log_total, gradient):
         def of_tile(tile, carry):
             d_states, d_head = carry
             x, is_target = c.logits(states, of_chunk, tile)
-            d_logits = (scale * (is_target - jnp.exp(x - shift))).astype(states.dtype)
+            d_logits = scale * (is_target.astype(x.dtype) - jnp.exp(x - shift))
+            d_logits = d_logits.astype(states.dtype)
             d_states = d_states + _dot("mv,vd->md", d_logits, c.head[tile])
             return d_states, d_head.at[tile].add(_dot("mv,md->vd", d_logits, states))
 

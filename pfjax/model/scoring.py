@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from pfjax import packing, targets
 from pfjax.batch import PackedBatch, PackShape
-from pfjax.infra import sharding
+from pfjax.infra import numerics, sharding
 from pfjax.model import attention, dial, log_probs, lora, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.targets import Array
@@ -171,6 +171,7 @@ def rare_log_probs(
     return _scores(policy, sequences, prompt_lengths, 1.0, eta_cutoff)
 
 
+@numerics.as_promised()
 def _scores(
     policy: Any, sequences: Any, prompt_lengths: Any, *how: float
 ) -> list[np.ndarray]:

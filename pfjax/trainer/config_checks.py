@@ -170,6 +170,9 @@ def _check_staleness(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
     if not c.max_staleness:
         return
     said = f"--config.max_staleness={c.max_staleness}"
+    others = c.behavior.base + (c.behavior.from_file if c.behavior.file else 0)
+    if math.isclose(others, 1):
+        raise ValueError(f"{said} has no effect: the policy itself draws no response")
     if not objective.is_balance:
         raise ValueError(
             f"{said}: the gradient of {c.objective} is that of samples of the policy as it is; "
@@ -182,9 +185,6 @@ def _check_staleness(c: FrozenConfigDict, objective: ObjectiveConfig) -> None:
             f"{said}: {name} changes how many responses the policy draws from step to step, "
             "which must stay the same then; leave one of them out"
         )
-    others = c.behavior.base + (c.behavior.from_file if c.behavior.file else 0)
-    if math.isclose(others, 1):
-        raise ValueError(f"{said} has no effect: the policy itself draws no response")
 
 
 def _check_on_policy(c: FrozenConfigDict, by_step: dict[str, Any]) -> None:

@@ -83,7 +83,8 @@ _DECIDING: dict[str, Setting] = {
     # What is trained.
     "model": Setting(
         "pfjax/toy",
-        "base model: Hugging Face folder or hub id; pfjax/toy ships with pfjax",
+        "base model: Hugging Face folder, hub id (ID@REVISION pins it) or GGUF file; pfjax/toy "
+        "ships with pfjax",
     ),
     "base": Setting(
         "",
@@ -159,7 +160,7 @@ _DECIDING: dict[str, Setting] = {
     "log_z": Setting(
         "head",
         "head learns log Z' from the prompt, group averages its samples; rl_traj and "
-        "rl_token always average; subtb, sft and rewards of answers have none",
+        "rl_token always average; subtb, sft, empo, grpo and its kin have none",
         ("head", "group"),
     ),
     # Prompts, of training and of evaluation: docs/how-to/data.md has what files may be like.
@@ -278,7 +279,7 @@ _DECIDING: dict[str, Setting] = {
         ("constant", "cosine", "linear"),
     ),
     "optim.log_z_learning_rate": _not_negative(
-        1e-3, "learning rate of log Z', in nats per step (chosen)"
+        1e-3, "learning rate of log Z', in nats per update (chosen)"
     ),
     "optim.warmup_steps": _not_negative(0, "steps of linear warm-up"),
     "optim.weight_decay": _not_negative(0.1, "AdamW's weight decay, of matrices only"),

@@ -278,6 +278,10 @@ def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
         ({"behavior.replay": 0.5}, "behavior.replay changes how many"),
         ({"schedules": "behavior.base:0@0,1@9"}, "behavior.base changes how many"),
         ({"behavior.base": 1.0}, "the policy itself draws no response"),
+        (
+            {"objective": "sft", "behavior.base": 1.0},
+            "the policy itself draws no response",
+        ),
         ({"mesh.rollout": 8}, "leaves none of 8 devices to learn"),
     ],
 )
