@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import pfjax
-
 # How one ends that was told to as all processes of a run are, by a scheduler: the run is to
 # save first, and asks another one.
 TOLD_TO_END = -signal.SIGTERM
-_ROOT = pathlib.Path(pfjax.__file__).parent.parent
+_ROOT = pathlib.Path(__file__).parents[2]
 # Of the current folder nothing is imported, as a file there may have the name of any module;
 # but for pfjax, if it is found there alone.
 _RUN = """
@@ -34,5 +32,5 @@ def command(module: str, *args: str) -> list[str]:
 def start(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
     """Starts one with pipes, in a session of its own, which a Ctrl-C in the terminal does not
     reach."""
-    pipe, how = subprocess.PIPE, {"start_new_session": True, **kwargs}
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, **how)
+    kwargs |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, start_new_session=True, **kwargs)

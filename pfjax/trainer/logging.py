@@ -45,6 +45,7 @@ class Writer:
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
         rows = history.read(self._path)
         self.history = [r for r in rows if r["step"] <= last_step]
+        self._lines = {r["step"]: as_jsonl([r]) for r in self.history}
         self._shown = {r["step"]: r for r in self.history}
         self._board = self._tracker = self._uploads = None
         self._stack = contextlib.ExitStack()
@@ -92,10 +93,12 @@ class Writer:
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step} | values | {"step": step}
         self.history = [r for r in self.history if r["step"] != step] + [row]
+        self._lines.pop(step, None)
+        self._lines[step] = as_jsonl([row])
         if self._board is None:
             return
         # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
-        text = as_jsonl(self.history)
+        text = "".join(self._lines.values())
         if self._uploads is None:
             storage.write_text(self._path, text)
         else:

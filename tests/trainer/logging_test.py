@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from pfjax.infra import storage
+from pfjax.infra import dataset_io, storage
 from pfjax.infra.dataset_io import read_jsonl
 from pfjax.trainer import logging, preemption, settings, tracking
 
@@ -36,6 +36,24 @@ def test_writer_cuts_back_to_the_step_it_continues_from(tmp_path):
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     assert rows[-1]["x"] == 9.0 and writer.history == rows
+
+
+def test_a_row_is_encoded_once(tmp_path, monkeypatch):
+    """A step costs as much after thousands as at the start."""
+    encoded = []
+
+    def as_jsonl(rows):
+        encoded.extend(row["step"] for row in rows)
+        return dataset_io.as_jsonl(rows)
+
+    with logging.Writer(epath.Path(tmp_path), -1, CONFIG) as writer:
+        monkeypatch.setattr(logging, "as_jsonl", as_jsonl)
+        for step in range(5):
+            writer.write(step, {"x": step})
+        writer.write(4, {"x": 4, "y": 5})  # replaced by a fuller one
+    assert encoded == [0, 1, 2, 3, 4, 4]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == writer.history
+    assert writer.history[-1] == {"step": 4, "x": 4.0, "y": 5.0}
 
 
 def test_tensorboard_shows_metrics_once_the_config_and_completions(tmp_path):
