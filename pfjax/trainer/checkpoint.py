@@ -60,13 +60,17 @@ class Checkpoints:
             preservation_policy=kept,
             cleanup_tmp_directories=True,
         )
+        self._saving: Any = None  # the last save, whose thread lives until it is asked
 
     def __enter__(self) -> "Checkpoints":  # noqa: PYI034
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
         try:
-            self._checkpointer.close()
+            try:
+                self._end_saving()
+            finally:
+                self._checkpointer.close()
         except Exception:
             if kind is None:  # otherwise said already
                 raise
@@ -103,7 +107,8 @@ class Checkpoints:
         if metric is not None:
             self._metrics[step] = metric
         with self._said():
-            self._checkpointer.save_checkpointables_async(
+            self._end_saving()  # as Orbax would wait for it
+            self._saving = self._checkpointer.save_checkpointables_async(
                 step,
                 {**parts, "about": _sealed(about)},
                 # Every one, also while the one before is being written.
@@ -131,7 +136,14 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns once what was saved is on disk; raises OSError if it is not."""
         with self._said():
+            self._end_saving()
             self._checkpointer.wait()
+
+    def _end_saving(self) -> None:
+        """Waits for the last save, and ends its thread and that one's files."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(
         self, abstract_state: Any, identity: dict[str, Any]

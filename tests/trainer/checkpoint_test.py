@@ -3,6 +3,7 @@
 Kills, damage and full disks are in tests/faults_test.py.
 """
 
+import os
 import shutil
 
 import jax
@@ -56,6 +57,17 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
         checkpoints.save(9, state, _about(9))
         checkpoints.wait()
         assert checkpoints.steps == [7, 8, 9]
+
+
+def test_saves_leave_no_files_open(tmp_path):
+    """A long run would reach the limit."""
+    state, seen = _state(sharding.make_mesh(1, -1, 1)), []
+    with checkpoint.Checkpoints(epath.Path(tmp_path), keep_best=1) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(step, state, _about(step))
+            checkpoints.wait()
+            seen.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(seen)) == 1
 
 
 def test_a_state_comes_back_on_another_mesh(tmp_path):
