@@ -8,17 +8,18 @@ one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pfjax.batch import Rollout
-from pfjax.infra import sharding
+from pfjax.infra import shard_map, sharding
 from pfjax.packing import pack_prompts
 from pfjax.sampler import buffers, decode, limits, resize, slots
 from pfjax.sampler.buffers import Queue, Results, SamplerState, Settings, Slots
 from pfjax.sampler.options import StopConditions
+from pfjax.targets import Array
 
 # Prompt tokens that one prefill runs at most.
 PREFILL_TOKENS = 4096
@@ -167,8 +168,12 @@ class Scheduler:
             budget = self.stop.max_total_tokens
             self.limit = limits.common_length(known, self.limit, budget)
         elif self.on_finish is not None:
+            length = np.where(self.cut > 0, self.cut, self.length)
+            at = self._not_reported(length)
             # Choices, the most by far, are fetched once, at the end.
-            self._report(self._ended(results._replace(choices=None)))
+            rows = self._rows(results._replace(choices=None), *at)
+            is_stopped = rows.is_stopped | (self.cut[at] > 0)
+            self._report(at, rows._replace(length=length[at], is_stopped=is_stopped))
 
     def _admit(self) -> None:
         """Deals the next prompts, each to the part that has the least to do, when enough
@@ -277,12 +282,13 @@ class Scheduler:
         self.on_device = (*resized, results)
 
     def _cut_at_strings(self, checked: np.ndarray, results: Results) -> None:
-        tokens = sharding.fetch(results.tokens).reshape(*checked.shape, -1)
-        is_new = (self.known > checked) & (self.cut == 0)
-        for at in zip(*np.nonzero(is_new), strict=True):
-            known = tokens[at][: self.known[at]].tolist()
-            how = (self.stop.stop_strings, self.stop.decode_text)
-            self.cut[at] = limits.stop_string_end(known, int(checked[at]), *how)
+        new = np.nonzero((self.known > checked) & (self.cut == 0))
+        how = (self.stop.stop_strings, self.stop.decode_text)
+        tokens = self._rows(results.tokens, *new)
+        for part, n, row in zip(*new, tokens, strict=True):
+            known = row[: self.known[part, n]].tolist()
+            num_checked = int(checked[part, n])
+            self.cut[part, n] = limits.stop_string_end(known, num_checked, *how)
 
     def _ended(self, results: Results) -> Results:
         """On the host, `[D, N, ...]`, with what the host has cut."""
@@ -293,25 +299,38 @@ class Scheduler:
             is_stopped=ended.is_stopped | is_cut,
         )
 
-    def _report(self, ended: Results) -> None:
-        """Passes on the responses that have ended since the last time."""
+    def _rows(self, x: Any, part: np.ndarray, n: np.ndarray) -> Any:
+        """On the host, of these samples alone: all together are too many for each look."""
+        num = np.bincount(part, minlength=self.plan.dp_size)
+        # Of each within its part; as `np.nonzero` has them, they stand part by part.
+        place = np.arange(len(part)) - np.repeat(np.cumsum(num) - num, num)
+        # Powers of two: few programs.
+        width = 1 << max(int(num.max()) - 1, 0).bit_length()
+        at = np.zeros((len(num), width), np.int32)
+        at[part, place] = n
+        split = lambda x: x.reshape(*at.shape, *x.shape[1:])[part, place]
+        return jax.tree.map(split, sharding.fetch(_taken(x, at.ravel())))
+
+    def _not_reported(self, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Parts and numbers of the responses that have ended since the last time."""
+        return np.nonzero((length > 0) & ~self.is_reported)
+
+    def _report(self, at: tuple[np.ndarray, np.ndarray], ended: Results) -> None:
+        """Passes on responses."""
         g = len(self.samples)
-        new = (ended.length > 0) & ~self.is_reported
-        finished = []
-        for part, n in zip(*np.nonzero(new), strict=True):
-            upto = ended.length[part, n]
-            finished.append(
-                Finished(
-                    prompt=self.dealt[part][int(n) // g],
-                    sample=self.samples[int(n) % g],
-                    tokens=ended.tokens[part, n, :upto],
-                    log_probs=ended.log_probs[part, n, :upto],
-                    is_stopped=bool(ended.is_stopped[part, n]),
-                )
+        finished = [
+            Finished(
+                prompt=self.dealt[part][int(n) // g],
+                sample=self.samples[int(n) % g],
+                tokens=ended.tokens[i, :upto],
+                log_probs=ended.log_probs[i, :upto],
+                is_stopped=bool(ended.is_stopped[i]),
             )
+            for i, (part, n, upto) in enumerate(zip(*at, ended.length, strict=True))
+        ]
         if finished:
             self.on_finish(finished)
-        self.is_reported |= new
+        self.is_reported[at] = True
 
     def _collect(self) -> Rollout:
         _, of_slots, _, results = self.on_device
@@ -324,7 +343,9 @@ class Scheduler:
         length = np.where(is_real, np.minimum(length, self.limit), 0)
         ended = ended._replace(length=length, is_stopped=is_stopped)
         if self.on_finish is not None:
-            self._report(ended)
+            at = self._not_reported(ended.length)
+            rows = jax.tree.map(lambda x: x[at], ended._replace(choices=None))
+            self._report(at, rows)
 
         slot_steps = int(sharding.fetch(of_slots.slot_steps).sum())
         return self._as_rollout(ended, range(len(self.prompts)), slot_steps)
@@ -348,3 +369,10 @@ class Scheduler:
             choices=jax.tree.map(by_prompt, ended.choices),
             alpha=self.alpha[[*numbers]] if self.has_alpha else None,
         )
+
+
+@jax.jit
+def _taken(x: Any, at: Array) -> Any:
+    """Rows of arrays, in each part of the batch its own."""
+    take = lambda x, at: jax.tree.map(lambda x: x[at], x)
+    return shard_map.over_batch(take, 0)(x, at)

@@ -421,6 +421,30 @@ def test_responses_are_passed_on_as_they_end(tiny_policy):
         assert f.is_stopped == out.finished[p, g]
 
 
+def test_a_look_fetches_what_is_new(tiny_policy, monkeypatch):
+    """With many prompts as much for each response as with few."""
+    fetched, fetch = [], sharding.fetch
+
+    def counted(tree):
+        found = fetch(tree)
+        fetched.extend(x.size for x in jax.tree.leaves(found) if x.ndim > 1)
+        return found
+
+    monkeypatch.setattr(sharding, "fetch", counted)
+    text = lambda ids: "".join(chr(97 + i) for i in ids)
+    for how in (
+        {"on_finish": lambda finished: None},
+        {"stop": StopConditions(stop_strings=("abcd",), decode_text=text)},
+    ):
+        of_each = []
+        for times in (4, 32):
+            fetched.clear()
+            args = (tiny_policy, PROMPTS * times, 1, 40)
+            engine.rollout(*args, capacity=Capacity(num_slots=8), **how)
+            of_each.append(sum(fetched) / times)
+        assert of_each[1] < 1.5 * of_each[0]
+
+
 @pytest.mark.parametrize("num_slots", [pytest.param(4, marks=pytest.mark.slow), 64])
 def test_stop_strings_end_a_response_where_they_are_complete(tiny_policy, num_slots):
     text = lambda ids: "".join(chr(97 + i) for i in ids)
