@@ -23,6 +23,7 @@ DEADLINE_SECONDS = 2.0  # of the worker's processor time, for one comparison
 # Of wall time, where something hangs: nothing is said of how long it takes.
 _PATIENCE = 600.0
 _MANY_WORDS = 20  # golds of the sets have up to 12
+_REMEMBERED = 2**20  # verdicts, and answers that could be compared: some 300 MB
 _LONGEST = 2000  # characters of an answer; golds of the sets have up to 210
 # Counts changes of the rules of `pfjax.tasks.equality`: scores of different numbers do not compare.
 RULES_VERSION = 3
@@ -30,7 +31,8 @@ RULES_VERSION = 3
 # Not imported: sympy is slow to.
 _WORKER = "pfjax.tasks.equality"
 # A command is skipped with the character after its backslash: `\{` is no brace.
-_BRACES = re.compile(r"(?P<box>\\+boxed\s*\{)|\\.|[{}]", re.DOTALL)
+# Pairs of backslashes are skipped at once: a run of them is read once, not from each of it.
+_BRACES = re.compile(r"(?P<box>\\++boxed\s*\{)|(?:\\\\)++|\\.|[{}]", re.DOTALL)
 
 
 def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
@@ -41,14 +43,14 @@ def boxed(text: str, policy: Literal["last", "first"] = "last") -> str | None:
     that the text ends in are no answers.
     """
     open_braces: list[re.Match] = []
-    found: dict[int, str] = {}
+    found: dict[int, slice] = {}  # texts of boxes in boxes would be long together
     for brace in _BRACES.finditer(text):
         if brace["box"] or brace[0] == "{":
             open_braces.append(brace)
         elif brace[0] == "}" and open_braces and (opened := open_braces.pop())["box"]:
-            found[opened.start()] = text[opened.end() : brace.start()]
+            found[opened.start()] = slice(opened.end(), brace.start())
     pick = max if policy == "last" else min
-    text = found[pick(found)] if found else ""
+    text = text[found[pick(found)]] if found else ""
     return text if text.strip() else None
 
 
@@ -75,7 +77,7 @@ class Grader(contextlib.AbstractContextManager):
         self._spare: subprocess.Popen | None = None
         self._endless: set[str] = set()  # cannot even be compared with 0
         self._fine: set[str] = set()  # has been compared, so is never one of these
-        self._judge_once = functools.cache(self._judge)
+        self._judge_once = functools.lru_cache(_REMEMBERED)(self._judge)
 
     def __exit__(self, *unused) -> None:
         self._stop()
@@ -170,6 +172,8 @@ class Grader(contextlib.AbstractContextManager):
             self._stop()
             return self._ask(gold, answer, tolerance)
         if line := self._read_line():
+            if len(self._fine) >= _REMEMBERED:
+                self._fine.clear()
             self._fine |= {gold, answer}
             return json.loads(line)
         if self._stop() == processes.TOLD_TO_END:

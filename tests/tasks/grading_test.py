@@ -3,6 +3,7 @@ r"""Grading: boxes, equality, classes, and a worker that cannot hang a run."""
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
@@ -52,6 +53,33 @@ def test_boxes_that_never_close_take_linear_time():
     begin = time.thread_time()
     assert grading.boxed(r"\boxed{" * 20_000) is None
     assert time.thread_time() - begin < 2
+
+
+def test_runs_of_backslashes_take_linear_time():
+    begin = time.thread_time()
+    assert grading.boxed("\\" * 200_000 + r"\boxed{5}") == "5"
+    assert grading.boxed("\\" * 200_000 + r" \boxed{5}") == "5"
+    assert grading.boxed("\\" * 200_001 + r"{\boxed{5}") == "5"
+    assert time.thread_time() - begin < 2
+
+
+def test_boxes_in_boxes_take_linear_memory():
+    n = 20_000
+    tracemalloc.start()
+    assert grading.boxed(r"\boxed{" * n + "5" + "}" * n) == "5"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1000 * n
+
+
+def test_a_grader_remembers_so_many_verdicts(monkeypatch):
+    """A run of days compares millions of answers."""
+    monkeypatch.setattr(grading, "_REMEMBERED", 8)
+    with grading.Grader() as grader:
+        for n in range(30):
+            assert not grader.is_equal("1/2", f"{n}/7")
+        assert grader._judge_once.cache_info().currsize == 8
+        assert len(grader._fine) < 10
 
 
 RIGHT = [
