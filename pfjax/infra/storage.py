@@ -268,6 +268,12 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     tmp.replace(path)
 
 
+def append_text(path: epath.PathLike, text: str) -> None:
+    """Adds to a file of this machine, of which a kill may leave the last line cut."""
+    with named(path), open(place(path), "a", encoding="utf-8") as file:
+        file.write(text)
+
+
 @contextlib.contextmanager
 def named(path: epath.PathLike) -> Iterator[None]:
     """Puts the file into what is raised of it: a full disk does not say of which it is."""

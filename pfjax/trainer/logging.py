@@ -93,16 +93,19 @@ class Writer:
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step} | values | {"step": step}
         self.history = [r for r in self.history if r["step"] != step] + [row]
-        self._lines.pop(step, None)
-        self._lines[step] = as_jsonl([row])
+        is_new = self._lines.pop(step, None) is None
+        self._lines[step] = line = as_jsonl([row])
         if self._board is None:
             return
-        # Whole, as files in buckets cannot be appended to: 1 MB after 1,000 steps.
-        text = "".join(self._lines.values())
-        if self._uploads is None:
-            storage.write_text(self._path, text)
+        if self._uploads is None and is_new:
+            storage.append_text(self._path, line)
         else:
-            self._uploads.put(self._path, text.encode)
+            # Whole, as files in buckets cannot be appended to.
+            text = "".join(self._lines.values())
+            if self._uploads is None:
+                storage.write_text(self._path, text)
+            else:
+                self._uploads.put(self._path, text.encode)
         for name, value in tracking.only_new(self._shown, row).items():
             self._board.add_scalar(name, value, step)
         self._put_events()

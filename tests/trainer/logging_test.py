@@ -56,6 +56,22 @@ def test_a_row_is_encoded_once(tmp_path, monkeypatch):
     assert writer.history[-1] == {"step": 4, "x": 4.0, "y": 5.0}
 
 
+def test_a_row_is_appended_on_a_disk(tmp_path, monkeypatch):
+    """Whole, the file of 10,000 steps would be 10 MB for each of them."""
+    written, write = [], storage.write_text
+
+    def write_text(path, text):
+        written.append(path.name)
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text", write_text)
+    with logging.Writer(epath.Path(tmp_path), -1, CONFIG) as writer:
+        for step in range(5):
+            writer.write(step, {"x": step})
+            assert read_jsonl(tmp_path / "metrics.jsonl") == writer.history
+    assert written == ["metrics.jsonl"]  # at the start
+
+
 def test_tensorboard_shows_metrics_once_the_config_and_completions(tmp_path):
     with logging.Writer(epath.Path(tmp_path), -1, CONFIG) as writer:
         writer.write(0, {"x": 1.0})
