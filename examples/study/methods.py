@@ -134,7 +134,9 @@ TRAINED = {
         power,
         True,
         # When flattening, more updates raise what the base hardly ever says.
-        settings=lambda alpha: {} if alpha > 1 else {"updates_per_rollout": 1},
+        settings=lambda alpha: (
+            {} if alpha > 1 else {"updates_per_rollout": 1, "residual_clip": 0.0}
+        ),
     ),
     "own_samples": Method("PowerFlow, own samples alone", power, True),
     "tb_traj": Method("trajectory balance, whole sequences", _whole, False),
