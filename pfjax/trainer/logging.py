@@ -1,7 +1,6 @@
 """Where metrics are written: `metrics.jsonl`, TensorBoard, W&B."""
 
 import contextlib
-import functools
 import json
 import pathlib
 import tempfile
@@ -116,13 +115,9 @@ class Writer:
         """Has the events so far copied to the bucket."""
         if self._uploads is None:
             return
+        self._board.flush()  # not where they are read, in a thread: it may be closed by then
         for file in self._events.glob("events.*"):
-            read = functools.partial(self._read_events, file)
-            self._uploads.put(self._workdir / file.name, read, GROWING_EVERY)
-
-    def _read_events(self, file: pathlib.Path) -> bytes:
-        self._board.flush()
-        return file.read_bytes()
+            self._uploads.put(self._workdir / file.name, file.read_bytes, GROWING_EVERY)
 
     def write_schedule(self, step: int, ids: list[int], rollout: Rollout) -> None:
         """Writes which weights drew the tokens that a step trained on: a line per prompt, of

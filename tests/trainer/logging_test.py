@@ -3,10 +3,12 @@
 import json
 import struct
 import tempfile
+import threading
 
 import numpy as np
 import pytest
 from etils import epath
+from tensorboardX import SummaryWriter
 
 from pfjax.infra import dataset_io, storage
 from pfjax.infra.dataset_io import read_jsonl
@@ -219,9 +221,17 @@ def test_wandb_keeps_the_id_in_a_bucket_and_its_files_on_a_disk(
     assert run["run"][0].run_id == kept["id"]
 
 
-def test_metrics_of_a_run_in_a_bucket_cost_one_request_off_its_way(bucket, gcs_server):
+def test_metrics_of_a_run_in_a_bucket_cost_one_request_off_its_way(
+    bucket, gcs_server, monkeypatch
+):
     """And are there once it says so, before a checkpoint; events while it goes on."""
-    folder = storage.place(f"{bucket}/run")
+    folder, flush, threads = storage.place(f"{bucket}/run"), SummaryWriter.flush, set()
+
+    def noted(board):
+        threads.add(threading.current_thread())
+        flush(board)
+
+    monkeypatch.setattr(SummaryWriter, "flush", noted)
     with logging.Writer(folder, -1, CONFIG) as writer:
         before = len(gcs_server.requests(bucket))
         for step in range(50):
@@ -238,6 +248,8 @@ def test_metrics_of_a_run_in_a_bucket_cost_one_request_off_its_way(bucket, gcs_s
     assert len(storage.read_bytes(events)) > size > 0
     with logging.Writer(folder, 30, CONFIG) as writer:
         assert len(writer.history) == 31
+    # In the one that closes it: of what is closed it would end the thread that uploads.
+    assert threads == {threading.current_thread()}
 
 
 def test_a_wandb_that_cannot_be_used_is_one_line(tmp_path, wandb, monkeypatch):
