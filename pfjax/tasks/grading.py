@@ -193,8 +193,4 @@ class Grader(contextlib.AbstractContextManager):
     def _stop(self) -> int | None:
         """Kills the worker, if there is one, and returns how it ended."""
         worker, self._worker = self._worker, None
-        if worker is None:
-            return None
-        with contextlib.suppress(BrokenPipeError), worker:
-            worker.kill()
-        return worker.returncode
+        return processes.end(worker)

@@ -1,5 +1,7 @@
 """Processes that work for this one, and are asked over a pipe."""
 
+import contextlib
+import os
 import pathlib
 import signal
 import subprocess
@@ -34,3 +36,14 @@ def start(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
     reach."""
     kwargs |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, start_new_session=True, **kwargs)
+
+
+def end(process: subprocess.Popen | None) -> int | None:
+    """Kills one, if there is one, and what it has started; returns how it ended."""
+    if process is None:
+        return None
+    with contextlib.suppress(BrokenPipeError), process:
+        if process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode

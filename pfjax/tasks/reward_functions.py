@@ -183,11 +183,7 @@ class Worker:
     def stop(self) -> int | None:
         """Kills the process, if there is one, and returns how it ended."""
         process, self._process = self._process, None
-        if process is None:
-            return None
-        with contextlib.suppress(BrokenPipeError), process:
-            process.kill()
-        return process.returncode
+        return processes.end(process)
 
 
 def count_failed(spec: str, values: list[list[float]], reasons: list[str]) -> int:

@@ -3,17 +3,19 @@
 import asyncio
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from pfjax.tasks import grading, rewards
 from pfjax.tasks.problems import Problem
-from pfjax.tasks.reward_functions import LocalFunction, RewardFunction, Worker
+from pfjax.tasks.reward_functions import Failed, LocalFunction, RewardFunction, Worker
 from tests.conftest import ROOT
 
 _MINE = """
@@ -499,3 +501,25 @@ def test_a_file_here_with_the_name_of_a_module_is_not_imported(tmp_path, monkeyp
     given = {"prompts": ["q"], "completions": ["abb"], "completion_ids": [[1]]}
     assert worker.call(given, 60) == [1.0]
     worker.stop()
+
+
+def test_what_a_function_has_started_ends_with_it(tmp_path):
+    """Such as a program that runs the code of a response, and hangs."""
+    (tmp_path / "mine.py").write_text(
+        "import pathlib, subprocess\n"
+        "def runs(completions, **kwargs):\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        f"    pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "    child.wait()\n"
+    )
+    worker = Worker(f"{tmp_path}/mine.py:runs")
+    worker.start()
+    given = {"prompts": ["q"], "completions": ["y"], "completion_ids": [[1]]}
+    with pytest.raises(Failed):
+        worker.call(given, 3)
+    stat = pathlib.Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    until = time.monotonic() + 30
+    # In a container nobody may take notice of its end: then it stays, as a zombie.
+    while stat.exists() and ") Z " not in stat.read_text():
+        assert time.monotonic() < until, "it goes on"
+        time.sleep(0.1)
