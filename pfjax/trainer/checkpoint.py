@@ -158,13 +158,13 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
+            _hush_abandoned_reads()
             try:
                 found = self._read(step, abstract_state, identity)
             except OtherRun:
                 raise
             # Whatever is wrong with files, some library has an exception for it.
             except Exception as error:  # noqa: BLE001
-                _hush_abandoned_reads()
                 reason = (str(error) or repr(error)).splitlines()[0][:300]
                 damaged[step] = reason
                 print(f"checkpoint {step} is damaged and passed over: {reason}")
@@ -334,15 +334,17 @@ _READ = "_read_array_index_and_device_put"
 
 
 def _hush_abandoned_reads() -> None:
-    """Orbax leaves the other reads of a checkpoint that failed to the end of the
-    process, where each may print a stack of its own after our message."""
+    """Where one read of a checkpoint fails, Orbax leaves the others to threads, at once or
+    up to the end of the process, where each may print a stack of its own."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
     if getattr(before, "__name__", "") == _READ:
         return
 
-    def hook(unraisable, read=_READ):  # when it is called, globals may be gone
-        if getattr(unraisable.object, "__qualname__", "") != read:
+    # When it is called, globals may be gone.
+    def hook(unraisable, read=_READ, closed="Event loop is closed"):
+        is_read = getattr(unraisable.object, "__qualname__", "") == read
+        if not is_read and str(unraisable.exc_value) != closed:
             before(unraisable)
 
     hook.__name__ = _READ
