@@ -8,11 +8,12 @@ import jax
 
 @contextlib.contextmanager
 def as_promised() -> Iterator[None]:
-    """In this thread numbers have 32 bits and types that mix, and random ones are threefry's.
+    """In this thread numbers have 32 bits, types are promoted as usual, and random numbers
+    come from threefry.
 
-    Loops on devices carry 32 bits. Of threefry alone a number follows from its key: of the
-    generators of XLA (`rbg`, which others set for TPUs) one that is drawn under `vmap`, or on
-    several devices, depends on which are drawn beside it.
+    Loops on devices carry 32 bits. With threefry a number depends on its key alone; with the
+    generators of XLA (`rbg`, which others set for TPUs) one drawn under `vmap`, or on several
+    devices, also depends on those drawn beside it.
     """
     with (
         jax.enable_x64(False),

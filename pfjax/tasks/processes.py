@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# How one ends that was told to as all processes of a run are, by a scheduler: the run is to
-# save first, and asks another one.
+# How a process ends when a scheduler has told all processes of the run to end. The run saves
+# first, so it starts another process and asks that.
 TOLD_TO_END = -signal.SIGTERM
 _ROOT = pathlib.Path(__file__).parents[2]
-# Of the current folder nothing is imported, as a file there may have the name of any module;
-# but for pfjax, if it is found there alone.
+# Nothing is imported from the current folder, where a file may have the name of any module,
+# except pfjax itself if it lies there.
 _RUN = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))

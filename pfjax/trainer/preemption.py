@@ -43,9 +43,9 @@ class Preemption:
     """A context manager in which the first SIGTERM, SIGINT or SIGHUP is only noted, until
     there is nothing more to save.
 
-    The second does what it always did: a save that hangs can be stopped. Only SIGHUP, which
-    shells repeat, does nothing more, and under `nohup` nothing at all. Signals reach the
-    main thread alone: a run in another one does not hear them.
+    The second does what it always did: a save that hangs can be stopped. SIGHUP is the
+    exception: shells repeat it, so a second one is ignored, and under `nohup` the first is
+    too. Signals reach the main thread alone: a run in another one does not hear them.
     """
 
     def __init__(self):
