@@ -66,8 +66,11 @@ def test_a_terminal_that_closes_stops_a_run_after_a_save(ignored, status):
     run = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *run] if ignored else run
     process = subprocess.Popen(run, cwd=ROOT, stdin=its, stdout=its, stderr=its)
     os.close(its)
-    while b"begun" not in os.read(ours, 1000):
-        pass
+    said = b""
+    while (
+        b"begun\r\n" not in said
+    ):  # all of it: else the rest is written to a closed end
+        said += os.read(ours, 1000)
     os.close(ours)
     for _ in range(3):  # by the shell, and by the system
         process.send_signal(signal.SIGHUP)
