@@ -19,7 +19,6 @@ if [[ ${1:-} == --study ]]; then
   say_device
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m examples.study "--out=$ROOT/runs/study" "${@:2}"
 fi
-args=("$@")
 has_config='' has_workdir=''
 for arg in "$@"; do
   case $arg in
@@ -27,9 +26,9 @@ for arg in "$@"; do
     --workdir | --workdir=*) has_workdir=yes ;;
   esac
 done
-[[ $has_workdir ]] || args=("--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$" "${args[@]}")
-[[ $has_config ]] || args=("--config=$ROOT/configs/smoke.py" "${args[@]}")
+[[ $has_workdir ]] || set -- "--workdir=$ROOT/runs/$(date +%Y%m%d-%H%M%S)-$$" "$@"
+[[ $has_config ]] || set -- "--config=$ROOT/configs/smoke.py" "$@"
 # shellcheck disable=SC2119  # no extras
 prepare
 say_device
-exec "$PYTHON" -m pfjax.train "${args[@]}"
+exec "$PYTHON" -m pfjax.train "$@"

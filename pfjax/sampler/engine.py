@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,6 +85,15 @@ def rollout(
     samples = range(samples_per_prompt) if samples is None else samples
     _check(temperature, token_filters, stop, len(prompts) * len(samples))
     _check_alpha(policy.config.alpha_range, alpha, len(prompts))
+    if stop.max_total_tokens is None:  # which all of them share
+        at_once = slots.prompts_at_once(policy.config, **sizes)
+        if len(prompts) > at_once:
+            how = {"step": step, "token_filters": token_filters, "stop": stop}
+            how |= {"capacity": dataclasses.replace(capacity, prompt_width=width)}
+            how |= {"temperature": temperature, "seed": seed, "samples": samples}
+            ids = range(len(prompts)) if prompt_ids is None else prompt_ids
+            of_each = (prompts, ids, alpha)
+            return _by_groups(policy, at_once, of_each, on_finish, **sizes, **how)
     sizes |= dataclasses.asdict(capacity) | {"prompt_width": width}
     settings = Settings(
         config=policy.config,
@@ -100,6 +110,30 @@ def rollout(
     )
     how = (max_new_tokens, stop, on_finish, samples)
     return Scheduler(settings, state, prompts, prompt_ids, *how, alpha=alpha).to_end()
+
+
+def _by_groups(
+    policy: Policy,
+    at_once: int,
+    of_each: tuple[Sequence | np.ndarray | None, ...],
+    on_finish: Callable[[list[Finished]], None] | None,
+    **how: Any,
+) -> Rollout:
+    """A rollout of more prompts than there is room for the responses to."""
+    parts = []
+    num_prompts = len(of_each[0])
+    for start in range(0, num_prompts, at_once):
+        group = slice(start, start + at_once)
+        prompts, ids, alpha = (None if x is None else x[group] for x in of_each)
+
+        def pass_on(found, start=start):
+            on_finish([x._replace(prompt=start + x.prompt) for x in found])
+
+        how |= {"prompt_ids": [*ids], "alpha": alpha}
+        how |= {"on_finish": None if on_finish is None else pass_on}
+        parts.append(rollout(policy, prompts, **how))
+    join = lambda *x: np.concatenate(x) if np.ndim(x[0]) else sum(x)
+    return jax.tree.map(join, *parts)
 
 
 def _prompt_width(

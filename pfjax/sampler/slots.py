@@ -24,6 +24,8 @@ _LOGITS_BYTES = 12
 # While a cache grows the old one, half as wide, is still there.
 _GROWTH = 1.5
 _SMALLEST = 4
+# Of what is drawn, on one device, before more prompts are begun.
+_RESULT_BYTES = 2**30
 # Narrowest cache that is worth a program of its own.
 _NARROWEST = 128
 
@@ -227,6 +229,25 @@ def with_slots(
     )
 
 
+def prompts_at_once(
+    config: ModelConfig, samples_per_prompt: int, max_new_tokens: int
+) -> int:
+    """Prompts whose responses all parts of the batch have room for, at least one each.
+
+    What is drawn stays on the devices until the last response has ended.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    dp_size = 1 if mesh.empty else sharding.batch_ways(mesh)
+    each = _result_bytes(config, samples_per_prompt, max_new_tokens)
+    return dp_size * max(_RESULT_BYTES // each, 1)
+
+
+def _result_bytes(config: ModelConfig, num_samples: int, max_new_tokens: int) -> int:
+    """Of what a part of the batch has drawn: two copies, one of which the host reads, with
+    room for twice its share (see `prompts_per_part`)."""
+    return 4 * num_samples * max_new_tokens * (4 + 4 + config.num_choices)
+
+
 def prompts_per_part(plan: Plan, num_prompts: int, samples_per_prompt: int) -> int:
     """Prompts that a part of the batch has room for: an equal share where all samples are
     decoded at once, else up to two, for the part whose responses end early."""
@@ -300,6 +321,7 @@ def plan_for(
         slots = min(math.ceil(num_slots / dp_size), prompts * samples_per_prompt)
         return with_slots(plan, slots, **sizes)
     free = memory() - weight_bytes(config) // tensor
+    free -= _result_bytes(config, prompts * samples_per_prompt, max_new_tokens)
     sizes |= {"tensor": tensor, "free_bytes": free}
     most = most_slots and math.ceil(most_slots / dp_size)
     return with_most_slots(plan, config, **sizes, most=most)

@@ -45,14 +45,13 @@ import functools
 import json
 import logging
 import os
-import resource
 import signal
 import sys
 
 import math_verify
 from sympy import Basic, Eq, Expr, FiniteSet, Float, I, simplify
 
-from pfjax.tasks import notation
+from pfjax.tasks import notation, processes
 
 _MEMORY_BYTES = 4 * 2**30
 # Only the whole box: with the usual expressions outside LaTeX, or LaTeX anywhere,
@@ -149,7 +148,7 @@ def _serve(deadline_seconds: float) -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # Ends the process, whatever it is doing.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    processes.limit_memory(_MEMORY_BYTES)
     print("ready", flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, deadline_seconds)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def start(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
     reach."""
     kwargs |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, start_new_session=True, **kwargs)
+
+
+def limit_memory(size: int) -> None:
+    """Lets this process have no more than `size` bytes of addresses, where the system can:
+    macOS refuses."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 def end(process: subprocess.Popen | None) -> int | None:

@@ -2,12 +2,12 @@
 
 import importlib.util
 import re
-import resource
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from pfjax.infra import storage
+from pfjax.tasks import processes
 
 _BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
 _MEMORY_BYTES = 2 * 2**30
@@ -19,7 +19,7 @@ def compiles_python(completions: list, **unused) -> list[float]:
 
     Nothing of it is run. What takes too much time or memory to compile fails.
     """
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    processes.limit_memory(_MEMORY_BYTES)
     return [float(_compiles(_text(completion))) for completion in completions]
 
 

@@ -421,6 +421,46 @@ def test_responses_are_passed_on_as_they_end(tiny_policy):
         assert f.is_stopped == out.finished[p, g]
 
 
+def test_more_responses_than_there_is_room_for_are_drawn_in_turns(
+    tiny_policy, monkeypatch
+):
+    args, kwargs = (tiny_policy, PROMPTS, 3, 12), {"prompt_ids": [4, 9, 2, 30]}
+    whole = engine.rollout(*args, **kwargs)
+    sizes, found = [], []
+    monkeypatch.setattr(slots, "_RESULT_BYTES", 2 * 4 * 3 * 12 * 8)  # two prompts
+    start = Scheduler.__init__
+
+    def counted(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        sizes.append(self.on_device[-1].tokens.shape[0])
+
+    monkeypatch.setattr(Scheduler, "__init__", counted)
+    out = engine.rollout(*args, **kwargs, on_finish=found.extend)
+    assert sizes == [6, 6]
+    for name in ("tokens", "lengths", "log_probs", "finished"):
+        np.testing.assert_array_equal(getattr(out, name), getattr(whole, name))
+    assert out.slot_steps == 2 * 6 * 12
+    got = {(x.prompt, x.sample): x.tokens.tolist() for x in found}
+    for (q, g), n in np.ndenumerate(whole.lengths):
+        assert got[q, g] == whole.tokens[q, g, :n].tolist()
+    # A budget is one of all responses.
+    sizes.clear()
+    engine.rollout(*args, stop=StopConditions(max_total_tokens=40))
+    assert sizes == [12]
+
+
+def test_what_is_drawn_counts_as_memory(tiny_policy):
+    def plan(gigabytes):
+        memory = lambda: gigabytes * 10**9
+        sizes = {"num_prompts": 10**4, "samples_per_prompt": 64}
+        sizes |= {"max_new_tokens": 64, "prompt_width": 8}
+        return slots.plan_for(tiny_policy.config, "tpu", memory, **sizes)
+
+    assert plan(4).slots > 64
+    with pytest.raises(slots.NoRoom):
+        plan(1)
+
+
 def test_a_look_fetches_what_is_new(tiny_policy, monkeypatch):
     """With many prompts as much for each response as with few."""
     fetched, fetch = [], sharding.fetch

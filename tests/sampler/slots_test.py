@@ -30,11 +30,13 @@ def test_ladder_and_widths():
 
 
 def _most(config, free):
-    """Of 16 prompts, 8 samples each of up to 128 tokens; free beside the weights."""
+    """Of 16 prompts, 8 samples each of up to 128 tokens; free beside the weights and room for
+    twice two copies of tokens and log-probs."""
+    drawn = 4 * 16 * 8 * 128 * (4 + 4)
     plan = slots.plan_for(
         config,
         "cpu",
-        lambda: free + slots.weight_bytes(config),
+        lambda: free + slots.weight_bytes(config) + drawn,
         num_prompts=16,
         samples_per_prompt=8,
         max_new_tokens=128,
