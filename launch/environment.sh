@@ -54,11 +54,13 @@ find_python() {
 
 # The build of JAX that fits this machine: cuda13, cuda12, tpu, or nothing for CPU.
 accelerator() {
-  local driver
+  local driver capability
   if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) &&
     [[ $driver =~ ^[0-9]+ ]]; then
-    # CUDA 13 needs driver 580.
-    if ((BASH_REMATCH[0] >= 580)); then echo cuda13; else echo cuda12; fi
+    driver=${BASH_REMATCH[0]}
+    # CUDA 13 needs driver 580, and knows no GPU before Turing: V100, P100.
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -n | head -n 1) || true
+    if ((driver >= 580)) && [[ ! $capability =~ ^([0-6]\.|7\.[0-4]) ]]; then echo cuda13; else echo cuda12; fi
   elif has_tpu; then
     echo tpu
   fi

@@ -24,6 +24,7 @@ _TOOLS = [
     "mkdir",
     "paste",
     "sed",
+    "sort",
     "tail",
 ]
 # Stands in for an interpreter: records what it is asked, makes "environments".
@@ -106,9 +107,19 @@ def test_set_up_runs_once_and_again_when_dependencies_change(launch):
 
 def test_a_gpu_gets_its_build_of_jax(launch, tmp_path):
     smi = tmp_path / "bin/nvidia-smi"
-    for driver, extra in (("580.65.06", "cuda13"), ("535.104", "cuda12")):
-        smi.write_text(f"#!/bin/sh\necho {driver}\n")
+    for driver, capability, extra in (
+        ("580.65.06", "9.0", "cuda13"),
+        ("580.65.06", "7.5", "cuda13"),
+        ("580.65.06", "10.3", "cuda13"),
+        ("580.65.06", "8.6\n7.0", "cuda12"),
+        ("580.65.06", "6.1", "cuda12"),
+        ("580.65.06", "Field is not valid", "cuda13"),
+        ("535.104", "9.0", "cuda12"),
+    ):
+        of_field = f"case $1 in *compute_cap) printf '{capability}\n' ;; *) echo {driver} ;; esac"
+        smi.write_text(f"#!/bin/sh\n{of_field}\n")
         smi.chmod(0o755)
+        (launch.checkout / ".venv/.pfjax-ready").unlink(missing_ok=True)
         _, asked = launch("local.sh")
         assert any(f"[{extra}]" in line for line in asked if "pip" in line)
     # A driver that does not answer is no GPU.

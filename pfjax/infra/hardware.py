@@ -1,6 +1,7 @@
 """What devices can do: the peaks that their vendors state."""
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ class Chip(NamedTuple):
     links: float  # bytes sent to other devices of its slice or node, over all links
     network: float = math.inf  # bytes sent to other nodes; of TPUs, a slice is one
     host: int = 8  # devices of a machine, which are all that one process can have
+    capability: tuple[int, int] | None = None  # NVIDIA's number of what a GPU can do
 
     @property
     def node(self) -> float:
@@ -42,16 +44,42 @@ CHIPS = {
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
     "a100": Chip(
-        ("NVIDIA A100-SXM4-80GB",), 312e12, 79.15 * GIB, 2.039e12, 300e9, _HDR
+        ("NVIDIA A100-SXM4-80GB",),
+        312e12,
+        79.15 * GIB,
+        2.039e12,
+        300e9,
+        _HDR,
+        capability=(8, 0),
     ),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 79.11 * GIB, 3.35e12, 450e9, _NDR),
-    "h200": Chip(("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9, _NDR),
+    "h100": Chip(
+        ("NVIDIA H100 80GB HBM3",),
+        989e12,
+        79.11 * GIB,
+        3.35e12,
+        450e9,
+        _NDR,
+        capability=(9, 0),
+    ),
+    "h200": Chip(
+        ("NVIDIA H200",), 989e12, 139.80 * GIB, 4.8e12, 450e9, _NDR, capability=(9, 0)
+    ),
     # With sums in float32, as JAX has them.
     "rtx4090": Chip(
-        ("NVIDIA GeForce RTX 4090",), 165.2e12, 23.64 * GIB, 1.008e12, _PCIE, _EDR
+        ("NVIDIA GeForce RTX 4090",),
+        165.2e12,
+        23.64 * GIB,
+        1.008e12,
+        _PCIE,
+        _EDR,
+        capability=(8, 9),
     ),
-    "b200": Chip(("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9, _NDR),
+    "b200": Chip(
+        ("NVIDIA B200",), 2250e12, 178.36 * GIB, 8.0e12, 900e9, _NDR, capability=(10, 0)
+    ),
 }
+# The first GPUs of NVIDIA that XLA takes Triton's kernels for: Ampere.
+_TRITON = (8, 0)
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -59,6 +87,28 @@ def chip_of(device_kind: str) -> Chip | None:
     known = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
     fits = [kind for kind in known if device_kind.startswith(kind)]
     return known[max(fits, key=len)] if fits else None
+
+
+def compute_capability(device_kind: str) -> tuple[int, int] | None:
+    """NVIDIA's number of what a GPU can do, (9, 0) of Hopper; None of other devices.
+
+    Of a device that is not here it is that of its chip.
+    """
+    here = next((x for x in jax.devices() if x.device_kind == device_kind), None)
+    if here is None:
+        chip = chip_of(device_kind)
+        return chip and chip.capability
+    # "9.0"; of AMD a name, "gfx942".
+    found = re.fullmatch(r"(\d+)\.(\d+)", getattr(here, "compute_capability", ""))
+    return found and (int(found[1]), int(found[2]))
+
+
+def runs_triton(platform: str, device_kind: str) -> bool:
+    """Whether Pallas's kernels for GPUs run there: not on NVIDIA's T4, V100 and older."""
+    if platform != "gpu":
+        return False
+    capability = compute_capability(device_kind)
+    return capability is None or capability >= _TRITON
 
 
 def usable_memory(chip: Chip) -> float:

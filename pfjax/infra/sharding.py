@@ -306,8 +306,13 @@ def platform() -> tuple[str, str]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and (device := mesh.abstract_device) is not None:
-        return device.platform, device.device_kind
-    return jax.default_backend(), jax.devices()[0].device_kind
+        return kind_of(device)
+    return kind_of(jax.devices()[0])
+
+
+def kind_of(device: Any) -> tuple[str, str]:
+    """Platform and kind of a device, of this machine or of a mesh."""
+    return device.platform, device.device_kind
 
 
 def fetch(tree: Any) -> Any:

@@ -21,7 +21,6 @@ these GPUs is "chunked".
 import dataclasses
 import functools
 import math
-import re
 import warnings
 from collections.abc import Callable
 
@@ -30,16 +29,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from pfjax.infra import shard_map, sharding
+from pfjax.infra import hardware, shard_map, sharding
 from pfjax.model import chunked_attention
 from pfjax.targets import Array
 
 # Kernels read blocks of this many tokens, or of more that divide the row.
 _BLOCK = 128
-# Major version of the first GPUs whose cuDNN attends over packed rows: Hopper.
-_PACKED_CUDNN = 9
-# What is known of a GPU that is not at hand is its name.
-_PACKED_CUDNN_KINDS = ("H100", "H200", "H800", "H20", "B200", "B300")
+# The first GPUs whose cuDNN attends over packed rows: Hopper.
+_PACKED_CUDNN = (9, 0)
 
 
 def packed_attention(
@@ -99,8 +96,10 @@ def chosen(backend: str, head_dim: int, dtype: str | jnp.dtype, window: int = 0)
     if platform == "tpu" and head_dim in (64, 128, 256):
         return "splash"
     is_whole = not sharding.axes_of("tokens")
-    if platform == "gpu" and head_dim in (64, 128) and is_whole:
-        if jnp.dtype(dtype).itemsize == 2 and _has_packed_cudnn(kind):
+    has_kernels = hardware.runs_triton(platform, kind)
+    if has_kernels and head_dim in (64, 128) and is_whole:
+        capability = hardware.compute_capability(kind) or (0, 0)
+        if jnp.dtype(dtype).itemsize == 2 and capability >= _PACKED_CUDNN:
             return "cudnn"
         return "chunked" if window else "triton"
     return "chunked"
@@ -155,15 +154,6 @@ def segment_bytes(
     """Bytes that a backward pass works in where `pays_for_segments`: a gradient of all
     queries for each segment that a row might have, and for its padding."""
     return 4 * tokens * num_heads * head_dim * (max_segments + 1)
-
-
-def _has_packed_cudnn(kind: str) -> bool:
-    here = [d for d in jax.devices() if d.device_kind == kind]
-    if not here:
-        return any(x in kind for x in _PACKED_CUDNN_KINDS)
-    # "9.0"; of AMD a name, "gfx942".
-    capability = re.fullmatch(r"(\d+)\.\d+", getattr(here[0], "compute_capability", ""))
-    return capability is not None and int(capability[1]) >= _PACKED_CUDNN
 
 
 def _plain(q, k, v, segment_ids, split=(), window=0):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from pfjax.infra import shard_map
+from pfjax.infra import hardware, shard_map
 from pfjax.model import decode_kernel
 from pfjax.model.decode_kernel import MASKED, Part
 from pfjax.model.layers import KeyValue
@@ -186,9 +186,9 @@ BACKENDS = tuple(_BLOCKS)
 WIDTH_MULTIPLE = {b: 16 if b == "xla" else 128 for b in BACKENDS}
 
 
-def decode_backend(platform: str, head_dim: int) -> str:
-    """The back end of `decode_attention` for a platform ("cpu", "gpu" or "tpu")."""
-    if platform == "gpu" and head_dim in (64, 128, 256):
+def decode_backend(platform: str, kind: str, head_dim: int) -> str:
+    """The back end of `decode_attention` for devices, see `sharding.platform`."""
+    if hardware.runs_triton(platform, kind) and head_dim in (64, 128, 256):
         return "gpu"
     # On half its width the TPU copies the cache into another layout at every step.
     if platform == "tpu" and head_dim % 128 == 0:

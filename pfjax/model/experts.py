@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, UInt8
 
-from pfjax.infra import shard_map, sharding
+from pfjax.infra import hardware, shard_map, sharding
 from pfjax.model import grouped_matmul_gpu
 from pfjax.targets import Array
 
@@ -224,7 +224,8 @@ _product.defvjp(_product_forward, _product_backward)
 def _grouped(
     rows: Float[Array, "m i"], matrices: Float[Array, "e i o"], sizes: Int[Array, "e"]
 ) -> Float[Array, "m o"]:
-    if sharding.platform()[0] == "gpu" and grouped_matmul_gpu.fits(*matrices.shape[1:]):
+    has_kernel = hardware.runs_triton(*sharding.platform())
+    if has_kernel and grouped_matmul_gpu.fits(*matrices.shape[1:]):
         return grouped_matmul_gpu.product(rows, matrices, sizes)
     return lax.ragged_dot(rows, matrices, sizes)
 
@@ -233,10 +234,11 @@ def _gradient(
     rows: Float[Array, "m i"], g: Float[Array, "m o"], sizes: Int[Array, "e"]
 ) -> Float[Array, "e i o"]:
     """The product of each group of rows and its gradients."""
-    platform, _ = sharding.platform()
+    platform, kind = sharding.platform()
     if platform == "tpu":
         return _gradient_kernel(rows, g, sizes)
-    if platform == "gpu" and grouped_matmul_gpu.fits(rows.shape[1], g.shape[1]):
+    has_kernel = hardware.runs_triton(platform, kind)
+    if has_kernel and grouped_matmul_gpu.fits(rows.shape[1], g.shape[1]):
         return grouped_matmul_gpu.gradient(rows, g, sizes)
     over_rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     return lax.ragged_dot_general(rows, g, sizes, over_rows)

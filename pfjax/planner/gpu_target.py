@@ -18,7 +18,6 @@ from pfjax.infra import hardware, sharding
 class _Processor(NamedTuple):
     """What XLA asks of a GPU beside memory and bandwidth (`hardware.Chip`); sizes in bytes."""
 
-    capability: tuple[int, int]
     cores: int  # streaming multiprocessors
     units: int  # for float32, of each
     threads: int  # of each, at most
@@ -30,13 +29,13 @@ class _Processor(NamedTuple):
 
 
 # As the cards report it to XLA.
-_HOPPER = _Processor((9, 0), 132, 128, 2048, 233_472, 232_448, 50 << 20, 1.98, 18)
+_HOPPER = _Processor(132, 128, 2048, 233_472, 232_448, 50 << 20, 1.98, 18)
 _PROCESSORS = {
-    "a100": _Processor((8, 0), 108, 64, 2048, 167_936, 166_912, 40 << 20, 1.41, 12),
+    "a100": _Processor(108, 64, 2048, 167_936, 166_912, 40 << 20, 1.41, 12),
     "h100": _HOPPER,
     "h200": _HOPPER,
-    "rtx4090": _Processor((8, 9), 128, 128, 1536, 102_400, 101_376, 72 << 20, 2.52, 0),
-    "b200": _Processor((10, 0), 148, 128, 2048, 233_472, 232_448, 132_644_864, 1.965, 18),
+    "rtx4090": _Processor(128, 128, 1536, 102_400, 101_376, 72 << 20, 2.52, 0),
+    "b200": _Processor(148, 128, 2048, 233_472, 232_448, 132_644_864, 1.965, 18),
 }  # fmt: skip
 
 
@@ -69,7 +68,7 @@ def mesh(kind: str, devices: int, *sizes: int, rollout: int = 0, **named: int) -
 def description(kind: str) -> str:
     """XLA's `GpuTargetConfigProto` of a kind of GPU, as text."""
     chip, processor = hardware.CHIPS[kind], _PROCESSORS[kind]
-    major, minor = processor.capability
+    major, minor = chip.capability
     # From Hopper on some instructions are of one generation alone ("sm_90a").
     extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     return f"""

@@ -147,7 +147,7 @@ def _workload(
     sizes = setup_rollouts.plan_sizes(config, config.data.max_prompt_tokens)
     at_once = setup_rollouts.num_drawing_at_once(config)
     memory = lambda: free // at_once
-    plan = slots.plan_for(model, sharding.platform()[0], memory, **sizes)
+    plan = slots.plan_for(model, sharding.platform(), memory, **sizes)
     # A rollout reads a copy of the weights that is whole but for "tensor".
     axes, shapes = transformer.logical_axes(model), transformer.abstract_params(model)
     where = sharding.rollout_shardings(rollout_mesh, axes, shapes)

@@ -262,12 +262,12 @@ def make_plan(policy: Policy, **kwargs: Any) -> Plan:
     where = jax.tree.leaves(policy.params)[0].sharding
     device = min(where.addressable_devices, key=lambda x: x.id)
     memory = functools.partial(free_bytes, device)
-    return plan_for(policy.config, device.platform, memory, **kwargs)
+    return plan_for(policy.config, sharding.kind_of(device), memory, **kwargs)
 
 
 def plan_for(
     config: ModelConfig,
-    platform: str,
+    devices: tuple[str, str],
     memory: Callable[[], int],
     *,
     num_prompts: int,
@@ -284,7 +284,7 @@ def plan_for(
 
     Args:
       config: of the policy.
-      platform: of the devices: "cpu", "gpu" or "tpu".
+      devices: platform and kind, see `sharding.platform`.
       memory: tells the bytes that are free on a device; asked without `num_slots`.
       most_slots: of those that memory has room for; as many as there are samples if not given.
       keeps_all: see `Plan`.
@@ -293,9 +293,9 @@ def plan_for(
     dp_size = 1 if mesh.empty else sharding.batch_ways(mesh)
     tensor = 1 if mesh.empty else mesh.shape["tensor"]
     if backend is None:
-        backend = decode_attention.decode_backend(platform, config.head_dim)
+        backend = decode_attention.decode_backend(*devices, config.head_dim)
     if cache_dtype is None:
-        cache_dtype = config.dtype if platform == "cpu" else "bfloat16"
+        cache_dtype = config.dtype if devices[0] == "cpu" else "bfloat16"
     multiple = decode_attention.WIDTH_MULTIPLE[backend]
     prompts = math.ceil(num_prompts / dp_size)
     prompt_width = math.ceil(prompt_width / multiple) * multiple

@@ -179,7 +179,7 @@ def _stream_plan(
     kept = 0 if c.mesh.rollout else update_memory.of_update(fns, mesh, c.remat)
     memory = lambda: (slots.free_bytes(device) - kept) // num_drawing_at_once(c)
     sizes = plan_sizes(c, width)
-    return slots.plan_for(fns.model, device.platform, memory, **sizes)
+    return slots.plan_for(fns.model, sharding.kind_of(device), memory, **sizes)
 
 
 def _streams(

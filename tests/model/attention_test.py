@@ -223,7 +223,7 @@ def _mesh_of(platform, kind):
         ("gpu", "NVIDIA A100-SXM4-80GB", 128, "triton"),
         ("gpu", "NVIDIA H100 80GB HBM3", 80, "chunked"),
         ("gpu", "NVIDIA H100 80GB HBM3", 128, "cudnn"),
-        ("gpu", "NVIDIA GB200", 128, "cudnn"),
+        ("gpu", "NVIDIA B200", 128, "cudnn"),
     ],
 )
 def test_back_end_of_the_devices_of_the_mesh(platform, kind, head_dim, want):
@@ -240,6 +240,8 @@ def test_back_end_of_the_devices_of_the_mesh(platform, kind, head_dim, want):
         ("NVIDIA H20", "9.0", "cudnn"),
         ("NVIDIA GeForce RTX 5090", "12.0", "cudnn"),
         ("AMD Instinct MI300X", "gfx942", "triton"),
+        ("Tesla T4", "7.5", "chunked"),
+        ("Tesla V100-SXM2-16GB", "7.0", "chunked"),
     ],
 )
 def test_back_end_of_a_gpu_that_is_here(monkeypatch, kind, capability, want):

@@ -1,6 +1,7 @@
 """Attention of decoding: every back end against a dense oracle."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -257,12 +258,18 @@ def test_kernel_for_gpus_rounds_no_more_than_that_for_tpus(rng, m, c):
     assert errors["gpu_interpret"] <= errors["tpu_interpret"] < 1e-3
 
 
-def test_back_end_of_a_platform():
-    assert decode_attention.decode_backend("cpu", 128) == "xla"
-    assert decode_attention.decode_backend("tpu", 128) == "tpu"
-    assert decode_attention.decode_backend("tpu", 64) == "xla"
-    assert decode_attention.decode_backend("gpu", 64) == "gpu"
-    assert decode_attention.decode_backend("gpu", 80) == "xla"
+def test_back_end_of_a_platform(monkeypatch):
+    chosen = decode_attention.decode_backend
+    assert chosen("cpu", "cpu", 128) == "xla"
+    assert chosen("tpu", "TPU v5 lite", 128) == "tpu"
+    assert chosen("tpu", "TPU v5 lite", 64) == "xla"
+    assert chosen("gpu", "NVIDIA H200", 64) == "gpu"
+    assert chosen("gpu", "NVIDIA H200", 80) == "xla"
+    # XLA takes no kernels of Triton's for GPUs before Ampere.
+    for capability, want in (("7.5", "xla"), ("8.6", "gpu")):
+        device = types.SimpleNamespace(device_kind="one", compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert chosen("gpu", "one", 64) == want
 
 
 @pytest.mark.parametrize("c", [64, 128, 256])

@@ -10,7 +10,12 @@ from tests.sampler import windowed
 def _decoded_bytes(config, prompt_tokens):
     sizes = {"num_prompts": 4, "samples_per_prompt": 8, "max_new_tokens": 96}
     plan = slots.plan_for(
-        config, "cpu", lambda: 10**9, prompt_width=prompt_tokens, num_slots=16, **sizes
+        config,
+        ("cpu", "cpu"),
+        lambda: 10**9,
+        prompt_width=prompt_tokens,
+        num_slots=16,
+        **sizes,
     )
     work = roofline.Workload(
         model=config,

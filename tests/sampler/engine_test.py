@@ -454,7 +454,7 @@ def test_what_is_drawn_counts_as_memory(tiny_policy):
         memory = lambda: gigabytes * 10**9
         sizes = {"num_prompts": 10**4, "samples_per_prompt": 64}
         sizes |= {"max_new_tokens": 64, "prompt_width": 8}
-        return slots.plan_for(tiny_policy.config, "tpu", memory, **sizes)
+        return slots.plan_for(tiny_policy.config, ("tpu", ""), memory, **sizes)
 
     assert plan(4).slots > 64
     with pytest.raises(slots.NoRoom):

@@ -35,7 +35,7 @@ def _most(config, free):
     drawn = 4 * 16 * 8 * 128 * (4 + 4)
     plan = slots.plan_for(
         config,
-        "cpu",
+        ("cpu", "cpu"),
         lambda: free + slots.weight_bytes(config) + drawn,
         num_prompts=16,
         samples_per_prompt=8,

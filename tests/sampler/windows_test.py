@@ -139,7 +139,7 @@ def test_particles_keep_their_windows(policy):
 def _plan(config, max_new_tokens=60, prompt_width=37, **changes):
     return slots.plan_for(
         config,
-        "cpu",
+        ("cpu", "cpu"),
         lambda: 10**9,
         num_prompts=5,
         samples_per_prompt=8,
