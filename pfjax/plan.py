@@ -49,6 +49,7 @@ TOPOLOGIES = (
     *(f"v5p:{grid}" for grid in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")),
     *(f"{kind}:{n}" for kind in ("a100", "h100", "h200", "b200") for n in (1, 4, 8)),
     "rtx4090:1",
+    "t4:1",
 )  # fmt: skip
 
 

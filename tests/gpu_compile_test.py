@@ -29,7 +29,8 @@ pytestmark = [
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Compiles a config for 8 H100s: its plan, and its programs by phase."""
+    """Compiles a config, for 8 H100s if not told otherwise: its plan, and its programs by
+    phase."""
     compile_phases, programs = aot.compile_phases, {}
 
     def keep(*args):
@@ -37,8 +38,11 @@ def compiled(monkeypatch):
         return programs
 
     monkeypatch.setattr(aot, "compile_phases", keep)
-    plan = lambda config: plans.plan_of(config, "h100:8", can_compile=True)
-    return lambda config: (plan(config), programs)
+
+    def run(config, topology="h100:8"):
+        return plans.plan_of(config, topology, can_compile=True), programs
+
+    return run
 
 
 # Adapters; all weights of a small and of a large model; another family.
@@ -122,6 +126,15 @@ def test_a_model_with_experts_compiles_for_8_h100s_and_fits(compiled):
     # Three products in each layer of the list that decoding goes through, beside attention.
     kernels = programs["rollout"].as_text().count('"__gpu$xla.gpu.triton"')
     assert kernels == (2 + 3) * base.num_layers
+
+
+def test_a_recipe_compiles_for_a_gpu_before_ampere(compiled):
+    """Which XLA compiles no kernel of Triton's for: one stops all."""
+    small = {"max_new_tokens": 256, "samples_per_prompt": 4}
+    config = plans.config_of("qwen2_5_0_5b_gsm8k", **small)
+    plan, programs = compiled(config, "t4:1")
+    assert plan["compiled"] and plan["fits"] and plan["error"] is None
+    assert not any("triton" in x.as_text() for x in programs.values())
 
 
 def test_rematerialisation_but_for_attention_computes_it_once():

@@ -1,12 +1,15 @@
 """The launch scripts: arguments, errors, and that set-up happens once."""
 
+import importlib.metadata
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
 import pytest
 from jax._src import hardware_utils
+from packaging import requirements
 
 ROOT = pathlib.Path(__file__).parent.parent
 _TOOLS = [
@@ -126,6 +129,33 @@ def test_a_gpu_gets_its_build_of_jax(launch, tmp_path):
     smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")
     _, asked = launch("local.sh")
     assert not any("cuda" in line for line in asked)
+
+
+# What bash 3.2 of macOS lacks; there an array without elements is an unset variable.
+_NEWER_BASH = re.compile(
+    r"mapfile|readarray|(?:declare|local) -[An]|\$\{\w+(?:,,|\^\^)|@Q\}|&>>|\|&|\[\[ -v"
+    r"|wait -n|\[-1\]"
+)
+_MAYBE_EMPTY = re.compile(r'(?<!\+)"\$\{(\w+)\[@\]\}"')
+
+
+def test_scripts_for_laptops_run_in_the_bash_of_macos():
+    for name in ("environment", "local", "test", "tpu"):
+        text = (ROOT / f"launch/{name}.sh").read_text()
+        assert not _NEWER_BASH.findall(text), name
+        # Those of tpu.sh have elements where they are used.
+        filled = {"where", "verb", "how", "args", "train"} if name == "tpu" else set()
+        assert {*_MAYBE_EMPTY.findall(text)} <= filled, name
+
+
+def test_macs_and_arm_are_not_asked_for_what_is_made_for_neither():
+    """libtpu is for Linux on x86-64 alone."""
+    wanted = importlib.metadata.requires("pfjax")
+    for system, machine in (("darwin", "arm64"), ("linux", "aarch64")):
+        where = {"sys_platform": system, "platform_machine": machine, "extra": "dev"}
+        for x in map(requirements.Requirement, wanted):
+            asked = x.marker is None or x.marker.evaluate(where)
+            assert not (asked and "tpu" in x.extras), str(x)
 
 
 def test_what_went_wrong_is_said(launch, tmp_path):

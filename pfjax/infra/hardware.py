@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
     @property
     def is_gpu(self) -> bool:
-        return self.kinds[0].startswith("NVIDIA")
+        return self.capability is not None
 
 
 GIB = 2**30
@@ -43,6 +43,10 @@ CHIPS = {
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
+    # In bfloat16 it computes as in float32.
+    "t4": Chip(
+        ("Tesla T4",), 8.1e12, 14.56 * GIB, 0.32e12, _PCIE / 2, _EDR, capability=(7, 5)
+    ),
     "a100": Chip(
         ("NVIDIA A100-SXM4-80GB",),
         312e12,

@@ -5,7 +5,6 @@ What is wrong with a bucket is a `BucketError`, one line with the cure.
 """
 
 import contextlib
-import fcntl
 import fnmatch
 import functools
 import hashlib
@@ -23,6 +22,11 @@ from typing import Any
 
 import fsspec
 from etils import epath
+
+try:
+    import fcntl
+except ImportError:
+    raise ImportError("pfjax runs on Linux and macOS; on Windows, in WSL") from None
 
 # Packages by which fsspec reads buckets, and what installs them.
 _PACKAGES = {

@@ -31,6 +31,7 @@ class _Processor(NamedTuple):
 # As the cards report it to XLA.
 _HOPPER = _Processor(132, 128, 2048, 233_472, 232_448, 50 << 20, 1.98, 18)
 _PROCESSORS = {
+    "t4": _Processor(40, 64, 1024, 65_536, 65_536, 4 << 20, 1.59, 0),
     "a100": _Processor(108, 64, 2048, 167_936, 166_912, 40 << 20, 1.41, 12),
     "h100": _HOPPER,
     "h200": _HOPPER,

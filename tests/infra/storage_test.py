@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -49,6 +50,15 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # as for any but root
     with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
         storage.check_writable(tmp_path / "new")
+
+
+def test_windows_is_told_where_to_go():
+    """Which has no fcntl."""
+    code = "import sys; sys.modules['fcntl'] = None; import pfjax.infra.storage"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert run.returncode and "on Windows, in WSL" in run.stderr.splitlines()[-1]
 
 
 def test_files_reach_a_bucket_config_last(bucket, gcs_server):

@@ -103,6 +103,7 @@ def test_agrees_with_xla(tiny_config):
         ("NVIDIA H200", "h200"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA GeForce RTX 4080", None),
+        ("Tesla T4", "t4"),
         ("cpu", None),
     ],
 )
