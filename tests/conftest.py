@@ -44,6 +44,9 @@ jax.config.update("jax_platforms", _PLATFORM)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = pathlib.Path(__file__).parent.parent
+has_proc = pytest.mark.skipif(
+    not os.path.exists("/proc/self/fd"), reason="asks Linux about processes, in /proc"
+)
 # Many tests compile the same program; workers share it, and the next run finds it.
 _CACHE = pathlib.Path(
     os.environ.setdefault("PFJAX_TEST_CACHE", str(ROOT / ".pytest_cache/compiled"))

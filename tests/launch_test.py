@@ -234,6 +234,7 @@ def test_a_relative_place_of_the_environment_is_of_where_it_was_given(launch, tm
     assert f"-m venv {tmp_path / 'an env'}" in asked
 
 
+@pytest.mark.skipif(not shutil.which("flock"), reason="macOS has none")
 def test_of_two_that_start_at_once_one_makes_the_environment(launch, tmp_path):
     for tool in ("flock", "sleep"):
         os.symlink(shutil.which(tool), tmp_path / "bin" / tool)

@@ -14,6 +14,11 @@ import time
 
 import pytest
 
+# Plays the workers too, which are Linux.
+pytestmark = pytest.mark.skipif(
+    not shutil.which("setsid"), reason="no setsid, which TPU VMs have"
+)
+
 ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 300  # seconds, with what hangs
 COMMANDS = ["create", "setup", "run", "logs", "status", "stop", "delete", "up"]

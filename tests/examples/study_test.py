@@ -17,7 +17,7 @@ from examples.study.ends import TRAIN
 from examples.study.methods import TRAINED, UNTRAINED
 from pfjax.infra import dataset_io
 from pfjax.trainer import recipes
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, has_proc, run_command
 from tests.examples import fake_study
 
 
@@ -208,6 +208,7 @@ def test_a_search_holds_prompts_out(tmp_path):
     assert len(search.SETTINGS) == len({str(x) for x in search.SETTINGS}) == 20
 
 
+@has_proc
 def test_a_study_that_is_killed_leaves_no_process(tmp_path):
     pool = "import examples.study.cells as c, os, time"
     pool += "; p = c._pool(); print(p.submit(os.getpid).result(), flush=True)"

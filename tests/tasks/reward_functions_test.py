@@ -16,7 +16,7 @@ import pytest
 from pfjax.tasks import grading, rewards
 from pfjax.tasks.problems import Problem
 from pfjax.tasks.reward_functions import Failed, LocalFunction, RewardFunction, Worker
-from tests.conftest import ROOT
+from tests.conftest import ROOT, has_proc
 
 _MINE = """
 import os, sys, time
@@ -503,6 +503,7 @@ def test_a_file_here_with_the_name_of_a_module_is_not_imported(tmp_path, monkeyp
     worker.stop()
 
 
+@has_proc
 def test_what_a_function_has_started_ends_with_it(tmp_path):
     """Such as a program that runs the code of a response, and hangs."""
     (tmp_path / "mine.py").write_text(

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pfjax.infra import sharding
 from pfjax.trainer import checkpoint
+from tests.conftest import has_proc
 
 IDENTITY = {"alpha": 4.0, "base": "0123"}
 
@@ -59,6 +60,7 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps == [7, 8, 9]
 
 
+@has_proc
 def test_saves_leave_no_files_open(tmp_path):
     """A long run would reach the limit."""
     state, seen = _state(sharding.make_mesh(1, -1, 1)), []

@@ -11,6 +11,7 @@ from etils import epath
 
 from pfjax.trainer import lease
 from pfjax.trainer.lease import Lease
+from tests.conftest import has_proc
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def _owned(folder, **owner):
     (folder / "owner.json").write_text(json.dumps({"time": 0.0, **owner}))
 
 
+@has_proc
 def test_a_living_process_is_refused_and_a_dead_one_succeeded(folder):
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     host = Lease(folder)._me["host"]
@@ -61,6 +63,7 @@ def test_damage_is_no_owner(folder):
         pass
 
 
+@has_proc
 def test_a_container_with_the_same_name_has_processes_of_its_own(folder, monkeypatch):
     """Number 7 there is none of ours, so that only its signs tell that it lives."""
     monkeypatch.setattr(lease, "_RENEWED_EVERY", 0.2)
@@ -86,6 +89,7 @@ def test_two_runs_of_one_process_do_not_share_a_folder(folder):
         pass
 
 
+@has_proc
 def test_a_reboot_ended_the_owner_at_once(folder):
     gone = {"process": "7@7", "processes": "an earlier boot pid:[1]"}
     _owned(folder, host=Lease(folder)._me["host"], **gone)

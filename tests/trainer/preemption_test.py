@@ -18,6 +18,8 @@ def test_a_ctrl_c_within_the_garbage_collector_is_not_lost(monkeypatch):
     """JAX has a callback there, and Python drops what is raised in one."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     preemption.hear_again()
+    # Tests that a script has sent to the background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     begun = []
 
     def interrupted(phase, info):
@@ -32,6 +34,7 @@ def test_a_ctrl_c_within_the_garbage_collector_is_not_lost(monkeypatch):
             time.sleep(5)
     finally:
         gc.callbacks.remove(interrupted)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_after_the_last_save_each_signal_stops_at_once():
