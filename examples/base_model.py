@@ -181,4 +181,4 @@ def write(out: pathlib.Path, policy, tok, train: Sequence, held_out: Sequence) -
             for p in problems
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / f"{name}.jsonl").write_text(text)
+        (out / f"{name}.jsonl").write_text(text, "utf-8")

@@ -135,7 +135,7 @@ def compare(out: pathlib.Path, world: World, seed: int) -> dict[str, Any]:
     """The dial, and the best mixture, at every alpha; by one base model and seed."""
     file = out / "result.json"
     if file.exists():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text("utf-8"))
     if not (out / "base").exists():
         world.make(out / "base.part", seed=seed)
         (out / "base.part").rename(out / "base")
@@ -164,7 +164,7 @@ def compare(out: pathlib.Path, world: World, seed: int) -> dict[str, Any]:
             "mixture": mixed[best] | {"weight": float(WEIGHTS[best])},
             "base": distances([r.log_p0 for r in rows], rows, alpha),
         }
-    file.write_text(json.dumps(found, indent=2) + "\n")
+    file.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     return found
 
 

@@ -87,8 +87,10 @@ def points(
         if not file.exists():
             policy = train(folder, alpha, beta, steps)
             of_prompts = exact.measure_all(policy, base, rows, Target(alpha, beta))
-            file.write_text(json.dumps(exact.mean(of_prompts)._asdict()) + "\n")
-        found[alpha, beta] = Match(**json.loads(file.read_text()))
+            file.write_text(
+                json.dumps(exact.mean(of_prompts)._asdict()) + "\n", "utf-8"
+            )
+        found[alpha, beta] = Match(**json.loads(file.read_text("utf-8")))
     return found
 
 

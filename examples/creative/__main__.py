@@ -49,7 +49,7 @@ def score_folder(
     embed = diversity.load_embedder(embedder)
     num_scored = 0
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
         rows = dataset_io.read_jsonl(path.with_suffix(".jsonl"))
         if "scores" not in found or any(r["gold"] is not None for r in rows):
             continue
@@ -99,7 +99,7 @@ def _add(
     found["scores"] |= values
     found["graded"] |= about
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    tmp.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", "utf-8")
     tmp.replace(path)
     print(f"{path}:")
     for name, value in values.items():

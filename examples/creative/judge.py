@@ -89,7 +89,7 @@ def write_requests(path: Path, rows: list[Row], rubric: str) -> None:
     if len(requests) < len(rows):
         raise ValueError(f"{len(rows) - len(requests)} of {len(rows)} rows come twice")
     lines = [json.dumps(request) + "\n" for request in requests.values()]
-    pathlib.Path(path).write_text("".join(lines))
+    pathlib.Path(path).write_text("".join(lines), "utf-8")
 
 
 def _request(row: Row, rubric: str) -> Row:

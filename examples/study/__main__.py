@@ -78,13 +78,13 @@ def _study(out: pathlib.Path, names: list[str], methods: list[str], more: dict) 
     cells.add_training(out, asked)
     worlds = [_world(out, name, bases, methods) for name in names]
     results = [r for w in worlds for r in w.runs]
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     text = "\n".join(
         [f"## {w.name}, alpha {w.alpha:g}\n\n{tables.of_world(w)}" for w in worlds]
         + [f"## Where runs should end\n\n{tables.of_ends(worlds)}"]
         + [f"## Over worlds\n\n{tables.of_all([w for w in worlds if w.alpha > 1])}"]
     )
-    (out / "tables.md").write_text(text)
+    (out / "tables.md").write_text(text, "utf-8")
     folders = {n: [str(c.folder(out)) for c in asked if c.world == n] for n in names}
     for name, mine in folders.items():
         groups = report_runs.group(report_runs.load(mine))
@@ -107,7 +107,7 @@ def _world(
         if method.prediction and method.is_apt(name)
     }
     paths = sorted((out / name).glob("*/*/*/result.json"))
-    runs = [json.loads(p.read_text()) for p in paths]
+    runs = [json.loads(p.read_text("utf-8")) for p in paths]
     runs = [
         r
         for r in runs

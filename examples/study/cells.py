@@ -123,7 +123,7 @@ def make_samples(out: pathlib.Path, world: str, base: int, method: str) -> None:
         "--samples=8", "--max_new_tokens=32", f"--out={part}",
         *drawn,
     )  # fmt: skip
-    with path.with_suffix(".log").open("w") as log:
+    with path.with_suffix(".log").open("w", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, *command], stdout=log, stderr=log, check=False
         )
@@ -179,12 +179,12 @@ def run(
             values |= {"eta_cutoff": 1e-4, "behavior.base": 0.25}
             values |= {"updates_per_rollout": 1}
         policy = pfjax.fine_tune(_config(cell, values), folder)
-    (folder / "label.txt").write_text(method.title + "\n")
+    (folder / "label.txt").write_text(method.title + "\n", "utf-8")
     found = ends.measure(policy, base, method) | ends.on_the_way(folder, base)
     last = max((folder / "completions").glob("step_*.jsonl"))
     found |= ends.with_samples(found, dataset_io.read_jsonl(last), base)
     found |= _on_training(policy, out, cell)
-    cell.result(out).write_text(json.dumps(cell._asdict() | found) + "\n")
+    cell.result(out).write_text(json.dumps(cell._asdict() | found) + "\n", "utf-8")
 
 
 def _config(cell: Cell, values: dict[str, Any]):
@@ -196,7 +196,7 @@ def add_training(out: pathlib.Path, asked: Sequence[Cell]) -> None:
     still there."""
     calls = []
     for cell in asked:
-        found = json.loads(cell.result(out).read_text())
+        found = json.loads(cell.result(out).read_text("utf-8"))
         is_known = TRAINED[cell.method].prediction is not None
         is_lacking = not any(key.startswith(TRAIN) for key in found)
         if is_known and is_lacking and (cell.folder(out) / "hf").exists():
@@ -207,11 +207,11 @@ def add_training(out: pathlib.Path, asked: Sequence[Cell]) -> None:
 
 def _add_training(out: pathlib.Path, cell: Cell) -> None:
     path = cell.result(out)
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text("utf-8"))
     with _log(cell.folder(out) / "log.txt"):
         found |= _on_training(pfjax.load(cell.folder(out) / "hf"), out, cell)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(found) + "\n")
+    part.write_text(json.dumps(found) + "\n", "utf-8")
     part.replace(path)
 
 
@@ -240,7 +240,7 @@ def _log(path: pathlib.Path) -> Iterator[None]:
     """Has a file take what this process prints."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        path.open("a") as file,
+        path.open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -55,7 +55,7 @@ def search(
         found[method].append((cell.folder(out), values))
     cells.train(out, trials, prompts)
     found = {k: [_trial(*trial) for trial in mine] for k, mine in found.items()}
-    (out / "search.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "search.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(_table(found))
 
 
@@ -89,18 +89,18 @@ def _hold_out(base: pathlib.Path, folder: pathlib.Path) -> cells.Prompts:
     """Writes a base's training prompts, less the last of them, which are evaluated."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", "train_answered"):
-        rows = (base / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        rows = (base / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
         rest, last = rows[:-NUM_VALIDATION], rows[-NUM_VALIDATION:]
-        (folder / f"{name}.jsonl").write_text("".join(rest))
-    (folder / "eval.jsonl").write_text("".join(last))
+        (folder / f"{name}.jsonl").write_text("".join(rest), "utf-8")
+    (folder / "eval.jsonl").write_text("".join(last), "utf-8")
     return cells.Prompts(folder, NUM_VALIDATION)
 
 
 def _trial(folder: pathlib.Path, values: dict[str, Any]) -> dict[str, Any]:
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text("utf-8"))
     match = folder / "match.json"
     certificate = None
     if match.exists():
-        certificate = json.loads(match.read_text())["total_variation"]
+        certificate = json.loads(match.read_text("utf-8"))["total_variation"]
     kept = {k: result.get(k) for k in ("accuracy", "length", "total_variation")}
     return {"values": values, **kept, "certificate": certificate}

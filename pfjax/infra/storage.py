@@ -311,7 +311,7 @@ def local_copy(path: epath.PathLike, patterns: Sequence[str] = ("*",)) -> pathli
     ]
     digest = hashlib.sha256(repr((str(path), versions)).encode()).hexdigest()[:16]
     folder = user_cache("buckets") / f"{path.stem}-{digest}"
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+    with open(folder.with_name(f".{folder.name}.lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
         if not folder.is_dir():
             _download(path, found, folder)

@@ -98,7 +98,7 @@ def convert(path: pathlib.Path) -> pathlib.Path:
         print(f"{path} is converted, once, to {folder}", file=sys.stderr)
         lazy = _lazy_tensors(path, tensors, config)
         weights.write_lazy(lazy, new, np.dtype(config["dtype"]))
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         try:
             new.rename(folder)
         except OSError:  # another process was first

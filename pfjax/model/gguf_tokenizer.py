@@ -61,9 +61,11 @@ def write(path: pathlib.Path, values: dict[str, Any], folder: pathlib.Path) -> N
     ).save_pretrained(folder)
     # By the names of transformers 4, which 5 reads too.
     file = folder / "tokenizer_config.json"
-    said = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    said = json.loads(file.read_text("utf-8")) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }
     said["additional_special_tokens"] = said.pop("extra_special_tokens", [])
-    file.write_text(json.dumps(said, indent=2) + "\n")
+    file.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def _backend(

@@ -135,7 +135,7 @@ def _write_dial(policy: Policy, folder: pathlib.Path, base: str) -> None:
     said = {"base": base, "base_fingerprint": hub.fingerprint(hub.resolve(base))}
     said |= {name: getattr(config, name) for name in _DIAL_FIELDS}
     if jax.process_index() == 0:
-        (folder / DIAL).write_text(json.dumps(said, indent=2) + "\n")
+        (folder / DIAL).write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
 def save(
@@ -205,7 +205,7 @@ def save(
             weights.write_tensors(*policy, folder, jnp.dtype(dtype))
         if jax.process_index() == 0:
             if card is not None:
-                (folder / "README.md").write_text(card)
+                (folder / "README.md").write_text(card, "utf-8")
             if source is not None:
                 _copy_side_files(source, folder)
             _write_configs(folder, config, policy.config, dtype)
@@ -258,11 +258,11 @@ def _write_configs(
     path = folder / "generation_config.json"
     old = storage.read_json(path) if path.is_file() else {}
     kept = {k: old[k] for k in ("bos_token_id", "pad_token_id") if k in old}
-    path.write_text(json.dumps(kept | stop_ids | _SAMPLING, indent=2) + "\n")
+    path.write_text(json.dumps(kept | stop_ids | _SAMPLING, indent=2) + "\n", "utf-8")
     config |= rope.older_names(config) | {"tie_word_embeddings": model.tied_embeddings}
     # The second name is that of transformers 4.
     config |= stop_ids | {"dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _copy_side_files(source: pathlib.Path, out: pathlib.Path) -> None:

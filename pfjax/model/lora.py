@@ -304,4 +304,4 @@ def save_peft(
         weights.write_tensors(config, trained, out, dtype, **_FILES)
         if jax.process_index() == 0:
             text = json.dumps(adapter, indent=2) + "\n"
-            (out / "adapter_config.json").write_text(text)
+            (out / "adapter_config.json").write_text(text, "utf-8")

@@ -104,7 +104,7 @@ def _open_folder(
         pass
     elif index.is_file():
         try:
-            files = json.loads(index.read_text())["weight_map"].values()
+            files = json.loads(index.read_text("utf-8"))["weight_map"].values()
             names = sorted({str(pathlib.PurePath(file)) for file in files})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -309,7 +309,7 @@ def write_lazy(
     if split.is_sharded and is_writer:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
-        (out / f"{stem}.safetensors.index.json").write_text(text)
+        (out / f"{stem}.safetensors.index.json").write_text(text, "utf-8")
     for file, names in split.filename_to_tensors.items():
         path = out / file if is_writer else pathlib.Path(os.devnull)
         _write_file(path, {name: tensors[name] for name in names}, dtype)

@@ -50,7 +50,7 @@ def render(found: Sequence[runs.Run], command: str = "", version: str = "") -> s
     scripts += ["math.js", "browser.js"] * bool(packed.text)
     scripts += ["watch.js"] * bool(version)
     env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = env.from_string((_HERE / "page.html").read_text()).render(
+    text = env.from_string((_HERE / "page.html").read_text("utf-8")).render(
         title="What training changed"
         + (f" in {min(models)}" if len(models) == 1 else ""),
         about=_about(groups),
@@ -68,7 +68,7 @@ def render(found: Sequence[runs.Run], command: str = "", version: str = "") -> s
         command=command,
         versions={", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in found},
         styles=_styles(has_math),
-        scripts=[(_HERE / name).read_text() for name in scripts],
+        scripts=[(_HERE / name).read_text("utf-8") for name in scripts],
         data={
             "groups": [{"name": g.name} for g in groups],
             "runs": [_name(g, run) for g in groups for run in g.runs],
@@ -81,12 +81,16 @@ def render(found: Sequence[runs.Run], command: str = "", version: str = "") -> s
 
 def _styles(has_math: bool) -> str:
     vendor = _HERE / "vendor"
-    styles = [(vendor / "uPlot.min.css").read_text()]
+    styles = [(vendor / "uPlot.min.css").read_text("utf-8")]
     if has_math:
         styles.append(
-            re.sub(r"@font-face\{.*?\}", _font, (vendor / "katex.min.css").read_text())
+            re.sub(
+                r"@font-face\{.*?\}",
+                _font,
+                (vendor / "katex.min.css").read_text("utf-8"),
+            )
         )
-    return "\n".join([*styles, (_HERE / "page.css").read_text()])
+    return "\n".join([*styles, (_HERE / "page.css").read_text("utf-8")])
 
 
 def _font(rule: re.Match) -> str:

@@ -88,7 +88,7 @@ def response_widths(max_new_tokens: int, backend: str) -> list[int]:
 
 def _free_host_bytes() -> int:
     try:
-        with open("/proc/meminfo") as f:
+        with open("/proc/meminfo", encoding="utf-8") as f:
             values = dict(line.split(":") for line in f)
         return int(values["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux

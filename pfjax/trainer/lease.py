@@ -108,7 +108,9 @@ class Lease(contextlib.AbstractContextManager):
 def _processes() -> str:
     """Where numbers of processes mean the same: a boot of a machine, or a container in it."""
     try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = (
+            pathlib.Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        )
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return ""
@@ -117,7 +119,7 @@ def _processes() -> str:
 def _booted() -> float:
     """When this machine began, in seconds since 1970; 0 if it does not say."""
     try:
-        lines = pathlib.Path("/proc/stat").read_text().splitlines()
+        lines = pathlib.Path("/proc/stat").read_text("utf-8").splitlines()
     except OSError:  # not Linux
         return 0.0
     return next((float(x.split()[1]) for x in lines if x.startswith("btime")), 0.0)
@@ -127,7 +129,10 @@ def _name_of(pid: int) -> str:
     """The process of that number, told from a later one by when it began."""
     try:
         fields = (
-            pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            pathlib.Path(f"/proc/{pid}/stat")
+            .read_text("utf-8")
+            .rpartition(")")[2]
+            .split()
         )
         return f"{pid}@{fields[19]}"
     except OSError:  # gone, or not Linux

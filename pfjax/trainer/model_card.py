@@ -50,7 +50,7 @@ def model_card(
     told = json.loads(config.data.chat_template_kwargs or "{}") if is_chat else {}
     card = huggingface_hub.ModelCard.from_template(
         data,
-        template_str=_TEMPLATE.read_text(),
+        template_str=_TEMPLATE.read_text("utf-8"),
         name=name,
         base=hub_id(config.model) or pathlib.PurePath(config.model).name,
         c=config,

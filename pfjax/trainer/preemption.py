@@ -1,5 +1,5 @@
 """Being told to stop: by SIGTERM (preemption, a time limit), SIGINT (Ctrl-C), or SIGHUP (a
-terminal that closes)."""
+terminal that closes, or nobody who reads the output)."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 # A run that was told to stop, has saved, and can be continued ends with this status
@@ -74,7 +75,7 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.is_asked = True
         if number == signal.SIGHUP:
-            _write_to_nothing()
+            _write_to_nothing(_is_terminal)
         name = signal.Signals(number).name
         if self._said:
             raise Preempted(f"{name}: {self._said}")
@@ -84,11 +85,27 @@ class Preemption:
         print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
 
 
-def _write_to_nothing() -> None:
-    """From here on what was written to a terminal is lost; it would fail."""
+def say(text: str) -> None:
+    """Prints a line. Where nobody reads any more, as after `| head`, the run is told what it
+    is told of a closed terminal."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        gone = os.fstat(1)
+        _write_to_nothing(lambda output: os.path.samestat(output, gone))
+        if callable(signal.getsignal(signal.SIGHUP)):
+            signal.raise_signal(signal.SIGHUP)
+
+
+def _is_terminal(output: os.stat_result) -> bool:
+    return stat.S_ISCHR(output.st_mode)
+
+
+def _write_to_nothing(is_gone: Callable[[os.stat_result], bool]) -> None:
+    """From here on what was written there is lost; it would fail."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for output in (1, 2):
         with contextlib.suppress(OSError):  # it is closed
-            if stat.S_ISCHR(os.fstat(output).st_mode):
+            if is_gone(os.fstat(output)):
                 os.dup2(nothing, output)
     os.close(nothing)

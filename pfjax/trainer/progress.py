@@ -1,13 +1,12 @@
 """What a person sees of a run: a bar or lines while it trains, a table at its end."""
 
-import functools
 from typing import Any
 
 from etils import epath
 
 from pfjax.infra import distributed
 from pfjax.sampler.progress import Bar
-from pfjax.trainer import evaluations
+from pfjax.trainer import evaluations, preemption
 
 _SHOWN = {
     "tb/loss": "loss",
@@ -24,7 +23,7 @@ class Progress(Bar):
         super().__init__("step", total, start, False)
         self._every, self._total = every, total
         # For a line that stays.
-        self.note = functools.partial(print, flush=True)
+        self.note = preemption.say
         if not distributed.is_first():
             self.note = lambda _: None
         elif self._bar is not None:

@@ -341,7 +341,7 @@ _OURS = {
     "os.path.basename(frame.filename)": "of a message",
     "os.path.basename(x.filename)": "of a message",
     "os.path.basename(spec.rpartition(':')[0])": "of a message",
-    "open('/proc/meminfo')": "of the machine",
+    "open('/proc/meminfo', encoding='utf-8')": "of the machine",
     "pathlib.Path(f'/proc/{pid}/stat')": "of the machine",
     "pathlib.Path(os.devnull)": "of the machine",
     "pathlib.Path('/proc/sys/kernel/random/boot_id')": "of the machine",

@@ -84,6 +84,30 @@ def test_a_terminal_that_closes_stops_a_run_after_a_save(ignored, status):
     assert process.wait(60) == status
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_output_that_nobody_reads_stops_a_run_after_a_save(ignored, both):
+    """`| head`, with the errors or without them; nohup goes on."""
+    code = _IN_A_TERMINAL.replace(
+        'print("begun", flush=True)', "preemption.say('begun')"
+    )
+    reads, writes = os.pipe()
+    os.close(reads)
+    run = [sys.executable, "-c", code]
+    run = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *run] if ignored else run
+    errors = writes if both else subprocess.PIPE
+    process = subprocess.Popen(run, cwd=ROOT, stdout=writes, stderr=errors)
+    os.close(writes)
+    if ignored:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.kill()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (-9 if ignored else preemption.EXIT_STATUS)
+    if not both and not ignored:
+        assert said.decode().startswith("SIGHUP: saving after this step")
+
+
 def test_a_run_in_a_thread_of_ones_own_leaves_signals_alone():
     before, found = signal.getsignal(signal.SIGINT), []
 
