@@ -53,7 +53,12 @@ def load(
     >>> policy.config.num_layers, policy.tokenizer.eos_token
     (3, '<|end|>')
     """
-    folder = hub.resolve(path_or_hub_id)
+    source = path_or_hub_id
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(
+            f"{source!r} names no model: give a folder, or an id of the hub"
+        )
+    folder = hub.resolve(source)
     config, params = hf.load(folder, mesh, dtype)
     if tokenizer.is_in(folder):
         read = functools.cache(functools.partial(tokenizer.load, folder))
@@ -137,7 +142,7 @@ def rollout(
 def _encode(tok: Any, prompt: Any) -> list[int]:
     """Token ids of a prompt of any kind."""
     is_text = isinstance(prompt, str)
-    is_list = isinstance(prompt, list | tuple | np.ndarray)
+    is_list = isinstance(prompt, list | tuple | np.ndarray | jax.Array)
     if not is_text and not is_list:
         raise ValueError(
             f"a prompt must be a text, a list of messages or a list of token ids, got "
@@ -198,7 +203,8 @@ def pack(
         lengths = np.array([*map(len, arrays)], np.int64)
         rows, _, _ = packing.best_fit(lengths, pack_length, segments)
         shape = (_power_of_two(int(rows.max(initial=0)) + 1), pack_length)
-    if len(np.shape(shape)) != 1 or len(shape) != 2 or min(shape) < 1:
+    is_pair = np.shape(shape) == (2,) and np.asarray(shape).dtype.kind in "iu"
+    if not is_pair or min(shape) < 1:
         said = (
             f"shape must be rows and tokens per row, such as (8, 1024), got {shape!r}"
         )
@@ -222,11 +228,19 @@ def pack_rollout(rollout: Rollout, shape: tuple[int, int] | None = None) -> Pack
     Returns:
       As `pack`. `prompt_index // G` is the prompt of each, -1 elsewhere.
 
+    Raises:
+      ValueError: as `pack`; and for a rollout without its prompts.
+
     >>> import pfjax
     >>> drawn = pfjax.rollout(pfjax.load("pfjax/toy"), ["17+25"], 2, 15, temperature=0.0)
     >>> pack_rollout(drawn, (1, 64)).length[0, :3]
     array([15, 15,  0], dtype=int32)
     """
+    if rollout.prompts is None:
+        raise ValueError(
+            "the rollout holds no prompts, as that of pfjax.rollout does: "
+            "rollout._replace(prompts=...) adds their token ids"
+        )
     sequences, prompt_lengths = [], []
     for p, g in np.ndindex(*rollout.lengths.shape):
         response = rollout.tokens[p, g, : rollout.lengths[p, g]]
@@ -272,6 +286,7 @@ def log_probs(
     (64,)
     """
     policy = transformer.as_policy(policy)
+    packing.check_batch(batch)
     if remat not in transformer.REMAT:
         raise ValueError(
             f"remat={remat!r}: must be one of {', '.join(transformer.REMAT)}"
@@ -291,6 +306,8 @@ def log_probs(
             raise ValueError(
                 f"a sequence has {last + 1} tokens, the model {room} positions"
             )
+    if batch.is_response.dtype != bool:  # other trainers have masks of numbers
+        batch = batch._replace(is_response=batch.is_response != 0)
     return scoring.packed_log_probs(policy.config, policy.params, batch, remat)[0]
 
 

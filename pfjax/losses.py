@@ -190,7 +190,8 @@ def divergence(
       `[*n]` losses, not reduced.
 
     Raises:
-      ValueError: if `clip` is not positive, where it is not traced, or of another shape.
+      ValueError: if `order` is no number; if `clip` is not positive, where it is not traced,
+        or of another shape.
 
     References:
       Fawkes and Hartford, arXiv 2605.15417; Huber, Robust Estimation of a Location
@@ -203,6 +204,8 @@ def divergence(
     >>> print(f"{divergence(jnp.array(0.5), 0.0):.3f} {divergence(jnp.array(-0.5), 0.0):.3f}")
     0.213 0.297
     """
+    if not isinstance(order, int | float) and not hasattr(order, "ndim"):
+        raise ValueError(f"order must be a number, got {order!r}")
     if clip is not None:
         _check_positive("clip", clip)
         residual, clip = _arrays(residual=residual, clip=lax.stop_gradient(clip))
@@ -240,7 +243,7 @@ def importance_weight(
     Args:
       log_pf: `[*n]` log pi(y|q) of the policy being trained; no gradient.
       log_pf_old: `[*n]` the same under the policy that drew y; no gradient.
-      low, high: the clamps, 1 - eps_low and 1 + eps_high.
+      low, high: the clamps, 1 - eps_low and 1 + eps_high (static).
 
     Returns:
       `[*n]` weights between `low` and `high`.
@@ -254,7 +257,7 @@ def importance_weight(
     >>> importance_weight(jnp.array([-1.0, -1.0, -2.0]), jnp.array([-1.0, -2.0, -1.0]))
     Array([1.  , 1.28, 0.8 ], dtype=float32)
     """
-    if not 0 < low <= 1 <= high:
+    if low is None or high is None or not 0 < low <= 1 <= high:
         raise ValueError(f"need 0 < low <= 1 <= high, got low={low}, high={high}")
     log_pf, log_pf_old = _arrays(log_pf=log_pf, log_pf_old=log_pf_old)
     # Clipping before exp: the same value, and no overflow to inf far off policy.
@@ -283,14 +286,15 @@ def group_log_z(
       log_reward: `[*n]` log R(q, y), for PowerFlow ``alpha (log p_0 + psi |y|)``.
       length: `[*n]` |y|.
       group: `[*n]` integer id of the prompt, 0 .. num_groups - 1; other values
-        mark padding and are left out of every mean.
-      num_groups: number of prompts (static).
+        mark padding and are left out of every mean. Where each device or micro-batch has
+        a part of the arrays, a group must lie within one.
+      num_groups: number of prompts (static). Memory is proportional to it, times n.
 
     Returns:
       `[*n]` the estimate of each trajectory's group; 0 for padding.
 
     Raises:
-      ValueError: if two shapes differ.
+      ValueError: if two shapes differ, or `group` holds no whole numbers.
 
     References:
       VarGrad, arXiv 2010.10436; used for language models in arXiv 2503.18929.
@@ -299,10 +303,12 @@ def group_log_z(
     ...             jnp.array([1, 2]), jnp.array([0, 0]), 1)
     Array([-2., -2.], dtype=float32)
     """
-    log_pf, log_reward, length = jnp.broadcast_arrays(
-        *_arrays(log_pf=log_pf, log_reward=log_reward, length=length, group=group)[:3]
-    )
-    group = jnp.broadcast_to(jnp.asarray(group), log_pf.shape)[..., None]
+    group = jnp.asarray(group)
+    if not jnp.issubdtype(group.dtype, jnp.integer):
+        raise ValueError(f"group must be whole numbers, got {group.dtype}")
+    args = _arrays(log_pf=log_pf, log_reward=log_reward, length=length, group=group)
+    log_pf, log_reward, length, _ = jnp.broadcast_arrays(*args)
+    group = jnp.broadcast_to(group, log_pf.shape)[..., None]
     # Compared rather than indexed: a scatter over devices is refused on meshes of
     # explicit axes, which `jax.make_mesh` makes.
     is_in = group == jnp.arange(num_groups).reshape((1,) * log_pf.ndim + (-1,))
@@ -341,13 +347,15 @@ def masked_mean(x: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def _arrays(**given: Any) -> list[jax.Array]:
-    """As arrays of one type, float32 at least; raises if two differ in shape, as [n] against
-    [n, 1] would broadcast."""
+    """As arrays of one type, float32 at least; raises ValueError if two differ in shape, or
+    for a mask in the place of lengths."""
     arrays = {name: jnp.asarray(x) for name, x in given.items()}
-    shapes = {name: x.shape for name, x in arrays.items() if x.ndim}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"shapes must agree (or be scalar), got {shapes}")
-    wide = [x for x in arrays.values() if x.dtype in (jnp.float32, jnp.float64)]
+    targets.check_shapes(**arrays)
+    if "length" in arrays and arrays["length"].dtype == bool:
+        raise ValueError("length must be numbers of tokens, got booleans")
+    # Python's numbers take the type of the arrays.
+    is_wide = lambda x: x.dtype in (jnp.float32, jnp.float64) and not x.weak_type
+    wide = [x for x in arrays.values() if is_wide(x)]
     dtype = jnp.result_type(*wide) if wide else jnp.float32
     return [x.astype(dtype) for x in arrays.values()]
 

@@ -50,6 +50,10 @@ def trajectories(
                 f"sequence {i} holds token id {ids[is_cut][0]}: no model has"
             )
     starts = np.asarray(prompt_lengths)
+    if starts.ndim != 1:
+        raise ValueError(
+            f"prompt_lengths must be a number for each sequence, got {prompt_lengths!r:.100}"
+        )
     if starts.shape != (len(out),):
         raise ValueError(f"{len(out)} sequences but {starts.size} prompt_lengths")
     if starts.size and starts.dtype.kind not in "iu":
@@ -205,13 +209,30 @@ def segment_sum(
 def response_sum(x: Float[Array, "b t"], batch: PackedBatch) -> Float[Array, "b n"]:
     """Sums values of tokens over the response of each sequence of a packed batch.
 
+    Raises:
+      ValueError: if `x` has another shape than the tokens, or `batch` is none.
+
     >>> import pfjax
     >>> batch = pfjax.pack([[2, 10, 3, 4]], [1])
     >>> response_sum(np.ones((1, 64), np.float32), batch)[0, :2]
     Array([3., 0.], dtype=float32)
     """
+    check_batch(batch)
+    if np.shape(x) != np.shape(batch.is_response):
+        raise ValueError(
+            f"values of shape {np.shape(x)} for tokens of shape {np.shape(batch.is_response)}"
+        )
     kept = jnp.where(batch.is_response, x, 0.0)
     return segment_sum(kept, batch.segment_ids, batch.length.shape[-1])
+
+
+def check_batch(batch: Any) -> None:
+    """Raises ValueError for what is no packed batch."""
+    if missing := [x for x in PackedBatch._fields[:5] if not hasattr(batch, x)]:
+        raise ValueError(
+            f"batch must be what pfjax.pack or pfjax.pack_rollout returns, got a "
+            f"{type(batch).__name__} without {', '.join(missing)}"
+        )
 
 
 def prompt_mask(batch: PackedBatch) -> Bool[Array, "b t"]:

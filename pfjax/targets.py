@@ -70,7 +70,7 @@ class Target:
     @property
     def has_reward(self) -> bool:
         """Whether the reward counts; of a beta that is traced, it may."""
-        return isinstance(self.beta, jax.Array) or self.beta != 0
+        return not isinstance(self.beta, int | float) or self.beta != 0
 
     def log_reward(
         self,
@@ -88,16 +88,29 @@ class Target:
           psi: `[*n]` or scalar format term, in nats per token.
           reward: `[*n]` or scalar r(y), per response or per token.
           log_p_rare: `[*n]` log p_0 of the rare tokens, summed; None: no token is rare.
+
+        Raises:
+          ValueError: if two shapes differ (scalars excepted).
         """
+        check_shapes(
+            log_p_base=log_p_base,
+            length=length,
+            psi=psi,
+            reward=reward,
+            log_p_rare=0.0 if log_p_rare is None else log_p_rare,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
+        log_p_base, length, psi = map(_array, (log_p_base, length, psi))
         tilted = log_p_base + psi * length if self.has_format else log_p_base
         out = self.alpha * tilted
         if log_p_rare is not None:
             # 0 above alpha 1.
             lacking = (1 - self.alpha + abs(1 - self.alpha)) / 2
-            out = out + lacking * log_p_rare
+            out = out + lacking * _array(log_p_rare)
         if self.has_reward:
             is_per_token = self.is_length_aware and self.is_reward_per_token
-            out = out + self.beta * reward * (length if is_per_token else 1)
+            out = out + self.beta * _array(reward) * (length if is_per_token else 1)
         return out - self.log_sum if self.log_sum else out
 
     def log_density(
@@ -111,7 +124,9 @@ class Target:
           **tilt: `psi`, `reward` and `log_p_rare`, as in `log_reward`.
         """
         log_reward = self.log_reward(log_p_base, length, **tilt)
-        return log_reward - log_z * (length if self.is_length_aware else 1)
+        check_shapes(log_p_base=log_p_base, log_z=log_z)
+        log_z = _array(log_z)
+        return log_reward - log_z * (_array(length) if self.is_length_aware else 1)
 
     def residual(
         self, log_pf: Array, log_p_base: Array, length: Array, log_z: Any, **tilt: Any
@@ -137,7 +152,13 @@ def residual(
     """log Z + log pi - log R; with `length`, the last two are divided by it.
 
     Entries of `length` that are 0 (padding) are divided by 1, so that they stay finite.
+
+    Raises:
+      ValueError: if two shapes differ (scalars excepted).
     """
+    of_token = {} if length is None else {"length": length}
+    check_shapes(log_pf=log_pf, log_reward=log_reward, log_z=log_z, **of_token)
+    log_pf, log_reward, log_z = map(_array, (log_pf, log_reward, log_z))
     if length is None:
         return log_z + log_pf - log_reward
     return log_z + (log_pf - log_reward) / tokens(length)
@@ -166,4 +187,16 @@ def rare(log_p: jax.Array, entropy: jax.Array, eta_cutoff: float) -> jax.Array:
 def tokens(length: Array) -> Array:
     """Replaces 0 by 1 in `length`, for means over tokens."""
     where = jnp.where if isinstance(length, jax.Array) else np.where
-    return where(length == 0, 1, length)
+    return where(_array(length) == 0, 1, length)
+
+
+def check_shapes(**given: Any) -> None:
+    """Raises ValueError if two arrays differ in shape: [n] and [n, 1] would broadcast."""
+    shapes = {name: np.shape(x) for name, x in given.items() if np.ndim(x)}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"shapes must agree (or be scalar), got {shapes}")
+
+
+def _array(x: Any) -> Any:
+    """Of a list, which Python would repeat or add to another."""
+    return np.asarray(x) if isinstance(x, list | tuple) else x

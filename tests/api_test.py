@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -110,6 +111,17 @@ def test_prompts_of_another_kind_are_refused(toy, prompts, said):
         (lambda p: pfjax.score(p, ["17"], [1]), "sequence 0: '17' is not a list of"),
         (lambda p: pfjax.score(p, [2, 3], [1, 1]), "sequence 0: 2 is not a list of"),
         (lambda p: pfjax.score(p, [[2, 3]], [1.5]), "whole numbers, got"),
+        (lambda p: pfjax.score(p, [[2, 3]], 1), "a number for each sequence, got 1"),
+        (lambda p: pfjax.score(p, [[2, 3]], [[1]]), "a number for each sequence, got"),
+        (lambda p: pfjax.score(p, [[2, 3]], [1], "1"), "must be positive, got '1'"),
+        (lambda p: pfjax.log_probs(p, np.array([[2, 3]])), "pfjax.pack_rollout returns, got"),
+        (lambda _: pfjax.response_sum(pfjax.pack([[2, 3]], [1]), 0), "a int without tokens"),
+        (lambda _: pfjax.response_sum(np.ones(64), pfjax.pack([[2, 3]], [1])), r"\(1, 64\)"),
+        (lambda _: pfjax.pack([[2, 3]], [1], (1.0, 64.0)), "per row, .* got .1.0, 64.0."),
+        (lambda p: pfjax.pack_rollout(pfjax.rollout(p, ["1"], 1, 2)._replace(prompts=None)),
+         "holds no prompts"),
+        (lambda _: pfjax.load(None), "None names no model"),
+        (lambda _: pfjax.load(""), "'' names no model"),
         (lambda _: pfjax.pack([[2, 3.9]], [1]), "sequence 0: .*not a list of token"),
         (lambda _: pfjax.pack([[2, 3, 4]] * 9, [1] * 9, (1, 8)), "for pfjax.pack its shape"),
         (lambda _: pfjax.pack([[2, 3]], [1], 64), "rows and tokens per row, .* got 64"),
@@ -124,7 +136,10 @@ def test_prompts_of_another_kind_are_refused(toy, prompts, said):
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(toy, monkeypatch, f, said):
-    for name in ("rollout", "score", "pack", "log_probs", "fine_tune", "load"):
+    for name in (
+        "rollout", "score", "pack", "pack_rollout", "log_probs", "response_sum",
+        "fine_tune", "load",
+    ):  # fmt: skip
         monkeypatch.setattr(pfjax, name, inspect.unwrap(getattr(pfjax, name)))
     with pytest.raises(ValueError, match=said):
         f(toy)
@@ -149,6 +164,19 @@ def test_values_are_the_same_whatever_jax_is_set_to(toy, setting):
         got = values()
     for x, y in zip(got, want, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_log_probs_mix_no_types_where_there_are_64_bits(toy):
+    batch = pfjax.pack([[2, 10, 3, 4]], [2])
+    with jax.enable_x64(True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_p = pfjax.log_probs(toy, batch)
+        mask = batch._replace(is_response=batch.is_response.astype(np.float32))
+        of_numbers = inspect.unwrap(pfjax.log_probs)(toy, mask)
+        total = lambda p: pfjax.log_probs(p, batch).sum()
+        gradient = jax.grad(total)(toy).params["final_norm"]
+    assert log_p.dtype == gradient.dtype == np.float32
+    np.testing.assert_array_equal(of_numbers, log_p)
 
 
 def test_gradients_of_log_probs_are_had_where_types_do_not_mix(toy):

@@ -155,6 +155,15 @@ def test_mistakes_are_named():
         losses.powerflow(LOG_PF, LOG_P_BASE, jnp.zeros((3, 1)), LENGTH, alpha=4.0)
     with pytest.raises(ValueError, match=r"clip': \(3, 1\)"):
         losses.divergence(LOG_PF, clip=jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match="length must be numbers of tokens"):
+        losses.powerflow(LOG_PF, LOG_P_BASE, -1.0, LENGTH > 0, alpha=4.0)
+    with pytest.raises(ValueError, match="group must be whole numbers, got float32"):
+        losses.group_log_z(LOG_PF, LOG_P_BASE, LENGTH, jnp.zeros(3), 1)
+    for order in ("kl", None):
+        with pytest.raises(ValueError, match=f"order must be a number, got {order!r}"):
+            losses.divergence(LOG_PF, order)
+    with pytest.raises(ValueError, match="need 0 < low <= 1 <= high, got low=None"):
+        losses.importance_weight(LOG_PF, LOG_PF, low=None)
 
 
 class TabularModel:
@@ -365,6 +374,10 @@ def test_lists_are_taken_and_narrow_types_computed_in_float32():
     np.testing.assert_array_equal(got, want)
     assert losses.masked_mean([1.0, 3.0, 5.0], [1.0, 0.5, 0.0]) == 2
     assert losses.masked_mean(jnp.ones(70_000, jnp.float16), np.ones(70_000)) == 1
+    with jax.enable_x64(True):
+        got = losses.powerflow(*narrow[:2], -1.0, np.array([2, 3]), alpha=4.0)
+        assert got.dtype == losses.divergence(narrow[0], 0.0, 0.1).dtype == jnp.float32
+        assert losses.divergence(narrow[0].astype(float), clip=1).dtype == jnp.float64
     # Sums of many in bfloat16 stop growing at 256.
     one, zero = jnp.ones(2000, jnp.bfloat16), jnp.zeros(2000, jnp.int32)
     assert losses.group_log_z(one, 0.0, 1, zero, 1)[0] == -1

@@ -47,6 +47,33 @@ def test_density_by_hand(target, log_reward, log_density):
         np.testing.assert_allclose(residual, nats / per_token, atol=1e-12)
 
 
+def test_a_shape_that_would_broadcast_is_refused():
+    target, column = Target(2.0, 1.5), LOG_P[:, None]
+    for wrong in ("reward", "psi", "log_p_rare"):
+        with pytest.raises(ValueError, match=rf"'{wrong}': \(2, 1\)"):
+            target.log_reward(LOG_P, LENGTH, **{wrong: column})
+    with pytest.raises(ValueError, match=r"'log_pf': \(2, 1\)"):
+        target.residual(column, LOG_P, LENGTH, LOG_Z)
+    with pytest.raises(ValueError, match=r"'log_z': \(2, 1\)"):
+        target.log_density(LOG_P, LENGTH, column)
+    with pytest.raises(ValueError, match=r"'alpha': \(1, 2\)"):
+        Target(np.ones((1, 2))).log_reward(LOG_P, LENGTH)
+
+
+@pytest.mark.parametrize("beta", [2, 1.5, np.array([2.0, 0.5])])
+def test_lists_are_taken(beta):
+    target, tilt = Target(2, beta), {"reward": [1.0, 0.0], "psi": [-1.0, 0.0]}
+    tilt["log_p_rare"] = [-1.0, 0.0]
+    arrays = {name: np.array(x) for name, x in tilt.items()}
+    of_lists = target.residual([-2.0, -1.0], [-3.0, -1.0], [3, 1], [0.5, 1], **tilt)
+    z = np.array([0.5, 1])
+    want = target.residual(np.array([-2.0, -1.0]), LOG_P, LENGTH, z, **arrays)
+    np.testing.assert_array_equal(of_lists, want)
+    density = target.log_density([-3.0, -1.0], [3, 1], [0.5, 1], **tilt)
+    want = target.log_density(LOG_P, LENGTH, z, **arrays)
+    np.testing.assert_array_equal(density, want)
+
+
 def test_rare_tokens_are_not_flattened():
     alpha, rare = np.array([0.5, 0.25, 2.0]), np.array([-4.0, 0.0, -3.0])
     got = Target(alpha, has_format=False).log_reward(

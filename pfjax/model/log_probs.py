@@ -156,7 +156,7 @@ def _local_forward(split, hidden, head, targets, where):
             chosen = chosen + jnp.where(is_target, x, 0.0).sum(axis=-1)
             return new, [total, moment, chosen]
 
-        zero = jnp.zeros(len(states))
+        zero = jnp.zeros(len(states), jnp.float32)
         top, sums = lax.fori_loop(0, c.tiles, of_tile, (zero - 1e30, [zero] * 3))
         if c.over:
             own, top = top, lax.pmax(top, c.over)

@@ -155,8 +155,8 @@ def score(
     >>> [x.shape for x in score(policy, [[2, 10, 3, 4], [2, 3, 4, 5, 6]], [3, 2])]
     [(1,), (3,)]
     """
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
+    if isinstance(temperature, str) or not temperature > 0:
+        raise ValueError(f"the temperature must be positive, got {temperature!r}")
     temperature = float(temperature)  # hashable: programs are compiled for it
     return _scores(policy, sequences, prompt_lengths, temperature)
 
