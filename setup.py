@@ -10,7 +10,9 @@ import re
 import setuptools
 
 ROOT = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text())
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text("utf-8")
+)
 DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
 GCS = ["gcsfs"]  # whatever lies in gs://
 STUDY = ["matplotlib>=3.10"]  # its pictures
@@ -28,7 +30,7 @@ setuptools.setup(
     name="pfjax",
     version=VERSION[1],
     description="PowerFlow in JAX: language models toward their alpha-power distribution",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -369,6 +369,10 @@ _NO_MEMORY = (
     "continued); in sampling --slots. docs/how-to/memory.md has more, and `pfjax plan` tells "
     "what fits"
 )
+_NO_DEVICE = (
+    "JAX finds no device of JAX_PLATFORMS={}. Unset it, so that JAX takes what there is, or "
+    "install what those devices need: `pip install -e '.[cuda13]'`, `'.[cuda12]'` or `'.[tpu]'`"
+)
 
 
 @contextlib.contextmanager
@@ -385,7 +389,19 @@ def mistakes_in_one_line() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+    except (
+        ValueError,
+        FloatingPointError,
+        OSError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if platforms and frame.filename.endswith("xla_bridge.py"):
+            sys.exit(f"error: {_NO_DEVICE.format(platforms)}\n{error}".rstrip())
+        if isinstance(error, AssertionError):
+            raise
         if "jax" in sys.modules and distributed.is_loss(error):
             distributed.end_lost(error)
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
@@ -395,7 +411,6 @@ def mistakes_in_one_line() -> Iterator[None]:
         is_kind = isinstance(error, RuntimeError) and type(error) is not RuntimeError
         if is_kind and not isinstance(error, health_checks.Unhealthy):
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         is_known = frame.filename.startswith(_PACKAGE) or isinstance(error, OSError)
         where = f"{os.path.relpath(frame.filename)}:{frame.lineno}"
         sys.exit(f"error: {error}" + ("" if is_known else f" (raised at {where})"))

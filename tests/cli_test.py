@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -212,6 +213,18 @@ def test_recipes_are_found_by_name_and_by_path():
     assert recipes.recipe("study:grpo").objective == "grpo"
     with pytest.raises(ValueError, match="did you mean reasoning"):
         recipes.recipe("reasonin")
+
+
+@pytest.mark.parametrize("how", ["assert False", "raise RuntimeError('no cuda')"])
+def test_devices_that_are_not_there_are_named(monkeypatch, tmp_path, how):
+    """JAX asserts where it has no plugin for CUDA, and raises for other platforms."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    (tmp_path / "xla_bridge.py").write_text(how, encoding="utf-8")
+    said = "^error: JAX finds no device of JAX_PLATFORMS=cuda"
+    with pytest.raises(SystemExit, match=said), cli.mistakes_in_one_line():
+        runpy.run_path(tmp_path / "xla_bridge.py")
+    with pytest.raises(AssertionError), cli.mistakes_in_one_line():
+        raise AssertionError("of another place")
 
 
 def test_a_device_without_memory_says_what_to_lower():

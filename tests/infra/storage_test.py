@@ -337,6 +337,7 @@ _OURS = {
     "shutil.which(python.name)": "Python",
     "os.path.join('.', python.relative_to(here))": "Python",
     "shutil.get_terminal_size()": "no path",
+    "os.path.samestat(output, gone)": "no path",
     "os.path.relpath(frame.filename)": "of a message",
     "os.path.basename(frame.filename)": "of a message",
     "os.path.basename(x.filename)": "of a message",
