@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "pfjax/__init__.py").read_text("utf-8")
 )
-DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
-GCS = ["gcsfs"]  # whatever lies in gs://
+DOCS = ["latex2mathml>=3.78", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0.8"]
+GCS = ["gcsfs>=2025.3"]  # whatever lies in gs://
 STUDY = ["matplotlib>=3.10"]  # its pictures
 OLD, NEW = 'python_version < "3.12"', 'python_version >= "3.12"'
 # libtpu is made for no other machines: tests that need it are skipped there.
@@ -55,11 +55,11 @@ setuptools.setup(
         f"flax>=0.12.12,<0.13; {NEW}",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint==0.12.8",
-        "transformers>=5,<6",
+        "transformers>=5.18,<6",
         "sentencepiece>=0.2",
         "datasets>=4",
         "pyarrow>=21",
-        "etils[epath]>=1.12",
+        "etils[epath]>=1.14",
         "ml_collections>=1.1",
         "absl-py>=2.1",
         "beartype>=0.20",
@@ -70,7 +70,7 @@ setuptools.setup(
         "math-verify[antlr4_13_2]==0.9.0",
         "rich>=13",
         "safetensors>=0.6",
-        "tensorboardX>=2.6",
+        "tensorboardX>=2.6.2",
     ],
     extras_require={
         "cuda12": jax("cuda12"),

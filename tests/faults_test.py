@@ -364,6 +364,40 @@ def test_two_processes_and_one_read_each_others_checkpoints(halves):
     assert len(rows(f"{one}-then")) == STEPS + 1
 
 
+APART = ("--config.max_staleness=2", "--config.mesh.rollout=2", "--config.data.eval=")
+
+
+@pytest.mark.slow
+def test_two_processes_that_draw_on_devices_of_their_own_train_as_one(tmp_path):
+    args = (*APART, "--config.checkpoint_every=5", "--config.match_prompts=2")
+    run(tmp_path / "one", *args, devices=4)
+    for process in start(tmp_path / "two", *args, processes=2, devices=2):
+        status, errors = finish(process)
+        assert status == 0, errors
+    _same_losses(tmp_path / "one", tmp_path / "two")
+    # Which weights drew what follows from the config alone.
+    for step in range(1, STEPS + 1):
+        name = f"schedule/step_{step:06d}.jsonl"
+        one, two = ((tmp_path / x / name).read_text() for x in ("one", "two"))
+        assert one == two
+
+
+@pytest.mark.slow
+def test_a_signal_ends_all_actors_wherever_they_are(tmp_path):
+    workdir = tmp_path / "run"
+    args = (*APART, "--config.num_steps=1000", "--config.checkpoint_every=1000")
+    for _ in range(2):
+        before = len(rows(workdir)) if workdir.exists() else 0
+        both = start(workdir, *args, processes=2, devices=2)
+        wait_for_step(workdir, before + 3, both[0])
+        both[1].send_signal(signal.SIGTERM)
+        for process in both:
+            status, errors = finish(process)
+            assert status == 75, errors
+    steps = [r["step"] for r in rows(workdir)]
+    assert steps == list(range(len(steps)))
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_and_ends_both(
     tmp_path,

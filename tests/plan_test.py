@@ -561,10 +561,13 @@ def test_command_line_of_a_run_that_does_not_fit():
         ),
         *(
             (
-                [*how, "--config.mesh.rollout=4", "--config.max_staleness=1"],
-                "16 devices, 8 per machine",
+                [*how, "--config.mesh.rollout=3", "--config.max_staleness=1"],
+                f"give a multiple of {machines}",
             )
-            for how in (["--topology=v5e:4x4"], ["--topology=h200:16", "--search"])
+            for machines, how in (
+                (4, ["--topology=v5e:4x4"]),
+                (2, ["--topology=h200:16", "--search"]),
+            )
         ),
         (
             ["--topology=h200:8", "--config.mesh.tensor=8"],

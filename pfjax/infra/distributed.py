@@ -1,14 +1,16 @@
 """Runs of several processes: how they find each other, and how they agree."""
 
+import functools
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pfjax.infra import rendezvous
 
@@ -149,23 +151,42 @@ def is_first() -> bool:
 
 
 def any_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Each flag, true if it is on any process. All processes have to call it."""
-    everyone = multihost_utils.process_allgather(np.array(flags))
-    return tuple(everyone.any(axis=0).tolist())
+    """Each flag, true if it is on any process; see `of_all`."""
+    return tuple(of_all(np.array(flags)).any(axis=0).tolist())
 
 
-def text_from_first(text: str) -> str:
-    """The first process's `text`, of at most 64 bytes, on all of them. All have to call it."""
-    padded = np.frombuffer(text.encode().ljust(64, b"\0"), np.uint8)
-    return from_first(padded).astype(np.uint8).tobytes().rstrip(b"\0").decode()
+def of_all(x: np.ndarray) -> np.ndarray:
+    """`x` of each process, `[processes, *x.shape]`. All of them have to call it.
+
+    It runs on the devices of the current mesh, or on all without one: others may be drawing,
+    and the processes have to start what a device runs in one order.
+    """
+    if jax.process_count() == 1:
+        return x[None]
+    mesh = jax.sharding.get_mesh()
+    devices = jax.devices() if mesh.empty else mesh.devices.flat
+    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
+    own = [d for d in devices if d.process_index == jax.process_index()]
+    grid = np.array(devices).reshape(-1, len(own))
+    mesh = Mesh(grid, ("process", "device"), (AxisType.Auto,) * 2)
+    where = NamedSharding(mesh, PartitionSpec("process"))
+    make, parts = jax.make_array_from_single_device_arrays, [x[None]] * len(own)
+    with jax.set_mesh(mesh):
+        x = make((len(grid), *x.shape), where, jax.device_put(parts, own))
+        return np.asarray(_replicated(mesh)(x))
+
+
+@functools.cache
+def _replicated(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def from_first(x: np.ndarray) -> np.ndarray:
+    """The first process's `x`, on all of them. All processes have to call it."""
+    return of_all(np.asarray(x))[0]
 
 
 def leave() -> None:
     """Ends what `join` began: processes may then end at different times."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-
-
-def from_first(x: np.ndarray) -> np.ndarray:
-    """The first process's `x`, on all of them. All processes have to call it."""
-    return np.asarray(multihost_utils.broadcast_one_to_all(x))

@@ -18,7 +18,7 @@ class Chip(NamedTuple):
     bandwidth: float  # bytes, of that memory
     links: float  # bytes sent to other devices of its slice or node, over all links
     network: float = math.inf  # bytes sent to other nodes; of TPUs, a slice is one
-    host: int = 8  # devices of a machine, which are all that one process can have
+    host: int = 8  # devices of one machine of several, which are those of a process
     capability: tuple[int, int] | None = None  # NVIDIA's number of what a GPU can do
 
     @property
@@ -38,9 +38,13 @@ _HDR, _NDR = 25e9, 50e9
 _PCIE, _EDR = 32e9, 12.5e9
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.228e12, 300e9, host=4),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9),
+    "v5e": Chip(
+        ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.819e12, 200e9, host=4
+    ),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9, host=4),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9),
+    "v6e": Chip(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.638e12, 400e9, host=4
+    ),
     # Half a chip.
     "tpu7x": Chip(("TPU7x", "TPU v7x"), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9),
     # In bfloat16 it computes as in float32.
@@ -124,6 +128,11 @@ def num_nodes(chip: Chip, devices: int) -> int:
     """Whole nodes of a number of devices; one if they do not fill nodes."""
     whole = devices % chip.node == 0  # never of TPUs, whose node is endless
     return int(devices // chip.node) if whole else 1
+
+
+def num_machines(chip: Chip, devices: int) -> int:
+    """Machines of a number of devices; one if they do not fill machines."""
+    return 1 if devices % chip.host else devices // chip.host
 
 
 def mfu(flops: float, seconds: float) -> float | None:

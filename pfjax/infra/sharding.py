@@ -43,8 +43,8 @@ def make_mesh(
     rollout: int = 0,
     expert: int = 1,
 ) -> Mesh:
-    """A mesh of `MESH_AXES` over all devices but the last `rollout`, which draw responses
-    and nothing else; see `mesh_sizes`.
+    """A mesh of `MESH_AXES` over all devices but those that `split_off` sets apart, which
+    draw responses and nothing else; see `mesh_sizes`.
 
     Where a multiple of the nodes holds whole copies of the weights, a copy lies within
     one node: what it is split over stays on fast links.
@@ -54,12 +54,14 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     if rollout:
-        devices = _all_but(devices, rollout)
+        devices, _ = split_off(devices, rollout)
     nodes = num_nodes(devices)
     sizes = mesh_sizes(data, fsdp, tensor, len(devices), nodes, context, expert)
     # Two of the four devices of a side, say, may be an axis.
     split = {"allow_split_physical_axes": True}
-    if nodes > 1 and sizes[0] % nodes == 0:
+    if not _is_box(devices):
+        grid = np.array(sorted(devices, key=_place)).reshape(sizes)
+    elif nodes > 1 and sizes[0] % nodes == 0:
         inside = (sizes[0] // nodes, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
             inside, (nodes, *(1,) * len(inside[1:])), devices, **split
@@ -69,32 +71,80 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def num_learning(devices: int, rollout: int) -> int:
-    """Counts the devices beside those for rollouts. Raises ValueError if there are none."""
+def _place(device: jax.Device) -> tuple[int, int]:
+    return getattr(device, "slice_index", 0), device.process_index
+
+
+def _is_box(devices: Sequence[jax.Device]) -> bool:
+    """Whether TPUs of each slice fill a box, as JAX asks where it orders them by their
+    links: not where others draw. Of other devices it asks nothing."""
+    if devices[0].platform != "tpu":
+        return True
+    of_slice = collections.defaultdict(list)
+    for device in devices:
+        of_slice[_place(device)[0]].append((*device.coords, device.core_on_chip))
+    return all(
+        len(x) == np.prod(np.ptp(x, axis=0) + 1)
+        for x in map(np.array, of_slice.values())
+    )
+
+
+def num_learning(devices: int, rollout: int, processes: int) -> int:
+    """Counts the devices that learn beside those for rollouts.
+
+    Raises:
+      ValueError: if there are none, or the processes would not give equally many.
+    """
     if rollout >= devices:
         raise ValueError(
             f"--config.mesh.rollout={rollout} leaves none of {devices} devices to learn"
         )
+    if rollout % processes or devices % processes:
+        raise ValueError(
+            f"--config.mesh.rollout={rollout}: each of the {processes} processes that have the "
+            f"{devices} devices sets equally many apart: give a multiple of {processes}"
+        )
     return devices - rollout
 
 
-def _all_but(devices: Sequence[jax.Device], rollout: int) -> Sequence[jax.Device]:
-    num_learning(len(devices), rollout)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within "
-            f"one process, and there are {jax.process_count()}; max_staleness works on all of "
-            "their devices too"
-        )
-    return devices[:-rollout]
+def split_off(
+    devices: Sequence[jax.Device], rollout: int
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """Devices that learn and the `rollout` others, equally many of each process, so that
+    weights need not leave a machine to be drawn by. Raises what `num_learning` does.
+
+    They are the last of each process. Of TPUs they are those in the middle of their slice:
+    libtpu compiles no collectives for some sets of devices with regular gaps.
+    """
+    of_process = collections.defaultdict(list)
+    for device in sorted(devices, key=_from_the_middle(devices)):
+        of_process[device.process_index].append(device)
+    num_learning(len(devices), rollout, len(of_process))
+    each = rollout // len(of_process)
+    apart = {d for own in of_process.values() for d in own[:each]}
+    return [d for d in devices if d not in apart], [d for d in devices if d in apart]
+
+
+def _from_the_middle(
+    devices: Sequence[jax.Device],
+) -> Callable[[jax.Device], tuple[float, int]]:
+    """Squared distance of TPUs to the middle of their slice, 0 of others; then the last."""
+    if devices[0].platform != "tpu":
+        return lambda d: (0.0, -d.id)
+    of_slice = collections.defaultdict(list)
+    for device in devices:
+        of_slice[_place(device)[0]].append(device.coords)
+    middle = {i: (np.min(x, 0) + np.max(x, 0)) / 2 for i, x in of_slice.items()}
+    far = lambda d: float(np.square(d.coords - middle[_place(d)[0]]).sum())
+    return lambda d: (far(d), -d.id)
 
 
 def rollout_mesh(
     rollout: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """The mesh of the devices that `make_mesh` has left out."""
-    devices = jax.devices() if devices is None else devices
-    return make_mesh(data=1, tensor=tensor, devices=devices[-rollout:])
+    _, apart = split_off(jax.devices() if devices is None else devices, rollout)
+    return make_mesh(data=1, tensor=tensor, devices=apart)
 
 
 def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
@@ -269,9 +319,32 @@ def batch_ways(mesh: AnyMesh) -> int:
 def put_batch(mesh: Mesh, tree: Any, dim: int = 0) -> Any:
     """Places host arrays on the mesh, dimension `dim` split as "batch".
 
-    Every process passes the same whole arrays and keeps its own part.
+    Every process passes the same whole arrays and keeps its own part. That they are the
+    same is not looked at: it would take all devices, of which some may be drawing.
     """
-    return jax.tree.map(lambda x: jax.device_put(x, of_batch(mesh, x.shape, dim)), tree)
+
+    def put(x: np.ndarray) -> jax.Array:
+        where = of_batch(mesh, x.shape, dim)
+        if jax.process_count() == 1:
+            return jax.device_put(x, where)
+        return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+    return jax.tree.map(put, tree)
+
+
+def copied(x: jax.Array, where: NamedSharding) -> jax.Array:
+    """`x` on other devices, each part from a device of the same process that has it: without
+    the host, and without the other processes."""
+    have = collections.defaultdict(collections.deque)
+    for part in x.addressable_shards:
+        have[str(part.index)].append(part.data)
+    wanted = where.addressable_devices_indices_map(x.shape)
+    parts = []
+    for index in wanted.values():  # from each in turn
+        parts.append(have[str(index)][0])
+        have[str(index)].rotate(-1)
+    parts = jax.device_put(parts, list(wanted))
+    return jax.make_array_from_single_device_arrays(x.shape, where, parts)
 
 
 def of_batch(mesh: AnyMesh, shape: tuple[int, ...], dim: int) -> Any:

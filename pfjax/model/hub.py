@@ -85,12 +85,14 @@ def _fetch(name: str, files: list[str]) -> pathlib.Path:
     hub_id, _, revision = name.partition("@")
     wanted = {"revision": revision or None, "allow_patterns": files}
     wanted["ignore_patterns"] = _NOT_FETCHED
+    # Some versions would ask for the list of the files of a commit all the same.
+    is_offline = wanted["local_files_only"] = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))
     except Exception as error:
         raise ValueError(
             f"model {name!r} is no folder here ({path.absolute()}) and could not be "
-            f"fetched from the Hugging Face hub: {error}"
+            f"fetched from the Hugging Face hub{' (HF_HUB_OFFLINE is set)' * is_offline}: {error}"
         ) from error
 
 

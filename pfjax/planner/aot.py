@@ -50,15 +50,11 @@ def parse(topology: str) -> tuple[hardware.Chip, int]:
     return chip, devices * (2 if kind == "tpu7x" else 1)
 
 
-def check_apart(topology: str, rollout: int) -> None:
-    """Raises ValueError if the devices for rollouts are not all of one process."""
+def num_learning(topology: str, rollout: int) -> int:
+    """Devices of a topology beside those for rollouts; see `sharding.num_learning`."""
     chip, devices = parse(topology)
-    if rollout and devices > chip.host:
-        raise ValueError(
-            f"--config.mesh.rollout={rollout}: devices can be set apart for rollouts within "
-            f"one process, and {topology} has {devices} devices, {chip.host} per machine; "
-            "max_staleness works on all of their devices too"
-        )
+    machines = hardware.num_machines(chip, devices) if rollout else 1
+    return sharding.num_learning(devices, rollout, machines)
 
 
 def _is_tpu(topology: str) -> bool:
@@ -105,8 +101,7 @@ def tpu_mesh(topology: str, *sizes: int, **named: int) -> Mesh:
 
 def abstract_mesh(topology: str, rollout: int = 0, **sizes: int) -> AbstractMesh:
     """A mesh of any topology, to derive shapes and shardings from."""
-    chip, devices = parse(topology)
-    devices = sharding.num_learning(devices, rollout)
+    chip, devices = parse(topology)[0], num_learning(topology, rollout)
     platform = "tpu" if _is_tpu(topology) else "gpu"
     return AbstractMesh(
         sharding.mesh_sizes(

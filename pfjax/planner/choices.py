@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import FrozenConfigDict
 
-from pfjax.infra import hardware, sharding
+from pfjax.infra import hardware
 from pfjax.model.config import ModelConfig
 from pfjax.planner import aot
 from pfjax.planner.plan import make_plan
@@ -67,8 +67,7 @@ def search(
     Raises:
       ValueError: if no mesh of the devices will do, with what the last one lacks.
     """
-    aot.check_apart(topology, config.mesh.rollout)
-    devices = sharding.num_learning(aot.parse(topology)[1], config.mesh.rollout)
+    devices = aot.num_learning(topology, config.mesh.rollout)
     ways = [n for n in range(1, devices + 1) if devices % n == 0]
     experts = ways if base_model.experts else [1]
     sizes = sorted({config.microbatch_size, *_MICROBATCH_SIZES} - {0})

@@ -59,11 +59,12 @@ def mesh(kind: str, devices: int, *sizes: int, rollout: int = 0, **named: int) -
         target_config=description(kind),
         topology=f"1x{nodes}x{devices // nodes}",
     )
+    learning, _ = sharding.split_off(found.devices, rollout)
     # These devices do not say which node they are of; they are in the order of nodes.
-    number = {"devices": devices - rollout, "nodes": nodes}
+    number = {"devices": len(learning), "nodes": nodes}
     found_sizes = sharding.mesh_sizes(*sizes, **named, **number)
     of_axis = dict(zip(sharding.MESH_AXES, found_sizes, strict=True))
-    return sharding.make_mesh(**of_axis, devices=found.devices[: devices - rollout])
+    return sharding.make_mesh(**of_axis, devices=learning)
 
 
 def description(kind: str) -> str:

@@ -39,7 +39,7 @@ def make_plan(
       ValueError: if the topology is unknown or sizes do not divide.
     """
     chip, devices = aot.parse(topology)
-    aot.check_apart(topology, config.mesh.rollout)
+    aot.num_learning(topology, config.mesh.rollout)
     mesh, rollout_mesh = _meshes(config, topology, is_abstract=not can_compile)
     fns = train_fns.train_fns(config, base_model, config.data.max_prompt_tokens, mesh)
     state = _state_bytes(config, fns)

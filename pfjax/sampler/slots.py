@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from pfjax.infra import sharding
+from pfjax.infra import distributed, sharding
 from pfjax.model import decode_attention, delta, transformer
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Policy
@@ -105,11 +105,7 @@ def free_bytes(device: jax.Device) -> int:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
     else:
         free = _free_host_bytes() // jax.local_device_count()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        free = multihost_utils.process_allgather(np.float64(free)).min()
-    return int(free)
+    return int(distributed.of_all(np.float32(free)).min())
 
 
 def check_prompts(

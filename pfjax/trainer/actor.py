@@ -21,15 +21,18 @@ References:
 """
 
 import concurrent.futures
+import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pfjax.batch import Rollout
-from pfjax.infra import numerics
+from pfjax.infra import distributed, numerics, sharding
 from pfjax.model.config import ModelConfig
 from pfjax.model.transformer import Params
 from pfjax.sampler import unstack
@@ -38,6 +41,8 @@ from pfjax.sampler.stream import Stream
 # Steps that rounds run ahead on devices of their own. One overlaps the two; more would only
 # make what they draw older.
 AHEAD = 1
+# That the end of a run waits for its actor, which may wait for a process that has failed.
+_STOP_SECONDS = 60
 
 
 class Cursor(NamedTuple):
@@ -106,18 +111,37 @@ class Actor:
         self._saved_every = [n for n in (checkpoint_every, eval_every) if n]
         self._max_staleness, self._ahead = max_staleness, ahead
         self._rounds: dict[int, concurrent.futures.Future[Drawn]] = {}
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, "pfjax-actor")
+        self._asked: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: one that waits for a process that is gone keeps no program from ending.
+        self._worker = threading.Thread(
+            target=self._work, name="pfjax-actor", daemon=True
+        )
         self._streams: list[Stream] = []
         self._end = -1  # step of the next checkpoint
         self._is_stopped = False
         self._ended = time.perf_counter()  # the last round
 
     def __enter__(self) -> "Actor":  # noqa: PYI034
+        self._worker.start()
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends what it is at; in all processes before the same token, if all call it."""
         self._is_stopped = True
-        self._worker.shutdown(cancel_futures=True)
+        self._asked.put(None)
+        self._worker.join(_STOP_SECONDS)
+
+    def _work(self) -> None:
+        """What the thread does: rounds, in the order in which they were asked for."""
+        while asked := self._asked.get():
+            done, args = asked
+            try:
+                done.set_result(self._round(*args))
+            except BaseException as error:  # noqa: BLE001 whoever waits is told
+                done.set_exception(error)
 
     def draw(self, params: Params, cursor: Cursor, step: int) -> Drawn:
         """The responses that a step trains on.
@@ -133,8 +157,8 @@ class Actor:
         if new:
             weights = self._send(params)
             for n in new:
-                args = (self._round, weights, step - 1, n)
-                self._rounds[n] = self._worker.submit(*args)
+                self._rounds[n] = concurrent.futures.Future()
+                self._asked.put((self._rounds[n], (weights, step - 1, n)))
         return self._rounds.pop(step).result()
 
     def _begin(self, cursor: Cursor, step: int) -> None:
@@ -149,6 +173,7 @@ class Actor:
     @numerics.as_promised()  # threads begin with the settings of the process
     def _round(self, weights: Params, before: int, step: int) -> Drawn:
         """What step `step` trains on, drawn on by the weights after `before` steps."""
+        self._check_stopped()
         begin = time.perf_counter()
         idle, (stream, *of_base) = begin - self._ended, self._streams
         stream.set_weights(weights, before)
@@ -197,7 +222,10 @@ class Actor:
         return stream.take(chosen)
 
     def _check_stopped(self) -> None:
-        if self._is_stopped:
+        """Raises CancelledError if it is to stop in any process; all ask as often."""
+        with jax.set_mesh(self._mesh):
+            (is_stopped,) = distributed.any_of((self._is_stopped,))
+        if is_stopped:
             raise concurrent.futures.CancelledError
 
     def _next_id(self) -> int:
@@ -213,21 +241,31 @@ def sender(
     """What puts the trained parameters of a policy where a stream reads them.
 
     Layer by layer they are put together on the learner's devices, in the type of the
-    computation, and copied to the actor's, if these are others. With adapters the frozen
-    weights are sent once.
+    computation, and copied to the actor's, if these are others: each from one of its own
+    process. With adapters the frozen weights are sent once.
 
     Args:
       frozen: of the policy's parameters; empty without adapters.
       learner: its devices as rollouts group them, with the actor's "tensor".
+
+    Raises:
+      ValueError: if a process draws by a part of the weights that it does not learn.
     """
+    if lacking := _parts(actor) - _parts(learner):
+        process, part = min(lacking)
+        raise ValueError(
+            f"--config.mesh.rollout: process {process} draws by part {part} of the weights, "
+            "which it does not learn. Set --config.rollout_tensor to a number that divides "
+            "the devices of a process that draw, and those that learn"
+        )
 
     def place(f: Callable[..., Params], *args: Any, **static: Any) -> Params:
         out = f(*args, **static)
-        if learner == actor:
-            return out
-        spec = lambda x: getattr(x.sharding, "spec", PartitionSpec())
-        where = lambda x: NamedSharding(actor, spec(x))
-        return jax.device_put(out, jax.tree.map(where, out))
+        return out if learner == actor else jax.tree.map(to_actor, out)
+
+    def to_actor(x: jax.Array) -> jax.Array:
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        return sharding.copied(x, NamedSharding(actor, spec))
 
     def send(params: Params) -> Params:
         with jax.set_mesh(learner):
@@ -242,3 +280,9 @@ def sender(
         return {**fixed, "layers": [{**x, **y} for x, y in pairs]}
 
     return send_adapters
+
+
+def _parts(mesh: Mesh) -> set[tuple[int, int]]:
+    """Which process has which part of the weights, along "tensor", the last axis."""
+    found = np.ndenumerate(mesh.devices)
+    return {(device.process_index, place[-1]) for place, device in found}

@@ -669,7 +669,7 @@ def test_the_same_weights_again_are_neither_fetched_nor_part_of_a_fingerprint(
     ]  # fmt: skip
     found = []
 
-    def fetch(hub_id, revision, **patterns):
+    def fetch(hub_id, revision, local_files_only, **patterns):
         found.extend(filter_repo_objects([*wanted, *others], **patterns))
         return folder
 
