@@ -119,6 +119,11 @@ class Actor:
         self._streams: list[Stream] = []
         self._end = -1  # step of the next checkpoint
         self._is_stopped = False
+        # On CPUs XLA runs programs of several devices of a process one after the other: two
+        # processes that start those of two threads in other orders would wait for each other.
+        is_cpu = mesh.devices.flat[0].platform == "cpu"
+        gangs = len(mesh.local_devices) > 1 and jax.process_count() > 1
+        self._is_in_turn = is_cpu and gangs
         self._ended = time.perf_counter()  # the last round
 
     def __enter__(self) -> "Actor":  # noqa: PYI034
@@ -159,6 +164,8 @@ class Actor:
             for n in new:
                 self._rounds[n] = concurrent.futures.Future()
                 self._asked.put((self._rounds[n], (weights, step - 1, n)))
+            if self._is_in_turn:
+                concurrent.futures.wait([self._rounds[n] for n in new])
         return self._rounds.pop(step).result()
 
     def _begin(self, cursor: Cursor, step: int) -> None:
