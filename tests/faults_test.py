@@ -59,9 +59,7 @@ def start_command(module, *args, processes=1, devices=1, **env):
     }
     if processes == 1:
         return fork_server.Process(module, *args, env=env)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        env["PFJAX_COORDINATOR"] = f"localhost:{free.getsockname()[1]}"
+    env["PFJAX_COORDINATOR"] = f"localhost:{_free_port()}"
     env["PFJAX_NUM_PROCESSES"] = str(processes)
     return [
         fork_server.Process(
@@ -69,6 +67,12 @@ def start_command(module, *args, processes=1, devices=1, **env):
         )
         for i in range(processes)
     ]
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 # Where something hangs; nothing is said of how long it takes.
@@ -380,6 +384,65 @@ def test_two_processes_that_draw_on_devices_of_their_own_train_as_one(tmp_path):
         name = f"schedule/step_{step:06d}.jsonl"
         one, two = ((tmp_path / x / name).read_text() for x in ("one", "two"))
         assert one == two
+
+
+_ENDLESS = """
+import threading, time
+import jax
+from pfjax.infra import distributed, sharding
+from pfjax.trainer import actor
+
+class Endless:
+    held, looks = [], 0
+    set_weights = add = lambda *unused, **named: None
+    complete = lambda self: []
+    def draw_until(self, is_enough):
+        while not is_enough():
+            self.looks += 1
+
+def draw():
+    try:
+        made.draw({}, actor.Cursor(), 1)
+    except BaseException as error:
+        print(type(error).__name__)
+
+distributed.join()
+stream, one = Endless(), lambda x: x
+made = actor.Actor(
+    sharding.rollout_mesh(2, 1), lambda: [stream], one, dict, one, one, [[1]] * 9,
+    prompts_per_step=1, num_steps=9, checkpoint_every=9, max_staleness=1, ahead=1,
+)
+with made:
+    thread = threading.Thread(target=draw)
+    thread.start()
+    while not stream.looks:
+        time.sleep(0.01)
+    time.sleep(0.5 + jax.process_index())
+thread.join()
+print(stream.looks)
+"""
+
+
+@pytest.mark.slow
+def test_actors_that_are_stopped_at_different_times_stop_at_one_token():
+    env = os.environ | ENV | {"JAX_NUM_CPU_DEVICES": "2"}
+    env |= {
+        "PFJAX_COORDINATOR": f"localhost:{_free_port()}",
+        "PFJAX_NUM_PROCESSES": "2",
+    }
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ENDLESS],
+            cwd=ROOT,
+            env=env | {"PFJAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=PATIENCE)[0].split() for process in both]
+    (error, looks), other = (words[-2:] for words in said)  # behind what Gloo says
+    assert [error, looks] == other and error == "CancelledError" and int(looks) > 0
 
 
 @pytest.mark.slow
