@@ -12,8 +12,9 @@
 # a mistake (status 1 or 2) stays ended.
 #
 # One task per GPU: jax.distributed.initialize() takes the number of a task on its node for
-# the one GPU it may use, so one task per node would leave the others idle. Tasks see all GPUs
-# of their node (no --gpus-per-task), which that numbering counts on.
+# the one GPU it may use. Tasks see all GPUs of their node (no --gpus-per-task), which that
+# numbering counts on. With --ntasks-per-node=1 a task has all of them, so that
+# --config.mesh.rollout can set some apart.
 #SBATCH --job-name=pfjax
 #SBATCH --exclusive
 #SBATCH --mem=0
@@ -64,6 +65,11 @@ extreme() { # LIST [-r]
 # srun does not take over --cpus-per-task, and without it gives a task one core.
 cpus=$(($(extreme "$SLURM_JOB_CPUS_PER_NODE") / $(extreme "$SLURM_TASKS_PER_NODE" -r)))
 cpus=${SLURM_CPUS_PER_TASK:-$((cpus > 0 ? cpus : 1))}
+
+if [[ $(extreme "$SLURM_TASKS_PER_NODE" -r) == 1 && ${SLURM_GPUS_ON_NODE:-} ]]; then
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
 
 # Around each task, as srun tells of all of them the highest status only: who has died (USR1)
 # or failed (USR2) says so to this shell. Its own standard error is closed to what bash says

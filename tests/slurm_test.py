@@ -43,6 +43,7 @@ case $* in
   '-m venv '*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   '-m pip '*) ;;
   *)
+    echo "${JAX_LOCAL_DEVICE_IDS-one}" >"$JOB/gpus"
     echo $$ >"$JOB/pid"
     [[ $TASKS != killed ]] || kill -KILL $$
     [[ $TASKS == wait ]] || exit "$TASKS"
@@ -139,6 +140,15 @@ def test_tasks_share_the_cores_of_their_node(slurm, env, cpus):
     slurm(*TRAIN, TASKS="0", **env).communicate(timeout=PATIENCE)
     asked = (slurm.job / "srun").read_text().splitlines()
     assert f"--cpus-per-task={cpus}" in asked
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gpus"), [("8(x2),4", "one"), ("1(x2)", "0,1,2,3"), ("1", "0,1,2,3")]
+)
+def test_one_task_per_node_has_all_of_its_gpus(slurm, tasks, gpus):
+    env = {"SLURM_TASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": "4"}
+    slurm(*TRAIN, TASKS="0", **env).communicate(timeout=PATIENCE)
+    assert (slurm.job / "gpus").read_text() == f"{gpus}\n"
 
 
 def test_training_saves_ahead_of_the_time_limit_and_is_queued_again(slurm):

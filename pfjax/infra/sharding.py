@@ -121,8 +121,9 @@ def split_off(
         of_process[device.process_index].append(device)
     num_learning(len(devices), rollout, len(of_process))
     each = rollout // len(of_process)
-    apart = {d for own in of_process.values() for d in own[:each]}
-    return [d for d in devices if d not in apart], [d for d in devices if d in apart]
+    apart = {d.id for own in of_process.values() for d in own[:each]}
+    learn = [d for d in devices if d.id not in apart]
+    return learn, [d for d in devices if d.id in apart]
 
 
 def _from_the_middle(

@@ -379,8 +379,8 @@ _FREE: dict[str, Setting] = {
     ),
     "mesh.rollout": _not_negative(
         0,
-        "devices, the last of them, that draw responses while the others learn; needs "
-        "max_staleness, and one process",
+        "devices that draw responses while the others learn, equally many of each process; "
+        "needs max_staleness",
     ),
     "rollout_tensor": _not_negative(
         0,

@@ -2,10 +2,12 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from pfjax.infra import hardware, sharding
+from pfjax.planner import aot
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,40 @@ def test_devices_of_a_cpu_and_nodes_that_differ_are_one_node():
     for device in devices:
         device.platform = "cpu"
     assert sharding.num_nodes(devices) == 1
+
+
+def test_each_process_sets_the_last_of_its_devices_apart():
+    devices = _nodes(2, 4)
+    for device in devices:
+        device.process_index = device.slice_index
+    learn, draw = ([d.id for d in x] for x in sharding.split_off(devices, 4))
+    assert (learn, draw) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    for number, says in ((3, "give a multiple of 2"), (8, "leaves none of 8")):
+        with pytest.raises(ValueError, match=f"--config.mesh.rollout={number}.*{says}"):
+            sharding.split_off(devices, number)
+
+
+@pytest.mark.parametrize(
+    ("topology", "apart"),
+    [
+        ("v5e:2x2", {3}),
+        ("v5e:2x4", {2, 3, 4, 5}),
+        ("v5e:4x4", {5, 6, 9, 10}),
+        ("v5e:4x4", {4, 5, 6, 7, 9, 10, 13, 14}),
+    ],
+)
+def test_tpus_in_the_middle_of_their_slice_are_set_apart(tpu_mesh, topology, apart):
+    """Of the last of each process libtpu compiles no sum, and JAX makes no mesh."""
+    learner = tpu_mesh(topology, rollout=len(apart))
+    own = aot.actor_mesh(topology, len(apart), 1, is_abstract=False)
+    assert {d.id for d in own.devices.flat} == apart
+    assert not apart & {d.id for d in learner.devices.flat}
+    for mesh in (learner, own):
+        shape = (mesh.size, 8)
+        rows = sharding.of_batch(mesh, shape, 0)
+        x = jax.ShapeDtypeStruct(shape, "float32", sharding=rows)
+        whole = sharding.replicated(mesh)
+        jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(x).compile()
 
 
 def test_a_mesh_across_nodes_may_be_asked_for(monkeypatch):
