@@ -105,7 +105,7 @@ def free_bytes(device: jax.Device) -> int:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
     else:
         free = _free_host_bytes() // jax.local_device_count()
-    return int(distributed.of_all(np.float64(free)).min())
+    return int(distributed.of_all(np.array(free, np.float64)).min())
 
 
 def check_prompts(
