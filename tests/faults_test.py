@@ -386,6 +386,13 @@ def test_two_processes_that_draw_on_devices_of_their_own_train_as_one(tmp_path):
         assert one == two
 
 
+def _tell_one_to_stop(both):
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        status, errors = finish(process)
+        assert status == 75, errors
+
+
 _ENDLESS = """
 import threading, time
 import jax
@@ -453,10 +460,7 @@ def test_a_signal_ends_all_actors_wherever_they_are(tmp_path):
         before = len(rows(workdir)) if workdir.exists() else 0
         both = start(workdir, *args, processes=2, devices=2)
         wait_for_step(workdir, before + 3, both[0])
-        both[1].send_signal(signal.SIGTERM)
-        for process in both:
-            status, errors = finish(process)
-            assert status == 75, errors
+        _tell_one_to_stop(both)
     steps = [r["step"] for r in rows(workdir)]
     assert steps == list(range(len(steps)))
 
@@ -482,10 +486,7 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_saves_and_ends_both
     # The restart goes on.
     both = start(workdir, *args, processes=2, devices=1)
     wait_for_step(workdir, before + 1, both[0])
-    both[1].send_signal(signal.SIGTERM)
-    for process in both:
-        status, errors = finish(process)
-        assert status == 75, errors
+    _tell_one_to_stop(both)
     steps = [r["step"] for r in rows(workdir)]
     assert steps == list(range(len(steps)))
     assert (workdir / f"checkpoints/{steps[-1]}").is_dir()

@@ -234,9 +234,9 @@ class _Run:
         may_evaluate = self.has_evaluation and not must_stop
         is_evaluated = may_evaluate and self._is_due(step, self.eval_every)
         is_due = is_evaluated or self._is_due(step, self.checkpoint_every)
-        if must_stop and self.trainer.rollouts.actor is not None:
-            # A save takes all devices for a moment.
-            self.trainer.rollouts.actor.stop()
+        actor = self.trainer.rollouts.actor
+        if must_stop and actor is not None and jax.process_count() > 1:
+            actor.stop()  # the processes of a save meet on all devices
         if must_stop or is_due:
             self._save(state, cursor, step)
         # After the save: who preempts may not wait for its end, and a run that is continued

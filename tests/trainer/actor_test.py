@@ -269,6 +269,13 @@ def test_weights_arrive_whole_and_of_adapters_no_others_are_sent(tiny_policy):
     assert "tensor" in second["layers"][0]["wq"].sharding.spec
 
 
+def test_parts_of_weights_that_a_process_does_not_learn_are_refused(tiny_policy):
+    learner = sharding.make_mesh(fsdp=4, rollout=4)
+    own = sharding.rollout_mesh(4, 2)
+    with pytest.raises(ValueError, match="process 0 draws by part 1 of the weights"):
+        actor.sender(tiny_policy.config, {}, learner, own)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
