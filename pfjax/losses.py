@@ -76,7 +76,7 @@ def length_aware_trajectory_balance(
       log_pf: `[*n]` log pi(y|q) in nats, summed over tokens; gradient flows.
       log_reward: `[*n]` log R(q, y), summed over tokens; no gradient.
       log_z: `[*n]` or scalar log Z'(q) in nats per token; gradient flows.
-      length: `[*n]` |y|, stop token included; 0 (padding) counts as 1, to stay finite.
+      length: `[*n]` |y|, stop token included; less than 1 (padding) counts as 1, to stay finite.
 
     Returns:
       `[*n]` squared residuals, not reduced.

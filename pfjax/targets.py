@@ -110,7 +110,9 @@ class Target:
             out = out + lacking * _array(log_p_rare)
         if self.has_reward:
             is_per_token = self.is_length_aware and self.is_reward_per_token
-            out = out + self.beta * _array(reward) * (length if is_per_token else 1)
+            # A float first: whole numbers of 8 bits would wrap around.
+            tilt = 1.0 * self.beta * _array(reward)
+            out = out + (tilt * length if is_per_token else tilt)
         return out - self.log_sum if self.log_sum else out
 
     def log_density(
@@ -151,7 +153,7 @@ def residual(
 ) -> Array:
     """log Z + log pi - log R; with `length`, the last two are divided by it.
 
-    Entries of `length` that are 0 (padding) are divided by 1, so that they stay finite.
+    Where `length` is below 1 (padding), they are divided by 1, so that they stay finite.
 
     Raises:
       ValueError: if two shapes differ (scalars excepted).
@@ -185,9 +187,9 @@ def rare(log_p: jax.Array, entropy: jax.Array, eta_cutoff: float) -> jax.Array:
 
 
 def tokens(length: Array) -> Array:
-    """Replaces 0 by 1 in `length`, for means over tokens."""
-    where = jnp.where if isinstance(length, jax.Array) else np.where
-    return where(_array(length) == 0, 1, length)
+    """`length`, and 1 where it is less (padding), for means over tokens."""
+    maximum = jnp.maximum if isinstance(length, jax.Array) else np.maximum
+    return maximum(_array(length), 1)
 
 
 def check_shapes(**given: Any) -> None:

@@ -104,6 +104,8 @@ def test_prompts_of_another_kind_are_refused(toy, prompts, said):
         (lambda p: pfjax.rollout(p, ["1"], 1, 2, seed=-1), "from 0 to 4294967295"),
         (lambda p: pfjax.rollout(p, ["1"], 1, 2, np.inf), "nor infinite, got inf"),
         (lambda p: pfjax.rollout(p, None), "prompts must be a list"),
+        (lambda p: jax.jit(lambda: pfjax.rollout(p, ["1"], 1, 2))(), "inside jax.jit: samp"),
+        (lambda p: jax.jit(lambda: pfjax.score(p, [[2, 3]], [1]))(), "inside jax.jit: samp"),
         (lambda p: pfjax.score(p, [[2, 2**32 + 3]], [1]), "token id 4294967299: no model"),
         (lambda _: pfjax.score("pfjax/toy", [[2, 3]], [1]), "what pfjax.load returns"),
         (lambda p: pfjax.score(p, [[2, 3], [2, 4]], [1]), "2 sequences but 1 prompt_len"),

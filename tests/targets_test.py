@@ -60,6 +60,16 @@ def test_a_shape_that_would_broadcast_is_refused():
         Target(np.ones((1, 2))).log_reward(LOG_P, LENGTH)
 
 
+def test_whole_numbers_of_8_bits_do_not_wrap_around():
+    """Nor does padding, of length 0 or -1, divide by it."""
+    target = Target(2.0, 200, is_reward_per_token=True)
+    short, wide = np.array([3, 2], np.uint8), np.array([3.0, 2.0])
+    got = target.log_reward(LOG_P, short, reward=short)
+    np.testing.assert_array_equal(got, target.log_reward(LOG_P, wide, reward=wide))
+    padding = Target(2.0).residual(LOG_P, LOG_P, np.array([0, -1]), 0.5)
+    np.testing.assert_array_equal(padding, 0.5 - LOG_P)
+
+
 @pytest.mark.parametrize("beta", [2, 1.5, np.array([2.0, 0.5])])
 def test_lists_are_taken(beta):
     target, tilt = Target(2, beta), {"reward": [1.0, 0.0], "psi": [-1.0, 0.0]}

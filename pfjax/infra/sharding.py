@@ -172,6 +172,21 @@ def regrouped(mesh: AnyMesh, tensor: int) -> AnyMesh:
     return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
 
 
+def current_mesh() -> Mesh:
+    """The mesh of `jax.set_mesh`, for a function that runs programs of its own.
+
+    Raises:
+      ValueError: inside a program, where none can be run.
+    """
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError as error:
+        raise ValueError(
+            "called inside jax.jit: sampling and scoring run programs of their own and return "
+            "host arrays, so call them outside; pfjax.log_probs may be jitted"
+        ) from error
+
+
 def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` run with the current mesh `regrouped`, where it has devices that share rows or a
     layer's experts: a token that is drawn has no row to share, and every part of the batch
@@ -180,7 +195,7 @@ def for_rollouts(f: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(f)
     def run(*args, **kwargs):
         with numerics.as_promised():
-            mesh = jax.sharding.get_mesh()
+            mesh = current_mesh()
             if mesh.empty or (regrouped_mesh := regrouped(mesh, 0)) is mesh:
                 return f(*args, **kwargs)
             with jax.set_mesh(regrouped_mesh):

@@ -188,7 +188,7 @@ def _scores(
         )
     # Powers of two: few programs to compile for sequences of any length.
     pack_length = attention.shared_length(max(64, 1 << (longest - 1).bit_length()))
-    mesh = jax.sharding.get_mesh()
+    mesh = sharding.current_mesh()
     ways = 1 if mesh.empty else sharding.batch_ways(mesh)
     rows = -(-SCORE_ROWS // ways) * ways
     most = -(-len(arrays) // rows)
