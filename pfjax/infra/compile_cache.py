@@ -1,10 +1,11 @@
 """Compiled programs: kept for the next start, and counted."""
 
 import os
-import pathlib
 from typing import Any
 
 import jax
+
+from pfjax.infra import storage
 
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
@@ -24,11 +25,14 @@ def order_collectives() -> None:
 
 
 def use_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or ~/.cache/pfjax/compiled."""
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or ~/.cache/pfjax/compiled if that
+    can be written."""
     order_collectives()
     if not jax.config.jax_compilation_cache_dir:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        folder = root / "pfjax" / "compiled"
+        try:
+            folder = storage.user_cache("compiled")
+        except ValueError:
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs too: a run has many.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -191,10 +191,22 @@ def is_stream(path: epath.PathLike) -> bool:
 
 
 def user_cache(name: str) -> pathlib.Path:
-    """A folder of this user that is kept between runs and may be deleted."""
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    (root / "pfjax" / name).mkdir(parents=True, exist_ok=True)
-    return root / "pfjax" / name
+    """A folder of this user that is kept between runs and may be deleted.
+
+    Raises:
+      ValueError: if it cannot be written, as in a container whose user has no home.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        folder = pathlib.Path(root).expanduser() / "pfjax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows where home is
+        folder = None
+    if folder is None or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{root} cannot be written: set XDG_CACHE_HOME to a folder that can"
+        )
+    return folder
 
 
 def read_bytes(path: epath.PathLike) -> bytes:

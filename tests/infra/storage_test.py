@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pathlib
+import pwd
 import subprocess
 import sys
 import threading
@@ -50,6 +51,22 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # as for any but root
     with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
         storage.check_writable(tmp_path / "new")
+
+
+def test_nothing_is_kept_for_a_user_without_a_home(tmp_path, monkeypatch):
+    """As in a container; least of all in a folder that is called ~."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert storage.user_cache("x") == tmp_path / "home/.cache/pfjax/x"
+    monkeypatch.setenv("HOME", os.devnull)
+    with pytest.raises(ValueError, match=r"~/.cache cannot be written: set XDG_"):
+        storage.user_cache("x")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user who has no name
+    with pytest.raises(ValueError, match=r"~/.cache cannot be written"):
+        storage.user_cache("x")
+    assert [x.name for x in tmp_path.iterdir()] == ["home"]
 
 
 def test_windows_is_told_where_to_go():
@@ -347,8 +364,6 @@ _OURS = {
     "pathlib.Path(os.devnull)": "of the machine",
     "pathlib.Path('/proc/sys/kernel/random/boot_id')": "of the machine",
     "pathlib.Path('/proc/stat')": "of the machine",
-    "pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache'))": "of the machine",
-    "pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()": "as above",
     "pathlib.Path(huggingface_hub.snapshot_download(hub_id, **wanted))": "a download",
     "pathlib.Path(beside)": "a temporary folder",
     "pathlib.Path(self._stack.enter_context(new))": "a temporary folder",
