@@ -292,7 +292,7 @@ def append_text(path: epath.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def named(path: epath.PathLike) -> Iterator[None]:
-    """Puts the file into what is raised of it: a full disk does not say of which it is."""
+    """Puts the file or folder into what is raised of it: a full disk does not say which it is."""
     try:
         yield
     except OSError as error:
@@ -372,7 +372,7 @@ def local_folder(folder: epath.PathLike) -> Iterator[pathlib.Path]:
     That is the folder itself, or one whose files are copied to it in the end.
     """
     if is_remote(folder):
-        with tempfile.TemporaryDirectory(prefix="pfjax-") as local:
+        with tempfile.TemporaryDirectory(prefix="pfjax-") as local, named(local):
             yield pathlib.Path(local)
             upload(pathlib.Path(local), place(folder))
     else:

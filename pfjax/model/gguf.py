@@ -91,7 +91,10 @@ def convert(path: pathlib.Path) -> pathlib.Path:
         return folder
     values, tensors = _read(path)
     config = _config(path, values, tensors)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as beside:
+    with (
+        storage.named(folder),
+        tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as beside,
+    ):
         new = pathlib.Path(beside) / folder.name
         new.mkdir()
         gguf_tokenizer.write(path, values, new)

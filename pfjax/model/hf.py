@@ -196,7 +196,10 @@ def save(
     of_base = of_base if of_base in _FLOATS else policy.params["embed"].dtype
     dtype = _float_type(dtype or of_base)
     config = config or hf_config.to_json(policy.config, dtype)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+    with (
+        storage.named(out),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside,
+    ):
         folder, old = (pathlib.Path(beside) / name for name in ("new", "old"))
         folder.mkdir()
         if policy.config.alpha_range:

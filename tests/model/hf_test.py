@@ -1,6 +1,7 @@
 """Folders in and out: exact, strict, whole or not at all."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -330,10 +331,10 @@ def test_a_failed_save_leaves_the_old_folder(folder, tiny_policy, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
     def fail(*args, **kwargs):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(weights, "_write_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"disk full: '{folder}'"):
         hf.save(tiny_policy, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
